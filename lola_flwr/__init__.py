@@ -1,0 +1,1 @@
+"""Low-latency cooperative fine-tuning of transformers, as a Flower strategy."""
