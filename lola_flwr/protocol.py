@@ -1,0 +1,110 @@
+"""What server and device tell each other, as flat records of scalars.
+
+Both Flower interfaces carry these records: as ``config`` and ``metrics`` of FitIns and
+FitRes, or in a ConfigRecord. Arrays travel beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+Scalar = bool | bytes | float | int | str
+
+
+class MalformedRecord(ValueError):
+    """A record lacks a field, or a field has the wrong type."""
+
+
+class _Record:
+    """A frozen dataclass of scalars that travels under kebab-case keys."""
+
+    def to_record(self) -> dict[str, Scalar]:
+        """Return the fields under their keys on the wire."""
+        return {_key(f.name): getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> Self:
+        """Read the fields from a received record; other keys are ignored.
+
+        Raises
+        ------
+        MalformedRecord
+            A field is missing, has another type, or is not finite.
+        """
+        types = {"int": int, "float": float, "str": str}
+        values: dict[str, Any] = {}
+        for field in fields(cls):  # type: ignore[arg-type]
+            key, expected = _key(field.name), types[str(field.type)]
+            value = record.get(key)
+            # An integral float arrives as int; a bool is an int in Python only.
+            if expected is float and type(value) is int:
+                value = float(value)
+            if type(value) is not expected:
+                raise MalformedRecord(
+                    f"{key}={value!r} must be of type {expected.__name__}; the record "
+                    f"has the keys {sorted(map(str, record))[:16]}."
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise MalformedRecord(f"{key}={value!r} must be finite.")
+            values[field.name] = value
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Assignment(_Record):
+    """What the server asks of one device in one round.
+
+    Parameters
+    ----------
+    server_round
+        Round, from 1.
+    block_index
+        Block to train, 0 nearest the input.
+    share
+        Share of the uplink band, in (0, 1].
+    batch_size
+        Examples of the mini-batch.
+    codec
+        Name of the payload codec of the reply.
+    base_fingerprint
+        Digest of the server's frozen weights, which the device must hold too.
+    """
+
+    server_round: int
+    block_index: int
+    share: float
+    batch_size: int
+    codec: str
+    base_fingerprint: str
+
+
+@dataclass(frozen=True)
+class UpdateReport(_Record):
+    """What a device says about the update that it sends.
+
+    Parameters
+    ----------
+    server_round
+        Round of the assignment that this answers.
+    block_index
+        Block of the assignment that this answers.
+    update_kind
+        What the arrays are: ``"gradient"``.
+    loss
+        Mean training loss.
+    compute_s
+        Measured seconds from the assignment's arrival to the finished gradient.
+    """
+
+    server_round: int
+    block_index: int
+    update_kind: str
+    loss: float
+    compute_s: float
+
+
+def _key(field_name: str) -> str:
+    return field_name.replace("_", "-")

@@ -1,0 +1,1 @@
+"""The modelled world: devices, the wireless uplink, and what training a block costs."""

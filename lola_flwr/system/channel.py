@@ -1,0 +1,65 @@
+"""Uplink of one cell: Rayleigh block fading and OFDMA rates.
+
+Notation: K devices, bandwidth in Hz, ``snr`` linear (``snr_db`` only at the border).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.randomness import rng_for
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def db_to_linear(value_db: npt.ArrayLike) -> FloatArray:
+    """Convert decibels to a ratio."""
+    return np.asarray(10.0 ** (np.asarray(value_db, dtype=np.float64) / 10.0))
+
+
+def rayleigh_snr(
+    transmit_snr_db: Sequence[float] | FloatArray,
+    device_names: Sequence[str],
+    *,
+    server_round: int,
+    seed: int,
+) -> FloatArray:
+    """Draw each device's receive SNR for one round.
+
+    Block fading: the power gain ``|h|^2 ~ Exp(1)`` holds for one round and is drawn
+    anew for the next (arXiv:2407.09873, system model).
+
+    Parameters
+    ----------
+    transmit_snr_db
+        Mean receive SNR of each device, dB, shape [K].
+    device_names
+        Names of the K devices. A device's draw depends on its name, the round and the
+        seed alone, not on which other devices are there.
+    server_round
+        Round, from 1.
+    seed
+        Seed of the run.
+
+    Returns
+    -------
+    Receive SNR, linear, shape [K].
+    """
+    gain = [
+        rng_for(seed, "fading", server_round, name).exponential()
+        for name in device_names
+    ]
+    return db_to_linear(transmit_snr_db) * np.asarray(gain)
+
+
+def full_band_rate_bps(bandwidth_hz: float, snr: FloatArray) -> FloatArray:
+    """Shannon rate of each device when it has the whole band, bit/s, shape [K].
+
+    With OFDMA and uniform power per sub-carrier the SNR does not depend on the share of
+    the band, so a share rho carries rho times this rate.
+    """
+    # log1p keeps the rate of a device in a deep fade (snr near 0) above zero.
+    return np.asarray(bandwidth_hz * np.log1p(snr) / np.log(2.0))

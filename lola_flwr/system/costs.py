@@ -1,0 +1,143 @@
+"""What training each block costs a device: operations, memory, payload.
+
+Analytic, from parameter shapes alone. Notation: N blocks, index 0 nearest the input,
+depth ``d = N - index``; h hidden size, i feed-forward size, S tokens of a sequence, B
+sequences of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.blocks import BlockPartition
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCosts:
+    """Costs of training each block on one mini-batch.
+
+    Parameters
+    ----------
+    flops
+        Floating-point operations of the forward pass through the whole model and the
+        backward pass from the loss to the block, shape [N].
+    memory_bytes
+        Weights, the gradients of block and head, and the activations that
+        back-propagation to the block keeps, shape [N].
+    payload_bits
+        Bits that the device uploads: gradients of block and head, shape [N].
+    """
+
+    flops: npt.NDArray[np.float64]
+    memory_bytes: npt.NDArray[np.float64]
+    payload_bits: npt.NDArray[np.float64]
+
+
+def estimate_costs(
+    shapes: Shapes,
+    partition: BlockPartition,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    bits_per_element: int = 32,
+    header_bits_per_tensor: int = 0,
+) -> BlockCosts:
+    """Estimate what each block costs, from the shapes of the model's parameters.
+
+    Parameters
+    ----------
+    shapes
+        Shape of every parameter of the model, frozen ones too.
+    partition
+        The model's blocks.
+    batch_size
+        Sequences of a mini-batch, B.
+    sequence_length
+        Tokens of a sequence after padding, S.
+    bits_per_element
+        Bits that the payload codec spends on one gradient element.
+    header_bits_per_tensor
+        Bits that the payload's encoding adds to each tensor.
+
+    Returns
+    -------
+    BlockCosts
+        One entry per block.
+    """
+    tokens = batch_size * sequence_length
+    layers = [
+        _layer_costs([shapes[name] for name in block], sequence_length)
+        for block in partition.blocks
+    ]
+    forward = np.array([layer.forward_flops_per_token for layer in layers])  # [N]
+    head_forward = 2 * sum(_matrix_elements(shapes[name]) for name in partition.head)
+    # Backward: through the layers nearer the loss, activation gradients only (as many
+    # operations as their forward pass); inside the block weight gradients as well.
+    nearer_loss = np.cumsum(forward[::-1])[::-1] - forward  # [N]
+    flops = tokens * (forward.sum() + nearer_loss + 2 * forward)
+    # The head reads one token of each sequence.
+    flops = flops + batch_size * 3 * head_forward
+
+    passed = np.array([layer.passed_floats_per_token for layer in layers])
+    trained = np.array([layer.trained_floats_per_token for layer in layers])
+    activations = np.cumsum(passed[::-1])[::-1] + trained  # [N], per token
+
+    elements = {name: math.prod(shape) for name, shape in shapes.items()}
+    weights = sum(elements.values())
+    uploaded = np.array(
+        [
+            sum(elements[name] for name in partition.update_names(index))
+            for index in range(partition.num_blocks)
+        ],
+        dtype=np.float64,
+    )
+    tensors = np.array(
+        [len(partition.update_names(index)) for index in range(partition.num_blocks)]
+    )
+    return BlockCosts(
+        flops=flops.astype(np.float64),
+        memory_bytes=4.0 * (weights + uploaded + tokens * activations),
+        payload_bits=bits_per_element * uploaded + header_bits_per_tensor * tensors,
+    )
+
+
+@dataclass(frozen=True)
+class _LayerCosts:
+    forward_flops_per_token: float
+    passed_floats_per_token: float
+    trained_floats_per_token: float
+
+
+def _layer_costs(shapes: Sequence[Sequence[int]], sequence_length: int) -> _LayerCosts:
+    """Cost one transformer layer per token.
+
+    Saved for the gradient of a layer's input: queries, keys, values and the attention's
+    output (4h), the inputs of both normalisations (2h), and the input of the
+    feed-forward non-linearity (i; 3i where it is gated). Saved for the gradient of its
+    weights besides: the inputs of its linear maps that are not among these, 2h + i.
+    """
+    sizes = Counter(size for shape in shapes for size in shape)
+    hidden = sizes.most_common(1)[0][0]
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    feed_forward = max((max(shape) for shape in matrices), default=hidden)
+    wide = sum(feed_forward in shape for shape in matrices)
+    gate = 3 if wide >= 3 else 1
+    elements = sum(_matrix_elements(shape) for shape in matrices)
+    attention = 2 * sequence_length * hidden  # multiply-adds of QK^T and of AV
+    return _LayerCosts(
+        forward_flops_per_token=2.0 * (elements + attention),
+        passed_floats_per_token=6.0 * hidden + gate * feed_forward,
+        trained_floats_per_token=2.0 * hidden + feed_forward,
+    )
+
+
+def _matrix_elements(shape: Sequence[int]) -> int:
+    return math.prod(shape) if len(shape) == 2 else 0

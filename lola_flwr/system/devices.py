@@ -1,0 +1,148 @@
+"""Device profiles, and generated fleets for simulation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from lola_flwr.errors import UserError
+from lola_flwr.randomness import rng_for
+
+# Bounds of what a profile may claim: from a microcontroller to far beyond any edge
+# device, so that no claim can make the arithmetic overflow.
+_BOUNDS = {
+    "flops_per_s": (1e5, 1e16),
+    "memory_bytes": (1e5, 1e13),
+    "snr_db": (-60.0, 80.0),
+}
+
+
+class InvalidProfile(UserError):
+    """A device's profile lacks a field or claims an impossible value."""
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What a device offers.
+
+    Parameters
+    ----------
+    name
+        Stable name of the device, 1 to 64 characters; orders the fleet and keys its
+        random draws.
+    flops_per_s
+        Sustained training speed, floating-point operations per second.
+    memory_bytes
+        Memory that fine-tuning may use.
+    snr_db
+        Mean uplink SNR at the server over uniform power per sub-carrier, dB.
+
+    Raises
+    ------
+    InvalidProfile
+        A value is not a finite number inside the bounds of this module.
+    """
+
+    name: str
+    flops_per_s: float
+    memory_bytes: float
+    snr_db: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not 1 <= len(self.name) <= 64:
+            raise InvalidProfile(
+                f"name={self.name!r} must be a string of 1 to 64 characters."
+            )
+        for field, (low, high) in _BOUNDS.items():
+            value = getattr(self, field)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or not low <= value <= high
+            ):
+                raise InvalidProfile(
+                    f"{field}={value!r} of device {self.name!r} must be a number from "
+                    f"{low:g} to {high:g}."
+                )
+
+    def to_properties(self) -> dict[str, str | float]:
+        """Return the profile as flat properties, as a client reports them."""
+        return {key.replace("_", "-"): value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_properties(cls, properties: Mapping[str, object]) -> DeviceProfile:
+        """Read and check the properties that a device reported.
+
+        Raises
+        ------
+        InvalidProfile
+            A property is missing or out of bounds. Other properties are ignored.
+        """
+        fields = {}
+        for field in cls.__dataclass_fields__:
+            key = field.replace("_", "-")
+            if key not in properties:
+                raise InvalidProfile(
+                    f"The profile lacks {key!r}; it must report "
+                    f"{', '.join(f.replace('_', '-') for f in cls.__dataclass_fields__)}."
+                )
+            fields[field] = properties[key]
+        return cls(**fields)  # type: ignore[arg-type]  # checked in __post_init__
+
+
+@dataclass(frozen=True)
+class FleetRanges:
+    """Ranges from which a heterogeneous fleet is drawn.
+
+    The paper's simulation parameters are not public; these are our choice: from a
+    single-board computer to a small accelerator.
+
+    Parameters
+    ----------
+    flops_per_s
+        Slowest and fastest device; drawn log-uniformly.
+    memory_bytes
+        Smallest and largest memory; drawn log-uniformly.
+    snr_db
+        Lowest and highest mean SNR, dB; drawn uniformly.
+    """
+
+    flops_per_s: tuple[float, float] = (2e10, 4e11)
+    memory_bytes: tuple[float, float] = (1e9, 8e9)
+    snr_db: tuple[float, float] = (0.0, 20.0)
+
+
+def simulated_device(
+    index: int, *, seed: int, ranges: FleetRanges | None = None
+) -> DeviceProfile:
+    """Draw the profile of one simulated device.
+
+    Parameters
+    ----------
+    index
+        Number of the device in its fleet, from 0.
+    seed
+        Seed of the fleet; device ``index`` is the same in a fleet of any size.
+    ranges
+        Where to draw from (default: ``FleetRanges()``).
+
+    Returns
+    -------
+    DeviceProfile
+        Named ``device-0000`` and so on, so that names sort as numbers.
+    """
+    ranges = FleetRanges() if ranges is None else ranges
+    rng = rng_for(seed, "fleet", index)
+    return DeviceProfile(
+        name=f"device-{index:04d}",
+        flops_per_s=_log_uniform(rng.random(), ranges.flops_per_s),
+        memory_bytes=_log_uniform(rng.random(), ranges.memory_bytes),
+        snr_db=float(rng.uniform(*ranges.snr_db)),
+    )
+
+
+def _log_uniform(unit: float, bounds: tuple[float, float]) -> float:
+    low, high = bounds
+    return float(low * (high / low) ** unit)

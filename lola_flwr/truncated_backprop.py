@@ -1,0 +1,131 @@
+"""Back-propagation from the loss down to one block, and no further.
+
+PyTorch records an operation for the backward pass only where some parameter before it
+wants a gradient. With every parameter frozen but those of one block and of the head,
+nothing below the block is recorded or kept, the layers above it pass the gradient of
+their activations only, and the backward pass ends inside the block: the truncation of
+LoLa-DEFT (arXiv:2407.09873, Fig. 2) for any model, with its own forward code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.blocks import BlockPartition
+
+Batch = Mapping[str, Tensor]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGradient:
+    """The mean gradient of one mini-batch.
+
+    Parameters
+    ----------
+    gradients
+        Gradient of each parameter of the block and of the head, in the order of
+        ``BlockPartition.update_names``; zeros where the loss does not depend on it.
+    loss
+        Mean loss of the mini-batch.
+    num_examples
+        Examples in the mini-batch.
+    """
+
+    gradients: dict[str, Tensor]
+    loss: float
+    num_examples: int
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss that a Hugging Face model computes when it is given labels."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+@contextmanager
+def only_block_trainable(
+    model: nn.Module, partition: BlockPartition, block_index: int
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Freeze everything but one block and the head for the duration of a ``with``.
+
+    Parameters
+    ----------
+    model
+        Model whose parameters ``partition`` divides.
+    partition
+        The model's blocks.
+    block_index
+        Block to train, 0 nearest the input.
+
+    Yields
+    ------
+    The trainable parameters by name. On exit every ``requires_grad`` flag is as it was.
+
+    Raises
+    ------
+    IndexError
+        No such block.
+    """
+    if not 0 <= block_index < partition.num_blocks:
+        raise IndexError(
+            f"block_index={block_index} is not a block of this model; it has blocks 0 "
+            f"to {partition.num_blocks - 1}."
+        )
+    parameters = dict(model.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    trainable = partition.update_names(block_index)
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for name in trainable:
+            parameters[name].requires_grad_(True)
+        yield {name: parameters[name] for name in trainable}
+    finally:
+        for name, flag in flags.items():
+            parameters[name].requires_grad_(flag)
+
+
+def block_gradient(
+    model: nn.Module,
+    partition: BlockPartition,
+    block_index: int,
+    batch: Batch,
+    *,
+    loss_function: LossFunction = model_loss,
+) -> BlockGradient:
+    """Compute the mean gradient of one block, and of the head, on one mini-batch.
+
+    Parameters
+    ----------
+    model
+        Model in the mode (``train`` or ``eval``) that the gradient is wanted in.
+    partition
+        The model's blocks.
+    block_index
+        Block to train, 0 nearest the input.
+    batch
+        Arguments of the model; the first dimension of each tensor counts the examples.
+    loss_function
+        Maps model and batch to a scalar mean loss (default: the model's own).
+
+    Returns
+    -------
+    BlockGradient
+        Equal, to rounding, to that part of the full model's gradient.
+    """
+    with only_block_trainable(model, partition, block_index) as trainable:
+        loss = loss_function(model, batch)
+        gradients = torch.autograd.grad(
+            loss, list(trainable.values()), allow_unused=True, materialize_grads=True
+        )
+    return BlockGradient(
+        gradients=dict(zip(trainable, gradients, strict=True)),
+        loss=loss.item(),
+        num_examples=len(next(iter(batch.values()))),
+    )

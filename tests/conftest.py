@@ -1,0 +1,48 @@
+"""Shared fixtures: tiny models of several families, and seeded random generators."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+# Two cores, several test processes: one thread each.
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 60,
+}
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20260101)
+
+
+@pytest.fixture
+def roberta() -> transformers.PreTrainedModel:
+    """A three-layer RoBERTa classifier with random weights."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(**SMALL, max_position_embeddings=40)
+    return transformers.RobertaForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Six token sequences of length 10, the last two padded."""
+    torch.manual_seed(1)
+    input_ids = torch.randint(5, 60, (6, 10))
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[4:, 7:] = 1
+    attention_mask[4:, 7:] = 0
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": torch.tensor([0, 1, 1, 0, 1, 0]),
+    }

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.system.costs import estimate_costs
+from lola_flwr.truncated_backprop import block_gradient
+
+
+def costs_of(model, **options):
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    partition = partition_parameters(shapes)
+    return estimate_costs(shapes, partition, **options), partition
+
+
+def test_hand_computed_layer():
+    # One matrix pair per layer: h=4, i=16, S=2 tokens, B=3 sequences.
+    shapes = {
+        "embed.w": (10, 4),
+        **{
+            f"l.{n}.{name}": shape
+            for n in range(2)
+            for name, shape in {"up": (16, 4), "down": (4, 16), "norm": (4,)}.items()
+        },
+        "head.w": (2, 4),
+    }
+    costs = estimate_costs(
+        shapes, partition_parameters(shapes), batch_size=3, sequence_length=2
+    )
+    forward = 2 * (2 * 64 + 2 * 2 * 4)  # per token: two matrices and the attention
+    head = 3 * 3 * 2 * 8
+    np.testing.assert_allclose(
+        costs.flops, [6 * forward * (2 + 1 + 2) + head, 6 * forward * (2 + 2) + head]
+    )
+    uploaded = 64 + 64 + 4 + 8
+    np.testing.assert_allclose(costs.payload_bits, [32 * uploaded] * 2)
+    weights = 40 + 2 * 132 + 8
+    passed, trained = 6 * 4 + 16, 2 * 4 + 16
+    np.testing.assert_allclose(
+        costs.memory_bytes,
+        [
+            4 * (weights + uploaded + 6 * (2 * passed + trained)),
+            4 * (weights + uploaded + 6 * (passed + trained)),
+        ],
+    )
+
+
+@pytest.mark.parametrize("block_index", [0, 1, 2])
+def test_operations_agree_with_pytorchs_counter(roberta, batch, block_index):
+    # The counter knows plain matrix products, but not the CPU's fused attention.
+    roberta.set_attn_implementation("eager")
+    costs, partition = costs_of(roberta, batch_size=6, sequence_length=10)
+    with FlopCounterMode(display=False) as counter:
+        block_gradient(roberta, partition, block_index, batch)
+    counted = counter.get_total_flops()
+    assert costs.flops[block_index] == pytest.approx(counted, rel=0.08)
+
+
+def test_codec_and_headers_count(roberta):
+    plain, partition = costs_of(roberta, batch_size=1, sequence_length=8)
+    packed, _ = costs_of(
+        roberta,
+        batch_size=1,
+        sequence_length=8,
+        bits_per_element=16,
+        header_bits_per_tensor=1024,
+    )
+    tensors = [len(partition.update_names(n)) for n in range(3)]
+    np.testing.assert_allclose(
+        packed.payload_bits, plain.payload_bits / 2 + 1024 * np.array(tensors)
+    )
+
+
+def test_deeper_blocks_cost_more(roberta):
+    costs, _ = costs_of(roberta, batch_size=8, sequence_length=16)
+    assert np.all(np.diff(costs.flops) < 0)
+    assert np.all(np.diff(costs.memory_bytes) < 0)

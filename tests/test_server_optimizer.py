@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lola_flwr.errors import UserError
+from lola_flwr.server_optimizer import ServerOptimizer
+
+
+def test_missing_gradients_leave_values_alone():
+    optimizer = ServerOptimizer(
+        {"a": np.float32([1, 2]), "b": np.float32([3])}, optimizer="AdamW", lr=0.1
+    )
+    optimizer.step({"a": np.float32([1, -1])})
+    state = optimizer.state()
+    # AdamW's first step moves by lr against the sign, after decay by lr * 0.01.
+    np.testing.assert_allclose(state["a"], [0.999 - 0.1, 2 * 0.999 + 0.1], rtol=1e-6)
+    np.testing.assert_array_equal(state["b"], [3])
+
+
+def test_sgd_by_name():
+    optimizer = ServerOptimizer({"a": np.float32([1])}, optimizer="SGD", lr=0.5)
+    optimizer.step({"a": np.float32([2])})
+    np.testing.assert_allclose(optimizer.state()["a"], [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Adamw", {}, "optimizer='Adamw' is not an optimizer of torch.optim"),
+        ("Optimizer", {"lr": 1.0}, "optimizer='Optimizer'"),
+        ("SGD", {"lr": -1.0}, "Invalid learning rate"),
+        ("SGD", {"speed": 1.0}, "speed"),
+    ],
+)
+def test_bad_options(name, options, message):
+    with pytest.raises(UserError, match=message):
+        ServerOptimizer({"a": np.float32([1])}, optimizer=name, **options)
+
+
+def test_initial_values_are_copied():
+    initial = np.float32([1])
+    optimizer = ServerOptimizer({"a": initial}, optimizer="SGD", lr=1.0)
+    optimizer.step({"a": np.float32([1])})
+    assert initial[0] == 1

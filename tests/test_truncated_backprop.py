@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.models import load_classifier
+from lola_flwr.system.costs import estimate_costs
+from lola_flwr.truncated_backprop import block_gradient, only_block_trainable
+
+
+def full_gradients(model, batch):
+    model.requires_grad_(True)
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def saved_bytes(model, run):
+    """Count the bytes that autograd keeps for the backward pass, weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # Holding the storage keeps its address from being given out again.
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("block_index", [0, 1, 2])
+def test_equals_full_backpropagation(roberta, batch, block_index, training):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    roberta.train(training)
+    torch.manual_seed(3)
+    expected = full_gradients(roberta, batch)
+    torch.manual_seed(3)
+    result = block_gradient(roberta, partition, block_index, batch)
+
+    assert tuple(result.gradients) == partition.update_names(block_index)
+    assert result.num_examples == 6
+    for name, gradient in result.gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+        assert gradient.abs().sum() > 0 or "key.bias" in name
+
+
+def test_nothing_below_the_block_is_recorded(roberta, batch):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    outputs = {}
+    for index, layer in enumerate(roberta.roberta.encoder.layer):
+        layer.register_forward_hook(
+            lambda _m, _i, output, index=index: outputs.__setitem__(
+                index, output[0] if isinstance(output, tuple) else output
+            )
+        )
+    with only_block_trainable(roberta, partition, 1):
+        roberta(**batch)
+    assert not outputs[0].requires_grad
+    assert outputs[0].grad_fn is None
+    assert outputs[1].requires_grad
+
+
+def test_saved_activations_follow_the_published_table():
+    # RoBERTa-base shape, batch 16 x 64 tokens: MiB by depth, measured independently.
+    table = {1: 48, 2: 78, 4: 138, 6: 198, 8: 259, 10: 319, 12: 379}
+    model, _ = load_classifier("random:roberta-base", num_labels=2)
+    partition = partition_parameters(n for n, _ in model.named_parameters())
+    input_ids = torch.randint(5, 30000, (16, 64))
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": torch.zeros(16, dtype=torch.long),
+    }
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    costs = estimate_costs(shapes, partition, batch_size=16, sequence_length=64)
+    elements = {name: p.numel() for name, p in model.named_parameters()}
+    for depth in (1, 6, 12):
+        index = 12 - depth
+
+        def forward(index=index):
+            with only_block_trainable(model, partition, index):
+                model(**batch)
+
+        measured_mib = saved_bytes(model, forward) / 2**20
+        assert measured_mib == pytest.approx(table[depth], rel=0.10)
+        weights = sum(elements.values())
+        uploaded = sum(elements[name] for name in partition.update_names(index))
+        estimated = costs.memory_bytes[index] - 4 * (weights + uploaded)
+        assert estimated / 2**20 == pytest.approx(measured_mib, rel=0.10)
+
+
+def test_flags_are_restored(roberta, batch):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    before = [p.requires_grad for p in roberta.parameters()]
+    block_gradient(roberta, partition, 2, batch)
+    with pytest.raises(RuntimeError), only_block_trainable(roberta, partition, 0):
+        raise RuntimeError
+    assert [p.requires_grad for p in roberta.parameters()] == before
+    assert all(p.grad is None for p in roberta.parameters())
+
+
+@pytest.mark.parametrize("block_index", [-1, 3])
+def test_unknown_block(roberta, batch, block_index):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    with pytest.raises(IndexError, match=f"block_index={block_index} .* blocks 0 to 2"):
+        block_gradient(roberta, partition, block_index, batch)
