@@ -1,0 +1,151 @@
+"""The device's side of a round, as a Flower NumPyClient."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from flwr.client import NumPyClient
+from flwr.common import NDArrays, Scalar
+from torch import nn
+
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.codec import codec_named
+from lola_flwr.errors import UserError
+from lola_flwr.models import fingerprint
+from lola_flwr.protocol import Assignment, UpdateReport
+from lola_flwr.randomness import rng_for
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.truncated_backprop import (
+    Batch,
+    LossFunction,
+    block_gradient,
+    model_loss,
+)
+
+# Gives the mini-batch of a round: (server_round, batch_size) -> arguments of the model.
+BatchSource = Callable[[int, int], Batch]
+
+
+class BlockClient(NumPyClient):
+    """Trains the block that the server assigns, on the device's own data.
+
+    Parameters
+    ----------
+    model
+        Model on the device. Every round overwrites its trainable values, so the
+        virtual clients of one simulation worker can share it.
+    partition
+        The model's blocks.
+    profile
+        What this device offers.
+    batch_source
+        Draws the round's mini-batch from the device's data.
+    loss_function
+        Maps model and batch to a mean loss (default: the model's own).
+    seed
+        Seed of the run; dropout follows from it, the round and the device's name.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        partition: BlockPartition,
+        profile: DeviceProfile,
+        batch_source: BatchSource,
+        loss_function: LossFunction = model_loss,
+        seed: int = 0,
+    ) -> None:
+        self._model = model
+        self._partition = partition
+        self._profile = profile
+        self._batch_source = batch_source
+        self._loss_function = loss_function
+        self._seed = seed
+
+    def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
+        """Report the device's profile."""
+        return dict(self._profile.to_properties())
+
+    def fit(
+        self, parameters: NDArrays, config: dict[str, Scalar]
+    ) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        """Compute the mean gradient of the assigned block on one mini-batch.
+
+        Parameters
+        ----------
+        parameters
+            The model's trainable values, in the order of ``partition.trainable``.
+        config
+            The ``Assignment`` as a flat record.
+
+        Returns
+        -------
+        Encoded gradients of block and head, the number of examples, and the
+        ``UpdateReport`` as a flat record.
+
+        Raises
+        ------
+        MalformedRecord
+            ``config`` is no assignment.
+        UserError
+            Server and device do not hold the same model.
+        """
+        start = time.perf_counter()
+        assignment = Assignment.from_record(config)
+        self._load(parameters, assignment.base_fingerprint)
+        batch = self._batch_source(assignment.server_round, assignment.batch_size)
+        rng = rng_for(
+            self._seed, "dropout", assignment.server_round, self._profile.name
+        )
+        self._model.train()
+        # The device's own random state is left as it was.
+        with torch.random.fork_rng():
+            torch.manual_seed(int(rng.integers(2**63)))
+            result = block_gradient(
+                self._model,
+                self._partition,
+                assignment.block_index,
+                batch,
+                loss_function=self._loss_function,
+            )
+        codec = codec_named(assignment.codec)
+        encoded = [
+            codec.encode(np.ascontiguousarray(gradient.numpy(force=True)))
+            for gradient in result.gradients.values()
+        ]
+        report = UpdateReport(
+            server_round=assignment.server_round,
+            block_index=assignment.block_index,
+            update_kind="gradient",
+            loss=result.loss,
+            compute_s=time.perf_counter() - start,
+        )
+        return encoded, result.num_examples, report.to_record()
+
+    def _load(self, parameters: NDArrays, base_fingerprint: str) -> None:
+        """Copy the server's values into the model, after a check that they fit it."""
+        if fingerprint(self._model, self._partition.frozen) != base_fingerprint:
+            raise UserError(
+                "The frozen base weights of this device differ from the server's; use "
+                "the same model, revision and seed on both."
+            )
+        own = dict(self._model.named_parameters())
+        names = self._partition.trainable
+        if len(parameters) != len(names):
+            raise UserError(
+                f"{len(parameters)} arrays received; this model has {len(names)} "
+                "trainable ones. Server and device use different models."
+            )
+        for name, values in zip(names, parameters, strict=True):
+            if values.shape != tuple(own[name].shape):
+                raise UserError(
+                    f"{name} has shape {tuple(own[name].shape)} here but "
+                    f"{values.shape} at the server; use the same model on both."
+                )
+        with torch.no_grad():
+            for name, values in zip(names, parameters, strict=True):
+                own[name].copy_(torch.from_numpy(values))

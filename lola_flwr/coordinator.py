@@ -1,0 +1,353 @@
+"""One round of LoLa-DEFT on the server: plan it, take its replies in, step the model.
+
+The coordinator knows neither of Flower's two strategy interfaces; each is a thin adapter
+that carries its plans out and hands it the replies as bytes and records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.allocation import Allocation, AllocationProblem, Allocator, allocate
+from lola_flwr.assembly import BlockUpdate, assemble_gradient
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.codec import MalformedArray, codec_named, read_npy
+from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
+from lola_flwr.round_log import BlockRecord, RoundRecord
+from lola_flwr.server_optimizer import ServerOptimizer
+from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
+from lola_flwr.system.costs import BlockCosts
+from lola_flwr.system.devices import DeviceProfile, InvalidProfile
+
+
+@dataclass(frozen=True, eq=False)
+class RoundPlan:
+    """Who computes what in one round.
+
+    Parameters
+    ----------
+    server_round
+        Round, from 1.
+    device_ids
+        The K devices in the order of the problem's rows.
+    problem, allocation
+        What was solved, and the solution.
+    assignments
+        Assignment of each active device, by device id.
+    """
+
+    server_round: int
+    device_ids: tuple[str, ...]
+    problem: AllocationProblem
+    allocation: Allocation
+    assignments: Mapping[str, Assignment]
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceReply:
+    """What one device sent back, unchecked.
+
+    Parameters
+    ----------
+    device_id
+        Who sent it, as the transport knows it.
+    tensors
+        Arrays in .npy format.
+    num_examples
+        Examples that the device claims the gradient is over.
+    report
+        Its ``UpdateReport``, as a flat record.
+    """
+
+    device_id: str
+    tensors: Sequence[bytes]
+    num_examples: int
+    report: Mapping[str, object]
+
+
+class UpdateRefused(Exception):
+    """A reply cannot be used.
+
+    Parameters
+    ----------
+    reason
+        Short reason to count by, such as ``"non-finite"``.
+    detail
+        What exactly is wrong.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+class Coordinator:
+    """The server's side of LoLa-DEFT, apart from any transport.
+
+    Parameters
+    ----------
+    partition
+        Blocks of the model.
+    costs
+        What each block costs a device.
+    bandwidth_hz
+        Total uplink bandwidth.
+    optimizer
+        Holds the trainable values of the model, and steps them.
+    base_fingerprint
+        Digest of the frozen weights, which every device must hold.
+    allocator
+        Name of an allocator, or a function from problem to allocation.
+    batch_size
+        Examples of a device's mini-batch; no reply can weigh more.
+    codec
+        Name of the codec that gradients travel in.
+    broadcast_s, server_s
+        Constant parts of every round: downlink and server time.
+    seed
+        Seed of the run: channel draws and random allocators follow from it.
+    """
+
+    def __init__(
+        self,
+        *,
+        partition: BlockPartition,
+        costs: BlockCosts,
+        bandwidth_hz: float,
+        optimizer: ServerOptimizer,
+        base_fingerprint: str,
+        allocator: str | Allocator = "exact",
+        batch_size: int = 32,
+        codec: str = "fp32",
+        broadcast_s: float = 0.0,
+        server_s: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.partition = partition
+        self._costs = costs
+        self._bandwidth_hz = bandwidth_hz
+        self._optimizer = optimizer
+        self._base_fingerprint = base_fingerprint
+        self._allocator = allocator
+        self._batch_size = batch_size
+        self._codec_name = codec
+        self._codec = codec_named(codec)
+        self._constant_s = broadcast_s + server_s
+        self._seed = seed
+        self._profiles: dict[str, DeviceProfile] = {}
+        self._wireless_s = 0.0
+
+    # --- devices ---------------------------------------------------------------------
+
+    def unknown_devices(self, device_ids: Iterable[str]) -> list[str]:
+        """Return those of the devices whose profile is not known yet."""
+        return [device for device in device_ids if device not in self._profiles]
+
+    def add_device(self, device_id: str, properties: Mapping[str, object]) -> None:
+        """Take in the profile that a device reported.
+
+        Raises
+        ------
+        InvalidProfile
+            The profile cannot be believed, or another device has the same name.
+        """
+        profile = DeviceProfile.from_properties(properties)
+        for other_id, other in self._profiles.items():
+            if other.name == profile.name and other_id != device_id:
+                raise InvalidProfile(
+                    f"name={profile.name!r} is taken by another device; give each "
+                    "device a name of its own."
+                )
+        self._profiles[device_id] = profile
+
+    # --- rounds ----------------------------------------------------------------------
+
+    def plan_round(self, server_round: int, device_ids: Iterable[str]) -> RoundPlan:
+        """Draw the channel and give out blocks and bandwidth.
+
+        Parameters
+        ----------
+        server_round
+            Round, from 1.
+        device_ids
+            Devices that are there; those without a known profile are left out.
+
+        Raises
+        ------
+        InfeasibleAllocation
+            The devices cannot compute all blocks.
+        """
+        known = [device for device in device_ids if device in self._profiles]
+        # Ids differ from run to run; names do not, and make runs repeatable.
+        known.sort(key=lambda device: self._profiles[device].name)
+        problem = self._problem(server_round, [self._profiles[d] for d in known])
+        allocation = allocate(problem, self._allocator)
+        allocation.check(problem)
+        assignments = {
+            known[row]: Assignment(
+                server_round=server_round,
+                block_index=int(block),
+                share=float(allocation.share[row]),
+                batch_size=self._batch_size,
+                codec=self._codec_name,
+                base_fingerprint=self._base_fingerprint,
+            )
+            for row, block in enumerate(allocation.block_of_device)
+            if block >= 0
+        }
+        return RoundPlan(server_round, tuple(known), problem, allocation, assignments)
+
+    def complete_round(
+        self, plan: RoundPlan, replies: Iterable[DeviceReply]
+    ) -> RoundRecord:
+        """Check the replies, assemble the gradient of those that hold, and step.
+
+        Parameters
+        ----------
+        plan
+            The round's plan.
+        replies
+            Replies received. Blocks without a usable one keep their values.
+
+        Returns
+        -------
+        RoundRecord
+            What happened, for the log.
+        """
+        updates: dict[str, BlockUpdate] = {}
+        reports: dict[str, UpdateReport] = {}
+        refusals: dict[str, str] = {}
+        refused: dict[str, int] = {}
+        for reply in replies:
+            try:
+                if reply.device_id in updates:
+                    raise UpdateRefused("duplicate", "the device replied before")
+                update, report = self._check_reply(plan, reply)
+            except UpdateRefused as refusal:
+                refused[refusal.reason] = refused.get(refusal.reason, 0) + 1
+                refusals.setdefault(reply.device_id, str(refusal))
+                continue
+            updates[reply.device_id] = update
+            reports[reply.device_id] = report
+        if updates:
+            # In the plan's order, so that the sum does not depend on who came first.
+            self._optimizer.step(
+                assemble_gradient(
+                    [updates[d] for d in plan.device_ids if d in updates]
+                )
+            )
+        self._wireless_s += plan.allocation.round_s
+        weights = [updates[device].num_examples for device in reports]
+        losses = [report.loss for report in reports.values()]
+        return RoundRecord(
+            server_round=plan.server_round,
+            num_devices=len(plan.device_ids),
+            round_s=plan.allocation.round_s,
+            bound_s=plan.allocation.bound_s,
+            wireless_s=self._wireless_s,
+            train_loss=float(np.average(losses, weights=weights)) if losses else None,
+            refused=refused,
+            blocks=self._block_records(plan, reports, refusals),
+        )
+
+    def state(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return the trainable parameters' current values, as views."""
+        return self._optimizer.state()
+
+    # --- parts -----------------------------------------------------------------------
+
+    def _problem(
+        self, server_round: int, profiles: Sequence[DeviceProfile]
+    ) -> AllocationProblem:
+        speed = np.array([profile.flops_per_s for profile in profiles])
+        memory_bytes = np.array([profile.memory_bytes for profile in profiles])
+        snr = rayleigh_snr(
+            [profile.snr_db for profile in profiles],
+            [profile.name for profile in profiles],
+            server_round=server_round,
+            seed=self._seed,
+        )
+        rate_bps = full_band_rate_bps(self._bandwidth_hz, snr)
+        return AllocationProblem(
+            self._costs.flops[None, :] / speed[:, None],  # [K, N]
+            self._costs.payload_bits[None, :] / rate_bps[:, None],
+            self._costs.memory_bytes[None, :] <= memory_bytes[:, None],
+            memory_bytes=memory_bytes,
+            required_memory_bytes=self._costs.memory_bytes,
+            constant_s=self._constant_s,
+        )
+
+    def _check_reply(
+        self, plan: RoundPlan, reply: DeviceReply
+    ) -> tuple[BlockUpdate, UpdateReport]:
+        """Return what a reply holds, or say why it is refused."""
+        assignment = plan.assignments.get(reply.device_id)
+        if assignment is None:
+            raise UpdateRefused("not-asked", "the device has no block this round")
+        try:
+            report = UpdateReport.from_record(reply.report)
+        except MalformedRecord as error:
+            raise UpdateRefused("malformed-report", str(error)) from None
+        if report.server_round != assignment.server_round:
+            raise UpdateRefused("late", f"answers round {report.server_round}")
+        if report.block_index != assignment.block_index:
+            raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
+        if report.update_kind != "gradient":
+            raise UpdateRefused("wrong-kind", f"holds {report.update_kind[:32]!r}")
+        if not 1 <= reply.num_examples <= assignment.batch_size:
+            raise UpdateRefused(
+                "wrong-examples",
+                f"claims {reply.num_examples} examples of {assignment.batch_size}",
+            )
+        names = self.partition.update_names(assignment.block_index)
+        if len(reply.tensors) != len(names):
+            raise UpdateRefused(
+                "wrong-count", f"{len(reply.tensors)} arrays instead of {len(names)}"
+            )
+        state = self._optimizer.state()
+        gradients: dict[str, npt.NDArray[np.float32]] = {}
+        for name, data in zip(names, reply.tensors, strict=True):
+            try:
+                wire = read_npy(
+                    data, shape=state[name].shape, dtype=self._codec.wire_dtype
+                )
+            except MalformedArray as error:
+                raise UpdateRefused("wrong-array", f"{name}: {error}") from None
+            gradient = self._codec.decode(wire)
+            if not np.isfinite(gradient).all():
+                raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
+            gradients[name] = gradient
+        return BlockUpdate(gradients, reply.num_examples), report
+
+    def _block_records(
+        self,
+        plan: RoundPlan,
+        reports: Mapping[str, UpdateReport],
+        refusals: Mapping[str, str],
+    ) -> tuple[BlockRecord, ...]:
+        records = []
+        upload_s = plan.allocation.upload_s(plan.problem)
+        for row, device in enumerate(plan.device_ids):
+            block = int(plan.allocation.block_of_device[row])
+            if block < 0:
+                continue
+            report = reports.get(device)
+            status = "accepted" if report else refusals.get(device, "no reply")
+            records.append(
+                BlockRecord(
+                    block_index=block,
+                    depth=self.partition.depth(block),
+                    device=self._profiles[device].name,
+                    share=float(plan.allocation.share[row]),
+                    compute_s=float(plan.problem.compute_s[row, block]),
+                    upload_s=float(upload_s[row]),
+                    measured_compute_s=report.compute_s if report else None,
+                    loss=report.loss if report else None,
+                    status=status,
+                )
+            )
+        return tuple(sorted(records, key=lambda record: record.block_index))

@@ -1,0 +1,118 @@
+"""What happened in a round: the record, its lines for a reader, its file for a machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """One device's part in a round; seconds as planned unless ``measured``."""
+
+    block_index: int
+    depth: int
+    device: str
+    share: float
+    compute_s: float
+    upload_s: float
+    measured_compute_s: float | None
+    loss: float | None
+    status: str
+
+    @property
+    def latency_s(self) -> float:
+        """Planned seconds from the assignment to the received gradient."""
+        return self.compute_s + self.upload_s
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round.
+
+    Parameters
+    ----------
+    server_round
+        Round, from 1.
+    num_devices
+        Devices K that the round could choose from.
+    round_s
+        Planned latency of the round.
+    bound_s
+        Lower bound of the best possible latency; nan if the allocator gives none.
+    wireless_s
+        Sum of ``round_s`` up to and with this round.
+    train_loss
+        Mean loss over the accepted updates' examples; None without any.
+    refused
+        Refused replies, counted by reason.
+    blocks
+        Each active device's part.
+    metrics
+        Evaluation of the model after this round, by metric; empty where none was made.
+    """
+
+    server_round: int
+    num_devices: int
+    round_s: float
+    bound_s: float
+    wireless_s: float
+    train_loss: float | None
+    refused: Mapping[str, int]
+    blocks: tuple[BlockRecord, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """Return the record as log lines."""
+        bound = "" if math.isnan(self.bound_s) else f", bound {self.bound_s:.3f} s"
+        loss = "none" if self.train_loss is None else f"{self.train_loss:.4f}"
+        lines = [
+            f"round {self.server_round}: latency {self.round_s:.3f} s{bound}, wireless "
+            f"time {self.wireless_s:.3f} s, {len(self.blocks)} of {self.num_devices} "
+            f"devices active, train loss {loss}"
+        ]
+        # Where the shares are the best ones, all devices finish together: no mark then.
+        latest = [b for b in self.blocks if b.latency_s > self.round_s * (1 - 1e-6)]
+        for block in self.blocks:
+            mark = " <- slowest" if [block] == latest else ""
+            status = "" if block.status == "accepted" else f" [{block.status}]"
+            lines.append(
+                f"  block {block.block_index:2d} depth {block.depth:2d} {block.device}: "
+                f"share {block.share:.4f}, compute {block.compute_s:.3f} s + upload "
+                f"{block.upload_s:.3f} s = {block.latency_s:.3f} s{mark}{status}"
+            )
+        if self.refused:
+            counts = ", ".join(f"{n} {why}" for why, n in sorted(self.refused.items()))
+            lines.append(f"  refused updates: {counts}")
+        return lines
+
+    def to_json(self) -> str:
+        """Return the record as one line of strict JSON; nan becomes null."""
+        values = asdict(self)
+        if math.isnan(self.bound_s):
+            values["bound_s"] = None
+        return json.dumps(values, allow_nan=False)
+
+
+class RoundLog:
+    """Appends records to a JSON-lines file.
+
+    Parameters
+    ----------
+    path
+        The file; its directory is made, and an older file there is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
+
+    def append(self, record: RoundRecord) -> None:
+        """Write one record."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")

@@ -1,0 +1,5 @@
+"""Flower strategies: thin adapters over one coordinator."""
+
+from lola_flwr.strategies.lola_deft import LoLaDeft
+
+__all__ = ["LoLaDeft"]
