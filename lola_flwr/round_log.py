@@ -1,5 +1,4 @@
-"""What happened in a round: the record, its lines for a reader, its file for a machine.
-"""
+"""What happened in a round: a record, as log lines and as a line of a JSON file."""
 
 from __future__ import annotations
 
@@ -52,6 +51,8 @@ class RoundRecord:
         Refused replies, counted by reason.
     blocks
         Each active device's part.
+    measured_strategy_s
+        Seconds that the server itself took to plan the round and to step the model.
     metrics
         Evaluation of the model after this round, by metric; empty where none was made.
     """
@@ -64,6 +65,7 @@ class RoundRecord:
     train_loss: float | None
     refused: Mapping[str, int]
     blocks: tuple[BlockRecord, ...]
+    measured_strategy_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -81,9 +83,10 @@ class RoundRecord:
             mark = " <- slowest" if [block] == latest else ""
             status = "" if block.status == "accepted" else f" [{block.status}]"
             lines.append(
-                f"  block {block.block_index:2d} depth {block.depth:2d} {block.device}: "
-                f"share {block.share:.4f}, compute {block.compute_s:.3f} s + upload "
-                f"{block.upload_s:.3f} s = {block.latency_s:.3f} s{mark}{status}"
+                f"  block {block.block_index:2d} depth {block.depth:2d} "
+                f"{block.device}: share {block.share:.4f}, compute "
+                f"{block.compute_s:.3f} s + upload {block.upload_s:.3f} s = "
+                f"{block.latency_s:.3f} s{mark}{status}"
             )
         if self.refused:
             counts = ", ".join(f"{n} {why}" for why, n in sorted(self.refused.items()))

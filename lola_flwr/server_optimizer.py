@@ -38,7 +38,9 @@ class ServerOptimizer:
         **options: Any,
     ) -> None:
         factory = getattr(torch.optim, optimizer, None)
-        if not (isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)):
+        if not (
+            isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)
+        ):
             raise UserError(
                 f"optimizer={optimizer!r} is not an optimizer of torch.optim; try "
                 "'AdamW' or 'SGD'."

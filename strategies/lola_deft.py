@@ -1,4 +1,4 @@
-"""LoLa-DEFT as a strategy of ``flwr.server.strategy`` (configure_fit, aggregate_fit)."""
+"""LoLa-DEFT as a ``flwr.server.strategy.Strategy``."""
 
 from __future__ import annotations
 
@@ -71,17 +71,16 @@ class LoLaDeft(FedAvg):
         if min_available_clients is None:
             min_available_clients = coordinator.partition.num_blocks
         fedavg_options.setdefault("fraction_evaluate", 0.0)
-        super().__init__(
-            min_available_clients=min_available_clients, **fedavg_options
-        )
+        super().__init__(min_available_clients=min_available_clients, **fedavg_options)
         self.coordinator = coordinator
         self._wait_s = wait_s
         self._on_round = on_round
         self._plan: RoundPlan | None = None
         self._record: RoundRecord | None = None
+        self._configure_s = 0.0
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
-        """Return the coordinator's values, in the order of the blocks, then the head."""
+        """Return the coordinator's values: the blocks from the input on, then the head."""
         return self._parameters()
 
     def configure_fit(
@@ -99,6 +98,7 @@ class LoLaDeft(FedAvg):
         try:
             clients = self._wait_for_clients(client_manager)
             self._ask_profiles(clients, server_round)
+            start = time.perf_counter()
             plan = self.coordinator.plan_round(server_round, clients)
         except UserError as error:
             if self._record is None:
@@ -109,10 +109,12 @@ class LoLaDeft(FedAvg):
         extra: Mapping[str, Scalar] = {}
         if self.on_fit_config_fn is not None:
             extra = self.on_fit_config_fn(server_round)
-        return [
+        instructions = [
             (clients[device], FitIns(parameters, {**extra, **assignment.to_record()}))
             for device, assignment in plan.assignments.items()
         ]
+        self._configure_s = time.perf_counter() - start
+        return instructions
 
     def aggregate_fit(
         self,
@@ -126,7 +128,8 @@ class LoLaDeft(FedAvg):
             log(WARNING, "round %s: a device failed: %s", server_round, reason)
         if self._plan is None:
             return None, {}
-        self._record = self.coordinator.complete_round(
+        start = time.perf_counter()
+        record = self.coordinator.complete_round(
             self._plan,
             [
                 DeviceReply(
@@ -138,21 +141,26 @@ class LoLaDeft(FedAvg):
                 for proxy, result in results
             ],
         )
-        for line in self._record.lines():
+        parameters = self._parameters()
+        aggregate_s = time.perf_counter() - start
+        self._record = replace(
+            record, measured_strategy_s=self._configure_s + aggregate_s
+        )
+        for line in record.lines():
             log(INFO, "%s", line)
         metrics: dict[str, Scalar] = {
-            "round_s": self._record.round_s,
-            "wireless_s": self._record.wireless_s,
-            "refused": sum(self._record.refused.values()),
+            "round_s": record.round_s,
+            "wireless_s": record.wireless_s,
+            "refused": sum(record.refused.values()),
         }
-        if self._record.train_loss is not None:
-            metrics["train_loss"] = self._record.train_loss
-        return self._parameters(), metrics
+        if record.train_loss is not None:
+            metrics["train_loss"] = record.train_loss
+        return parameters, metrics
 
     def evaluate(
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
-        """Evaluate on the server where an ``evaluate_fn`` was given; report the round."""
+        """Evaluate on the server, if an ``evaluate_fn`` was given; report the round."""
         result = super().evaluate(server_round, parameters)
         record = self._record
         if record is not None and record.server_round == server_round:

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+
+from lola_flwr.allocation import InfeasibleAllocation
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.coordinator import Coordinator, DeviceReply
+from lola_flwr.protocol import UpdateReport
+from lola_flwr.server_optimizer import ServerOptimizer
+from lola_flwr.system.costs import estimate_costs
+from lola_flwr.system.devices import InvalidProfile, simulated_device
+
+SHAPES = {
+    "embed.w": (9, 4),
+    **{f"layer.{n}.{name}": (4, 4) for n in range(3) for name in ("up", "down")},
+    "head.w": (2, 4),
+}
+PARTITION = partition_parameters(SHAPES)
+
+
+def make_coordinator(*, num_devices=4, batch_size=8, **options) -> Coordinator:
+    """A model of three small blocks, plain SGD with a rate of 1, simulated devices."""
+    costs = estimate_costs(SHAPES, PARTITION, batch_size=batch_size, sequence_length=4)
+    state = {name: np.ones(SHAPES[name], np.float32) for name in PARTITION.trainable}
+    coordinator = Coordinator(
+        partition=PARTITION,
+        costs=costs,
+        bandwidth_hz=1e6,
+        optimizer=ServerOptimizer(state, optimizer="SGD", lr=1.0),
+        base_fingerprint="base",
+        batch_size=batch_size,
+        **options,
+    )
+    for index in range(num_devices):
+        profile = simulated_device(index, seed=1)
+        coordinator.add_device(f"id-{index}", profile.to_properties())
+    return coordinator
+
+
+def npy(array) -> bytes:
+    stream = BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def honest_reply(plan, device_id, *, value=0.5, **changes) -> DeviceReply:
+    """What a device that does its work sends: a gradient of equal elements."""
+    block = plan.assignments[device_id].block_index
+    report = UpdateReport(
+        server_round=plan.server_round,
+        block_index=block,
+        update_kind="gradient",
+        loss=0.7,
+        compute_s=0.1,
+    )
+    names = PARTITION.update_names(block)
+    fields = {
+        "device_id": device_id,
+        "tensors": [npy(np.full(SHAPES[name], value, np.float32)) for name in names],
+        "num_examples": 8,
+        "report": report.to_record(),
+    }
+    return DeviceReply(**{**fields, **changes})
+
+
+def test_every_block_is_stepped_by_its_device():
+    coordinator = make_coordinator()
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    assert sorted(a.block_index for a in plan.assignments.values()) == [0, 1, 2]
+    assert sum(a.share for a in plan.assignments.values()) <= 1 + 1e-9
+
+    record = coordinator.complete_round(
+        plan,
+        [
+            honest_reply(plan, device, value=1 + assignment.block_index)
+            for device, assignment in plan.assignments.items()
+        ],
+    )
+
+    state = coordinator.state()
+    for block in range(3):
+        for name in PARTITION.blocks[block]:
+            np.testing.assert_allclose(state[name], 1 - (1 + block))
+    # The head is the mean of all three devices: 1 - (1 + 2 + 3) / 3.
+    np.testing.assert_allclose(state["head.w"], -1)
+    assert record.train_loss == pytest.approx(0.7)
+    assert record.refused == {}
+    assert [block.status for block in record.blocks] == ["accepted"] * 3
+    assert record.wireless_s == record.round_s == plan.allocation.round_s
+
+
+def test_a_missing_block_keeps_its_values():
+    coordinator = make_coordinator()
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    lost, *there = plan.assignments
+    record = coordinator.complete_round(plan, [honest_reply(plan, d) for d in there])
+    missing = plan.assignments[lost].block_index
+    for name in PARTITION.blocks[missing]:
+        np.testing.assert_array_equal(coordinator.state()[name], 1)
+    assert record.blocks[missing].status == "no reply"
+
+
+def bad_tensors(plan, device, array):
+    return [npy(array), *honest_reply(plan, device).tensors[1:]]
+
+
+BAD_REPLIES = {
+    "non-finite": lambda plan, d: {
+        "tensors": bad_tensors(plan, d, np.full((4, 4), np.nan, np.float32))
+    },
+    "wrong-array": lambda plan, d: {
+        "tensors": bad_tensors(plan, d, np.zeros((4, 5), np.float32))
+    },
+    "wrong-count": lambda plan, d: {"tensors": honest_reply(plan, d).tensors[:-1]},
+    "wrong-examples": lambda plan, d: {"num_examples": 9},
+    "late": lambda plan, d: {
+        "report": {**honest_reply(plan, d).report, "server-round": 0}
+    },
+    "wrong-block": lambda plan, d: {
+        "report": {**honest_reply(plan, d).report, "block-index": 7}
+    },
+    "wrong-kind": lambda plan, d: {
+        "report": {**honest_reply(plan, d).report, "update-kind": "weights"}
+    },
+    "malformed-report": lambda plan, d: {"report": {}},
+    "not-asked": lambda plan, d: {"device_id": "a stranger"},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_REPLIES)
+def test_a_bad_reply_is_refused_and_counted_and_the_round_goes_on(reason):
+    coordinator = make_coordinator()
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    bad, *good = plan.assignments
+    replies = [honest_reply(plan, device) for device in good]
+    changes = BAD_REPLIES[reason](plan, bad)
+    replies.append(replace(honest_reply(plan, bad), **changes))
+
+    record = coordinator.complete_round(plan, replies)
+
+    assert record.refused == {reason: 1}
+    state = coordinator.state()
+    refused_block = plan.assignments[bad].block_index
+    for block in range(3):
+        expected = 1.0 if block == refused_block else 0.5
+        for name in PARTITION.blocks[block]:
+            np.testing.assert_array_equal(state[name], expected)
+    assert f"1 {reason}" in "\n".join(record.lines())
+
+
+def test_a_second_reply_of_one_device_is_refused():
+    coordinator = make_coordinator()
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    replies = [honest_reply(plan, device) for device in plan.assignments]
+    record = coordinator.complete_round(plan, [*replies, replies[0]])
+    assert record.refused == {"duplicate": 1}
+    np.testing.assert_array_equal(coordinator.state()["head.w"], 0.5)
+
+
+def test_result_does_not_depend_on_the_order_of_arrival():
+    states = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        coordinator = make_coordinator()
+        plan = coordinator.plan_round(1, ["id-3", "id-2", "id-1", "id-0"])
+        values = dict(zip(sorted(plan.assignments), [0.1, 0.3, 0.7], strict=True))
+        replies = [
+            honest_reply(plan, device, value=values[device], num_examples=1 + 3 * i)
+            for i, device in enumerate(sorted(plan.assignments))
+        ]
+        coordinator.complete_round(plan, [replies[index] for index in order])
+        states.append(coordinator.state()["head.w"].copy())
+    np.testing.assert_array_equal(*states)
+
+
+def test_plans_depend_on_names_not_on_ids():
+    plans = []
+    for ids in (["a", "b", "c", "d"], ["z", "y", "x", "w"]):
+        coordinator = make_coordinator(num_devices=0)
+        for index, device_id in enumerate(ids):
+            profile = simulated_device(index, seed=1)
+            coordinator.add_device(device_id, profile.to_properties())
+        plans.append(coordinator.plan_round(5, reversed(ids)))
+    np.testing.assert_array_equal(
+        plans[0].allocation.block_of_device, plans[1].allocation.block_of_device
+    )
+    assert plans[0].allocation.round_s == plans[1].allocation.round_s
+
+
+def test_devices_are_asked_for_their_profile_once():
+    coordinator = make_coordinator(num_devices=2)
+    assert coordinator.unknown_devices(["id-0", "new", "id-1"]) == ["new"]
+    with pytest.raises(InvalidProfile, match="taken by another device"):
+        coordinator.add_device("new", simulated_device(0, seed=1).to_properties())
+
+
+def test_too_few_devices_say_so():
+    with pytest.raises(InfeasibleAllocation, match="2 for 3 blocks"):
+        make_coordinator().plan_round(1, ["id-0", "id-1", "unknown"])
+
+
+def test_memory_that_does_not_suffice_is_named():
+    coordinator = make_coordinator(num_devices=0, batch_size=4000)
+    small = {"flops-per-s": 1e9, "memory-bytes": 1e5, "snr-db": 10.0}
+    for index in range(3):
+        coordinator.add_device(str(index), {"name": f"d{index}", **small})
+    with pytest.raises(InfeasibleAllocation, match=r"block 0.*required_memory_bytes"):
+        coordinator.plan_round(1, ["0", "1", "2"])
+
+
+def test_records_are_strict_json():
+    coordinator = make_coordinator(allocator="random")
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    record = coordinator.complete_round(plan, [])
+    values = json.loads(record.to_json())
+    assert values["bound_s"] is None
+    assert values["train_loss"] is None
+    assert [block["status"] for block in values["blocks"]] == ["no reply"] * 3
+
+
+def test_constant_parts_of_the_round_count():
+    ids = ["id-0", "id-1", "id-2", "id-3"]
+    plain = make_coordinator().plan_round(1, ids)
+    longer = make_coordinator(broadcast_s=2.0, server_s=0.5).plan_round(1, ids)
+    assert longer.allocation.round_s == pytest.approx(plain.allocation.round_s + 2.5)
