@@ -1,0 +1,41 @@
+# Everything runs in one virtual environment; `make venv` makes it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+GLUE ?=
+
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: venv demo test test-all check bench clean
+
+venv: $(VENV)/.installed
+
+# torch comes first and pinned: a looser pin can pull gigabytes of CUDA libraries.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt \
+	  --editable '.[simulation,glue,offline,dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python simulations/run.py simulations/glue --devices 6
+
+test: venv
+	$(BIN)/python -m pytest
+
+test-all: venv
+	$(BIN)/python -m pytest -m ''
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest simulations/benchmarks -o python_files='bench_*.py'
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

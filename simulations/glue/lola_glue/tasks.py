@@ -1,0 +1,464 @@
+"""GLUE tasks by name: their data and their metrics.
+
+One list, `TASKS`, says everything about a task that the rest of the app needs: its
+labels, its metrics, its folder and columns in GLUE's TSV files, and its columns on
+the hub.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from lola_glue.acceptability import (
+    DEV_VOCABULARY,
+    TRAIN_VOCABULARY,
+    MinimalPair,
+    minimal_pairs,
+)
+from lola_glue.readers import (
+    Examples,
+    LabelCodec,
+    Labels,
+    TaskError,
+    TsvFormat,
+    read_hub,
+    read_tsv,
+)
+
+__all__ = [
+    "HUB",
+    "TASKS",
+    "Examples",
+    "Task",
+    "TaskError",
+    "find_task",
+    "load_task",
+    "score",
+    "score_by_group",
+]
+
+HUB = "hub"
+"""The ``data_dir`` that stands for GLUE on the Hugging Face hub."""
+
+
+@dataclass(frozen=True)
+class GlueSource:
+    """Where a GLUE task's data are.
+
+    Parameters
+    ----------
+    folder
+        Its folder in a GLUE directory.
+    layout
+        Format of its TSV files.
+    hub_config
+        Its name in the hub's ``nyu-mll/glue``.
+    hub_columns
+        Its sentence columns there.
+    dev_suffix
+        What GLUE adds to the name of the dev split.
+    """
+
+    folder: str
+    layout: TsvFormat
+    hub_config: str
+    hub_columns: tuple[str, ...]
+    dev_suffix: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its labels, its metrics and the source of its data.
+
+    Parameters
+    ----------
+    name
+        Canonical name, in lower case.
+    num_labels
+        Number of classes; 1 for a regression.
+    is_pair
+        Whether an example is two sentences.
+    metrics
+        Names of the metrics; the first is the primary one.
+    source
+        Where its data are; None if they are generated.
+    """
+
+    name: str
+    num_labels: int
+    is_pair: bool
+    metrics: tuple[str, ...]
+    source: GlueSource | None = None
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the label is a score rather than a class."""
+        return self.num_labels == 1
+
+    @property
+    def primary_metric(self) -> str:
+        """Give the metric that the task is judged by."""
+        return self.metrics[0]
+
+
+_MATTHEWS = ("matthews_correlation",)
+_ACCURACY = ("accuracy",)
+_ACCURACY_F1 = ("accuracy", "f1")
+_CORRELATIONS = ("pearson", "spearman")
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = LabelCodec(("entailment", "not_entailment"))
+
+# Class numbers, metrics and hub columns: https://huggingface.co/datasets/nyu-mll/glue
+_ALL_TASKS = (
+    Task("acceptability", 2, False, _ACCURACY),
+    Task(
+        "cola",
+        2,
+        False,
+        _MATTHEWS,
+        GlueSource(
+            "CoLA",
+            TsvFormat(
+                ("sentence", "label"), header=("source", "label", "note", "sentence")
+            ),
+            "cola",
+            ("sentence",),
+        ),
+    ),
+    Task(
+        "sst-2",
+        2,
+        False,
+        _ACCURACY,
+        GlueSource("SST-2", TsvFormat(("sentence", "label")), "sst2", ("sentence",)),
+    ),
+    Task(
+        "mrpc",
+        2,
+        True,
+        _ACCURACY_F1,
+        GlueSource(
+            "MRPC", TsvFormat(("#1 String", "#2 String", "Quality")), "mrpc", _PAIR
+        ),
+    ),
+    Task(
+        "qqp",
+        2,
+        True,
+        _ACCURACY_F1,
+        GlueSource(
+            "QQP",
+            TsvFormat(("question1", "question2", "is_duplicate"), max_bad_rows=10),
+            "qqp",
+            ("question1", "question2"),
+        ),
+    ),
+    Task(
+        "sts-b",
+        1,
+        True,
+        _CORRELATIONS,
+        GlueSource(
+            "STS-B", TsvFormat((*_PAIR, "score"), LabelCodec(())), "stsb", _PAIR
+        ),
+    ),
+    Task(
+        "mnli",
+        3,
+        True,
+        _ACCURACY,
+        GlueSource(
+            "MNLI",
+            TsvFormat(
+                (*_PAIR, "gold_label"),
+                LabelCodec(("entailment", "neutral", "contradiction")),
+            ),
+            "mnli",
+            ("premise", "hypothesis"),
+            dev_suffix="_matched",
+        ),
+    ),
+    Task(
+        "qnli",
+        2,
+        True,
+        _ACCURACY,
+        GlueSource(
+            "QNLI",
+            TsvFormat(("question", "sentence", "label"), _ENTAILMENT),
+            "qnli",
+            ("question", "sentence"),
+        ),
+    ),
+    Task(
+        "rte",
+        2,
+        True,
+        _ACCURACY,
+        GlueSource("RTE", TsvFormat((*_PAIR, "label"), _ENTAILMENT), "rte", _PAIR),
+    ),
+    Task(
+        "wnli",
+        2,
+        True,
+        _ACCURACY,
+        GlueSource("WNLI", TsvFormat((*_PAIR, "label")), "wnli", _PAIR),
+    ),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _ALL_TASKS}
+"""Every task by its canonical name."""
+
+
+def _spelling_key(name: str) -> str:
+    """Drop what spellings of one task differ in: SST-2, sst2 and sst_2 are one."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def find_task(name: str) -> Task:
+    """Find a task by its name, in any case, with or without hyphen.
+
+    Parameters
+    ----------
+    name
+        Canonical name, or GLUE's or the hub's spelling.
+
+    Returns
+    -------
+    The task.
+
+    Raises
+    ------
+    TaskError
+        If there is no such task; names the nearest one.
+    """
+    by_key = {_spelling_key(task): task for task in TASKS}
+    key = _spelling_key(name)
+    if key in by_key:
+        return TASKS[by_key[key]]
+    nearest = difflib.get_close_matches(key, by_key, n=1)
+    hint = f'Did you mean "{by_key[nearest[0]]}"? ' if nearest else ""
+    raise TaskError(
+        f"Unknown task: task={name!r}. {hint}Use one of {', '.join(TASKS)}."
+    )
+
+
+def _pair_examples(pairs: tuple[MinimalPair, ...], seed: int) -> Examples:
+    """Both members of each pair as separate examples, in random order."""
+    rows = [
+        (sentence, label, pair.phenomenon)
+        for pair in pairs
+        for sentence, label in ((pair.acceptable, 1), (pair.unacceptable, 0))
+    ]
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return Examples(
+        sentences=tuple((rows[i][0], None) for i in order),
+        labels=np.asarray([rows[i][1] for i in order], dtype=np.int64),
+        groups=tuple(rows[i][2] for i in order),
+    )
+
+
+def _generate(num_examples: int, field: str, seed: int) -> Examples:
+    """Generate one split of the acceptability task."""
+    if num_examples < 2 or num_examples % 2:
+        raise TaskError(
+            f"Uneven split: {field}={num_examples} examples, must be even and "
+            "positive (each pair gives one of either label). Change it by one."
+        )
+    is_train = field == "num_train"
+    vocabulary = TRAIN_VOCABULARY if is_train else DEV_VOCABULARY
+    try:
+        # The vocabularies do not overlap, so one seed for both splits is safe.
+        pairs = minimal_pairs(vocabulary, num_examples // 2, seed)
+    except ValueError as error:
+        raise TaskError(f"{field}={num_examples}: {error}") from error
+    return _pair_examples(pairs, seed)
+
+
+def load_task(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    num_train: int = 4000,
+    num_dev: int = 600,
+    seed: int = 0,
+) -> tuple[Task, Examples, Examples]:
+    """Load a task with its training and dev examples.
+
+    Parameters
+    ----------
+    name
+        Name of the task, as `find_task` takes it.
+    data_dir
+        A GLUE directory in the standard layout, or "hub"; None (or "") only for
+        "acceptability", which has no use for it.
+    num_train, num_dev
+        Sizes of the generated splits of "acceptability"; other tasks are read whole.
+    seed
+        Seed of the generated sentences.
+
+    Returns
+    -------
+    The task, its training examples, its dev examples.
+
+    Raises
+    ------
+    TaskError
+        If the task is unknown or its data cannot be read.
+    """
+    task = find_task(name)
+    source = task.source
+    if source is None:
+        train = _generate(num_train, "num_train", seed)
+        return task, train, _generate(num_dev, "num_dev", seed)
+    if not data_dir:
+        raise TaskError(
+            f"No data: task={task.name!r} needs data-dir. Give a GLUE directory with "
+            f'data-dir="...", or data-dir="{HUB}" to download it, or use '
+            'task="acceptability", which needs no data.'
+        )
+    if str(data_dir) == HUB:
+        codec = source.layout.labels
+        train, dev = (
+            read_hub(source.hub_config, source.hub_columns, split, codec)
+            for split in ("train", f"validation{source.dev_suffix}")
+        )
+        return task, train, dev
+    folder = _task_folder(Path(data_dir).expanduser(), source.folder)
+    train, dev = (
+        read_tsv(folder / f"{split}.tsv", source.layout)
+        for split in ("train", f"dev{source.dev_suffix}")
+    )
+    return task, train, dev
+
+
+def _task_folder(data_dir: Path, folder: str) -> Path:
+    """Find the task's folder in a GLUE directory, in any case."""
+    if not data_dir.is_dir():
+        raise TaskError(
+            f"Directory missing: data-dir={str(data_dir)!r} is not a directory. Give "
+            f'the GLUE directory that holds {folder}, or task="acceptability".'
+        )
+    try:
+        entries = sorted(data_dir.iterdir())
+    except OSError as error:
+        raise TaskError(
+            f"Directory cannot be read: data-dir={str(data_dir)!r} "
+            f"({error.strerror}). Check its permissions."
+        ) from error
+    for entry in entries:
+        if entry.name.lower() == folder.lower():
+            return entry
+    raise TaskError(
+        f"Directory missing: data-dir={str(data_dir)!r} holds no {folder}. Put "
+        f"{folder}'s TSV files there, or choose another task."
+    )
+
+
+def _correlation(
+    statistic: Callable[..., tuple[float, float]], first: Labels, second: Labels
+) -> float:
+    """Correlate; 0 where a side is constant, which predicts nothing of the other."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(statistic(first, second)[0])
+
+
+def _f1(labels: Labels, predicted: Labels) -> float:
+    """F1 of class 1; 0 where it is neither predicted nor there."""
+    return float(f1_score(labels, predicted, zero_division=0.0))
+
+
+# sklearn's matthews_corrcoef is 0 for constant predictions.
+_METRICS: dict[str, Callable[[Labels, Labels], float]] = {
+    "accuracy": lambda labels, predicted: float(accuracy_score(labels, predicted)),
+    "f1": _f1,
+    "matthews_correlation": lambda labels, predicted: float(
+        matthews_corrcoef(labels, predicted)
+    ),
+    "pearson": lambda labels, predicted: _correlation(pearsonr, labels, predicted),
+    "spearman": lambda labels, predicted: _correlation(spearmanr, labels, predicted),
+}
+
+
+def _predict(task: Task, logits: npt.ArrayLike, num_examples: int) -> Labels:
+    """Turn logits into classes, or into scores; [M]."""
+    values = np.asarray(logits, dtype=np.float64)
+    if values.shape != (num_examples, task.num_labels):
+        raise ValueError(
+            f"Shape mismatch: logits is {list(values.shape)} but task={task.name!r} "
+            f"and the labels need [{num_examples}, {task.num_labels}]."
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"Not finite: logits of {np.count_nonzero(~np.isfinite(values))} entries "
+            "are nan or inf. Lower the learning rate."
+        )
+    if task.is_regression:
+        return values[:, 0]
+    return np.asarray(values.argmax(axis=1), dtype=np.int64)
+
+
+def score(task: Task, logits: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
+    """Compute the task's metrics.
+
+    Parameters
+    ----------
+    task
+        The task.
+    logits
+        The model's output, shape [M, num_labels]; [M, 1] for a regression.
+    labels
+        The true labels, shape [M].
+
+    Returns
+    -------
+    Metric by name, the primary one first. None is ever nan: a Matthews, Pearson or
+    Spearman correlation is 0 where predictions or labels are constant. It is
+    undefined there; 0 is its value for a prediction that tells nothing of the label,
+    and a run goes on.
+
+    Raises
+    ------
+    ValueError
+        If there are no examples, the shapes do not match or a logit is not finite.
+    """
+    truth = np.asarray(labels)
+    if truth.size == 0:
+        raise ValueError("No examples: labels is empty. Give at least one example.")
+    predicted = _predict(task, logits, len(truth))
+    return {name: _METRICS[name](truth, predicted) for name in task.metrics}
+
+
+def score_by_group(
+    task: Task, logits: npt.ArrayLike, examples: Examples
+) -> dict[str, float]:
+    """Compute the primary metric of each group of examples.
+
+    Parameters
+    ----------
+    task
+        The task.
+    logits
+        The model's output for all examples, shape [M, num_labels].
+    examples
+        The M examples.
+
+    Returns
+    -------
+    The metric by group, groups in alphabetical order; empty if there are none.
+    """
+    values, groups = np.asarray(logits), np.asarray(examples.groups)
+    return {
+        str(group): score(
+            task, values[groups == group], examples.labels[groups == group]
+        )[task.primary_metric]
+        for group in np.unique(groups)
+    }

@@ -1,0 +1,485 @@
+"""GLUE's file formats, the hub's, what is refused, and the metrics."""
+
+import csv
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lola_glue.readers import LabelCodec, TsvFormat, read_tsv
+from lola_glue.tasks import (
+    TASKS,
+    Examples,
+    TaskError,
+    find_task,
+    load_task,
+    score,
+    score_by_group,
+)
+
+# Two rows of each task as its files have them: made-up sentences, GLUE's own layout.
+STS_B_HEADER = (
+    "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\t"
+    "sentence1\tsentence2\tscore"
+)
+MNLI_START = (
+    "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\t"
+    "sentence2_binary_parse\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2"
+)
+MNLI_ROW = "1\t2\t3\tfiction\t( a )\t( b )\t(ROOT a)\t(ROOT b)"
+FILES = {
+    "cola": "gj04\t1\t\tHe sings.\nks08\t0\t*\tSings he the.\n",
+    "sst-2": "sentence\tlabel\na warm film \t1\ndull \t0\n",
+    "mrpc": (
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+        '1\t10\t20\tHe said " yes .\t" Yes , " he said .\n'
+        "0\t11\t21\tStocks fell .\tIt rained .\n"
+    ),
+    "qqp": (
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+        "1\t2\t3\tWhy?\tWhat for?\t1\n4\t5\t6\tWho?\tWhen?\t0\n"
+    ),
+    "sts-b": (
+        f"{STS_B_HEADER}\n"
+        "0\tnews\tf\t2012\t1\tnone\tnone\tA plane.\tA jet.\t5.000\n"
+        "1\tnews\tf\t2012\t2\tnone\tnone\tA man.\tA cat.\t0.25\n"
+    ),
+    "mnli": (
+        f"{MNLI_START}\tlabel1\tgold_label\n"
+        f"{MNLI_ROW}\tIt rains.\tIt is wet.\tneutral\tentailment\n"
+        f"{MNLI_ROW}\tIt rains.\tIt is dry.\tneutral\tcontradiction\n"
+    ),
+    "qnli": (
+        "index\tquestion\tsentence\tlabel\n"
+        "0\tWho came?\tAnn came.\tentailment\n1\tWho?\tIt rains.\tnot_entailment\n"
+    ),
+    "rte": (
+        "index\tsentence1\tsentence2\tlabel\n"
+        "0\tAnn came.\tSomeone came.\tentailment\n"
+        "1\tIt rains.\tSomeone came.\tnot_entailment\n"
+    ),
+    "wnli": (
+        "index\tsentence1\tsentence2\tlabel\n0\tIt fell.\tA fell.\t1\n1\tB.\tC.\t0\n"
+    ),
+}
+EXPECTED = {
+    "cola": ([("He sings.", None), ("Sings he the.", None)], [1, 0]),
+    "sst-2": ([("a warm film ", None), ("dull ", None)], [1, 0]),
+    "mrpc": (
+        [('He said " yes .', '" Yes , " he said .'), ("Stocks fell .", "It rained .")],
+        [1, 0],
+    ),
+    "qqp": ([("Why?", "What for?"), ("Who?", "When?")], [1, 0]),
+    "sts-b": ([("A plane.", "A jet."), ("A man.", "A cat.")], [5.0, 0.25]),
+    # The hub's numbers: entailment 0, neutral 1, contradiction 2.
+    "mnli": ([("It rains.", "It is wet."), ("It rains.", "It is dry.")], [0, 2]),
+    "qnli": ([("Who came?", "Ann came."), ("Who?", "It rains.")], [0, 1]),
+    "rte": ([("Ann came.", "Someone came."), ("It rains.", "Someone came.")], [0, 1]),
+    "wnli": ([("It fell.", "A fell."), ("B.", "C.")], [1, 0]),
+}
+GLUE_TASKS = tuple(FILES)
+
+
+def write_task(data_dir: Path, name: str, train: str, dev: str | None = None) -> Path:
+    """Write a task's two files as bytes, so that line ends stay as given."""
+    source = TASKS[name].source
+    assert source is not None
+    folder = data_dir / source.folder
+    folder.mkdir(exist_ok=True)
+    (folder / "train.tsv").write_bytes(train.encode())
+    dev_name = f"dev{source.dev_suffix}.tsv"
+    (folder / dev_name).write_bytes((train if dev is None else dev).encode())
+    return folder
+
+
+def refused(*arguments, match: str, **options) -> str:
+    """The message of the error that `load_task` must raise."""
+    with pytest.raises(TaskError, match=match) as caught:
+        load_task(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+class TestFindTask:
+    @pytest.mark.parametrize("name", TASKS)
+    def test_canonical_name(self, name):
+        assert find_task(name).name == name
+
+    @pytest.mark.parametrize(
+        ("spelling", "name"),
+        [
+            ("CoLA", "cola"),
+            ("SST-2", "sst-2"),
+            ("sst2", "sst-2"),
+            ("STS-B", "sts-b"),
+            ("stsb", "sts-b"),
+            ("MNLI", "mnli"),
+            ("Acceptability", "acceptability"),
+        ],
+    )
+    def test_other_spellings(self, spelling, name):
+        assert find_task(spelling).name == name
+
+    def test_unknown_task_names_the_nearest(self):
+        with pytest.raises(TaskError, match=r"task='colla'.*\"cola\""):
+            find_task("colla")
+
+    @pytest.mark.parametrize("name", ["zzz", "", "--", "\n"])
+    def test_unknown_task_lists_all(self, name):
+        with pytest.raises(TaskError, match="acceptability, cola, sst-2") as caught:
+            find_task(name)
+        assert "\n" not in str(caught.value)
+
+    def test_facts_of_the_tasks(self):
+        # Table 1 of https://arxiv.org/abs/1804.07461 (GLUE).
+        assert TASKS["cola"].primary_metric == "matthews_correlation"
+        assert TASKS["sts-b"].metrics == ("pearson", "spearman")
+        assert TASKS["sts-b"].is_regression
+        assert TASKS["mnli"].num_labels == 3
+        for name in ("mrpc", "qqp"):
+            assert TASKS[name].metrics == ("accuracy", "f1")
+        single = {name for name, task in TASKS.items() if not task.is_pair}
+        assert single == {"acceptability", "cola", "sst-2"}
+
+
+class TestDirectory:
+    @pytest.mark.parametrize("name", GLUE_TASKS)
+    @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+    def test_reads_each_format(self, tmp_path, name, line_end):
+        write_task(tmp_path, name, FILES[name].replace("\n", line_end))
+        task, train, dev = load_task(name, tmp_path)
+        sentences, labels = EXPECTED[name]
+        for split in (train, dev):
+            assert list(split.sentences) == sentences
+            assert split.labels.tolist() == labels
+            assert split.labels.dtype == (np.float64 if name == "sts-b" else np.int64)
+            assert all((second is not None) == task.is_pair for _, second in sentences)
+
+    def test_train_and_dev_are_not_swapped(self, tmp_path):
+        write_task(tmp_path, "cola", "a\t1\t\tTrain.\n", "a\t0\t\tDev.\n")
+        _, train, dev = load_task("CoLA", str(tmp_path))
+        assert train.sentences == (("Train.", None),)
+        assert dev.sentences == (("Dev.", None),)
+
+    def test_columns_are_found_by_name(self, tmp_path):
+        write_task(
+            tmp_path, "rte", "label\tsentence2\tx\tsentence1\nentailment\tb\t\ta"
+        )
+        _, train, _ = load_task("rte", tmp_path)
+        assert train.sentences == (("a", "b"),)
+
+    def test_mnli_dev_with_five_annotators(self, tmp_path):
+        header = "\t".join(f"label{i}" for i in range(1, 6))
+        dev = f"{MNLI_START}\t{header}\tgold_label\n" + "\t".join(
+            [MNLI_ROW, "A.", "B.", *["neutral"] * 5, "contradiction\n"]
+        )
+        write_task(tmp_path, "mnli", FILES["mnli"], dev)
+        assert load_task("mnli", tmp_path)[2].labels.tolist() == [2]
+
+    def test_folder_in_another_case(self, tmp_path):
+        write_task(tmp_path, "cola", FILES["cola"]).rename(tmp_path / "cola")
+        assert len(load_task("cola", tmp_path)[1]) == 2
+
+    def test_line_breaks_of_unicode_stay_inside_the_sentence(self, tmp_path):
+        sentence = "one\x85two\u2028three\x0bfour\x0cfive\x1csix"
+        write_task(tmp_path, "cola", f"a\t1\t\t{sentence}\nb\t0\t\tnext\n")
+        assert load_task("cola", tmp_path)[1].sentences[0] == (sentence, None)
+
+    def test_missing_last_line_end_and_blank_lines(self, tmp_path):
+        write_task(tmp_path, "cola", "a\t1\t\tFirst.\n\n\r\nb\t0\t\tLast.")
+        assert len(load_task("cola", tmp_path)[1]) == 2
+
+    def test_qqp_leaves_out_its_few_malformed_rows(self, tmp_path, caplog):
+        # The official train.tsv has rows broken over two lines.
+        write_task(tmp_path, "qqp", f"{FILES['qqp']}7\t8\t9\tBroken\n\t?\t0\n")
+        _, train, _ = load_task("qqp", tmp_path)
+        assert len(train) == 2
+        assert "malformed lines [4, 5]" in caplog.text
+
+    def test_qqp_with_many_malformed_rows_is_refused(self, tmp_path):
+        write_task(tmp_path, "qqp", FILES["qqp"] + "7\t8\n" * 11)
+        refused("qqp", tmp_path, match="line 14: expected 6 tab-separated fields")
+
+
+class TestRefusals:
+    def test_no_data_dir_names_the_options(self):
+        refused("cola", match=r'data-dir="hub".*task="acceptability"')
+
+    @pytest.mark.parametrize("data_dir", [None, ""])
+    def test_acceptability_needs_no_data_dir(self, data_dir):
+        assert len(load_task("acceptability", data_dir, num_train=4, num_dev=2)[2]) == 2
+
+    def test_missing_directory(self, tmp_path):
+        refused("cola", tmp_path / "none", match="none' is not a directory")
+
+    def test_missing_task_folder(self, tmp_path):
+        refused("cola", tmp_path, match="holds no CoLA")
+
+    def test_missing_file(self, tmp_path):
+        folder = write_task(tmp_path, "cola", FILES["cola"])
+        (folder / "dev.tsv").unlink()
+        refused("cola", tmp_path, match=r"dev\.tsv \(No such file")
+
+    def test_directory_in_the_place_of_a_file(self, tmp_path):
+        folder = write_task(tmp_path, "cola", FILES["cola"])
+        (folder / "dev.tsv").unlink()
+        (folder / "dev.tsv").mkdir()
+        refused("cola", tmp_path, match=r"dev\.tsv \(Is a directory")
+
+    @pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
+    def test_empty_file(self, tmp_path, content):
+        write_task(tmp_path, "cola", content)
+        refused("cola", tmp_path, match=r"Empty file: .*train\.tsv")
+
+    def test_file_without_any_line_where_a_header_belongs(self, tmp_path):
+        write_task(tmp_path, "rte", "")
+        refused("rte", tmp_path, match=r"Empty file: .*train\.tsv")
+
+    def test_header_without_rows(self, tmp_path):
+        write_task(tmp_path, "sst-2", "sentence\tlabel\n")
+        refused("sst-2", tmp_path, match=r"Empty file: .*train\.tsv")
+
+    def test_missing_column(self, tmp_path):
+        write_task(tmp_path, "sst-2", "text\tlabel\nfine\t1\n")
+        refused("sst-2", tmp_path, match="line 1: expected 'sentence'.*found 'text'")
+
+    @pytest.mark.parametrize(
+        ("row", "problem"),
+        [
+            ("a\t1\tNo note.", r"expected 4 .*found 3"),
+            ("a\t1\t\tTab\tinside.", r"expected 4 .*found 5"),
+            ("a\t1\t\t ", "expected a sentence in 'sentence', found nothing"),
+        ],
+    )
+    def test_malformed_row_names_file_and_line(self, tmp_path, row, problem):
+        write_task(tmp_path, "cola", f"{FILES['cola']}\n{row}\n")
+        # Two good lines and a blank one precede it.
+        refused("cola", tmp_path, match=rf"train\.tsv, line 4: {problem}")
+
+    @pytest.mark.parametrize(
+        ("name", "row", "expected"),
+        [
+            ("cola", "a\t2\t\tWords.", "0 or 1, found '2'"),
+            ("cola", "a\t\t\tWords.", "0 or 1, found ''"),
+            ("rte", "9\ta\tb\t1", "entailment or not_entailment, found '1'"),
+            *(
+                (
+                    "sts-b",
+                    f"9\tg\tf\ty\t1\ts\ts\ta\tb\t{value}",
+                    f"a number from 0 to 5, found '{value}'",
+                )
+                for value in ("5.1", "-1", "nan", "high")
+            ),
+        ],
+    )
+    def test_bad_label(self, tmp_path, name, row, expected):
+        write_task(tmp_path, name, f"{FILES[name]}{row}\n")
+        line = FILES[name].count("\n") + 1
+        refused(name, tmp_path, match=f"line {line}: expected {expected}")
+
+    def test_not_utf8(self, tmp_path):
+        folder = write_task(tmp_path, "cola", FILES["cola"])
+        (folder / "train.tsv").write_bytes(b"a\t1\t\tcaf\xe9\n")
+        refused("cola", tmp_path, match="not UTF-8: .*byte 0xe9")
+
+    def test_field_beyond_the_csv_limit(self, tmp_path):
+        long = "x" * (csv.field_size_limit() + 1)
+        write_task(tmp_path, "cola", f"{FILES['cola']}a\t1\t\t{long}\n")
+        refused("cola", tmp_path, match="line 3: field larger than field limit")
+
+
+@pytest.fixture(scope="module")
+def scratch_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("tsv") / "train.tsv"
+
+
+class TestParserProperties:
+    @pytest.mark.parametrize("name", ["cola", "mrpc", "sts-b"])
+    @given(data=st.data())
+    @settings(
+        max_examples=60,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    def test_any_bytes_give_examples_or_a_task_error(self, scratch_file, name, data):
+        source = TASKS[name].source
+        assert source is not None
+        start = FILES[name].encode() if data.draw(st.booleans()) else b""
+        piece = st.one_of(
+            st.binary(max_size=20),
+            st.sampled_from([b"\t", b"\n", b"\r", b'"', b"\x00", b"1", b"a\t1\t\tb\n"]),
+        )
+        scratch_file.write_bytes(start + b"".join(data.draw(st.lists(piece))))
+        try:
+            examples = read_tsv(scratch_file, source.layout)
+        except TaskError as error:
+            message = str(error)
+            assert str(scratch_file) in message
+            assert "\n" not in message and "\r" not in message
+        else:
+            assert len(examples) > 0
+            assert all(first.strip() for first, _ in examples.sentences)
+
+    @given(
+        sentences=st.lists(
+            st.text(
+                st.characters(exclude_characters="\t\n\r", exclude_categories=["Cs"]),
+                min_size=1,
+            ).filter(str.strip),
+            min_size=1,
+        )
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_any_sentence_without_tab_or_line_end_comes_back(
+        self, scratch_file, sentences
+    ):
+        lines = ["sentence\tlabel", *(f"{sentence}\t1" for sentence in sentences)]
+        scratch_file.write_bytes("\n".join(lines).encode())
+        examples = read_tsv(scratch_file, TsvFormat(("sentence", "label")))
+        assert [first for first, _ in examples.sentences] == sentences
+
+
+class TestHub:
+    def test_asks_for_the_hubs_names(self, monkeypatch):
+        calls = []
+
+        def load_dataset(*arguments, **options):
+            calls.append((*arguments, options["split"]))
+            rows = {"premise": ["A."], "hypothesis": ["B."], "label": [2]}
+            return datasets.Dataset.from_dict(rows)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        _, train, _ = load_task("mnli", "hub")
+        assert calls == [
+            ("nyu-mll/glue", "mnli", "train"),
+            ("nyu-mll/glue", "mnli", "validation_matched"),
+        ]
+        assert train.sentences == (("A.", "B."),)
+        assert train.labels.tolist() == [2]
+
+    def test_labels_keep_their_kind(self, monkeypatch):
+        rows = {"sentence1": ["A."], "sentence2": ["B."], "label": [1]}
+        monkeypatch.setattr(
+            datasets,
+            "load_dataset",
+            lambda *_, **__: datasets.Dataset.from_dict(rows),
+        )
+        assert load_task("rte", "hub")[1].labels.dtype == np.int64
+        assert load_task("sts-b", "hub")[1].labels.dtype == np.float64
+
+    def test_unreachable_names_the_offline_options(self, monkeypatch):
+        def load_dataset(*_, **__):
+            raise ConnectionError("Couldn't reach\nthe Hub")
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        message = refused("rte", "hub", match="Hub unreachable: task='rte'")
+        assert 'data-dir="' in message
+        assert 'task="acceptability"' in message
+
+
+class TestExamples:
+    def test_parts_must_match(self):
+        with pytest.raises(ValueError, match=r"labels is \[2\]"):
+            Examples((("a", None),), np.array([0, 1]))
+        with pytest.raises(ValueError, match="groups=2"):
+            Examples((("a", None),), np.array([0]), ("x", "y"))
+
+
+class TestLabelCodec:
+    def test_every_name_decodes_to_its_class(self):
+        codec = LabelCodec(("no", "yes"))
+        assert [codec.decode(text) for text in ("no", "yes", "No")] == [0, 1, None]
+
+    def test_regression_bounds_are_inclusive(self):
+        codec = LabelCodec(())
+        assert [codec.decode(text) for text in ("0", "5", "5.01")] == [0.0, 5.0, None]
+
+
+def one_hot(classes: list[int], num_labels: int = 2) -> np.ndarray:
+    return np.eye(num_labels)[classes]
+
+
+class TestScore:
+    def test_accuracy_and_f1_by_hand(self):
+        # Two true positives, one false positive, one false negative:
+        # accuracy 2/4, F1 = 2*2 / (2*2 + 1 + 1).
+        result = score(TASKS["mrpc"], one_hot([1, 1, 1, 0]), [1, 1, 0, 1])
+        assert list(result) == ["accuracy", "f1"]
+        assert result == pytest.approx({"accuracy": 0.5, "f1": 2 / 3})
+
+    def test_matthews_by_hand(self):
+        # tp=2 tn=1 fp=1 fn=0: (2*1 - 1*0) / sqrt(3*2*2*1).
+        result = score(TASKS["cola"], one_hot([1, 1, 1, 0]), [1, 1, 0, 0])
+        assert result == pytest.approx({"matthews_correlation": 2 / np.sqrt(12)})
+
+    def test_three_classes(self):
+        result = score(TASKS["mnli"], one_hot([0, 1, 2, 2], 3), [0, 1, 2, 0])
+        assert result == {"accuracy": 0.75}
+
+    def test_correlations_by_hand(self):
+        # Ranks agree fully; Pearson of (1,2,3) and (1,4,9):
+        # 8 / sqrt(2 * 98/3).
+        logits, labels = [[1.0], [4.0], [9.0]], [1.0, 2.0, 3.0]
+        assert score(TASKS["sts-b"], logits, labels) == pytest.approx(
+            {"pearson": 8 / np.sqrt(2 * 98 / 3), "spearman": 1.0}
+        )
+
+    @pytest.mark.parametrize("name", TASKS)
+    def test_constant_predictions_give_finite_python_floats(self, name):
+        task = TASKS[name]
+        logits = np.zeros((4, task.num_labels), dtype=np.float32)
+        result = score(task, logits, np.array([0, 1, 0, 1]))
+        assert tuple(result) == task.metrics
+        assert all(type(value) is float for value in result.values())
+        for metric in ("matthews_correlation", "pearson", "spearman", "f1"):
+            assert result.get(metric, 0.0) == 0.0
+
+    def test_f1_without_any_positive_is_zero(self):
+        assert score(TASKS["mrpc"], one_hot([0, 0]), [0, 0])["f1"] == 0.0
+
+    def test_constant_labels_give_no_nan(self):
+        assert score(TASKS["sts-b"], [[0.0], [1.0]], [3.0, 3.0])["pearson"] == 0.0
+
+    @pytest.mark.parametrize(
+        ("logits", "labels", "message"),
+        [
+            (np.zeros((3, 1)), [0, 1, 0], r"\[3, 1\] .*\[3, 2\]"),
+            (np.zeros((2, 2)), [0, 1, 0], r"\[2, 2\] .*\[3, 2\]"),
+            (np.full((1, 2), np.nan), [0], "Not finite"),
+            (np.zeros((0, 2)), [], "No examples"),
+        ],
+    )
+    def test_unusable_logits_are_refused(self, logits, labels, message):
+        with pytest.raises(ValueError, match=message):
+            score(TASKS["cola"], logits, labels)
+
+
+class TestScoreByGroup:
+    def test_each_group_by_itself(self):
+        examples = Examples(
+            (("a", None),) * 4, np.array([1, 1, 0, 0]), ("x", "y", "y", "x")
+        )
+        result = score_by_group(TASKS["acceptability"], one_hot([1, 0, 0, 0]), examples)
+        assert result == {"x": 1.0, "y": 0.5}
+
+    def test_no_groups(self):
+        examples = Examples((("a", None),), np.array([1]))
+        assert score_by_group(TASKS["cola"], one_hot([1]), examples) == {}
+
+
+@pytest.mark.skipif("LOLA_GLUE_DIR" not in os.environ, reason="LOLA_GLUE_DIR is unset")
+class TestRealFiles:
+    @pytest.mark.parametrize(
+        ("name", "num_train", "num_dev"),
+        # Sizes of nyu-mll/glue. Copies of MRPC differ (each user builds the files from
+        # Microsoft's download): one in use has 3667 training rows.
+        [("cola", 8551, 1043), ("sst-2", 67349, 872), ("mrpc", 3668, 408)],
+    )
+    def test_sizes(self, name, num_train, num_dev):
+        _, train, dev = load_task(name, os.environ["LOLA_GLUE_DIR"])
+        assert num_train - 5 <= len(train) <= num_train
+        assert len(dev) == num_dev

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wheel_contributes_one_import_name(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = archive.namelist()
+    top_level = {name.split("/")[0] for name in files}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {
+        "lola_flwr"
+    }
+    for module in ("clients/block_client", "strategies/lola_deft", "allocation/crunch"):
+        assert f"lola_flwr/{module}.py" in files
+    assert "lola_flwr/py.typed" in files
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "lola_flwr.allocation",
+        "lola_flwr.system.channel",
+        "lola_flwr.system.costs",
+        "lola_flwr.system.devices",
+        "lola_flwr.blocks",
+        "lola_flwr.codec",
+        "lola_flwr.protocol",
+        "lola_flwr.assembly",
+    ],
+)
+def test_mathematics_needs_neither_torch_nor_flower(module):
+    program = (
+        f"import sys, {module}\n"
+        "heavy = {'torch', 'flwr', 'transformers', 'ray'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_coordinator_knows_no_flower():
+    program = (
+        "import sys, lola_flwr.coordinator\n"
+        "sys.exit('flwr' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
