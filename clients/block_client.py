@@ -47,6 +47,9 @@ class BlockClient(NumPyClient):
         Maps model and batch to a mean loss (default: the model's own).
     seed
         Seed of the run; dropout follows from it, the round and the device's name.
+    simulated_compute_s
+        For a simulated device: the seconds that it would need for an assignment. They
+        are reported, as simulated, in place of the measured ones.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class BlockClient(NumPyClient):
         batch_source: BatchSource,
         loss_function: LossFunction = model_loss,
         seed: int = 0,
+        simulated_compute_s: Callable[[Assignment], float] | None = None,
     ) -> None:
         self._model = model
         self._partition = partition
@@ -65,6 +69,7 @@ class BlockClient(NumPyClient):
         self._batch_source = batch_source
         self._loss_function = loss_function
         self._seed = seed
+        self._simulated_compute_s = simulated_compute_s
 
     def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
         """Report the device's profile."""
@@ -122,7 +127,14 @@ class BlockClient(NumPyClient):
             block_index=assignment.block_index,
             update_kind="gradient",
             loss=result.loss,
-            compute_s=time.perf_counter() - start,
+            compute_s=(
+                time.perf_counter() - start
+                if self._simulated_compute_s is None
+                else self._simulated_compute_s(assignment)
+            ),
+            compute_clock=(
+                "measured" if self._simulated_compute_s is None else "simulated"
+            ),
         )
         return encoded, result.num_examples, report.to_record()
 

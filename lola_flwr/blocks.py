@@ -59,6 +59,15 @@ class BlockPartition:
         """Names of all blocks' parameters from the input on, then of the head."""
         return (*(name for block in self.blocks for name in block), *self.head)
 
+    def merged(self) -> BlockPartition:
+        """Return the partition whose only block is the whole stack.
+
+        Training that block is ordinary fine-tuning of the model: every device
+        back-propagates through everything and uploads everything.
+        """
+        stack = tuple(name for block in self.blocks for name in block)
+        return BlockPartition(blocks=(stack,), head=self.head, frozen=self.frozen)
+
     def depth(self, block_index: int) -> int:
         """Layers that back-propagation passes to finish a block: 1 (last) to N."""
         return self.num_blocks - block_index

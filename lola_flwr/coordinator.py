@@ -6,13 +6,21 @@ adapter that carries its plans out and hands it the replies as bytes and records
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.allocation import Allocation, AllocationProblem, Allocator, allocate
+from lola_flwr.allocation import (
+    Allocation,
+    AllocationProblem,
+    Allocator,
+    RoundMode,
+    allocate,
+    rotate,
+)
 from lola_flwr.assembly import BlockUpdate, assemble_gradient
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import MalformedArray, codec_named, read_npy
@@ -22,6 +30,7 @@ from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
 from lola_flwr.system.costs import BlockCosts
 from lola_flwr.system.devices import DeviceProfile, InvalidProfile
+from lola_flwr.system.estimation import ComputeEstimate, Observation
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +43,8 @@ class RoundPlan:
         Round, from 1.
     device_ids
         The K devices in the order of the problem's rows.
+    num_excluded
+        Devices that had to be left out for want of memory.
     problem, allocation
         What was solved, and the solution.
     assignments
@@ -42,6 +53,7 @@ class RoundPlan:
 
     server_round: int
     device_ids: tuple[str, ...]
+    num_excluded: int
     problem: AllocationProblem
     allocation: Allocation
     assignments: Mapping[str, Assignment]
@@ -102,6 +114,13 @@ class Coordinator:
         Digest of the frozen weights, which every device must hold.
     allocator
         Name of an allocator, or a function from problem to allocation.
+    mode
+        Which blocks need how many devices (default: every block one).
+    rotation_eps
+        Relative latency that may be given up for letting blocks meet other devices'
+        data; 0 turns rotation off.
+    correct_profiles
+        Whether reported compute times correct the planned ones of later rounds.
     batch_size
         Examples of a device's mini-batch; no reply can weigh more.
     codec
@@ -121,6 +140,9 @@ class Coordinator:
         optimizer: ServerOptimizer,
         base_fingerprint: str,
         allocator: str | Allocator = "exact",
+        mode: RoundMode | None = None,
+        rotation_eps: float = 0.0,
+        correct_profiles: bool = True,
         batch_size: int = 32,
         codec: str = "fp32",
         broadcast_s: float = 0.0,
@@ -133,6 +155,9 @@ class Coordinator:
         self._optimizer = optimizer
         self._base_fingerprint = base_fingerprint
         self._allocator = allocator
+        self._mode = RoundMode() if mode is None else mode
+        self._rotation_eps = rotation_eps
+        self._correct_profiles = correct_profiles
         self._batch_size = batch_size
         self._codec_name = codec
         self._codec = codec_named(codec)
@@ -140,6 +165,9 @@ class Coordinator:
         self._seed = seed
         self._profiles: dict[str, DeviceProfile] = {}
         self._wireless_s = 0.0
+        self._estimate = ComputeEstimate()
+        # How often a device's update of a block was accepted, by name and block.
+        self._meetings: Counter[tuple[str, int]] = Counter()
 
     # --- devices ---------------------------------------------------------------------
 
@@ -174,7 +202,8 @@ class Coordinator:
         server_round
             Round, from 1.
         device_ids
-            Devices that are there; those without a known profile are left out.
+            Devices that are there. Those without a known profile are left out, and so
+            are, where all others must take part, those that can hold no block.
 
         Raises
         ------
@@ -182,13 +211,20 @@ class Coordinator:
             The devices cannot compute all blocks.
         """
         known = [device for device in device_ids if device in self._profiles]
+        able = [device for device in known if self._can_take_part(device)]
         # Ids differ from run to run; names do not, and make runs repeatable.
-        known.sort(key=lambda device: self._profiles[device].name)
-        problem = self._problem(server_round, [self._profiles[d] for d in known])
+        able.sort(key=lambda device: self._profiles[device].name)
+        profiles = [self._profiles[device] for device in able]
+        problem = self._problem(server_round, profiles)
         allocation = allocate(problem, self._allocator)
+        meetings = [
+            [self._meetings[profile.name, n] for n in range(self.partition.num_blocks)]
+            for profile in profiles
+        ]
+        allocation = rotate(problem, allocation, meetings, eps=self._rotation_eps)
         allocation.check(problem)
         assignments = {
-            known[row]: Assignment(
+            able[row]: Assignment(
                 server_round=server_round,
                 block_index=int(block),
                 share=float(allocation.share[row]),
@@ -199,7 +235,14 @@ class Coordinator:
             for row, block in enumerate(allocation.block_of_device)
             if block >= 0
         }
-        return RoundPlan(server_round, tuple(known), problem, allocation, assignments)
+        return RoundPlan(
+            server_round=server_round,
+            device_ids=tuple(able),
+            num_excluded=len(known) - len(able),
+            problem=problem,
+            allocation=allocation,
+            assignments=assignments,
+        )
 
     def complete_round(
         self, plan: RoundPlan, replies: Iterable[DeviceReply]
@@ -238,18 +281,31 @@ class Coordinator:
             self._optimizer.step(
                 assemble_gradient([updates[d] for d in plan.device_ids if d in updates])
             )
-        self._wireless_s += plan.allocation.round_s
+        blocks = self._block_records(plan, reports, refusals)
+        observed_s = self._constant_s + max(
+            block.upload_s
+            + (
+                block.compute_s
+                if block.reported_compute_s is None
+                else block.reported_compute_s
+            )
+            for block in blocks
+        )
+        self._wireless_s += observed_s
+        self._learn_from(plan, reports)
         weights = [updates[device].num_examples for device in reports]
         losses = [report.loss for report in reports.values()]
         return RoundRecord(
             server_round=plan.server_round,
             num_devices=len(plan.device_ids),
+            num_excluded=plan.num_excluded,
             round_s=plan.allocation.round_s,
+            observed_s=observed_s,
             bound_s=plan.allocation.bound_s,
             wireless_s=self._wireless_s,
             train_loss=float(np.average(losses, weights=weights)) if losses else None,
             refused=refused,
-            blocks=self._block_records(plan, reports, refusals),
+            blocks=blocks,
         )
 
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -257,6 +313,14 @@ class Coordinator:
         return self._optimizer.state()
 
     # --- parts -----------------------------------------------------------------------
+
+    def _can_take_part(self, device_id: str) -> bool:
+        """Tell whether a device counts, where every device has to take part."""
+        memory_bytes = self._profiles[device_id].memory_bytes
+        return (
+            self._mode.participation == "needed"
+            or memory_bytes >= self._costs.memory_bytes.min()
+        )
 
     def _problem(
         self, server_round: int, profiles: Sequence[DeviceProfile]
@@ -270,14 +334,31 @@ class Coordinator:
             seed=self._seed,
         )
         rate_bps = full_band_rate_bps(self._bandwidth_hz, snr)
+        claimed_s = self._costs.flops[None, :] / speed[:, None]  # [K, N]
         return AllocationProblem(
-            self._costs.flops[None, :] / speed[:, None],  # [K, N]
+            self._estimate.correct(claimed_s, [profile.name for profile in profiles]),
             self._costs.payload_bits[None, :] / rate_bps[:, None],
             self._costs.memory_bytes[None, :] <= memory_bytes[:, None],
             memory_bytes=memory_bytes,
             required_memory_bytes=self._costs.memory_bytes,
             constant_s=self._constant_s,
+            mode=self._mode,
         )
+
+    def _learn_from(self, plan: RoundPlan, reports: Mapping[str, UpdateReport]) -> None:
+        """Take accepted updates into the profiles' correction and the rotation."""
+        observations = []
+        for device, report in reports.items():
+            profile = self._profiles[device]
+            self._meetings[profile.name, report.block_index] += 1
+            claimed_s = self._costs.flops[report.block_index] / profile.flops_per_s
+            observations.append(
+                Observation(
+                    profile.name, report.block_index, claimed_s, report.compute_s
+                )
+            )
+        if self._correct_profiles:
+            self._estimate = self._estimate.update(observations)
 
     def _check_reply(
         self, plan: RoundPlan, reply: DeviceReply
@@ -343,7 +424,7 @@ class Coordinator:
                     share=float(plan.allocation.share[row]),
                     compute_s=float(plan.problem.compute_s[row, block]),
                     upload_s=float(upload_s[row]),
-                    measured_compute_s=report.compute_s if report else None,
+                    reported_compute_s=report.compute_s if report else None,
                     loss=report.loss if report else None,
                     status=status,
                 )

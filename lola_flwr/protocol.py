@@ -96,7 +96,10 @@ class UpdateReport(_Record):
     loss
         Mean training loss.
     compute_s
-        Measured seconds from the assignment's arrival to the finished gradient.
+        Seconds from the assignment's arrival to the finished gradient.
+    compute_clock
+        Where ``compute_s`` comes from: ``"measured"`` on the device, or ``"simulated"``
+        where the device itself is.
     """
 
     server_round: int
@@ -104,6 +107,7 @@ class UpdateReport(_Record):
     update_kind: str
     loss: float
     compute_s: float
+    compute_clock: str
 
 
 def _key(field_name: str) -> str:

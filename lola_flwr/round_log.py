@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One device's part in a round; seconds as planned unless ``measured``."""
+    """One device's part in a round; seconds as planned unless ``reported``."""
 
     block_index: int
     depth: int
@@ -19,7 +19,7 @@ class BlockRecord:
     share: float
     compute_s: float
     upload_s: float
-    measured_compute_s: float | None
+    reported_compute_s: float | None
     loss: float | None
     status: str
 
@@ -39,12 +39,17 @@ class RoundRecord:
         Round, from 1.
     num_devices
         Devices K that the round could choose from.
+    num_excluded
+        Devices that had to be left out for want of memory.
     round_s
         Planned latency of the round.
+    observed_s
+        Latency with the compute times that devices reported in place of the planned
+        ones; equals ``round_s`` where no device reported.
     bound_s
         Lower bound of the best possible latency; nan if the allocator gives none.
     wireless_s
-        Sum of ``round_s`` up to and with this round.
+        Sum of ``observed_s`` up to and with this round.
     train_loss
         Mean loss over the accepted updates' examples; None without any.
     refused
@@ -59,7 +64,9 @@ class RoundRecord:
 
     server_round: int
     num_devices: int
+    num_excluded: int
     round_s: float
+    observed_s: float
     bound_s: float
     wireless_s: float
     train_loss: float | None
@@ -73,21 +80,29 @@ class RoundRecord:
         bound = "" if math.isnan(self.bound_s) else f", bound {self.bound_s:.3f} s"
         loss = "none" if self.train_loss is None else f"{self.train_loss:.4f}"
         lines = [
-            f"round {self.server_round}: latency {self.round_s:.3f} s{bound}, wireless "
-            f"time {self.wireless_s:.3f} s, {len(self.blocks)} of {self.num_devices} "
-            f"devices active, train loss {loss}"
+            f"round {self.server_round}: latency {self.round_s:.3f} s planned{bound}, "
+            f"{self.observed_s:.3f} s observed; wireless time {self.wireless_s:.3f} s; "
+            f"{len(self.blocks)} of {self.num_devices} devices active; train loss "
+            f"{loss}"
         ]
         # Where the shares are the best ones, all devices finish together: no mark then.
         latest = [b for b in self.blocks if b.latency_s > self.round_s * (1 - 1e-6)]
         for block in self.blocks:
             mark = " <- slowest" if [block] == latest else ""
+            reported = (
+                ""
+                if block.reported_compute_s is None
+                else f" ({block.reported_compute_s:.3f} s reported)"
+            )
             status = "" if block.status == "accepted" else f" [{block.status}]"
             lines.append(
                 f"  block {block.block_index:2d} depth {block.depth:2d} "
                 f"{block.device}: share {block.share:.4f}, compute "
-                f"{block.compute_s:.3f} s + upload {block.upload_s:.3f} s = "
+                f"{block.compute_s:.3f} s{reported} + upload {block.upload_s:.3f} s = "
                 f"{block.latency_s:.3f} s{mark}{status}"
             )
+        if self.num_excluded:
+            lines.append(f"  {self.num_excluded} devices lack the memory for any block")
         if self.refused:
             counts = ", ".join(f"{n} {why}" for why, n in sorted(self.refused.items()))
             lines.append(f"  refused updates: {counts}")

@@ -80,7 +80,7 @@ class LoLaDeft(FedAvg):
         self._configure_s = 0.0
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
-        """Return the coordinator's values: the blocks from the input on, then the head."""
+        """Return the coordinator's values: blocks from the input on, then the head."""
         return self._parameters()
 
     def configure_fit(

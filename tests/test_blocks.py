@@ -21,7 +21,9 @@ FAMILIES = {
         {"bert.pooler.dense", "classifier"},
     ),
     "distilbert": (
-        hf.DistilBertConfig(dim=16, hidden_dim=32, n_heads=2, n_layers=3, vocab_size=60),
+        hf.DistilBertConfig(
+            dim=16, hidden_dim=32, n_heads=2, n_layers=3, vocab_size=60
+        ),
         hf.DistilBertForSequenceClassification,
         "distilbert.transformer.layer",
         {"pre_classifier", "classifier"},
@@ -40,7 +42,12 @@ FAMILIES = {
     ),
     "gpt2": (
         hf.GPT2Config(
-            n_embd=16, n_head=2, n_layer=3, vocab_size=60, bos_token_id=0, eos_token_id=0
+            n_embd=16,
+            n_head=2,
+            n_layer=3,
+            vocab_size=60,
+            bos_token_id=0,
+            eos_token_id=0,
         ),
         hf.GPT2ForSequenceClassification,
         "transformer.h",
@@ -89,6 +96,12 @@ def test_depth_counts_from_the_output():
     assert partition.update_names(2) == ("l.2.w", "head")
 
 
+def test_merged_partition_is_the_whole_stack():
+    merged = partition_parameters(["e", "l.0.w", "l.1.w", "head"]).merged()
+    assert merged.blocks == (("l.0.w", "l.1.w"),)
+    assert (merged.head, merged.frozen) == (("head",), ("e",))
+
+
 def test_numbers_inside_a_layer_stay_inside_it():
     names = [f"net.{i}.experts.{e}.w" for i in range(2) for e in range(5)]
     assert partition_parameters(names).num_blocks == 2
@@ -96,7 +109,9 @@ def test_numbers_inside_a_layer_stay_inside_it():
 
 def test_shared_layers_are_refused():
     config = hf.AlbertConfig(**SMALL)
-    names = [n for n, _ in hf.AlbertForSequenceClassification(config).named_parameters()]
+    names = [
+        n for n, _ in hf.AlbertForSequenceClassification(config).named_parameters()
+    ]
     with pytest.raises(BlocksNotFound, match="No stack of at least two equal layers"):
         partition_parameters(names)
 

@@ -82,11 +82,16 @@ def test_pickled_objects_are_never_loaded():
 VALID = npy(np.arange(6, dtype="f4").reshape(2, 3))
 
 
-@given(st.binary(max_size=200) | st.builds(
-    lambda position, value: VALID[:position] + bytes([value]) + VALID[position + 1 :],
-    st.integers(0, len(VALID) - 1),
-    st.integers(0, 255),
-))
+@given(
+    st.binary(max_size=200)
+    | st.builds(
+        lambda position, value: (
+            VALID[:position] + bytes([value]) + VALID[position + 1 :]
+        ),
+        st.integers(0, len(VALID) - 1),
+        st.integers(0, 255),
+    )
+)
 def test_any_bytes_give_the_array_or_the_one_error(data):
     try:
         array = read_npy(data, shape=(2, 3), dtype=np.dtype("f4"))

@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from lola_flwr.allocation import InfeasibleAllocation
+from lola_flwr.allocation import InfeasibleAllocation, RoundMode
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.coordinator import Coordinator, DeviceReply
 from lola_flwr.protocol import UpdateReport
@@ -57,6 +57,7 @@ def honest_reply(plan, device_id, *, value=0.5, **changes) -> DeviceReply:
         update_kind="gradient",
         loss=0.7,
         compute_s=0.1,
+        compute_clock="simulated",
     )
     names = PARTITION.update_names(block)
     fields = {
@@ -91,7 +92,10 @@ def test_every_block_is_stepped_by_its_device():
     assert record.train_loss == pytest.approx(0.7)
     assert record.refused == {}
     assert [block.status for block in record.blocks] == ["accepted"] * 3
-    assert record.wireless_s == record.round_s == plan.allocation.round_s
+    assert record.round_s == plan.allocation.round_s
+    # Every device reported 0.1 s of computation; the uploads are as planned.
+    slowest_upload_s = max(block.upload_s for block in record.blocks)
+    assert record.wireless_s == record.observed_s == 0.1 + slowest_upload_s
 
 
 def test_a_missing_block_keeps_its_values():
@@ -227,3 +231,102 @@ def test_constant_parts_of_the_round_count():
     plain = make_coordinator().plan_round(1, ids)
     longer = make_coordinator(broadcast_s=2.0, server_s=0.5).plan_round(1, ids)
     assert longer.allocation.round_s == pytest.approx(plain.allocation.round_s + 2.5)
+
+
+def run_rounds(coordinator, rounds, true_compute_s, ids):
+    """Run rounds in which a device needs true_compute_s(id, block, round) seconds."""
+    plans, records = [], []
+    for server_round in rounds:
+        plan = coordinator.plan_round(server_round, ids)
+        replies = []
+        for device, assignment in plan.assignments.items():
+            seconds = true_compute_s(device, assignment.block_index, server_round)
+            reply = honest_reply(plan, device)
+            report = {**reply.report, "compute-s": seconds}
+            replies.append(replace(reply, report=report))
+        plans.append(plan)
+        records.append(coordinator.complete_round(plan, replies))
+    return plans, records
+
+
+def fleet_of_equals(count, **options):
+    """Devices that differ in nothing, so that only what they do can set them apart."""
+    coordinator = make_coordinator(num_devices=0, **options)
+    for index in range(count):
+        properties = {"flops-per-s": 1e6, "memory-bytes": 1e9, "snr-db": 60.0}
+        coordinator.add_device(f"id-{index}", {"name": f"d{index}", **properties})
+    return coordinator, [f"id-{index}" for index in range(count)]
+
+
+def test_a_device_that_slows_down_gets_shallower_blocks_within_three_rounds():
+    coordinator, ids = fleet_of_equals(2)
+    fastest = {"flops-per-s": 1.5e6, "memory-bytes": 1e9, "snr-db": 60.0}
+    coordinator.add_device("fast", {"name": "fast", **fastest})
+    ids.append("fast")
+    costs = estimate_costs(SHAPES, PARTITION, batch_size=8, sequence_length=4)
+
+    def true_compute_s(device, block, server_round):
+        speed = 1.5e6 if device == "fast" else 1e6
+        slowdown = 4.0 if device == "fast" and server_round > 5 else 1.0
+        return float(costs.flops[block]) / speed * slowdown
+
+    plans, records = run_rounds(coordinator, range(1, 12), true_compute_s, ids)
+    for plan in plans[:5]:
+        assert plan.assignments["fast"].block_index == 0, "the layer near the input"
+    for plan in plans[5 + 3 :]:
+        assert plan.assignments["fast"].block_index == 2, "the last layer"
+    # Predictions meet what is observed again.
+    assert records[5].observed_s > 2 * records[5].round_s
+    assert records[-1].observed_s == pytest.approx(records[-1].round_s, rel=0.05)
+
+
+def test_profiles_are_left_alone_where_asked():
+    coordinator, ids = fleet_of_equals(3, correct_profiles=False)
+    _, records = run_rounds(coordinator, range(1, 6), lambda *_: 50.0, ids)
+    assert records[-1].round_s == pytest.approx(records[0].round_s, rel=0.05)
+
+
+def test_rotation_lets_blocks_meet_all_devices_within_the_bound():
+    def pairs(eps):
+        coordinator, ids = fleet_of_equals(5, rotation_eps=eps, correct_profiles=False)
+        plans, records = run_rounds(coordinator, range(1, 31), lambda *_: 1.0, ids)
+        for record in records:
+            assert record.round_s <= (1 + eps) * record.bound_s * (1 + 1e-9)
+        return {
+            (device, assignment.block_index)
+            for plan in plans
+            for device, assignment in plan.assignments.items()
+        }
+
+    # Equal devices differ by their fading alone; 50 % more latency frees the choice.
+    assert len(pairs(0.5)) == 15
+    assert len(pairs(0.5)) >= len(pairs(0.0))
+
+
+def test_all_devices_take_part_where_asked():
+    coordinator = make_coordinator(mode=RoundMode(participation="all"))
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    assert sorted(plan.assignments) == ["id-0", "id-1", "id-2", "id-3"]
+    replies = [
+        honest_reply(plan, device, value=value)
+        for device, value in zip(plan.assignments, [1, 2, 3, 4], strict=True)
+    ]
+    coordinator.complete_round(plan, replies)
+    by_block = {}
+    for reply, value in zip(replies, [1, 2, 3, 4], strict=True):
+        block = plan.assignments[reply.device_id].block_index
+        by_block.setdefault(block, []).append(value)
+    for block, values in by_block.items():
+        for name in PARTITION.blocks[block]:
+            np.testing.assert_allclose(coordinator.state()[name], 1 - np.mean(values))
+
+
+def test_devices_without_memory_are_excluded_and_counted_where_all_take_part():
+    coordinator = make_coordinator(
+        num_devices=3, batch_size=4000, mode=RoundMode(participation="all")
+    )
+    tiny = {"flops-per-s": 1e9, "memory-bytes": 1e5, "snr-db": 10.0}
+    coordinator.add_device("tiny", {"name": "tiny", **tiny})
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "tiny"])
+    assert plan.num_excluded == 1
+    assert "tiny" not in plan.assignments

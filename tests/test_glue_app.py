@@ -48,7 +48,9 @@ def test_a_run_completes_and_one_seed_gives_one_result(tmp_path):
         assert {block["status"] for block in record["blocks"]} == {"accepted"}
         assert record["num_devices"] == 5
         assert record["refused"] == {}
-    assert records[-1]["wireless_s"] == pytest.approx(sum(r["round_s"] for r in records))
+    assert records[-1]["wireless_s"] == pytest.approx(
+        sum(r["round_s"] for r in records)
+    )
     # Evaluated every second round, and after the last.
     assert [bool(record["metrics"]) for record in records] == [False, True, True]
     accuracy = records[-1]["metrics"]["accuracy"]

@@ -22,7 +22,9 @@ def test_random_shape_is_a_function_of_the_seed():
 def test_roberta_base_has_its_published_size():
     model, _ = load_classifier("random:roberta-base", num_labels=2)
     # 124.6 M parameters: 124 M of the encoder and 0.59 M of the head.
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(124.6e6, rel=0.01)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(
+        124.6e6, rel=0.01
+    )
 
 
 def test_local_directory(tmp_path, roberta):
@@ -48,7 +50,9 @@ def test_packaged_minilm():
 def test_hub_that_cannot_be_reached_names_the_offline_choices(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelNotFound, match=r"model='org/absent'.*minilm-l6.*directory"):
+    with pytest.raises(
+        ModelNotFound, match=r"model='org/absent'.*minilm-l6.*directory"
+    ):
         load_classifier("org/absent", num_labels=2)
 
 

@@ -55,8 +55,5 @@ def test_mathematics_needs_neither_torch_nor_flower(module):
 
 
 def test_coordinator_knows_no_flower():
-    program = (
-        "import sys, lola_flwr.coordinator\n"
-        "sys.exit('flwr' in sys.modules)"
-    )
+    program = "import sys, lola_flwr.coordinator\nsys.exit('flwr' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -10,7 +10,12 @@ SCALARS = st.one_of(
     st.booleans(), st.binary(), st.floats(), st.integers(), st.text(), st.none()
 )
 REPORT = UpdateReport(
-    server_round=3, block_index=1, update_kind="gradient", loss=0.5, compute_s=1.25
+    server_round=3,
+    block_index=1,
+    update_kind="gradient",
+    loss=0.5,
+    compute_s=1.25,
+    compute_clock="measured",
 )
 
 
@@ -55,7 +60,9 @@ def test_integral_float():
     assert isinstance(report.compute_s, float)
 
 
-@given(st.dictionaries(st.sampled_from(sorted(REPORT.to_record())) | st.text(), SCALARS))
+@given(
+    st.dictionaries(st.sampled_from(sorted(REPORT.to_record())) | st.text(), SCALARS)
+)
 def test_any_record_gives_a_report_or_the_one_error(record):
     try:
         report = UpdateReport.from_record(record)

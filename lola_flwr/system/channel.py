@@ -52,7 +52,7 @@ def rayleigh_snr(
         rng_for(seed, "fading", server_round, name).exponential()
         for name in device_names
     ]
-    return db_to_linear(transmit_snr_db) * np.asarray(gain)
+    return np.asarray(db_to_linear(transmit_snr_db) * np.asarray(gain))
 
 
 def full_band_rate_bps(bandwidth_hz: float, snr: FloatArray) -> FloatArray:

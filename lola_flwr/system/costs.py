@@ -49,6 +49,7 @@ def estimate_costs(
     sequence_length: int,
     bits_per_element: int = 32,
     header_bits_per_tensor: int = 0,
+    merged: bool = False,
 ) -> BlockCosts:
     """Estimate what each block costs, from the shapes of the model's parameters.
 
@@ -66,11 +67,14 @@ def estimate_costs(
         Bits that the payload codec spends on one gradient element.
     header_bits_per_tensor
         Bits that the payload's encoding adds to each tensor.
+    merged
+        Whether one device trains the whole stack, as in ``partition.merged()``, rather
+        than one block of it.
 
     Returns
     -------
     BlockCosts
-        One entry per block.
+        One entry per block; a single one if ``merged``.
     """
     tokens = batch_size * sequence_length
     layers = [
@@ -83,27 +87,26 @@ def estimate_costs(
     # operations as their forward pass); inside the block weight gradients as well.
     nearer_loss = np.cumsum(forward[::-1])[::-1] - forward  # [N]
     flops = tokens * (forward.sum() + nearer_loss + 2 * forward)
-    # The head reads one token of each sequence.
-    flops = flops + batch_size * 3 * head_forward
 
     passed = np.array([layer.passed_floats_per_token for layer in layers])
     trained = np.array([layer.trained_floats_per_token for layer in layers])
     activations = np.cumsum(passed[::-1])[::-1] + trained  # [N], per token
 
+    if merged:
+        partition = partition.merged()
+        flops = np.array([tokens * 3 * forward.sum()])
+        activations = np.array([passed.sum() + trained.sum()])
+
     elements = {name: math.prod(shape) for name, shape in shapes.items()}
-    weights = sum(elements.values())
+    updates = [partition.update_names(index) for index in range(partition.num_blocks)]
     uploaded = np.array(
-        [
-            sum(elements[name] for name in partition.update_names(index))
-            for index in range(partition.num_blocks)
-        ],
-        dtype=np.float64,
+        [sum(elements[name] for name in update) for update in updates], np.float64
     )
-    tensors = np.array(
-        [len(partition.update_names(index)) for index in range(partition.num_blocks)]
-    )
+    tensors = np.array([len(update) for update in updates])
+    weights = sum(elements.values())
     return BlockCosts(
-        flops=flops.astype(np.float64),
+        # The head reads one token of each sequence.
+        flops=flops + batch_size * 3 * head_forward,
         memory_bytes=4.0 * (weights + uploaded + tokens * activations),
         payload_bits=bits_per_element * uploaded + header_bits_per_tensor * tensors,
     )

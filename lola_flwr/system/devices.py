@@ -80,16 +80,15 @@ class DeviceProfile:
         InvalidProfile
             A property is missing or out of bounds. Other properties are ignored.
         """
-        fields = {}
-        for field in cls.__dataclass_fields__:
-            key = field.replace("_", "-")
-            if key not in properties:
-                raise InvalidProfile(
-                    f"The profile lacks {key!r}; it must report "
-                    f"{', '.join(f.replace('_', '-') for f in cls.__dataclass_fields__)}."
-                )
-            fields[field] = properties[key]
-        return cls(**fields)  # type: ignore[arg-type]  # checked in __post_init__
+        keys = {field.replace("_", "-"): field for field in cls.__dataclass_fields__}
+        missing = [key for key in keys if key not in properties]
+        if missing:
+            raise InvalidProfile(
+                f"The profile lacks {', '.join(missing)}; it must report "
+                f"{', '.join(keys)}."
+            )
+        # The types are checked in __post_init__.
+        return cls(**{keys[key]: properties[key] for key in keys})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

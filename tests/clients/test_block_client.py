@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from lola_flwr.clients import BlockClient
 
 from lola_flwr.blocks import partition_parameters
-from lola_flwr.clients import BlockClient
 from lola_flwr.codec import CODECS
 from lola_flwr.errors import UserError
 from lola_flwr.models import fingerprint
@@ -76,6 +76,7 @@ def test_fit_returns_the_gradient_at_the_received_values(client, roberta, batch)
     assert (report.server_round, report.block_index) == (2, 1)
     assert report.update_kind == "gradient"
     assert report.compute_s > 0
+    assert report.compute_clock == "measured"
 
 
 def test_dropout_is_a_function_of_seed_round_and_device(client, roberta):

@@ -58,6 +58,19 @@ def test_operations_agree_with_pytorchs_counter(roberta, batch, block_index):
     assert costs.flops[block_index] == pytest.approx(counted, rel=0.08)
 
 
+def test_merged_blocks_cost_what_full_fine_tuning_does(roberta, batch):
+    roberta.set_attn_implementation("eager")
+    costs, partition = costs_of(roberta, batch_size=6, sequence_length=10, merged=True)
+    with FlopCounterMode(display=False) as counter:
+        block_gradient(roberta, partition.merged(), 0, batch)
+    assert costs.flops == pytest.approx([counter.get_total_flops()], rel=0.08)
+    parameters = dict(roberta.named_parameters())
+    trained = sum(parameters[name].numel() for name in partition.trainable)
+    np.testing.assert_array_equal(costs.payload_bits, [32 * trained])
+    single, _ = costs_of(roberta, batch_size=6, sequence_length=10)
+    assert costs.memory_bytes[0] > single.memory_bytes.max()
+
+
 def test_codec_and_headers_count(roberta):
     plain, partition = costs_of(roberta, batch_size=1, sequence_length=8)
     packed, _ = costs_of(

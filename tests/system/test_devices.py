@@ -29,7 +29,10 @@ def test_round_trip():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"flops-per-s": math.inf}, r"flops_per_s=inf of device 'jetson-1' must be a num"),
+        (
+            {"flops-per-s": math.inf},
+            r"flops_per_s=inf of device 'jetson-1' must be a num",
+        ),
         ({"flops-per-s": 0.0}, "from 100000 to 1e"),
         ({"memory-bytes": -1}, "memory_bytes=-1"),
         ({"snr-db": math.nan}, "snr_db=nan"),
@@ -45,7 +48,7 @@ def test_claims_that_cannot_be_believed(change, message):
 
 
 def test_missing_property_is_named():
-    with pytest.raises(InvalidProfile, match="lacks 'memory-bytes'"):
+    with pytest.raises(InvalidProfile, match="lacks memory-bytes; it must report name"):
         DeviceProfile.from_properties(
             {k: v for k, v in PROPERTIES.items() if k != "memory-bytes"}
         )
@@ -66,7 +69,9 @@ def test_any_properties_give_a_profile_or_the_one_error(properties):
 
 
 def test_fleet_is_a_function_of_the_seed():
-    ranges = FleetRanges(flops_per_s=(1e9, 1e10), memory_bytes=(1e9, 2e9), snr_db=(5, 6))
+    ranges = FleetRanges(
+        flops_per_s=(1e9, 1e10), memory_bytes=(1e9, 2e9), snr_db=(5, 6)
+    )
     fleet = [simulated_device(i, seed=4, ranges=ranges) for i in range(50)]
     assert fleet == [simulated_device(i, seed=4, ranges=ranges) for i in range(50)]
     assert fleet[0] != simulated_device(0, seed=5, ranges=ranges)

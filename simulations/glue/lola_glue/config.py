@@ -26,16 +26,23 @@ class GlueConfig(BaseModel):
     data_dir: str
     model: str
     num_devices: int = Field(ge=0)
+    method: Literal["lola-deft", "fedavg-full"]
     rounds: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=8)
     optimizer: str
     lr: float = Field(gt=0)
     allocator: Literal[tuple(ALLOCATORS)]  # type: ignore[valid-type]
+    participation: Literal["needed", "all"]
+    devices_per_block: int = Field(ge=1)
+    backups: int = Field(ge=0)
+    rotation_eps: float = Field(ge=0, allow_inf_nan=False)
     codec: Literal[tuple(CODECS)]  # type: ignore[valid-type]
     bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
     snr_min_db: float = Field(ge=-60, le=80)
     snr_max_db: float = Field(ge=-60, le=80)
+    profile_error: float = Field(ge=0, le=3)
+    compute_jitter: float = Field(ge=0, le=3)
     partitioning: Literal["iid", "dirichlet"]
     dirichlet_alpha: float = Field(gt=0)
     seed: int = Field(ge=0)

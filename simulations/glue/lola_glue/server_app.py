@@ -15,15 +15,15 @@ from flwr.server import Grid, LegacyContext, ServerApp, ServerConfig
 from flwr.server.workflow import DefaultWorkflow
 from lola_flwr.strategies import LoLaDeft
 
-from lola_flwr.blocks import BlockPartition, partition_parameters
-from lola_flwr.codec import NPY_HEADER_BYTES, codec_named
+from lola_flwr.allocation import RoundMode
+from lola_flwr.blocks import BlockPartition
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.models import fingerprint, load_classifier
 from lola_flwr.round_log import RoundLog, RoundRecord
 from lola_flwr.server_optimizer import ServerOptimizer
-from lola_flwr.system.costs import estimate_costs
 from lola_glue.config import GlueConfig
+from lola_glue.costs import model_blocks, model_costs
 from lola_glue.tasks import Examples, Task, load_task, score
 from lola_glue.text import make_batch
 
@@ -49,7 +49,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
     model, tokenizer = load_classifier(
         config.model, num_labels=task.num_labels, seed=config.seed
     )
-    partition = partition_parameters(name for name, _ in model.named_parameters())
+    partition = model_blocks(config, model)
     coordinator = make_coordinator(config, model, partition)
 
     def evaluate(
@@ -88,17 +88,9 @@ def make_coordinator(
 ) -> Coordinator:
     """Put the coordinator together for a model and a run configuration."""
     parameters = dict(model.named_parameters())
-    costs = estimate_costs(
-        {name: tuple(values.shape) for name, values in parameters.items()},
-        partition,
-        batch_size=config.batch_size,
-        sequence_length=config.max_length,
-        bits_per_element=codec_named(config.codec).bits_per_element,
-        header_bits_per_tensor=8 * NPY_HEADER_BYTES,
-    )
     return Coordinator(
         partition=partition,
-        costs=costs,
+        costs=model_costs(config, model),
         bandwidth_hz=config.bandwidth_hz,
         optimizer=ServerOptimizer(
             {name: parameters[name].numpy(force=True) for name in partition.trainable},
@@ -107,6 +99,15 @@ def make_coordinator(
         ),
         base_fingerprint=fingerprint(model, partition.frozen),
         allocator=config.allocator,
+        mode=RoundMode(
+            devices_per_block=config.devices_per_block,
+            # Full fine-tuning has one block, and every device trains it.
+            participation=(
+                "all" if config.method == "fedavg-full" else config.participation
+            ),
+            backups=config.backups,
+        ),
+        rotation_eps=config.rotation_eps,
         batch_size=config.batch_size,
         codec=config.codec,
         seed=config.seed,

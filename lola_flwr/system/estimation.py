@@ -1,0 +1,99 @@
+"""Correct what devices claim by what they are observed to do.
+
+Profiles and the analytic cost model are beliefs. Every accepted update carries the
+compute time that the device needed, and the ratio of that to the predicted time is
+explained by two factors: one per device (it is slower than its profile says, or got
+slower) and one per block, common to all devices (the depth curve is steeper than the
+cost model says). Both are tracked on a logarithmic scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+# Weight of a new observation: a device that gets four times slower is believed to be
+# 2.5 times slower after one round, and 3.4 times after two.
+_DEVICE_WEIGHT = 2 / 3
+# The depth curve belongs to the model, not to a moment: it moves slowly, so that a
+# device that stays on one block is not mistaken for a property of that block.
+_BLOCK_WEIGHT = 0.03
+# No observation may move a prediction further than this factor: a device that reports
+# nonsense can make itself unattractive, but cannot break the arithmetic.
+_LARGEST_FACTOR = 1e3
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One device's compute time on one block, seconds, as claimed and as observed."""
+
+    device: str
+    block_index: int
+    claimed_s: float
+    observed_s: float
+
+
+@dataclass(frozen=True)
+class ComputeEstimate:
+    """Running correction of predicted compute times.
+
+    Parameters
+    ----------
+    device_log_factor
+        Logarithm of each observed device's factor, by device name.
+    block_log_factor
+        Logarithm of each observed block's factor, by block index.
+    """
+
+    device_log_factor: Mapping[str, float] = field(default_factory=dict)
+    block_log_factor: Mapping[int, float] = field(default_factory=dict)
+
+    def correct(
+        self, claimed_s: FloatArray, devices: Sequence[str]
+    ) -> npt.NDArray[np.float64]:
+        """Return corrected compute times.
+
+        Parameters
+        ----------
+        claimed_s
+            Compute times that follow from profiles and cost model, seconds, shape
+            [K, N].
+        devices
+            Names of the K devices.
+        """
+        by_device = np.array([self.device_log_factor.get(d, 0.0) for d in devices])
+        num_blocks = claimed_s.shape[1]
+        by_block = np.array(
+            [self.block_log_factor.get(n, 0.0) for n in range(num_blocks)]
+        )
+        return np.asarray(claimed_s * np.exp(by_device[:, None] + by_block[None, :]))
+
+    def update(self, observations: Sequence[Observation]) -> ComputeEstimate:
+        """Return the estimate after one round's observations."""
+        if not observations:
+            return self
+        by_device = dict(self.device_log_factor)
+        by_block = dict(self.block_log_factor)
+        limit = np.log(_LARGEST_FACTOR)
+        residuals = []
+        for seen in observations:
+            ratio = max(seen.observed_s, 0.0) / seen.claimed_s
+            log_ratio = float(np.clip(np.log(max(ratio, 1e-300)), -limit, limit))
+            known = by_device.get(seen.device, 0.0) + by_block.get(seen.block_index, 0)
+            residuals.append(log_ratio - known)
+        # What all devices of the round have in common is no property of one block: a
+        # batch shorter than the cost model assumes speeds all of them up.
+        common = float(np.median(residuals))
+        for seen, residual in zip(observations, residuals, strict=True):
+            old_block = by_block.get(seen.block_index, 0.0)
+            by_block[seen.block_index] = old_block + _BLOCK_WEIGHT * (residual - common)
+            old_device = by_device.get(seen.device, 0.0)
+            by_device[seen.device] = float(
+                np.clip(old_device + _DEVICE_WEIGHT * residual, -limit, limit)
+            )
+        return replace(self, device_log_factor=by_device, block_log_factor=by_block)
