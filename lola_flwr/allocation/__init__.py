@@ -1,0 +1,25 @@
+"""Which device computes which block, with which share of the band.
+
+State an `AllocationProblem` and hand it to `allocate`. Source of the problem, of CRUNCH
+and of JBBA: Wu, Chen, Huang, "Resource Management for Low-latency Cooperative
+Fine-tuning of Foundation Models at the Network Edge", arXiv:2407.09873.
+"""
+
+from lola_flwr.allocation.allocators import ALLOCATORS, Allocator, allocate
+from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
+from lola_flwr.allocation.rotation import rotate
+from lola_flwr.allocation.solution import Allocation, InfeasibleAllocation
+from lola_flwr.allocation.uplink import PowerLimitedUplink
+
+__all__ = [
+    "ALLOCATORS",
+    "Allocation",
+    "AllocationProblem",
+    "Allocator",
+    "InfeasibleAllocation",
+    "Participation",
+    "PowerLimitedUplink",
+    "RoundMode",
+    "allocate",
+    "rotate",
+]

@@ -1,0 +1,162 @@
+"""One entry point for every allocator: by name, or any function of a problem."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from lola_flwr.allocation.baselines import (
+    solve_greedy,
+    solve_random,
+    solve_random_with_shares,
+)
+from lola_flwr.allocation.crunch import solve_crunch, solve_crunch_with_shares
+from lola_flwr.allocation.exact import solve_exact
+from lola_flwr.allocation.infeasible import is_feasible
+from lola_flwr.allocation.jbba import solve_jbba
+from lola_flwr.allocation.problem import (
+    AllocationProblem,
+    IntArray,
+    Participation,
+    RoundMode,
+)
+from lola_flwr.allocation.solution import Allocation
+from lola_flwr.errors import UserError
+
+
+class Allocator(Protocol):
+    """A function (or an object with ``__call__``) that solves allocation problems.
+
+    It should honour ``problem.demand`` and ``problem.all_devices``; `allocate` checks
+    its answers.
+    """
+
+    def __call__(self, problem: AllocationProblem, /, **options: Any) -> Allocation:
+        """Solve one problem."""
+
+
+ALLOCATORS: Mapping[str, Callable[..., Allocation]] = {
+    "exact": solve_exact,
+    "jbba": solve_jbba,
+    "crunch": solve_crunch,
+    "crunch+shares": solve_crunch_with_shares,
+    "random": solve_random,
+    "random+shares": solve_random_with_shares,
+    "greedy": solve_greedy,
+}
+
+
+def allocate(
+    problem: AllocationProblem,
+    allocator: str | Callable[..., Allocation] = "exact",
+    *,
+    blocks: Sequence[int] | None = None,
+    devices_per_block: int | Sequence[int] | None = None,
+    participation: Participation | None = None,
+    backups: int | None = None,
+    **options: Any,
+) -> Allocation:
+    """Assign blocks and bandwidth for one round.
+
+    Parameters
+    ----------
+    problem
+        The instance.
+    allocator
+        A name from `ALLOCATORS`, or any function from a problem to an `Allocation`.
+    blocks, devices_per_block, participation, backups
+        Replace these fields of the problem's `RoundMode`. To `Allocation.check` the
+        answer, check it against a problem that has the same mode.
+    options
+        Passed on to the allocator: ``seed`` for the random ones, ``max_iterations`` and
+        others for the iterative ones.
+
+    Returns
+    -------
+    An allocation that satisfies every constraint of the problem.
+
+    Raises
+    ------
+    InfeasibleAllocation
+        If no allocation exists; the message says why.
+    ValueError
+        If the allocator's name is unknown, or the answer of a caller's own allocator
+        breaks a constraint.
+
+    Notes
+    -----
+    Backups: after a first round without them, the blocks are ranked by the share of the
+    band that they take, which is largest where a device computes slowly or has a poor
+    channel, and so is most likely to be late. In this order up to `backups` blocks get
+    one more device each, as long as a matching exists, and the round is solved again.
+    The backup does the same work as the first device and has a share of its own;
+    `Allocation.round_s` waits for both. A strategy that goes on with whichever gradient
+    comes first ends no later than that.
+    """
+    changes: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("blocks", blocks),
+            ("devices_per_block", devices_per_block),
+            ("participation", participation),
+            ("backups", backups),
+        )
+        if value is not None
+    }
+    if changes:
+        problem = replace(problem, mode=replace(problem.mode, **changes))
+    solve = _named(allocator) if isinstance(allocator, str) else allocator
+    if problem.mode.backups:
+        allocation = _with_backups(problem, solve, options)
+    else:
+        allocation = solve(problem, **options)
+    if not isinstance(allocator, str):
+        allocation.check(problem)
+    return allocation
+
+
+def _named(allocator: str) -> Callable[..., Allocation]:
+    try:
+        return ALLOCATORS[allocator]
+    except KeyError:
+        near = difflib.get_close_matches(allocator, ALLOCATORS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"Unknown allocator {allocator!r}; use one of "
+            f"{', '.join(ALLOCATORS)}, or pass a function.{hint}"
+        ) from None
+
+
+def _with_backups(
+    problem: AllocationProblem,
+    solve: Callable[..., Allocation],
+    options: Mapping[str, Any],
+) -> Allocation:
+    """Solve without backups, then again with one more device for the hardest blocks."""
+
+    def needing(demand: IntArray) -> AllocationProblem:
+        return replace(problem, mode=RoundMode(devices_per_block=demand.tolist()))
+
+    demand = problem.demand
+    alone = solve(needing(demand), **options)
+    active = alone.block_of_device >= 0
+    band = np.zeros(problem.num_blocks)
+    np.maximum.at(band, alone.block_of_device[active], alone.share[active])
+    left = min(problem.mode.backups, problem.num_devices - int(demand.sum()))
+    for block in np.argsort(-band, kind="stable"):
+        if left == 0:
+            break
+        if demand[block] == 0:
+            continue
+        demand[block] += 1
+        if is_feasible(needing(demand)):
+            left -= 1
+        else:
+            demand[block] -= 1
+    if np.array_equal(demand, problem.demand):
+        return alone
+    return solve(needing(demand), **options)

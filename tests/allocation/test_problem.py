@@ -1,0 +1,195 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lola_flwr.allocation import (
+    Allocation,
+    AllocationProblem,
+    PowerLimitedUplink,
+    RoundMode,
+    allocate,
+)
+
+ONES = np.ones((3, 2))
+
+
+class TestAllocationProblem:
+    def test_copies_and_freezes_its_arrays(self):
+        compute_s = ONES.copy()
+        problem = AllocationProblem(compute_s, [[1, 2]] * 3)
+        compute_s[0, 0] = 99
+        assert problem.compute_s[0, 0] == 1
+        assert problem.full_band_upload_s.dtype == np.float64
+        with pytest.raises(ValueError, match="read-only"):
+            problem.compute_s[0, 0] = 2
+
+    def test_derived_problems_share_the_frozen_arrays(self):
+        problem = AllocationProblem(ONES, ONES)
+        changed = replace(problem, mode=RoundMode(blocks=[1]))
+        assert changed.compute_s is problem.compute_s
+
+    def test_a_view_of_writable_memory_is_copied(self):
+        base = ONES.copy()
+        view = base[:]
+        view.setflags(write=False)
+        problem = AllocationProblem(view, ONES)
+        base[0, 0] = 99
+        assert problem.compute_s[0, 0] == 1
+
+    def test_impossible_pairs_are_stored_as_infeasible(self):
+        compute_s, upload_s = ONES.copy(), ONES.copy()
+        compute_s[0, 0], upload_s[1, 1] = np.inf, 1e200
+        problem = AllocationProblem(
+            compute_s, upload_s, power_limited=PowerLimitedUplink([1.0, 1.0, 0.0])
+        )
+        assert problem.feasible.tolist() == [[0, 1], [1, 0], [0, 0]]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (([1.0, 2.0], ONES), r"compute_s must be \(K devices, N blocks\)"),
+            ((np.ones((0, 2)), np.ones((0, 2))), "at least one of each"),
+            ((ONES, np.ones((2, 3))), r"full_band_upload_s is \(2, 3\)"),
+            ((ONES, ONES, np.ones((2, 2), bool)), r"feasible is \(2, 2\)"),
+            ((ONES, ONES, np.ones((3, 2))), "feasible must be boolean"),
+            (([[1.0, np.nan]], [[1.0, 1.0]]), r"compute_s\[0, 1\]=nan"),
+            (([[1.0, 1.0]], [[-2.0, 1.0]]), r"full_band_upload_s\[0, 0\]=-2.0"),
+        ],
+    )
+    def test_bad_arrays_are_named(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            AllocationProblem(*arguments)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"memory_bytes": [1.0]}, r"memory_bytes is \(1,\)"),
+            ({"required_memory_bytes": [1.0, -1.0]}, r"required_memory_bytes\[1\]"),
+            ({"constant_s": -1.0}, "constant_s"),
+            ({"constant_s": float("nan")}, "constant_s"),
+            ({"power_limited": PowerLimitedUplink([1.0])}, "power_limited.snr"),
+            ({"mode": RoundMode(blocks=[2])}, "blocks names 2"),
+            ({"mode": RoundMode(devices_per_block=[1, 1, 1])}, "has 3 counts"),
+            (
+                {"mode": RoundMode(blocks=[0], devices_per_block=[0, 1])},
+                "Nothing to train",
+            ),
+        ],
+    )
+    def test_bad_fields_are_named(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            AllocationProblem(ONES, ONES, **fields)
+
+    def test_importing_pulls_in_no_framework(self):
+        code = (
+            "import sys, lola_flwr.allocation; "
+            "print([m for m in sys.modules if m in "
+            "('torch', 'flwr', 'transformers', 'scipy.optimize', 'scipy.sparse')])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "[]"
+
+
+class TestRoundMode:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"blocks": []}, "at least one block"),
+            ({"blocks": [1, 1]}, "none twice"),
+            ({"devices_per_block": 0}, "devices_per_block"),
+            ({"devices_per_block": [1, -1]}, "devices_per_block"),
+            ({"devices_per_block": [0, 0]}, "devices_per_block"),
+            ({"participation": "some"}, "'some'; use one of needed, all"),
+            ({"backups": -1}, "backups"),
+            ({"backups": 1, "participation": "all"}, "there are none"),
+        ],
+    )
+    def test_bad_fields_are_named(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            RoundMode(**fields)
+
+    def test_demand(self):
+        def demand(**fields):
+            return AllocationProblem(ONES, ONES, mode=RoundMode(**fields)).demand
+
+        assert demand().tolist() == [1, 1]
+        assert demand(blocks=np.array([1])).tolist() == [0, 1]
+        assert demand(devices_per_block=3).tolist() == [3, 3]
+        assert demand(blocks=[0], devices_per_block=(2, 1)).tolist() == [2, 0]
+
+
+def allocation(block_of_device, share, **fields):
+    return Allocation(
+        **{
+            "block_of_device": block_of_device,
+            "share": share,
+            "num_blocks": 2,
+            "round_s": 3.0,
+            **fields,
+        }
+    )
+
+
+class TestAllocation:
+    # Device 0 on block 1 and device 2 on block 0, half of the band each: 1 + 1 / 0.5 s.
+    good = allocation([1, -1, 0], [0.5, 0.0, 0.5])
+
+    def test_device_of_block_is_the_lowest_device(self):
+        assert self.good.device_of_block.tolist() == [2, 0]
+        assert allocation([1, 1, 1], [0.3] * 3).device_of_block.tolist() == [-1, 0]
+
+    def test_gap(self):
+        assert replace(self.good, bound_s=2.0).gap == pytest.approx(0.5)
+        assert replace(self.good, bound_s=3.0).gap == 0.0
+        assert replace(self.good, bound_s=0.0).gap == np.inf
+        assert np.isnan(self.good.gap)
+
+    def test_upload_time_is_zero_when_idle(self):
+        problem = AllocationProblem(ONES, ONES)
+        assert self.good.upload_s(problem).tolist() == [2.0, 0.0, 2.0]
+
+    def test_a_good_one_passes(self):
+        self.good.check(AllocationProblem(ONES, ONES))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"block_of_device": [1, 0]}, "Shape mismatch"),
+            ({"num_blocks": 3}, "Shape mismatch"),
+            ({"block_of_device": [1, -1, 2]}, "device 2 has block 2"),
+            ({"block_of_device": [1, -1, -2]}, "device 2 has block -2"),
+            ({"block_of_device": [1, -1, 1]}, "Block 0 has 0 devices but needs 1"),
+            ({"block_of_device": [1, 0, 0]}, "1 devices more than the blocks need"),
+            ({"share": [0.5, 0.0, 0.6]}, "sum to at most 1"),
+            ({"share": [1.5, 0.0, -0.5]}, "sum to at most 1"),
+            ({"share": [np.nan, 0.0, 0.5]}, "sum to at most 1"),
+            ({"share": [0.4, 0.1, 0.5]}, r"share\[1\]=0.1"),
+            ({"share": [0.4, 0.0, 0.5]}, "device 0 on block 1 ends the round at 3.5"),
+            ({"round_s": 2.9}, "Latency is wrong"),
+            ({"bound_s": 3.1}, "Bound is wrong"),
+        ],
+    )
+    def test_every_violation_is_named(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            replace(self.good, **changes).check(AllocationProblem(ONES, ONES))
+
+    def test_memory_violation_is_named(self):
+        feasible = np.array([[True, True], [True, True], [False, True]])
+        with pytest.raises(ValueError, match="Device 2 cannot compute block 0"):
+            self.good.check(AllocationProblem(ONES, ONES, feasible))
+
+    def test_idle_device_is_named_when_all_take_part(self):
+        mode = RoundMode(participation="all")
+        with pytest.raises(ValueError, match="Device 1 is idle"):
+            self.good.check(AllocationProblem(ONES, ONES, mode=mode))
+
+    def test_block_left_out_must_stay_out(self):
+        problem = AllocationProblem(ONES, ONES, mode=RoundMode(blocks=[1]))
+        with pytest.raises(ValueError, match="Block 0 has 1 devices but needs 0"):
+            self.good.check(problem)
+        allocate(problem).check(problem)
