@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all check bench clean
+.PHONY: venv demo test test-all check bench figures clean
 
 venv: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ check: venv
 
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest simulations/benchmarks -o python_files='bench_*.py'
+
+# The paper's figures. GLUE=DIR adds learning curves on SST-2 and CoLA.
+figures: venv
+	$(BIN)/python -m simulations.figures --out runs/figures $(if $(GLUE),--glue $(GLUE))
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -9,22 +9,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.allocation import (
+    RANDOM_ALLOCATORS,
     Allocation,
     AllocationProblem,
     Allocator,
     RoundMode,
     allocate,
+    find_allocator,
     rotate,
 )
 from lola_flwr.assembly import BlockUpdate, assemble_gradient
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import MalformedArray, codec_named, read_npy
 from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
+from lola_flwr.randomness import rng_for
 from lola_flwr.round_log import BlockRecord, RoundRecord
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
@@ -113,7 +117,8 @@ class Coordinator:
     base_fingerprint
         Digest of the frozen weights, which every device must hold.
     allocator
-        Name of an allocator, or a function from problem to allocation.
+        Name of an allocator, ``"package.module:function"``, or a function from problem
+        to allocation.
     mode
         Which blocks need how many devices (default: every block one).
     rotation_eps
@@ -154,6 +159,8 @@ class Coordinator:
         self._bandwidth_hz = bandwidth_hz
         self._optimizer = optimizer
         self._base_fingerprint = base_fingerprint
+        if isinstance(allocator, str):
+            find_allocator(allocator)  # an unknown name is an error now, not in round 1
         self._allocator = allocator
         self._mode = RoundMode() if mode is None else mode
         self._rotation_eps = rotation_eps
@@ -216,7 +223,11 @@ class Coordinator:
         able.sort(key=lambda device: self._profiles[device].name)
         profiles = [self._profiles[device] for device in able]
         problem = self._problem(server_round, profiles)
-        allocation = allocate(problem, self._allocator)
+        options: dict[str, Any] = {}
+        if self._allocator in RANDOM_ALLOCATORS:
+            rng = rng_for(self._seed, "matching", server_round)
+            options["seed"] = int(rng.integers(2**31))
+        allocation = allocate(problem, self._allocator, **options)
         meetings = [
             [self._meetings[profile.name, n] for n in range(self.partition.num_blocks)]
             for profile in profiles

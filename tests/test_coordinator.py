@@ -7,9 +7,10 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from lola_flwr.allocation import InfeasibleAllocation, RoundMode
+from lola_flwr.allocation import InfeasibleAllocation, RoundMode, allocate
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.coordinator import Coordinator, DeviceReply
+from lola_flwr.errors import UserError
 from lola_flwr.protocol import UpdateReport
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.costs import estimate_costs
@@ -330,3 +331,42 @@ def test_devices_without_memory_are_excluded_and_counted_where_all_take_part():
     plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "tiny"])
     assert plan.num_excluded == 1
     assert "tiny" not in plan.assignments
+
+
+def own_allocator(problem, **options):
+    """Stand in for a user's own allocator."""
+    return allocate(problem, "crunch")
+
+
+def test_an_allocator_of_ones_own_by_import_path():
+    own = make_coordinator(allocator="tests.test_coordinator:own_allocator")
+    plan = own.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    crunch = make_coordinator(allocator="crunch").plan_round(
+        1, ["id-0", "id-1", "id-2", "id-3"]
+    )
+    assert plan.allocation.round_s == crunch.allocation.round_s
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("crunsh", "Did you mean 'crunch'"),
+        ("no.such.module:f", "cannot be imported"),
+        ("math:pi", "not a function"),
+    ],
+)
+def test_unknown_allocators_are_errors_before_the_first_round(name, message):
+    with pytest.raises(UserError, match=message):
+        make_coordinator(allocator=name)
+
+
+def test_random_matchings_differ_from_round_to_round():
+    coordinator = make_coordinator(allocator="random", num_devices=12)
+    ids = [f"id-{index}" for index in range(12)]
+    plans = [coordinator.plan_round(r, ids) for r in range(1, 6)]
+    matchings = {tuple(plan.allocation.block_of_device) for plan in plans}
+    assert len(matchings) >= 4
+    again = make_coordinator(allocator="random", num_devices=12).plan_round(3, ids)
+    np.testing.assert_array_equal(
+        again.allocation.block_of_device, plans[2].allocation.block_of_device
+    )

@@ -83,7 +83,8 @@ def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
         (['task="cola"', 'data-dir="/nowhere"'], "/nowhere"),
         (["batch-size=50000"], "required_memory_bytes"),
         (['model="no/such-model"'], "minilm-l6"),
-        (['allocator="best"', "rounds=0"], "allocator='best'"),
+        (['allocator="greedi"'], "Did you mean 'greedy'"),
+        (["rounds=0", 'codec="zip"'], "rounds=0: Input should be greater"),
     ],
 )
 def test_more_mistakes(tmp_path, overrides, message, monkeypatch):

@@ -5,7 +5,13 @@ and of JBBA: Wu, Chen, Huang, "Resource Management for Low-latency Cooperative
 Fine-tuning of Foundation Models at the Network Edge", arXiv:2407.09873.
 """
 
-from lola_flwr.allocation.allocators import ALLOCATORS, Allocator, allocate
+from lola_flwr.allocation.allocators import (
+    ALLOCATORS,
+    RANDOM_ALLOCATORS,
+    Allocator,
+    allocate,
+    find_allocator,
+)
 from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
 from lola_flwr.allocation.rotation import rotate
 from lola_flwr.allocation.solution import Allocation, InfeasibleAllocation
@@ -13,6 +19,7 @@ from lola_flwr.allocation.uplink import PowerLimitedUplink
 
 __all__ = [
     "ALLOCATORS",
+    "RANDOM_ALLOCATORS",
     "Allocation",
     "AllocationProblem",
     "Allocator",
@@ -21,5 +28,6 @@ __all__ = [
     "PowerLimitedUplink",
     "RoundMode",
     "allocate",
+    "find_allocator",
     "rotate",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from pkgutil import resolve_name
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -49,6 +50,9 @@ ALLOCATORS: Mapping[str, Callable[..., Allocation]] = {
     "greedy": solve_greedy,
 }
 
+# Allocators that take a ``seed``; give them another one each round.
+RANDOM_ALLOCATORS = frozenset({"random", "random+shares"})
+
 
 def allocate(
     problem: AllocationProblem,
@@ -67,7 +71,8 @@ def allocate(
     problem
         The instance.
     allocator
-        A name from `ALLOCATORS`, or any function from a problem to an `Allocation`.
+        A name from `ALLOCATORS`, ``"package.module:function"``, or any function from a
+        problem to an `Allocation`.
     blocks, devices_per_block, participation, backups
         Replace these fields of the problem's `RoundMode`. To `Allocation.check` the
         answer, check it against a problem that has the same mode.
@@ -109,26 +114,47 @@ def allocate(
     }
     if changes:
         problem = replace(problem, mode=replace(problem.mode, **changes))
-    solve = _named(allocator) if isinstance(allocator, str) else allocator
+    solve = find_allocator(allocator) if isinstance(allocator, str) else allocator
     if problem.mode.backups:
         allocation = _with_backups(problem, solve, options)
     else:
         allocation = solve(problem, **options)
-    if not isinstance(allocator, str):
+    if solve not in ALLOCATORS.values():
         allocation.check(problem)
     return allocation
 
 
-def _named(allocator: str) -> Callable[..., Allocation]:
-    try:
-        return ALLOCATORS[allocator]
-    except KeyError:
-        near = difflib.get_close_matches(allocator, ALLOCATORS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(
-            f"Unknown allocator {allocator!r}; use one of "
-            f"{', '.join(ALLOCATORS)}, or pass a function.{hint}"
-        ) from None
+def find_allocator(name: str) -> Callable[..., Allocation]:
+    """Return the allocator of a name, or import a caller's own.
+
+    Parameters
+    ----------
+    name
+        A name from `ALLOCATORS`, or ``"package.module:function"``.
+
+    Raises
+    ------
+    UserError
+        Unknown name, or nothing callable at that place.
+    """
+    if name in ALLOCATORS:
+        return ALLOCATORS[name]
+    if ":" in name:
+        try:
+            found = resolve_name(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"allocator={name!r} cannot be imported: {error}."
+            ) from None
+        if not callable(found):
+            raise UserError(f"allocator={name!r} is not a function.")
+        return cast(Callable[..., Allocation], found)
+    near = difflib.get_close_matches(name, ALLOCATORS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(
+        f"Unknown allocator {name!r}; use one of {', '.join(ALLOCATORS)}, or "
+        f"'package.module:function'.{hint}"
+    )
 
 
 def _with_backups(

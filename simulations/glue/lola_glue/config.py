@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lola_flwr.allocation import ALLOCATORS
 from lola_flwr.codec import CODECS
 from lola_flwr.errors import UserError
 
@@ -32,7 +31,7 @@ class GlueConfig(BaseModel):
     max_length: int = Field(ge=8)
     optimizer: str
     lr: float = Field(gt=0)
-    allocator: Literal[tuple(ALLOCATORS)]  # type: ignore[valid-type]
+    allocator: str
     participation: Literal["needed", "all"]
     devices_per_block: int = Field(ge=1)
     backups: int = Field(ge=0)
