@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import transformers
+
+# The same examples every time, and no verdict about time: the machine may be busy.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
 
 # Two cores, several test processes: one thread each.
 torch.set_num_threads(1)

@@ -1,0 +1,346 @@
+"""The figures' rows, their CSV and PNG, and the reuse of finished runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tomllib
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from lola_flwr.allocation import ALLOCATORS
+from simulations.figures import depth, latency, learning, plots, summary
+from simulations.figures.tables import markdown_table, write_csv
+from simulations.run import FinishedRun
+
+DRAWS = latency.draws(3, rounds=2)
+SNRS_DB = (0.0, 20.0)
+SETTINGS = [latency.Setting(transmit_snr_db=snr_db) for snr_db in SNRS_DB]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return latency.simulate(SETTINGS, DRAWS)
+
+
+@pytest.fixture(scope="module")
+def points(rows):
+    return summary.summarize(rows, "transmit_snr_db")
+
+
+def assert_drawn(figure, path):
+    plots.save(figure, path)
+    pixels = imread(path)[:, :, :3]
+    background = pixels[0, 0]
+    # Less would be a title on an empty page.
+    assert (pixels != background).any(axis=2).mean() > 0.03
+
+
+class TestLatency:
+    def test_all_contenders_meet_the_same_draws(self, rows):
+        met = defaultdict(list)
+        for row in rows:
+            met[row["allocator"]].append(
+                (row["transmit_snr_db"], row["fleet"], row["round"])
+            )
+        everything = [
+            (snr_db, draw.fleet, draw.server_round)
+            for snr_db in SNRS_DB
+            for draw in DRAWS
+        ]
+        assert dict(met) == dict.fromkeys(latency.CONTENDERS, everything)
+
+    def test_exact_is_never_above_another_allocator(self, rows):
+        by_draw = defaultdict(dict)
+        for row in rows:
+            key = (row["transmit_snr_db"], row["fleet"], row["round"])
+            by_draw[key][row["allocator"]] = row["round_s"]
+        for latencies in by_draw.values():
+            for name in ALLOCATORS:
+                assert latencies["exact"] <= latencies[name] * (1 + 1e-9)
+            for plain in ("crunch", "random", "fedavg-full"):
+                shared = latencies[f"{plain}+shares"]
+                assert shared <= latencies[plain] * (1 + 1e-9)
+
+    def test_draws_depend_on_their_seeds_alone(self, rows):
+        assert latency.simulate(SETTINGS, DRAWS) == rows
+        alone = latency.simulate(SETTINGS[1:], DRAWS[-1:])
+        assert alone == rows[-len(alone) :]
+
+    def test_fading_is_the_same_at_every_snr(self):
+        # At low SNR the rate is proportional to it: 10 dB are a factor of 10.
+        upload_s = [
+            latency.allocation_problem(
+                latency.Setting(transmit_snr_db=snr_db), DRAWS[0], merged=False
+            ).full_band_upload_s
+            for snr_db in (-60.0, -50.0)
+        ]
+        np.testing.assert_allclose(upload_s[0] / upload_s[1], 10.0, rtol=1e-3)
+
+    def test_devices_without_memory_for_the_whole_model_are_counted(self):
+        setting = latency.Setting(sequence_length=128)
+        needed = latency.block_costs(128, 16, 16, merged=True).memory_bytes[0]
+        for row in latency.simulate([setting], DRAWS[:1]):
+            fleet = latency.draw_fleet(row["fleet"], row["devices"])
+            small = sum(device.memory_bytes < needed for device in fleet)
+            assert small > 0
+            expected = small if row["allocator"].startswith("fedavg") else 0
+            assert row["excluded"] == expected
+
+    def test_an_infeasible_draw_is_left_out_for_all(self):
+        # One device cannot hold twelve blocks.
+        assert latency.simulate([latency.Setting(num_devices=1)], DRAWS[:1]) == []
+
+
+class TestSummary:
+    def test_means_and_reductions(self, rows, points):
+        for point in points:
+            values, exact = (
+                np.array(
+                    [
+                        row["round_s"]
+                        for row in rows
+                        if row["allocator"] == name
+                        and row["transmit_snr_db"] == point["transmit_snr_db"]
+                    ]
+                )
+                for name in (point["allocator"], "exact")
+            )
+            assert point["draws"] == len(DRAWS)
+            assert point["mean_s"] == pytest.approx(values.mean())
+            assert point["mean_low_s"] <= point["mean_s"] <= point["mean_high_s"]
+            assert point["exact_reduction"] == pytest.approx(
+                1 - exact.mean() / values.mean()
+            )
+            assert point["exact_reduction_median"] == pytest.approx(
+                np.median(1 - exact / values)
+            )
+
+    def test_points_at_target(self):
+        # Against the better baseline: 1 - 5/10 at 0 dB, 1 - 7/10 at 10 dB.
+        points = [
+            {"snr": snr, "allocator": name, "mean_s": mean_s}
+            for snr, means in ((0.0, (5.0, 10.0, 99.0)), (10.0, (7.0, 99.0, 10.0)))
+            for name, mean_s in zip(("exact", "random", "greedy"), means, strict=True)
+        ]
+        baselines = ("random", "greedy")
+        assert summary.points_at_target(points, "snr", baselines) == [0.0]
+
+    def test_table_spans_the_points(self, points):
+        table = {row["baseline"]: row for row in summary.reduction_table(points)}
+        assert set(table) == set(latency.CONTENDERS) - {"exact"}
+        reductions = [
+            100 * point["exact_reduction"]
+            for point in points
+            if point["allocator"] == "random"
+        ]
+        line = table["random"]
+        assert line["exact: least %"] == pytest.approx(min(reductions), abs=0.05)
+        assert line["exact: most %"] == pytest.approx(max(reductions), abs=0.05)
+        assert line["exact: mean %"] == pytest.approx(np.mean(reductions), abs=0.05)
+
+
+class TestDepth:
+    def test_measures_every_depth_and_the_whole_model(self, tmp_path):
+        threads = torch.get_num_threads()
+        rows = depth.depth_rows(
+            model_name="random:roberta-tiny",
+            batch_size=2,
+            sequence_length=16,
+            repeats=1,
+            num_threads=1,
+        )
+        assert torch.get_num_threads() == threads
+        assert [row["depth"] for row in rows] == [1, 2, 3, 4, depth.WHOLE_MODEL]
+        for key in ("saved_bytes", "model_saved_bytes", "model_flops"):
+            values = [row[key] for row in rows]
+            assert values == sorted(values), key
+        for row in rows:
+            assert row["saved_with_dropout_bytes"] > row["saved_bytes"]
+        # The cost model's speed is fitted to the sum of all that was measured.
+        measured_s = sum(row["forward_s"] + row["backward_s"] for row in rows)
+        assert sum(row["model_s"] for row in rows) == pytest.approx(measured_s)
+        assert_drawn(plots.depth_figure(rows, "title"), tmp_path / "depth.png")
+
+    def test_cooperation_needs_the_mean_block(self, tmp_path):
+        rows = depth.memory_rows(DRAWS[:2], batch_sizes=(4, 16))
+        assert [row["fine_tuning"] for row in rows] == ["alone", "cooperating"] * 2
+        costs = latency.block_costs(64, 16, 32, merged=False)
+        # One device a block: the mean over active devices is that over blocks.
+        assert rows[3]["mean_bytes"] == pytest.approx(costs.memory_bytes.mean())
+        assert rows[3]["largest_bytes"] == costs.memory_bytes.max()
+        for row in rows:
+            parts = ("weights_bytes", "gradients_bytes", "activations_bytes")
+            assert sum(row[part] for part in parts) == pytest.approx(row["mean_bytes"])
+        assert_drawn(plots.memory_figure(rows, "title"), tmp_path / "memory.png")
+
+
+class TestOutput:
+    def test_csv_equals_rows(self, rows, tmp_path):
+        path = tmp_path / "new" / "rows.csv"
+        write_csv(path, rows)
+        with path.open(newline="") as file:
+            read = list(csv.DictReader(file))
+        # repr of a float, which csv writes, reads back as the same float.
+        assert read == [{key: str(row[key]) for key in row} for row in rows]
+        assert [float(row["round_s"]) for row in read] == [r["round_s"] for r in rows]
+
+    def test_every_contender_has_a_style_of_its_own(self):
+        assert set(latency.CONTENDERS) <= set(plots.STYLES)
+        looks = [(s.color, s.marker, s.line) for s in plots.STYLES.values()]
+        assert len(set(looks)) == len(looks)
+        assert set(learning.METHODS) | set(learning.ROTATIONS) <= set(plots.STYLES)
+
+    def test_latency_figure(self, points, tmp_path):
+        figure = plots.latency_figure(points, "transmit_snr_db", "title")
+        assert_drawn(figure, tmp_path / "latency.png")
+        left, right = figure.axes
+        assert len(left.lines) == len(latency.CONTENDERS)
+        # The exact optimum is not compared with itself; the target is a line, too.
+        assert len(right.lines) == len(latency.CONTENDERS)
+
+    def test_markdown(self):
+        table = markdown_table([{"name": "a", "value": 1.5}])
+        assert table == "| name | value |\n| :-- | --: |\n| a | 1.5 |"
+
+
+TINY = learning.LearningSetting(
+    seeds=2, rounds=4, eval_every=2, model="random:roberta-tiny"
+)
+
+
+def fabricated_records(config, *, round_s):
+    """Round log of a run: block 0 to 3 each round, evaluated every second one."""
+    blocks = [{"block_index": index, "status": "accepted"} for index in range(4)]
+    if config["method"] == "fedavg-full":
+        blocks = [{"block_index": 0, "status": "accepted"} for _ in range(6)]
+    return [
+        {
+            "server_round": number,
+            "round_s": round_s,
+            "bound_s": round_s / (1 + config["rotation-eps"] / 2),
+            "wireless_s": number * round_s,
+            "blocks": blocks,
+            "metrics": (
+                {"loss": 1.0 / number, "matthews": 0.1 * number}
+                if number % config["eval-every"] == 0
+                else {}
+            ),
+        }
+        for number in range(1, config["rounds"] + 1)
+    ]
+
+
+class FakeApp:
+    """Stands in for `run_app`: writes a round log and remembers what was asked for."""
+
+    def __init__(self, *, status="finished:completed", stop_after=None):
+        self.configs = []
+        self.devices = []
+        self._status, self._stop_after = status, stop_after
+
+    def __call__(self, app, *, num_devices, run_config, home):
+        overrides = tomllib.loads("\n".join(run_config))
+        config = {**learning.app_config(), **overrides}
+        self.configs.append(config)
+        self.devices.append(num_devices)
+        slower = 1.1 if config["rotation-eps"] else 1.0
+        records = fabricated_records(config, round_s=2.0 * slower)
+        lines = [json.dumps(record) + "\n" for record in records[: self._stop_after]]
+        directory = Path(config["output-dir"])
+        (directory / "rounds.jsonl").write_text("".join(lines))
+        return FinishedRun(self._status, "error: no such luck\n")
+
+
+def run_all(directory, app, setting=TINY, methods=learning.METHODS):
+    return learning.run_all(
+        setting, methods, directory, launch=app, report=lambda line: None
+    )
+
+
+class TestReuse:
+    def test_a_finished_run_is_not_repeated(self, tmp_path):
+        first, again = FakeApp(), FakeApp()
+        runs = run_all(tmp_path, first)
+        assert len(first.configs) == TINY.seeds * len(learning.METHODS)
+        assert set(first.devices) == {6}
+        assert [config["seed"] for config in first.configs] == [0] * 4 + [1] * 4
+        assert {config["task"] for config in first.configs} == {"acceptability"}
+        assert run_all(tmp_path, again) == runs
+        assert again.configs == []
+
+    def test_an_interrupted_series_goes_on(self, tmp_path):
+        runs = run_all(tmp_path, FakeApp())
+        log = tmp_path / "acceptability-crunch-seed1" / "rounds.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        for left_over in ("".join(lines[:-1]), "".join(lines)[:-5], ""):
+            log.write_text(left_over)
+            again = FakeApp()
+            assert run_all(tmp_path, again) == runs
+            assert [(c["allocator"], c["seed"]) for c in again.configs] == [
+                ("crunch", 1)
+            ]
+
+    def test_another_configuration_is_run_anew(self, tmp_path, monkeypatch):
+        run_all(tmp_path, FakeApp())
+        longer = replace(TINY, rounds=6)
+        again = FakeApp()
+        runs = run_all(tmp_path, again, longer)
+        assert len(again.configs) == 8
+        assert all(len(run.records) == 6 for run in runs)
+        # A default of the app that changed makes another run, too.
+        config = {**learning.app_config(), "lr": 1.0}
+        monkeypatch.setattr(learning, "app_config", lambda: config)
+        changed = FakeApp()
+        run_all(tmp_path, changed, longer)
+        assert len(changed.configs) == 8
+
+    @pytest.mark.parametrize(
+        "app", [FakeApp(status="finished:failed"), FakeApp(stop_after=2)]
+    )
+    def test_a_failed_run_is_reported_and_not_reused(self, tmp_path, app):
+        with pytest.raises(learning.RunFailed, match="exact-seed0: no such luck"):
+            run_all(tmp_path, app)
+        good = FakeApp()
+        run_all(tmp_path, good)
+        assert len(good.configs) >= TINY.seeds * len(learning.METHODS) - 1
+
+
+class TestLearning:
+    def test_curves_and_outcomes(self, tmp_path):
+        runs = run_all(tmp_path, FakeApp())
+        curves = learning.curve_rows(runs)
+        assert len(curves) == 2 * len(runs)
+        assert {row["metric"] for row in curves} == {"matthews"}
+        assert [row["wireless_s"] for row in curves[:2]] == [4.0, 8.0]
+        outcomes = learning.outcome_rows(runs)
+        block, *_, whole = outcomes[:4]
+        assert (block["method"], whole["method"]) == ("exact", "fedavg-full+shares")
+        assert block["final"] == pytest.approx(0.4)
+        # 4 blocks or 6 devices, 4 rounds, the app's batch.
+        batch = learning.app_config()["batch-size"]
+        assert (block["samples"], whole["samples"]) == (16 * batch, 24 * batch)
+        assert whole["mean_memory_bytes"] > block["largest_memory_bytes"]
+        assert block["largest_memory_bytes"] > block["mean_memory_bytes"]
+        (line, *_) = learning.outcome_table(outcomes)
+        assert line["final"] == "0.4000 ± 0.0000"
+        figure = plots.learning_figure(curves, list(learning.METHODS), "title")
+        assert_drawn(figure, tmp_path / "learning.png")
+
+    def test_rotation_is_compared_at_equal_wireless_time(self, tmp_path):
+        runs = run_all(tmp_path, FakeApp(), methods=learning.ROTATIONS)
+        comparison = learning.rotation_rows(runs)
+        plain, rotated = comparison[:2]
+        # The plain run ends at 8 s; the rotated one, at 2.2 s a round, is then in its
+        # fourth round, and was evaluated after its second.
+        assert plain["budget_s"] == rotated["budget_s"] == 8.0
+        assert (plain["server_round"], rotated["server_round"]) == (4, 2)
+        assert plain["largest_excess"] == 0.0
+        assert rotated["largest_excess"] == pytest.approx(0.1)
+        assert [row["seeds"] for row in learning.rotation_table(comparison)] == [2, 2]
