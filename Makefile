@@ -12,12 +12,12 @@ export TOKENIZERS_PARALLELISM := false
 
 venv: $(VENV)/.installed
 
-# torch comes first and pinned: a looser pin can pull gigabytes of CUDA libraries.
+# torch comes first and pinned, so that nothing pulls another build of it afterwards.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt \
-	  --editable '.[simulation,glue,offline,dev]'
+	  --editable '.[simulation,glue,offline,figures,dev]'
 	touch $@
 
 demo: venv

@@ -14,7 +14,7 @@ from torch import nn
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import codec_named
 from lola_flwr.errors import UserError
-from lola_flwr.models import fingerprint
+from lola_flwr.models import fingerprint, load_values
 from lola_flwr.protocol import Assignment, UpdateReport
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import DeviceProfile
@@ -34,13 +34,12 @@ class BlockClient(NumPyClient):
 
     Parameters
     ----------
-    model
-        Model on the device. Every round overwrites its trainable values, so the
-        virtual clients of one simulation worker can share it.
-    partition
-        The model's blocks.
     profile
         What this device offers.
+    load_model
+        Gives the device's model and its blocks; called when there is something to
+        train, and not to report the profile. Every round overwrites the model's
+        trainable values, so the virtual clients of one simulation worker can share it.
     batch_source
         Draws the round's mini-batch from the device's data.
     loss_function
@@ -55,17 +54,15 @@ class BlockClient(NumPyClient):
     def __init__(
         self,
         *,
-        model: nn.Module,
-        partition: BlockPartition,
         profile: DeviceProfile,
+        load_model: Callable[[], tuple[nn.Module, BlockPartition]],
         batch_source: BatchSource,
         loss_function: LossFunction = model_loss,
         seed: int = 0,
         simulated_compute_s: Callable[[Assignment], float] | None = None,
     ) -> None:
-        self._model = model
-        self._partition = partition
         self._profile = profile
+        self._load_model = load_model
         self._batch_source = batch_source
         self._loss_function = loss_function
         self._seed = seed
@@ -101,18 +98,24 @@ class BlockClient(NumPyClient):
         """
         start = time.perf_counter()
         assignment = Assignment.from_record(config)
-        self._load(parameters, assignment.base_fingerprint)
+        model, partition = self._load_model()
+        if fingerprint(model, partition.frozen) != assignment.base_fingerprint:
+            raise UserError(
+                "The frozen base weights of this device differ from the server's; use "
+                "the same model, revision and seed on both."
+            )
+        load_values(model, partition.trainable, parameters)
         batch = self._batch_source(assignment.server_round, assignment.batch_size)
         rng = rng_for(
             self._seed, "dropout", assignment.server_round, self._profile.name
         )
-        self._model.train()
+        model.train()
         # The device's own random state is left as it was.
         with torch.random.fork_rng():
             torch.manual_seed(int(rng.integers(2**63)))
             result = block_gradient(
-                self._model,
-                self._partition,
+                model,
+                partition,
                 assignment.block_index,
                 batch,
                 loss_function=self._loss_function,
@@ -137,27 +140,3 @@ class BlockClient(NumPyClient):
             ),
         )
         return encoded, result.num_examples, report.to_record()
-
-    def _load(self, parameters: NDArrays, base_fingerprint: str) -> None:
-        """Copy the server's values into the model, after a check that they fit it."""
-        if fingerprint(self._model, self._partition.frozen) != base_fingerprint:
-            raise UserError(
-                "The frozen base weights of this device differ from the server's; use "
-                "the same model, revision and seed on both."
-            )
-        own = dict(self._model.named_parameters())
-        names = self._partition.trainable
-        if len(parameters) != len(names):
-            raise UserError(
-                f"{len(parameters)} arrays received; this model has {len(names)} "
-                "trainable ones. Server and device use different models."
-            )
-        for name, values in zip(names, parameters, strict=True):
-            if values.shape != tuple(own[name].shape):
-                raise UserError(
-                    f"{name} has shape {tuple(own[name].shape)} here but "
-                    f"{values.shape} at the server; use the same model on both."
-                )
-        with torch.no_grad():
-            for name, values in zip(names, parameters, strict=True):
-                own[name].copy_(torch.from_numpy(values))

@@ -53,6 +53,8 @@ def _to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     bits = values.view(np.uint32)
     # Round to nearest, ties to even, on the 16 bits that bfloat16 drops.
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    # Rounding would carry some of the NaNs over into zeros.
+    rounded = np.where(np.isnan(values), np.uint32(0x7FC00000), rounded)
     return (rounded >> np.uint32(16)).astype(np.uint16)
 
 

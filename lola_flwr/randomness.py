@@ -25,7 +25,8 @@ def rng_for(seed: int, *purpose: str | int) -> np.random.Generator:
     Returns
     -------
     numpy.random.Generator
-        Equal for equal arguments, independent for different ones.
+        Equal for equal arguments. Words are hashed, so a number and its digits are the
+        same purpose.
     """
     key = [crc32(str(part).encode()) for part in purpose]
     return np.random.default_rng([seed, *key])

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lola_flwr.errors import UserError
+
 
 @dataclass(frozen=True)
 class BlockRecord:
@@ -20,6 +22,7 @@ class BlockRecord:
     compute_s: float
     upload_s: float
     reported_compute_s: float | None
+    compute_clock: str
     loss: float | None
     status: str
 
@@ -39,6 +42,8 @@ class RoundRecord:
         Round, from 1.
     num_devices
         Devices K that the round could choose from.
+    wireless_s
+        Sum of ``observed_s`` up to and with this round.
     num_excluded
         Devices that had to be left out for want of memory.
     round_s
@@ -48,14 +53,14 @@ class RoundRecord:
         ones; equals ``round_s`` where no device reported.
     bound_s
         Lower bound of the best possible latency; nan if the allocator gives none.
-    wireless_s
-        Sum of ``observed_s`` up to and with this round.
     train_loss
         Mean loss over the accepted updates' examples; None without any.
     refused
         Refused replies, counted by reason.
     blocks
         Each active device's part.
+    skipped
+        Why nobody was asked to take part; None if the round took place.
     measured_strategy_s
         Seconds that the server itself took to plan the round and to step the model.
     metrics
@@ -64,19 +69,22 @@ class RoundRecord:
 
     server_round: int
     num_devices: int
-    num_excluded: int
-    round_s: float
-    observed_s: float
-    bound_s: float
     wireless_s: float
-    train_loss: float | None
-    refused: Mapping[str, int]
-    blocks: tuple[BlockRecord, ...]
+    num_excluded: int = 0
+    round_s: float = 0.0
+    observed_s: float = 0.0
+    bound_s: float = math.nan
+    train_loss: float | None = None
+    refused: Mapping[str, int] = field(default_factory=dict)
+    blocks: tuple[BlockRecord, ...] = ()
+    skipped: str | None = None
     measured_strategy_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Return the record as log lines."""
+        if self.skipped is not None:
+            return [f"round {self.server_round} is skipped: {self.skipped}"]
         bound = "" if math.isnan(self.bound_s) else f", bound {self.bound_s:.3f} s"
         loss = "none" if self.train_loss is None else f"{self.train_loss:.4f}"
         lines = [
@@ -92,7 +100,7 @@ class RoundRecord:
             reported = (
                 ""
                 if block.reported_compute_s is None
-                else f" ({block.reported_compute_s:.3f} s reported)"
+                else f" ({block.reported_compute_s:.3f} s {block.compute_clock})"
             )
             status = "" if block.status == "accepted" else f" [{block.status}]"
             lines.append(
@@ -109,11 +117,15 @@ class RoundRecord:
         return lines
 
     def to_json(self) -> str:
-        """Return the record as one line of strict JSON; nan becomes null."""
+        """Return the record as one line of strict JSON; what is not finite is null."""
         values = asdict(self)
-        if math.isnan(self.bound_s):
-            values["bound_s"] = None
+        values["bound_s"] = _finite(self.bound_s)
+        values["metrics"] = {k: _finite(v) for k, v in self.metrics.items()}
         return json.dumps(values, allow_nan=False)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class RoundLog:
@@ -122,13 +134,24 @@ class RoundLog:
     Parameters
     ----------
     path
-        The file; its directory is made, and an older file there is replaced.
+        The file; its directory is made.
+
+    Raises
+    ------
+    UserError
+        There is such a file already: nothing is overwritten.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("", encoding="utf-8")
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            raise UserError(
+                f"{path} holds the rounds of an earlier run; give this run another "
+                "output directory, or move that file away."
+            ) from None
 
     def append(self, record: RoundRecord) -> None:
         """Write one record."""

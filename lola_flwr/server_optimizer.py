@@ -21,8 +21,11 @@ class ServerOptimizer:
         Initial values by parameter name; copied.
     optimizer
         Name of a class of ``torch.optim``.
+    linear_decay_steps
+        Let the learning rate fall linearly, to zero after this many steps (default: it
+        stays).
     **options
-        Its keyword arguments: ``lr=3e-4``.
+        The optimizer's keyword arguments: ``lr=3e-4``.
 
     Raises
     ------
@@ -35,6 +38,7 @@ class ServerOptimizer:
         state: Mapping[str, npt.NDArray[np.float32]],
         *,
         optimizer: str = "AdamW",
+        linear_decay_steps: int | None = None,
         **options: Any,
     ) -> None:
         factory = getattr(torch.optim, optimizer, None)
@@ -50,18 +54,30 @@ class ServerOptimizer:
             for name, values in state.items()
         }
         try:
+            # Some optimizers can be made, but not stepped with a dense gradient alone.
+            probe = torch.nn.Parameter(torch.zeros(1))
+            probe.grad = torch.zeros(1)
+            factory([probe], **options).step()
             self._optimizer = factory(self._parameters.values(), **options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"optimizer={optimizer!r}: {error}") from None
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer,
+            lambda step: (
+                1.0
+                if linear_decay_steps is None
+                else max(0.0, 1.0 - step / linear_decay_steps)
+            ),
+        )
 
     def step(self, gradient: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Take one step; parameters without a gradient keep their values."""
         for name, parameter in self._parameters.items():
             values = gradient.get(name)
-            # torch would warn of a read-only array, and only reads it here.
             parameter.grad = None if values is None else torch.tensor(values)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
 
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the current values by name, as views: the next step changes them."""

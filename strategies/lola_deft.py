@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from logging import INFO, WARNING
-from typing import Any
 
 from flwr.common import (
     FitIns,
     FitRes,
     GetPropertiesIns,
+    MetricsAggregationFn,
+    NDArrays,
     Parameters,
     Scalar,
     ndarrays_to_parameters,
@@ -27,6 +28,11 @@ from lola_flwr.errors import UserError
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.system.devices import InvalidProfile
 
+EvaluateFunction = Callable[
+    [int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None
+]
+ConfigFunction = Callable[[int], dict[str, Scalar]]
+
 # Asking a device for its profile costs it no computation; more threads than this would
 # only queue up at the server.
 _MAX_PROFILE_REQUESTS = 256
@@ -35,8 +41,8 @@ _MAX_PROFILE_REQUESTS = 256
 class LoLaDeft(FedAvg):
     """Each active device trains one block; the server assembles and steps.
 
-    Everything that is not about training rounds (server-side evaluation, client-side
-    evaluation and its aggregation) is inherited from FedAvg.
+    Evaluation, on the server and on clients, is inherited from FedAvg; so are the names
+    of the arguments that say how.
 
     Parameters
     ----------
@@ -49,9 +55,13 @@ class LoLaDeft(FedAvg):
         How long to wait for them before the run ends with an error.
     on_round
         Called with each round's record, after its evaluation.
-    **fedavg_options
-        Other keyword arguments of ``flwr.server.strategy.FedAvg``: ``evaluate_fn``,
-        ``fraction_evaluate`` (default here: 0), ``on_fit_config_fn``, ...
+    evaluate_fn, on_evaluate_config_fn, evaluate_metrics_aggregation_fn
+        As in ``flwr.server.strategy.FedAvg``.
+    fraction_evaluate
+        Share of the clients that evaluate the model on their own data (default: none,
+        since every message costs a device seconds).
+    on_fit_config_fn
+        Gives a round's further configuration for the clients, beside the assignment.
 
     References
     ----------
@@ -66,12 +76,25 @@ class LoLaDeft(FedAvg):
         min_available_clients: int | None = None,
         wait_s: float = 60.0,
         on_round: Callable[[RoundRecord], None] | None = None,
-        **fedavg_options: Any,
+        evaluate_fn: EvaluateFunction | None = None,
+        fraction_evaluate: float = 0.0,
+        on_fit_config_fn: ConfigFunction | None = None,
+        on_evaluate_config_fn: ConfigFunction | None = None,
+        evaluate_metrics_aggregation_fn: MetricsAggregationFn | None = None,
     ) -> None:
         if min_available_clients is None:
             min_available_clients = coordinator.partition.num_blocks
-        fedavg_options.setdefault("fraction_evaluate", 0.0)
-        super().__init__(min_available_clients=min_available_clients, **fedavg_options)
+        super().__init__(
+            # FedAvg warns of minima that exceed the clients; LoLa has its own.
+            min_fit_clients=min(2, min_available_clients),
+            min_evaluate_clients=min(2, min_available_clients),
+            min_available_clients=min_available_clients,
+            evaluate_fn=evaluate_fn,
+            fraction_evaluate=fraction_evaluate,
+            on_fit_config_fn=on_fit_config_fn,
+            on_evaluate_config_fn=on_evaluate_config_fn,
+            evaluate_metrics_aggregation_fn=evaluate_metrics_aggregation_fn,
+        )
         self.coordinator = coordinator
         self._wait_s = wait_s
         self._on_round = on_round
@@ -103,7 +126,8 @@ class LoLaDeft(FedAvg):
         except UserError as error:
             if self._record is None:
                 raise
-            log(WARNING, "round %s is skipped: %s", server_round, error)
+            self._record = self.coordinator.skip_round(server_round, str(error))
+            log(WARNING, "%s", self._record.lines()[0])
             return []
         self._plan = plan
         extra: Mapping[str, Scalar] = {}
@@ -176,6 +200,8 @@ class LoLaDeft(FedAvg):
         return ndarrays_to_parameters(list(self.coordinator.state().values()))
 
     def _wait_for_clients(self, manager: ClientManager) -> dict[str, ClientProxy]:
+        # ClientManager.wait_for would sleep through Flower's own 5 s updates of the
+        # list; num_available makes one.
         deadline = time.monotonic() + self._wait_s
         while manager.num_available() < self.min_available_clients:
             if time.monotonic() > deadline:
@@ -193,7 +219,7 @@ class LoLaDeft(FedAvg):
         self, clients: Mapping[str, ClientProxy], server_round: int
     ) -> None:
         """Ask all unknown devices for their profiles, at once."""
-        unknown = self.coordinator.unknown_devices(clients)
+        unknown = self.coordinator.meet_devices(clients)
         if not unknown:
             return
 

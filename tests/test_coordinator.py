@@ -24,15 +24,21 @@ SHAPES = {
 PARTITION = partition_parameters(SHAPES)
 
 
-def make_coordinator(*, num_devices=4, batch_size=8, **options) -> Coordinator:
+def make_coordinator(
+    *, num_devices=4, batch_size=8, optimizer_options=None, **options
+) -> Coordinator:
     """A model of three small blocks, plain SGD with a rate of 1, simulated devices."""
     costs = estimate_costs(SHAPES, PARTITION, batch_size=batch_size, sequence_length=4)
+    # The gradients of these tests are round numbers; most are not to be scaled down.
+    options.setdefault("max_gradient_norm", 1e3)
     state = {name: np.ones(SHAPES[name], np.float32) for name in PARTITION.trainable}
     coordinator = Coordinator(
         partition=PARTITION,
         costs=costs,
         bandwidth_hz=1e6,
-        optimizer=ServerOptimizer(state, optimizer="SGD", lr=1.0),
+        optimizer=ServerOptimizer(
+            state, **{"optimizer": "SGD", "lr": 1.0, **(optimizer_options or {})}
+        ),
         base_fingerprint="base",
         batch_size=batch_size,
         **options,
@@ -123,6 +129,18 @@ BAD_REPLIES = {
     },
     "wrong-count": lambda plan, d: {"tensors": honest_reply(plan, d).tensors[:-1]},
     "wrong-examples": lambda plan, d: {"num_examples": 9},
+    "wrong-examples ": lambda plan, d: {"num_examples": [8, 9]},
+    "wrong-examples  ": lambda plan, d: {"num_examples": 2.5},
+    "wrong-examples   ": lambda plan, d: {"num_examples": True},
+    "implausible": lambda plan, d: {
+        "report": {**honest_reply(plan, d).report, "compute-s": 1e300}
+    },
+    "implausible ": lambda plan, d: {
+        "report": {**honest_reply(plan, d).report, "compute-s": -1.0}
+    },
+    "implausible  ": lambda plan, d: {
+        "report": {**honest_reply(plan, d).report, "loss": 1.7e308}
+    },
     "late": lambda plan, d: {
         "report": {**honest_reply(plan, d).report, "server-round": 0}
     },
@@ -148,14 +166,14 @@ def test_a_bad_reply_is_refused_and_counted_and_the_round_goes_on(reason):
 
     record = coordinator.complete_round(plan, replies)
 
-    assert record.refused == {reason: 1}
+    assert record.refused == {reason.strip(): 1}
     state = coordinator.state()
     refused_block = plan.assignments[bad].block_index
     for block in range(3):
         expected = 1.0 if block == refused_block else 0.5
         for name in PARTITION.blocks[block]:
             np.testing.assert_array_equal(state[name], expected)
-    assert f"1 {reason}" in "\n".join(record.lines())
+    assert f"1 {reason.strip()}" in "\n".join(record.lines())
 
 
 def test_a_second_reply_of_one_device_is_refused():
@@ -198,9 +216,13 @@ def test_plans_depend_on_names_not_on_ids():
 
 def test_devices_are_asked_for_their_profile_once():
     coordinator = make_coordinator(num_devices=2)
-    assert coordinator.unknown_devices(["id-0", "new", "id-1"]) == ["new"]
+    assert coordinator.meet_devices(["id-0", "new", "id-1"]) == ["new"]
+    same_name = simulated_device(0, seed=1).to_properties()
     with pytest.raises(InvalidProfile, match="taken by another device"):
-        coordinator.add_device("new", simulated_device(0, seed=1).to_properties())
+        coordinator.add_device("new", same_name)
+    # The device restarts and comes back under another id: its name is free again.
+    assert coordinator.meet_devices(["new", "id-1"]) == ["new"]
+    coordinator.add_device("new", same_name)
 
 
 def test_too_few_devices_say_so():
@@ -370,3 +392,48 @@ def test_random_matchings_differ_from_round_to_round():
     np.testing.assert_array_equal(
         again.allocation.block_of_device, plans[2].allocation.block_of_device
     )
+
+
+def test_one_huge_gradient_does_not_freeze_the_optimizer():
+    def distance_after(first_value):
+        coordinator = make_coordinator(
+            optimizer_options={"optimizer": "AdamW"}, max_gradient_norm=10.0
+        )
+        ids = ["id-0", "id-1", "id-2", "id-3"]
+        for server_round in range(1, 61):
+            plan = coordinator.plan_round(server_round, ids)
+            liar = next(iter(plan.assignments))
+            replies = [
+                honest_reply(
+                    plan,
+                    device,
+                    value=first_value if (device, server_round) == (liar, 1) else 0.5,
+                )
+                for device in plan.assignments
+            ]
+            coordinator.complete_round(plan, replies)
+        return float(1 - coordinator.state()["head.w"].mean())
+
+    assert distance_after(1e30) > 0.5 * distance_after(0.5)
+
+
+def test_updates_within_the_norm_are_left_alone():
+    coordinator = make_coordinator(max_gradient_norm=1e9)
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    replies = [honest_reply(plan, device, value=1e3) for device in plan.assignments]
+    coordinator.complete_round(plan, replies)
+    np.testing.assert_allclose(coordinator.state()["head.w"], 1 - 1e3, rtol=1e-6)
+
+
+def test_no_device_with_a_profile():
+    with pytest.raises(InfeasibleAllocation, match="No device has reported a usable"):
+        make_coordinator(num_devices=0).plan_round(1, ["a", "b"])
+
+
+def test_infeasible_rounds_name_devices_not_rows():
+    coordinator = make_coordinator(num_devices=0, batch_size=4000)
+    for name, memory_bytes in (("b", 1e5), ("c", 2e5), ("a", 1e5)):
+        properties = {"flops-per-s": 1e9, "memory-bytes": memory_bytes, "snr-db": 9.0}
+        coordinator.add_device(name, {"name": f"phone-{name}", **properties})
+    with pytest.raises(InfeasibleAllocation, match="device phone-c"):
+        coordinator.plan_round(1, ["a", "b", "c"])

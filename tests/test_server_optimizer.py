@@ -43,3 +43,21 @@ def test_initial_values_are_copied():
     optimizer = ServerOptimizer({"a": initial}, optimizer="SGD", lr=1.0)
     optimizer.step({"a": np.float32([1])})
     assert initial[0] == 1
+
+
+def test_learning_rate_decays_to_zero():
+    optimizer = ServerOptimizer(
+        {"a": np.float32([0])}, optimizer="SGD", lr=1.0, linear_decay_steps=4
+    )
+    positions = []
+    for _ in range(5):
+        optimizer.step({"a": np.float32([-1])})
+        positions.append(float(optimizer.state()["a"][0]))
+    # Steps of 1, 3/4, 1/2, 1/4 and 0.
+    np.testing.assert_allclose(positions, [1, 1.75, 2.25, 2.5, 2.5])
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
+def test_optimizers_that_cannot_step_are_refused_at_once(name):
+    with pytest.raises(UserError, match=f"optimizer='{name}'"):
+        ServerOptimizer({"a": np.float32([1])}, optimizer=name, lr=0.1)

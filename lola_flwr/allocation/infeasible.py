@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lola_flwr.allocation.edges import edges_of
@@ -49,8 +51,8 @@ def explain_infeasible(problem: AllocationProblem) -> InfeasibleAllocation:
     if problem.all_devices and not possible.any(axis=1).all():
         device = int(np.flatnonzero(~possible.any(axis=1))[0])
         return InfeasibleAllocation(
-            f"Device {device} can compute no block of this round, but with "
-            "participation='all' every device must take part. Leave it out of the "
+            f"Device {problem.name_of(device)} can compute no block of this round, but "
+            "with participation='all' every device must take part. Leave it out of the "
             "problem or use participation='needed'."
         )
     device_of_slot = any_matching(possible, edges.demand)
@@ -58,11 +60,12 @@ def explain_infeasible(problem: AllocationProblem) -> InfeasibleAllocation:
         raise ValueError("the problem has a solution; there is nothing to explain")
     columns, rows = _hall_violator(possible, edges.demand, device_of_slot)
     blocks, count = edges.blocks[columns], int(edges.demand[columns].sum())
+    names = [problem.name_of(device) for device in edges.devices[rows]]
     plural = "s" if blocks.size > 1 else ""
     verb = "" if blocks.size > 1 else "s"
     return InfeasibleAllocation(
         f"Block{plural} {_listed(blocks)} need{verb} {count} devices, but only device"
-        f"{'s' if rows.size > 1 else ''} {_listed(edges.devices[rows])} can hold "
+        f"{'s' if rows.size > 1 else ''} {_listed(names)} can hold "
         f"{'them' if blocks.size > 1 else 'it'}. Add devices with more memory, lower "
         "the batch size, or train fewer blocks this round."
     )
@@ -76,8 +79,9 @@ def _nobody_can(problem: AllocationProblem, block: int) -> InfeasibleAllocation:
         return InfeasibleAllocation(
             f"No device can hold block {block}: "
             f"required_memory_bytes={required[block]:.0f} B, largest "
-            f"memory_bytes={memory[largest]:.0f} B (device {largest}). Lower the batch "
-            "size, split the block or add a device with more memory."
+            f"memory_bytes={memory[largest]:.0f} B (device "
+            f"{problem.name_of(largest)}). Lower the batch size, split the block or "
+            "add a device with more memory."
         )
     return InfeasibleAllocation(
         f"No device can compute block {block}: for all {problem.num_devices} devices "
@@ -124,7 +128,7 @@ def _hall_violator(
         columns = reached
 
 
-def _listed(indices: IntArray) -> str:
-    shown = ", ".join(str(index) for index in indices[:_LONGEST_LIST])
-    left = indices.size - _LONGEST_LIST
+def _listed(items: Sequence[object] | IntArray) -> str:
+    shown = ", ".join(str(item) for item in items[:_LONGEST_LIST])
+    left = len(items) - _LONGEST_LIST
     return f"{shown} and {left} more" if left > 0 else shown

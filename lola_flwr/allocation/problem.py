@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lola_flwr.allocation.uplink import FloatArray, PowerLimitedUplink
+from lola_flwr.errors import UserError
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -51,7 +52,7 @@ class RoundMode:
 
     Raises
     ------
-    ValueError
+    UserError
         If a field is out of range by itself. What depends on the number of blocks is
         checked by `AllocationProblem`.
     """
@@ -66,31 +67,31 @@ class RoundMode:
         if self.blocks is not None:
             blocks = tuple(int(block) for block in self.blocks)
             if not blocks or len(set(blocks)) != len(blocks):
-                raise ValueError(
+                raise UserError(
                     f"blocks must name at least one block and none twice: {blocks}."
                 )
             object.__setattr__(self, "blocks", blocks)
         if isinstance(self.devices_per_block, Sequence | np.ndarray):
             wanted = tuple(int(count) for count in self.devices_per_block)
             if min(wanted, default=0) < 0 or not any(wanted):
-                raise ValueError(
+                raise UserError(
                     "devices_per_block must be counts, not all of them 0: "
                     f"{list(wanted)}."
                 )
             object.__setattr__(self, "devices_per_block", wanted)
         elif self.devices_per_block < 1:
-            raise ValueError(
+            raise UserError(
                 f"devices_per_block must be at least 1, not {self.devices_per_block}."
             )
         if self.participation not in get_args(Participation):
-            raise ValueError(
+            raise UserError(
                 f"Unknown participation {self.participation!r}; use one of "
                 f"{', '.join(get_args(Participation))}."
             )
         if self.backups < 0:
-            raise ValueError(f"backups must not be negative, but is {self.backups}.")
+            raise UserError(f"backups must not be negative, but is {self.backups}.")
         if self.backups and self.participation == "all":
-            raise ValueError(
+            raise UserError(
                 f"backups={self.backups} needs spare devices, but with "
                 "participation='all' there are none; drop one of the two."
             )
@@ -117,6 +118,8 @@ class AllocationProblem:
         Memory each device offers, shape (K,); used only to explain infeasibility.
     required_memory_bytes
         Memory each block needs, shape (N,); used only to explain infeasibility.
+    device_names
+        Names of the K devices; used only to explain infeasibility.
     constant_s
         Time that every round takes whatever the allocation (downlink broadcast,
         server step), seconds; part of `Allocation.round_s` and `bound_s`.
@@ -128,7 +131,7 @@ class AllocationProblem:
 
     Raises
     ------
-    ValueError
+    UserError
         Shapes that do not fit together, a NaN or a negative number; the message names
         the field, the index and the value.
     """
@@ -138,6 +141,7 @@ class AllocationProblem:
     feasible: BoolArray = field(default_factory=lambda: np.ones((), dtype=np.bool_))
     memory_bytes: FloatArray | None = field(default=None, kw_only=True)
     required_memory_bytes: FloatArray | None = field(default=None, kw_only=True)
+    device_names: Sequence[str] | None = field(default=None, kw_only=True)
     constant_s: float = field(default=0.0, kw_only=True)
     power_limited: PowerLimitedUplink | None = field(default=None, kw_only=True)
     mode: RoundMode = field(default=RoundMode(), kw_only=True)
@@ -146,7 +150,7 @@ class AllocationProblem:
         """Check every field and store a read-only copy of the arrays."""
         compute_s = _frozen_times("compute_s", self.compute_s)
         if compute_s.ndim != 2 or 0 in compute_s.shape:
-            raise ValueError(
+            raise UserError(
                 "Shape mismatch: compute_s must be (K devices, N blocks) with at least "
                 f"one of each, but is {compute_s.shape}."
             )
@@ -155,7 +159,7 @@ class AllocationProblem:
         _require_shape("full_band_upload_s", upload, shape)
         feasible = np.asarray(self.feasible)
         if feasible.dtype != np.bool_:
-            raise ValueError(f"feasible must be boolean, but is {feasible.dtype}.")
+            raise UserError(f"feasible must be boolean, but is {feasible.dtype}.")
         if feasible.ndim:
             _require_shape("feasible", feasible, shape)
         feasible = (compute_s < IMPOSSIBLE_S) & feasible
@@ -174,8 +178,13 @@ class AllocationProblem:
                 array = _frozen_times(name, given)
                 _require_shape(name, array, (length,))
                 object.__setattr__(self, name, array)
+        if self.device_names is not None and len(self.device_names) != num_devices:
+            raise UserError(
+                f"Shape mismatch: {len(self.device_names)} device_names for "
+                f"{num_devices} devices."
+            )
         if not 0.0 <= self.constant_s < IMPOSSIBLE_S:
-            raise ValueError(
+            raise UserError(
                 "constant_s must be finite and not negative, but is "
                 f"{self.constant_s} s."
             )
@@ -189,17 +198,17 @@ class AllocationProblem:
         blocks, wanted = self.mode.blocks, self.mode.devices_per_block
         outside = [b for b in blocks or () if not 0 <= b < self.num_blocks]
         if outside:
-            raise ValueError(
+            raise UserError(
                 f"Unknown block: blocks names {outside[0]}, but the blocks are 0 to "
                 f"{self.num_blocks - 1}."
             )
         if isinstance(wanted, Sequence) and len(wanted) != self.num_blocks:
-            raise ValueError(
+            raise UserError(
                 f"Shape mismatch: devices_per_block has {len(wanted)} counts, but "
                 f"there are {self.num_blocks} blocks."
             )
         if not self.demand.any():
-            raise ValueError(
+            raise UserError(
                 f"Nothing to train: devices_per_block is 0 for all of blocks={blocks}."
             )
 
@@ -233,6 +242,10 @@ class AllocationProblem:
         """Devices that take part in the round, backups not counted."""
         return self.num_devices if self.all_devices else int(self.demand.sum())
 
+    def name_of(self, device: int) -> str:
+        """Name of a device for messages; its row number where it has no name."""
+        return str(device) if self.device_names is None else self.device_names[device]
+
     def snr_of(self, devices: Any) -> FloatArray | None:
         """Full-band SNR of some devices if they are power-limited, else None."""
         return None if self.power_limited is None else self.power_limited.snr[devices]
@@ -246,7 +259,7 @@ def _frozen_times(name: str, values: Any) -> FloatArray:
     # The minimum of an array that holds a NaN is NaN, so one pass finds both faults.
     if array.size and not array.min() >= 0.0:
         index = tuple(int(i) for i in np.argwhere(~(array >= 0.0))[0])
-        raise ValueError(
+        raise UserError(
             f"{name} must not be negative or NaN: {name}{list(index)}={array[index]}."
         )
     array.setflags(write=False)
@@ -255,7 +268,7 @@ def _frozen_times(name: str, values: Any) -> FloatArray:
 
 def _require_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
     if array.shape != shape:
-        raise ValueError(
+        raise UserError(
             f"Shape mismatch: {name} is {array.shape} but must be {shape} to go with "
             "compute_s, whose axes are (K devices, N blocks)."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -29,8 +29,8 @@ class DeviceProfile:
     Parameters
     ----------
     name
-        Stable name of the device, 1 to 64 characters; orders the fleet and keys its
-        random draws.
+        Stable name of the device, 1 to 64 printable characters; orders the fleet and
+        keys its random draws.
     flops_per_s
         Sustained training speed, floating-point operations per second.
     memory_bytes
@@ -50,21 +50,27 @@ class DeviceProfile:
     snr_db: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not 1 <= len(self.name) <= 64:
+        # The name goes into logs: no line breaks, no control characters.
+        if (
+            not isinstance(self.name, str)
+            or not 1 <= len(self.name) <= 64
+            or not self.name.isprintable()
+        ):
             raise InvalidProfile(
-                f"name={self.name!r} must be a string of 1 to 64 characters."
+                f"name={reprlib.repr(self.name)} must be a string of 1 to 64 printable "
+                "characters."
             )
         for field, (low, high) in _BOUNDS.items():
             value = getattr(self, field)
+            # NaN is within no bounds.
             if (
                 isinstance(value, bool)
                 or not isinstance(value, (int, float))
-                or not math.isfinite(value)
                 or not low <= value <= high
             ):
                 raise InvalidProfile(
-                    f"{field}={value!r} of device {self.name!r} must be a number from "
-                    f"{low:g} to {high:g}."
+                    f"{field}={reprlib.repr(value)} of device {self.name!r} must be a "
+                    f"number from {low:g} to {high:g}."
                 )
 
     def to_properties(self) -> dict[str, str | float]:

@@ -17,9 +17,8 @@ from lola_flwr.system.devices import DeviceProfile, simulated_device
 def client(roberta, batch):
     partition = partition_parameters(n for n, _ in roberta.named_parameters())
     return BlockClient(
-        model=roberta,
-        partition=partition,
         profile=simulated_device(3, seed=0),
+        load_model=lambda: (roberta, partition),
         batch_source=lambda server_round, batch_size: {
             name: values[:batch_size] for name, values in batch.items()
         },

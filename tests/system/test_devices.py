@@ -38,7 +38,10 @@ def test_round_trip():
         ({"snr-db": math.nan}, "snr_db=nan"),
         ({"snr-db": "12"}, "snr_db='12'"),
         ({"snr-db": True}, "snr_db=True"),
-        ({"name": ""}, "1 to 64 characters"),
+        ({"name": ""}, "1 to 64 printable characters"),
+        ({"name": "d\nfinal: accuracy=1"}, "1 to 64 printable characters"),
+        ({"snr-db": "x" * 10**6}, r"snr_db='x+\.\.\.x+' of"),
+        ({"memory-bytes": 10**400}, "memory_bytes=1000"),
         ({"name": 3}, "name=3"),
     ],
 )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from flwr.client import Client, ClientApp
 from flwr.common import Context
 from lola_flwr.clients import BlockClient
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from lola_flwr.blocks import BlockPartition
 from lola_flwr.models import load_classifier
 from lola_flwr.protocol import Assignment
 from lola_flwr.randomness import rng_for
+from lola_flwr.system.costs import BlockCosts
 from lola_flwr.system.devices import FleetRanges, simulated_device
 from lola_flwr.truncated_backprop import Batch
 from lola_glue.config import GlueConfig
@@ -26,22 +30,35 @@ from lola_glue.text import make_batch
 # data for all of them.
 
 
-@lru_cache(maxsize=1)
-def _model(name: str, num_labels: int, seed: int) -> tuple[Any, Any]:
-    return load_classifier(name, num_labels=num_labels, seed=seed)
+@dataclass(frozen=True, eq=False)
+class _WorkerModel:
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    partition: BlockPartition
+    costs: BlockCosts
 
 
 @lru_cache(maxsize=1)
-def _training_data(task: str, data_dir: str, seed: int) -> tuple[Task, Examples]:
-    loaded, train, _ = load_task(task, data_dir, seed=seed)
-    return loaded, train
+def _worker_model(config: GlueConfig) -> _WorkerModel:
+    task, _ = _training_data(config)
+    model, tokenizer = load_classifier(
+        config.model, num_labels=task.num_labels, seed=config.seed
+    )
+    return _WorkerModel(
+        model, tokenizer, model_blocks(config, model), model_costs(config, model)
+    )
+
+
+@lru_cache(maxsize=1)
+def _training_data(config: GlueConfig) -> tuple[Task, Examples]:
+    task, train, _ = load_task(config.task, config.data_dir, seed=config.seed)
+    return task, train
 
 
 @lru_cache(maxsize=1)
 def _parts(config: GlueConfig, num_partitions: int) -> list[npt.NDArray[np.intp]]:
-    _, train = _training_data(config.task, config.data_dir, config.seed)
     return partition_examples(
-        train.labels,
+        _training_data(config)[1].labels,
         num_partitions,
         partitioning=config.partitioning,
         alpha=config.dirichlet_alpha,
@@ -64,31 +81,35 @@ def client_fn(context: Context) -> Client:
         seed=config.seed,
         ranges=FleetRanges(snr_db=(config.snr_min_db, config.snr_max_db)),
     )
-    task, train = _training_data(config.task, config.data_dir, config.seed)
-    model, tokenizer = _model(config.model, task.num_labels, config.seed)
+
+    def load_model() -> tuple[nn.Module, BlockPartition]:
+        loaded = _worker_model(config)
+        return loaded.model, loaded.partition
 
     def draw_batch(server_round: int, batch_size: int) -> Batch:
+        train = _training_data(config)[1]
         part = _parts(config, num_partitions)[index]
         rng = rng_for(config.seed, "batch", server_round, profile.name)
         drawn = rng.choice(part, size=min(batch_size, len(part)), replace=False)
+        tokenizer = _worker_model(config).tokenizer
         return make_batch(train, drawn, tokenizer, max_length=config.max_length)
 
-    flops = model_costs(config, model).flops
-    true_flops_per_s = profile.flops_per_s * lognormal(
-        config.profile_error, rng_for(config.seed, "profile error", profile.name)
-    )
-
     def simulated_compute_s(assignment: Assignment) -> float:
-        jitter = lognormal(
-            config.compute_jitter,
-            rng_for(config.seed, "jitter", assignment.server_round, profile.name),
+        error = rng_for(config.seed, "profile error", profile.name)
+        jitter = rng_for(config.seed, "jitter", assignment.server_round, profile.name)
+        seconds = (
+            _worker_model(config).costs.flops[assignment.block_index]
+            / profile.flops_per_s
         )
-        return float(flops[assignment.block_index] / true_flops_per_s * jitter)
+        return float(
+            seconds
+            * lognormal(config.profile_error, error)
+            * lognormal(config.compute_jitter, jitter)
+        )
 
     client: Client = BlockClient(
-        model=model,
-        partition=model_blocks(config, model),
         profile=profile,
+        load_model=load_model,
         batch_source=draw_batch,
         seed=config.seed,
         simulated_compute_s=simulated_compute_s,

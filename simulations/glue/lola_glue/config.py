@@ -30,11 +30,14 @@ class GlueConfig(BaseModel):
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=8)
     optimizer: str
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=100)
+    schedule: Literal["constant", "linear"]
+    max_gradient_norm: float = Field(gt=0)
     allocator: str
     participation: Literal["needed", "all"]
     devices_per_block: int = Field(ge=1)
     backups: int = Field(ge=0)
+    correct_profiles: bool
     rotation_eps: float = Field(ge=0, allow_inf_nan=False)
     codec: Literal[tuple(CODECS)]  # type: ignore[valid-type]
     bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
@@ -46,6 +49,7 @@ class GlueConfig(BaseModel):
     dirichlet_alpha: float = Field(gt=0)
     seed: int = Field(ge=0)
     eval_every: int = Field(ge=1)
+    round_timeout_s: float = Field(gt=0)
     output_dir: str
 
     @model_validator(mode="after")

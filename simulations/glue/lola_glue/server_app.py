@@ -13,13 +13,13 @@ from flwr.common import Context, NDArrays, Scalar
 from flwr.common.logger import log
 from flwr.server import Grid, LegacyContext, ServerApp, ServerConfig
 from flwr.server.workflow import DefaultWorkflow
-from lola_flwr.strategies import LoLaDeft
+from lola_flwr.strategies import DeadlineGrid, LoLaDeft
 
 from lola_flwr.allocation import RoundMode
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
-from lola_flwr.models import fingerprint, load_classifier
+from lola_flwr.models import fingerprint, load_classifier, load_values
 from lola_flwr.round_log import RoundLog, RoundRecord
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_glue.config import GlueConfig
@@ -49,6 +49,12 @@ def fine_tune(grid: Grid, context: Context) -> None:
     model, tokenizer = load_classifier(
         config.model, num_labels=task.num_labels, seed=config.seed
     )
+    positions = getattr(model.config, "max_position_embeddings", config.max_length)
+    if config.max_length > positions:
+        raise UserError(
+            f"max-length={config.max_length} exceeds the {positions} positions of "
+            f"model={config.model!r}; lower it."
+        )
     partition = model_blocks(config, model)
     coordinator = make_coordinator(config, model, partition)
 
@@ -57,7 +63,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
     ) -> tuple[float, dict[str, Scalar]] | None:
         if server_round % config.eval_every and server_round != config.rounds:
             return None
-        load_values(model, partition, values)
+        load_values(model, partition.trainable, values)
         return evaluate_model(model, tokenizer, task, dev, config.max_length)
 
     log_file = RoundLog(output_directory(config, context.run_id) / "rounds.jsonl")
@@ -74,13 +80,13 @@ def fine_tune(grid: Grid, context: Context) -> None:
         on_round=on_round,
     )
     DefaultWorkflow()(
-        grid,
+        DeadlineGrid(grid, timeout_s=config.round_timeout_s),
         LegacyContext(
             context, config=ServerConfig(num_rounds=config.rounds), strategy=strategy
         ),
     )
     log(INFO, "rounds written to %s", log_file.path)
-    log(INFO, "%s", final_line(last[0], config.rounds))
+    log(INFO, "%s", final_line(last[0]))
 
 
 def make_coordinator(
@@ -92,10 +98,13 @@ def make_coordinator(
         partition=partition,
         costs=model_costs(config, model),
         bandwidth_hz=config.bandwidth_hz,
+        correct_profiles=config.correct_profiles,
+        max_gradient_norm=config.max_gradient_norm,
         optimizer=ServerOptimizer(
             {name: parameters[name].numpy(force=True) for name in partition.trainable},
             optimizer=config.optimizer,
             lr=config.lr,
+            linear_decay_steps=config.rounds if config.schedule == "linear" else None,
         ),
         base_fingerprint=fingerprint(model, partition.frozen),
         allocator=config.allocator,
@@ -112,14 +121,6 @@ def make_coordinator(
         codec=config.codec,
         seed=config.seed,
     )
-
-
-def load_values(model: Any, partition: BlockPartition, values: NDArrays) -> None:
-    """Copy the trainable values, in the partition's order, into the model."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, array in zip(partition.trainable, values, strict=True):
-            parameters[name].copy_(torch.from_numpy(array))
 
 
 def evaluate_model(
@@ -151,12 +152,10 @@ def output_directory(config: GlueConfig, run_id: int) -> Path:
     return home / "lola-flwr" / str(run_id)
 
 
-def final_line(record: RoundRecord, rounds: int) -> str:
-    """Sum the run up: the task's metrics, rounds and wireless time."""
-    metrics = " ".join(
-        f"{name}={value:.4f}"
-        for name, value in record.metrics.items()
-        if name != "loss"
-    )
-    loss = "" if "loss" not in record.metrics else f" loss={record.metrics['loss']:.4f}"
-    return f"final: {metrics} rounds={rounds} wireless_s={record.wireless_s:.3f}{loss}"
+def final_line(record: RoundRecord) -> str:
+    """Sum the run up from its last record: metrics, rounds, wireless time."""
+    metrics = {name: v for name, v in record.metrics.items() if name != "loss"}
+    parts = [f"{name}={value:.4f}" for name, value in metrics.items()]
+    parts += [f"rounds={record.server_round}", f"wireless_s={record.wireless_s:.3f}"]
+    parts += [f"loss={record.metrics['loss']:.4f}"] if "loss" in record.metrics else []
+    return f"final: {' '.join(parts)}"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from lola_flwr.errors import UserError
 from lola_glue.acceptability import (
     DEV_VOCABULARY,
     TRAIN_VOCABULARY,
@@ -397,7 +398,7 @@ def _predict(task: Task, logits: npt.ArrayLike, num_examples: int) -> Labels:
             f"and the labels need [{num_examples}, {task.num_labels}]."
         )
     if not np.isfinite(values).all():
-        raise ValueError(
+        raise UserError(
             f"Not finite: logits of {np.count_nonzero(~np.isfinite(values))} entries "
             "are nan or inf. Lower the learning rate."
         )

@@ -1,0 +1,218 @@
+"""The legacy strategy under Flower's own server loop, with devices in this process."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+from flwr.common import (
+    Code,
+    FitRes,
+    GetPropertiesRes,
+    Parameters,
+    Status,
+    parameters_to_ndarrays,
+)
+from flwr.server import Server, SimpleClientManager
+from flwr.server.client_proxy import ClientProxy
+from lola_flwr.clients import BlockClient
+from lola_flwr.strategies import LoLaDeft
+
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.coordinator import Coordinator
+from lola_flwr.errors import UserError
+from lola_flwr.models import fingerprint
+from lola_flwr.server_optimizer import ServerOptimizer
+from lola_flwr.system.costs import estimate_costs
+from lola_flwr.system.devices import simulated_device
+
+
+class Device(ClientProxy):
+    """A device in this process; counts its messages, and fails where it is told to."""
+
+    def __init__(self, index, model, batch):
+        super().__init__(f"node-{index}")
+        partition = partition_parameters(n for n, _ in model.named_parameters())
+        self.profile = simulated_device(index, seed=2)
+        self.messages = Counter()
+        self.configs = []
+        self.fails = set()
+        self._client = BlockClient(
+            profile=self.profile,
+            load_model=lambda: (model, partition),
+            batch_source=lambda _, size: {k: v[:size] for k, v in batch.items()},
+        ).to_client()
+
+    def get_properties(self, ins, timeout, group_id):
+        self.messages["get_properties"] += 1
+        if "get_properties" in self.fails:
+            raise ValueError("device out of reach")
+        return self._client.get_properties(ins)
+
+    def fit(self, ins, timeout, group_id):
+        self.messages["fit"] += 1
+        self.configs.append(ins.config)
+        if "raise" in self.fails:
+            raise ValueError("device out of reach")
+        result = self._client.fit(ins)
+        if "status" in self.fails:
+            result.status = Status(Code.FIT_NOT_IMPLEMENTED, "no")
+        if "garbage" in self.fails:
+            return FitRes(result.status, Parameters([b"x"], ""), 6, result.metrics)
+        return result
+
+    def get_parameters(self, ins, timeout, group_id):
+        raise AssertionError("the strategy has the initial parameters")
+
+    evaluate = reconnect = get_parameters
+
+
+@pytest.fixture
+def federation(roberta, batch):
+    """Return a function that makes a strategy, its server and devices."""
+
+    def make(num_devices=4, **options):
+        model = copy.deepcopy(roberta)
+        parameters = dict(model.named_parameters())
+        partition = partition_parameters(parameters)
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        values = {n: parameters[n].numpy(force=True) for n in partition.trainable}
+        coordinator = Coordinator(
+            partition=partition,
+            costs=estimate_costs(shapes, partition, batch_size=6, sequence_length=10),
+            bandwidth_hz=1e6,
+            optimizer=ServerOptimizer(values, lr=1e-2),
+            base_fingerprint=fingerprint(model, partition.frozen),
+            batch_size=6,
+        )
+        strategy = LoLaDeft(coordinator, **options)
+        server = Server(client_manager=SimpleClientManager(), strategy=strategy)
+        server.disconnect_all_clients = lambda timeout: None
+        # Flower's server talks to its clients in threads: each has a model of its own.
+        devices = [
+            Device(index, copy.deepcopy(model), batch) for index in range(num_devices)
+        ]
+        for device in devices:
+            server.client_manager().register(device)
+        return server, devices
+
+    return make
+
+
+def test_rounds_lower_the_loss_and_cost_one_message_each(federation):
+    records = []
+    server, devices = federation(on_round=records.append)
+    history, _ = server.fit(num_rounds=12, timeout=None)
+    assert [device.messages["get_properties"] for device in devices] == [1] * 4
+    assert sum(device.messages["fit"] for device in devices) == 12 * 3
+    assert [record.server_round for record in records] == list(range(1, 13))
+    losses = [loss for _, loss in history.metrics_distributed_fit["train_loss"]]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05
+    wireless = [value for _, value in history.metrics_distributed_fit["wireless_s"]]
+    assert wireless == sorted(wireless)
+    assert records[-1].measured_strategy_s > 0
+
+
+def test_what_goes_out_is_in_the_blocks_order(federation):
+    server, _ = federation()
+    strategy = server.strategy
+    arrays = parameters_to_ndarrays(strategy.initialize_parameters(None))
+    state = strategy.coordinator.state()
+    assert list(state) == list(strategy.coordinator.partition.trainable)
+    for array, values in zip(arrays, state.values(), strict=True):
+        np.testing.assert_array_equal(array, values)
+
+
+@pytest.mark.parametrize("failure", ["raise", "status", "garbage"])
+def test_a_failing_device_costs_its_block_only(federation, failure):
+    records = []
+    server, devices = federation(num_devices=3, on_round=records.append)
+    before = {k: v.copy() for k, v in server.strategy.coordinator.state().items()}
+    devices[1].fails.add(failure)
+    server.fit(num_rounds=1, timeout=None)
+    (record,) = records
+    lost = next(b for b in record.blocks if b.device == devices[1].profile.name)
+    assert lost.status != "accepted"
+    assert sum(block.status == "accepted" for block in record.blocks) == 2
+    partition = server.strategy.coordinator.partition
+    after = server.strategy.coordinator.state()
+    for index, names in enumerate(partition.blocks):
+        changed = any(not np.array_equal(before[n], after[n]) for n in names)
+        assert changed == (index != lost.block_index)
+
+
+def test_a_device_without_a_profile_is_left_out_and_asked_again(federation):
+    server, devices = federation()
+    devices[0].fails.add("get_properties")
+    server.fit(num_rounds=2, timeout=None)
+    assert devices[0].messages == {"get_properties": 2}
+    devices[0].fails.clear()
+    server.fit(num_rounds=1, timeout=None)
+    assert devices[0].messages["get_properties"] == 3
+    assert devices[1].messages["get_properties"] == 1
+
+
+def test_a_profile_that_lies_is_left_out(federation, monkeypatch):
+    server, devices = federation()
+    monkeypatch.setattr(
+        devices[0],
+        "get_properties",
+        lambda *_, **__: GetPropertiesRes(
+            Status(Code.OK, ""), {"name": "x", "flops-per-s": float("inf")}
+        ),
+    )
+    server.fit(num_rounds=1, timeout=None)
+    assert devices[0].messages["fit"] == 0
+
+
+def test_too_few_devices_end_the_run_with_what_to_do(federation):
+    server, _ = federation(num_devices=2, wait_s=0.2)
+    with pytest.raises(UserError, match=r"2 devices are connected after 0.2 s; 3 are"):
+        server.fit(num_rounds=1, timeout=None)
+
+
+def test_later_rounds_without_enough_devices_are_skipped_and_recorded(federation):
+    records = []
+    server, devices = federation(num_devices=3, wait_s=0.2, on_round=records.append)
+    manager = server.client_manager()
+
+    def leave_and_come_back(record):
+        records.append(record)
+        if record.server_round == 1:
+            manager.unregister(devices[0])
+        if record.server_round == 2:
+            manager.register(devices[0])
+
+    server.strategy._on_round = leave_and_come_back
+    server.fit(num_rounds=3, timeout=None)
+    assert [record.skipped is None for record in records] == [True, False, True]
+    assert records[1].wireless_s == records[0].wireless_s < records[2].wireless_s
+    assert "2 devices are connected" in records[1].skipped
+
+
+def test_evaluation_belongs_to_the_round(federation):
+    records = []
+    server, _ = federation(
+        on_round=records.append,
+        evaluate_fn=lambda server_round, arrays, config: (
+            (0.25, {"accuracy": 0.5, "note": "text", "flag": True})
+            if server_round == 2
+            else None
+        ),
+    )
+    server.fit(num_rounds=2, timeout=None)
+    assert records[0].metrics == {}
+    assert records[1].metrics == {"loss": 0.25, "accuracy": 0.5}
+
+
+def test_further_configuration_reaches_the_devices(federation):
+    server, devices = federation(
+        on_fit_config_fn=lambda server_round: {"temperature": 0.1, "share": 7.0}
+    )
+    server.fit(num_rounds=1, timeout=None)
+    configs = [config for device in devices for config in device.configs]
+    assert all(config["temperature"] == 0.1 for config in configs)
+    assert all(config["share"] <= 1 for config in configs), "assignments come first"
+    assert len({id(config) for config in configs}) == len(configs)
