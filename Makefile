@@ -39,7 +39,7 @@ bench: venv
 
 # The paper's figures. GLUE=DIR adds learning curves on SST-2 and CoLA.
 figures: venv
-	$(BIN)/python -m simulations.figures --out runs/figures $(if $(GLUE),--glue $(GLUE))
+	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.figures --out runs/figures $(if $(GLUE),--glue $(GLUE))
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -15,7 +15,7 @@ import torch
 from matplotlib.image import imread
 
 from lola_flwr.allocation import ALLOCATORS
-from simulations.figures import depth, latency, learning, plots, summary
+from simulations.figures import depth, latency, learning, outcomes, plots, summary
 from simulations.figures.tables import markdown_table, write_csv
 from simulations.run import FinishedRun
 
@@ -255,7 +255,7 @@ class FakeApp:
         lines = [json.dumps(record) + "\n" for record in records[: self._stop_after]]
         directory = Path(config["output-dir"])
         (directory / "rounds.jsonl").write_text("".join(lines))
-        return FinishedRun(self._status, "error: no such luck\n")
+        return FinishedRun(self._status, "ERROR :     error: no such luck\n")
 
 
 def run_all(directory, app, setting=TINY, methods=learning.METHODS):
@@ -315,12 +315,12 @@ class TestReuse:
 class TestLearning:
     def test_curves_and_outcomes(self, tmp_path):
         runs = run_all(tmp_path, FakeApp())
-        curves = learning.curve_rows(runs)
+        curves = outcomes.curve_rows(runs)
         assert len(curves) == 2 * len(runs)
         assert {row["metric"] for row in curves} == {"matthews"}
         assert [row["wireless_s"] for row in curves[:2]] == [4.0, 8.0]
-        outcomes = learning.outcome_rows(runs)
-        block, *_, whole = outcomes[:4]
+        ends = outcomes.outcome_rows(runs)
+        block, *_, whole = ends[:4]
         assert (block["method"], whole["method"]) == ("exact", "fedavg-full+shares")
         assert block["final"] == pytest.approx(0.4)
         # 4 blocks or 6 devices, 4 rounds, the app's batch.
@@ -328,14 +328,14 @@ class TestLearning:
         assert (block["samples"], whole["samples"]) == (16 * batch, 24 * batch)
         assert whole["mean_memory_bytes"] > block["largest_memory_bytes"]
         assert block["largest_memory_bytes"] > block["mean_memory_bytes"]
-        (line, *_) = learning.outcome_table(outcomes)
+        (line, *_) = outcomes.outcome_table(ends)
         assert line["final"] == "0.4000 ± 0.0000"
         figure = plots.learning_figure(curves, list(learning.METHODS), "title")
         assert_drawn(figure, tmp_path / "learning.png")
 
     def test_rotation_is_compared_at_equal_wireless_time(self, tmp_path):
         runs = run_all(tmp_path, FakeApp(), methods=learning.ROTATIONS)
-        comparison = learning.rotation_rows(runs)
+        comparison = outcomes.rotation_rows(runs)
         plain, rotated = comparison[:2]
         # The plain run ends at 8 s; the rotated one, at 2.2 s a round, is then in its
         # fourth round, and was evaluated after its second.
@@ -343,4 +343,4 @@ class TestLearning:
         assert (plain["server_round"], rotated["server_round"]) == (4, 2)
         assert plain["largest_excess"] == 0.0
         assert rotated["largest_excess"] == pytest.approx(0.1)
-        assert [row["seeds"] for row in learning.rotation_table(comparison)] == [2, 2]
+        assert [row["seeds"] for row in outcomes.rotation_table(comparison)] == [2, 2]

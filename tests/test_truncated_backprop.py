@@ -26,7 +26,8 @@ def saved_bytes(model, run):
         if storage.data_ptr() not in weights:
             # Holding the storage keeps its address from being given out again.
             storages[storage.data_ptr()] = storage
-        return tensor
+        # The tensor itself would refer to the graph that it is kept for.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run()

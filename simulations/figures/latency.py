@@ -1,0 +1,224 @@
+"""Round latency of every allocator on the same random fleets and channels.
+
+The setting is that of Fig. 5 of Wu, Chen, Huang, arXiv:2407.09873, as far as it is
+public: RoBERTa-base, OFDMA uplink, Rayleigh block fading. The fleets' ranges of speed
+and memory, the batch and the payload's precision are our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from lola_flwr.allocation import (
+    ALLOCATORS,
+    RANDOM_ALLOCATORS,
+    AllocationProblem,
+    InfeasibleAllocation,
+    RoundMode,
+    allocate,
+)
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.models import load_classifier
+from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
+from lola_flwr.system.costs import BlockCosts, estimate_costs
+from lola_flwr.system.devices import DeviceProfile, simulated_device
+from simulations.figures.tables import Row
+
+MODEL = "random:roberta-base"
+
+# Every device trains and uploads the whole model. Its only freedom is the bandwidth:
+# with one block, the greedy allocator's matching is everybody, at equal shares.
+FULL_FINE_TUNING = {"fedavg-full": "greedy", "fedavg-full+shares": "exact"}
+CONTENDERS = (*ALLOCATORS, *FULL_FINE_TUNING)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same in all draws of one point of a figure.
+
+    Parameters
+    ----------
+    sequence_length
+        Tokens of a sentence (CoLA: 64) or of a pair of sentences (MRPC: 128).
+    num_devices
+        Devices K of a fleet.
+    bandwidth_hz
+        Uplink band of the cell.
+    transmit_snr_db
+        Mean receive SNR of all devices, dB; None for the fleet's own, which differ.
+    batch_size
+        Sequences of a device's mini-batch.
+    bits_per_element
+        Bits of one uploaded gradient element.
+    """
+
+    sequence_length: int = 64
+    num_devices: int = 20
+    bandwidth_hz: float = 20e6
+    transmit_snr_db: float | None = None
+    batch_size: int = 16
+    bits_per_element: int = 16
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One fleet in one round: all that is random, whatever the setting."""
+
+    fleet: int
+    server_round: int
+
+
+def draws(num_fleets: int, rounds: int) -> list[Draw]:
+    """Return the draws of some fleets, each in as many rounds."""
+    return [
+        Draw(fleet, server_round)
+        for fleet in range(num_fleets)
+        for server_round in range(1, rounds + 1)
+    ]
+
+
+@lru_cache
+def parameter_shapes(model_name: str) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a classifier with two labels."""
+    # Shapes are all that is needed: no memory is taken on the meta device.
+    with torch.device("meta"):
+        model, _ = load_classifier(model_name, num_labels=2)
+    return {name: tuple(values.shape) for name, values in model.named_parameters()}
+
+
+@lru_cache
+def block_costs(
+    sequence_length: int, batch_size: int, bits_per_element: int, *, merged: bool
+) -> BlockCosts:
+    """Return what each block of the model costs, or (merged) the whole of it."""
+    shapes = parameter_shapes(MODEL)
+    return estimate_costs(
+        shapes,
+        partition_parameters(shapes),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        bits_per_element=bits_per_element,
+        merged=merged,
+    )
+
+
+def simulate(settings: Sequence[Setting], random_draws: Sequence[Draw]) -> list[Row]:
+    """Run every contender on the same draws in every setting.
+
+    Parameters
+    ----------
+    settings
+        The points of a figure.
+    random_draws
+        Fleets and rounds, the same for every setting.
+
+    Returns
+    -------
+    One row for each setting, draw and contender, with the round's latency and the
+    number of devices excluded for want of memory. A draw in which the fleet cannot
+    hold all blocks, or no device the whole model, is left out for all contenders.
+    """
+    return [
+        row
+        for setting in settings
+        for draw in random_draws
+        for row in _simulate_draw(setting, draw)
+    ]
+
+
+def _simulate_draw(setting: Setting, draw: Draw) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        for contender, excluded, round_s in _latencies(setting, draw):
+            rows.append(
+                {
+                    "tokens": setting.sequence_length,
+                    "devices": setting.num_devices,
+                    "bandwidth_mhz": setting.bandwidth_hz / 1e6,
+                    "transmit_snr_db": (
+                        "fleet"
+                        if setting.transmit_snr_db is None
+                        else setting.transmit_snr_db
+                    ),
+                    "fleet": draw.fleet,
+                    "round": draw.server_round,
+                    "allocator": contender,
+                    "excluded": excluded,
+                    "round_s": round_s,
+                }
+            )
+    except InfeasibleAllocation:
+        return []
+    return rows
+
+
+def _latencies(setting: Setting, draw: Draw) -> Iterator[tuple[str, int, float]]:
+    """Yield each contender's name, excluded devices and latency."""
+    problem = allocation_problem(setting, draw, merged=False)
+    for name in ALLOCATORS:
+        # A matching of its own for each draw, and yet the same in every run and for
+        # all allocators that draw one.
+        options: dict[str, Any] = (
+            {"seed": 1000 * draw.fleet + draw.server_round}
+            if name in RANDOM_ALLOCATORS
+            else {}
+        )
+        yield name, 0, allocate(problem, name, **options).round_s
+    whole = allocation_problem(setting, draw, merged=True)
+    able = whole.feasible[:, 0]
+    if not able.any():
+        raise InfeasibleAllocation("No device of this fleet can hold the whole model.")
+    whole = replace(
+        whole,
+        compute_s=whole.compute_s[able],
+        full_band_upload_s=whole.full_band_upload_s[able],
+        feasible=whole.feasible[able],
+        mode=RoundMode(participation="all"),
+    )
+    for name, allocator in FULL_FINE_TUNING.items():
+        yield name, int((~able).sum()), allocate(whole, allocator).round_s
+
+
+def allocation_problem(
+    setting: Setting, draw: Draw, *, merged: bool
+) -> AllocationProblem:
+    """State the problem of one draw, block by block or (merged) of full fine-tuning."""
+    costs = block_costs(
+        setting.sequence_length,
+        setting.batch_size,
+        setting.bits_per_element,
+        merged=merged,
+    )
+    fleet = draw_fleet(draw.fleet, setting.num_devices)
+    speed = np.array([device.flops_per_s for device in fleet])
+    memory_bytes = np.array([device.memory_bytes for device in fleet])
+    # The fading of a draw is the same at every mean SNR.
+    snr = rayleigh_snr(
+        [
+            device.snr_db
+            if setting.transmit_snr_db is None
+            else setting.transmit_snr_db
+            for device in fleet
+        ],
+        [device.name for device in fleet],
+        server_round=draw.server_round,
+        seed=draw.fleet,
+    )
+    rate_bps = full_band_rate_bps(setting.bandwidth_hz, snr)
+    return AllocationProblem(
+        costs.flops / speed[:, np.newaxis],  # [K, N]
+        costs.payload_bits / rate_bps[:, np.newaxis],  # [K, N]
+        costs.memory_bytes <= memory_bytes[:, np.newaxis],  # [K, N]
+    )
+
+
+@lru_cache(maxsize=1000)
+def draw_fleet(fleet: int, num_devices: int) -> tuple[DeviceProfile, ...]:
+    """Return a fleet; a larger one of the same number begins with the same devices."""
+    return tuple(simulated_device(index, seed=fleet) for index in range(num_devices))
