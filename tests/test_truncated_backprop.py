@@ -67,10 +67,15 @@ def test_nothing_below_the_block_is_recorded(roberta, batch):
     assert outputs[1].requires_grad
 
 
-def test_saved_activations_follow_the_published_table():
-    # RoBERTa-base shape, batch 16 x 64 tokens: MiB by depth, measured independently.
-    table = {1: 48, 2: 78, 4: 138, 6: 198, 8: 259, 10: 319, 12: 379}
+# RoBERTa-base shape, batch 16 x 64 tokens: MiB of saved activations by depth, without
+# dropout, as measured independently of this code.
+PUBLISHED_MIB = {1: 48, 2: 78, 4: 138, 6: 198, 8: 259, 10: 319, 12: 379}
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_saved_activations_are_those_of_the_table_and_of_the_cost_model(dropout):
     model, _ = load_classifier("random:roberta-base", num_labels=2)
+    model.train(dropout)
     partition = partition_parameters(n for n, _ in model.named_parameters())
     input_ids = torch.randint(5, 30000, (16, 64))
     batch = {
@@ -79,7 +84,13 @@ def test_saved_activations_follow_the_published_table():
         "labels": torch.zeros(16, dtype=torch.long),
     }
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    costs = estimate_costs(shapes, partition, batch_size=16, sequence_length=64)
+    costs = estimate_costs(
+        shapes,
+        partition,
+        batch_size=16,
+        sequence_length=64,
+        dropout_heads=12 if dropout else 0,
+    )
     elements = {name: p.numel() for name, p in model.named_parameters()}
     for depth in (1, 6, 12):
         index = 12 - depth
@@ -89,7 +100,8 @@ def test_saved_activations_follow_the_published_table():
                 model(**batch)
 
         measured_mib = saved_bytes(model, forward) / 2**20
-        assert measured_mib == pytest.approx(table[depth], rel=0.10)
+        if not dropout:
+            assert measured_mib == pytest.approx(PUBLISHED_MIB[depth], rel=0.10)
         weights = sum(elements.values())
         uploaded = sum(elements[name] for name in partition.update_names(index))
         estimated = costs.memory_bytes[index] - 4 * (weights + uploaded)

@@ -49,6 +49,7 @@ def estimate_costs(
     sequence_length: int,
     bits_per_element: int = 32,
     header_bits_per_tensor: int = 0,
+    dropout_heads: int = 0,
     merged: bool = False,
 ) -> BlockCosts:
     """Estimate what each block costs, from the shapes of the model's parameters.
@@ -67,6 +68,9 @@ def estimate_costs(
         Bits that the payload codec spends on one gradient element.
     header_bits_per_tensor
         Bits that the payload's encoding adds to each tensor.
+    dropout_heads
+        Attention heads, where training drops attention weights out: then each layer
+        also keeps its attention maps and the masks. 0: no dropout.
     merged
         Whether one device trains the whole stack, as in ``partition.merged()``, rather
         than one block of it.
@@ -78,7 +82,7 @@ def estimate_costs(
     """
     tokens = batch_size * sequence_length
     layers = [
-        _layer_costs([shapes[name] for name in block], sequence_length)
+        _layer_costs([shapes[name] for name in block], sequence_length, dropout_heads)
         for block in partition.blocks
     ]
     forward = np.array([layer.forward_flops_per_token for layer in layers])  # [N]
@@ -119,13 +123,20 @@ class _LayerCosts:
     trained_floats_per_token: float
 
 
-def _layer_costs(shapes: Sequence[Sequence[int]], sequence_length: int) -> _LayerCosts:
+def _layer_costs(
+    shapes: Sequence[Sequence[int]], sequence_length: int, dropout_heads: int
+) -> _LayerCosts:
     """Cost one transformer layer per token.
 
     Saved for the gradient of a layer's input: queries, keys, values and the attention's
     output (4h), the inputs of both normalisations (2h), and the input of the
     feed-forward non-linearity (i; 3i where it is gated). Saved for the gradient of its
     weights besides: the inputs of its linear maps that are not among these, 2h + i.
+
+    With dropout PyTorch's fused attention gives way to plain products: queries are kept
+    a second time, scaled (h), and of each head the S attention weights of a token
+    before and after dropout, and the mask of one byte; two more masks are those of the
+    layer's outputs. (Measured so on CPUs; a GPU's fused kernels keep less.)
     """
     sizes = Counter(size for shape in shapes for size in shape)
     hidden = sizes.most_common(1)[0][0]
@@ -135,9 +146,12 @@ def _layer_costs(shapes: Sequence[Sequence[int]], sequence_length: int) -> _Laye
     gate = 3 if wide >= 3 else 1
     elements = sum(_matrix_elements(shape) for shape in matrices)
     attention = 2 * sequence_length * hidden  # multiply-adds of QK^T and of AV
+    dropped = 0.0
+    if dropout_heads:
+        dropped = 2.25 * dropout_heads * sequence_length + 1.5 * hidden
     return _LayerCosts(
         forward_flops_per_token=2.0 * (elements + attention),
-        passed_floats_per_token=6.0 * hidden + gate * feed_forward,
+        passed_floats_per_token=6.0 * hidden + gate * feed_forward + dropped,
         trained_floats_per_token=2.0 * hidden + feed_forward,
     )
 

@@ -26,5 +26,13 @@ def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
         sequence_length=config.max_length,
         bits_per_element=codec_named(config.codec).bits_per_element,
         header_bits_per_tensor=8 * NPY_HEADER_BYTES,
+        dropout_heads=_dropout_heads(model),
         merged=config.method == "fedavg-full",
     )
+
+
+def _dropout_heads(model: nn.Module) -> int:
+    """Return the attention heads of a model that drops attention weights out, else 0."""
+    config = model.config
+    drops = getattr(config, "attention_probs_dropout_prob", 0.0) > 0
+    return int(getattr(config, "num_attention_heads", 0)) if drops else 0
