@@ -13,15 +13,26 @@ import argparse
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-_SUPERLINK_START_S = 60.0
+_START_S = 60.0
+_STOP_S = 20.0
+_STATUS_S = 30.0
+
+
+# No UserError of lola_flwr: this must be able to say that nothing is installed.
+class RunError(ValueError):
+    """A run could not be started: the message is one line, and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +58,20 @@ class FinishedRun:
     @property
     def final(self) -> str | None:
         """The app's summary line."""
-        found = re.search(r"final: .+", self.output)
-        return found[0] if found else None
+        return self._last_logged("INFO", "final: ")
 
     @property
     def error(self) -> str | None:
         """The one line that the app reported a user's mistake with."""
-        found = re.search(r"error: (.+)", self.output)
-        return found[1] if found else None
+        logged = self._last_logged("ERROR", "error: ")
+        return None if logged is None else logged.removeprefix("error: ")
+
+    def _last_logged(self, level: str, start: str) -> str | None:
+        # Other lines hold what devices call themselves, which could be anything.
+        logged = re.findall(
+            rf"^{level} *: +({start}.+)$", _plain(self.output), re.MULTILINE
+        )
+        return logged[-1] if logged else None
 
 
 def run_app(
@@ -77,102 +94,210 @@ def run_app(
     run_config
         Overrides of the run configuration: ``'task="cola"'``.
     home
-        FLWR_HOME of the run: Flower keeps its state here.
+        Where Flower keeps its state: the run's FLWR_HOME is a directory of its own
+        in here, so that runs can go on at the same time.
     cpus_per_client
         CPUs that one client takes; as many clients as fit run at a time.
     echo
         Called with each line of output as it comes.
+
+    Raises
+    ------
+    RunError
+        The app or one of Flower's programs is missing, or the SuperLink did not start.
     """
-    home = home.absolute()
-    home.mkdir(parents=True, exist_ok=True)
+    if not (app / "pyproject.toml").is_file():
+        raise RunError(
+            f"{app} is no Flower app, it has no pyproject.toml; give the app's "
+            "directory, such as simulations/glue."
+        )
+    superlink, superexec, flwr = map(
+        _program, ("flower-superlink", "flower-superexec", "flwr")
+    )
     port = _free_port()
-    (home / "config.toml").write_text(
+    flwr_home = home.absolute() / f"run-{port}"
+    flwr_home.mkdir(parents=True, exist_ok=True)
+    environment = _environment(flwr_home)
+    address = f"127.0.0.1:{port}"
+    (flwr_home / "config.toml").write_text(
         '[superlink]\ndefault = "own"\n\n[superlink.own]\n'
-        f'address = "127.0.0.1:{port}"\ninsecure = true\n',
+        f'address = "{address}"\ninsecure = true\n',
         encoding="utf-8",
     )
-    environment = {
+    log = flwr_home / "superlink.log"
+    superlink_command = [
+        *(superlink, "--insecure", "--simulation", "--isolation", "process"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+    # The SuperLink could start a SuperExec itself, but stopping both would leave the
+    # simulation running. All that this SuperExec starts is in its process group.
+    superexec_command = [
+        *(superexec, "--insecure", "--runtime-api-address", address),
+        *("--parent-pid", str(os.getpid())),
+    ]
+    run_command = [
+        *(flwr, "run", str(app), "own", "--stream", "--federation-config"),
+        f"num-supernodes={num_devices} client-resources-num-cpus={cpus_per_client}",
+    ]
+    for override in run_config:
+        run_command += ["--run-config", override]
+    with (
+        log.open("ab") as log_file,
+        _running(superlink_command, environment, log_file) as process,
+    ):
+        _wait_for_port(process, port, log)
+        with _running(superexec_command, environment, log_file, own_group=True):
+            output = _stream(run_command, environment, echo)
+            return FinishedRun(_status(flwr, output, environment), output)
+
+
+def _program(name: str) -> str:
+    """Find one of Flower's programs: beside this Python, or else on the PATH."""
+    found = shutil.which(name, path=_search_path())
+    if found is None:
+        raise RunError(
+            f"{name} is neither beside {sys.executable} nor on the PATH; run this with "
+            "the Python of the environment that has flwr[simulation], such as "
+            ".venv/bin/python after `make venv`."
+        )
+    return found
+
+
+def _search_path() -> str:
+    # The link in a virtual environment, not the interpreter that it leads to.
+    beside = Path(sys.executable).parent
+    return f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def _environment(flwr_home: Path) -> dict[str, str]:
+    return {
         **os.environ,
-        "FLWR_HOME": str(home),
+        "FLWR_HOME": str(flwr_home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        # Flower's programs start each other by name.
+        "PATH": _search_path(),
         # Ray's own usage statistics, and warnings about what its driver inherits.
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONWARNINGS": "ignore",
     }
-    with (home / "superlink.log").open("ab") as superlink_log:
-        superlink = subprocess.Popen(
-            [
-                *("flower-superlink", "--insecure", "--simulation"),
-                *("--isolation", "subprocess", "--host", "127.0.0.1"),
-                *("--port", str(port)),
-            ],
-            env=environment,
-            stdout=superlink_log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            _wait_for_port(superlink, port, home / "superlink.log")
-            output = _stream_run(
-                app, num_devices, run_config, cpus_per_client, environment, echo
-            )
-            return FinishedRun(_status(output, environment), output)
-        finally:
-            superlink.terminate()
-            superlink.wait()
 
 
-def _stream_run(
-    app: Path,
-    num_devices: int,
-    run_config: Sequence[str],
-    cpus_per_client: float,
+@contextmanager
+def _running(
+    command: Sequence[str],
     environment: dict[str, str],
-    echo: Callable[[str], object] | None,
-) -> str:
-    federation = (
-        f"num-supernodes={num_devices} client-resources-num-cpus={cpus_per_client}"
-    )
-    command = ["flwr", "run", str(app), "own", "--stream"]
-    command += ["--federation-config", federation]
-    for override in run_config:
-        command += ["--run-config", override]
-    lines = []
-    with subprocess.Popen(
+    output: IO[bytes] | int,
+    *,
+    own_group: bool = False,
+) -> Iterator[subprocess.Popen[str]]:
+    """Start a program, and stop it in the end.
+
+    Parameters
+    ----------
+    command
+        The program and its arguments.
+    environment
+        Its environment.
+    output
+        Where its output goes.
+    own_group
+        Whether the programs that it starts are stopped with it.
+    """
+    process = subprocess.Popen(
         command,
         env=environment,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-    ) as process:
+        start_new_session=own_group,
+    )
+
+    def send(number: int) -> None:
+        with suppress(ProcessLookupError):
+            if own_group:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+
+    try:
+        yield process
+    finally:
+        send(signal.SIGTERM)
+        try:
+            process.wait(timeout=_STOP_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            # Too slow, or there was a second Ctrl-C.
+            if process.returncode is None:
+                send(signal.SIGKILL)
+                process.wait()
+
+
+def _stream(
+    command: Sequence[str],
+    environment: dict[str, str],
+    echo: Callable[[str], object] | None,
+) -> str:
+    """Return what a program prints, and hand on each line as it comes."""
+    lines = []
+    with _running(command, environment, subprocess.PIPE) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if echo is not None:
-                echo(line)
+        with process.stdout:
+            for line in process.stdout:
+                lines.append(line)
+                if echo is not None:
+                    echo(line)
     return "".join(lines)
 
 
-def _status(output: str, environment: dict[str, str]) -> str:
+def _status(flwr: str, output: str, environment: dict[str, str]) -> str:
     """Ask the SuperLink how the run ended; the stream's exit code does not tell."""
-    found = re.search(r"run (\d{6,})", output)
+    output = _plain(output)
+    found = re.search(r"^Successfully started run (\d+)", output, re.MULTILINE)
     if found is None:
-        return "not started"
-    command = ["flwr", "list", "own", "--run-id", found[1], "--format", "json"]
-    deadline = time.monotonic() + 30
+        # Flower prints its errors in a box.
+        reason = " ".join(re.findall("│ (.*?) *│", output))
+        if "configuration" in reason:
+            reason += (
+                " Overrides are keys of [tool.flwr.app.config] in the app's "
+                "pyproject.toml, and strings have quotes of their own: 'task=\"cola\"'."
+            )
+        return f"not started: {reason}"
+    command = [flwr, "list", "own", "--run-id", found[1], "--format", "json"]
+    deadline = time.monotonic() + _STATUS_S
     while True:
-        listed = subprocess.run(
-            command, env=environment, capture_output=True, text=True
-        )
-        runs = json.loads(listed.stdout)["runs"]
-        status = str(runs[0]["status"])
+        status = _listed_status(command, environment)
         # The last log line can arrive a moment before the run's end does.
         if status.startswith("finished") or time.monotonic() > deadline:
             return status
         time.sleep(0.5)
+
+
+def _listed_status(command: Sequence[str], environment: dict[str, str]) -> str:
+    try:
+        listed = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_STATUS_S,
+        )
+    except subprocess.TimeoutExpired:
+        return f"unknown: `flwr list` took more than {_STATUS_S:g} s"
+    try:
+        return str(json.loads(listed.stdout)["runs"][0]["status"])
+    except (ValueError, LookupError, TypeError):
+        said = " ".join((listed.stdout + listed.stderr).split())
+        return f"unknown: `flwr list` says {said[-300:]!r}"
+
+
+def _plain(output: str) -> str:
+    """Leave out the colors."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", output)
 
 
 def _free_port() -> int:
@@ -181,14 +306,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for_port(superlink: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + _SUPERLINK_START_S
+def _wait_for_port(superlink: subprocess.Popen[str], port: int, log: Path) -> None:
+    deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and superlink.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    raise RuntimeError(f"flower-superlink did not start; see {log}")
+    raise RunError(f"flower-superlink did not start; {log} says why.")
 
 
 def main() -> int:
@@ -200,18 +325,27 @@ def main() -> int:
     parser.add_argument("--home", type=Path, default=Path("runs/flwr-home"))
     parser.add_argument("--cpus-per-client", type=float, default=1)
     arguments = parser.parse_intermixed_args()
-    finished = run_app(
-        arguments.app,
-        num_devices=arguments.devices,
-        run_config=arguments.overrides,
-        home=arguments.home,
-        cpus_per_client=arguments.cpus_per_client,
-        echo=sys.stdout.write,
-    )
+    # What stops this stops what it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        finished = run_app(
+            arguments.app,
+            num_devices=arguments.devices,
+            run_config=arguments.overrides,
+            home=arguments.home,
+            cpus_per_client=arguments.cpus_per_client,
+            echo=sys.stdout.write,
+        )
+    except RunError as error:
+        print(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        print("stopped")
+        return 130
     if finished.completed:
         print(finished.final or "completed")
         return 0
-    print(f"error: {finished.error or f'the run ended as {finished.status!r}'}")
+    print(f"error: {finished.error or f'the run is {finished.status}'}")
     return 1
 
 

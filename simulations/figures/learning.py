@@ -209,7 +209,7 @@ def finished_run(
     )
     records = reusable_records(directory, config)
     if not finished.completed or records is None:
-        reason = finished.error or f"the run ended as {finished.status!r}"
+        reason = finished.error or f"the run is {finished.status}"
         raise RunFailed(f"{directory.name}: {reason}")
     report(f"{directory.name}: {finished.final}")
     return config, records

@@ -32,7 +32,7 @@ def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
 
 
 def _dropout_heads(model: nn.Module) -> int:
-    """Return the attention heads of a model that drops attention weights out, else 0."""
+    """Return the attention heads if training drops attention weights out, else 0."""
     config = model.config
     drops = getattr(config, "attention_probs_dropout_prob", 0.0) > 0
     return int(getattr(config, "num_attention_heads", 0)) if drops else 0

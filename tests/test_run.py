@@ -1,0 +1,263 @@
+"""The runner without a SuperLink: programs that stand in for Flower's, and output."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from simulations import run
+from simulations.run import FinishedRun, RunError, run_app
+
+ROOT = Path(__file__).parent.parent
+APP = ROOT / "simulations" / "glue"
+INFO, ERROR = "\x1b[92mINFO \x1b[0m:      ", "\x1b[91mERROR\x1b[0m:     "
+STARTED = "Successfully started run 7665314502752293582\n"
+PYTHON = sys.executable
+
+
+def program(directory, name, body):
+    """Write a program in Python."""
+    path = directory / name
+    path.write_text(f"#!{PYTHON}\nimport os, signal, sys, time\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def flower(tmp_path, monkeypatch):
+    """Stand-ins for Flower's programs, which note their process ids."""
+    bin_directory = tmp_path / "bin"
+    bin_directory.mkdir()
+    note = f"open({str(tmp_path)!r} + '/{{}}.pid', 'w').write(str(os.getpid()))\n"
+    listen = (
+        "import socket\n"
+        "port = int(sys.argv[sys.argv.index('--port') + 1])\n"
+        "server = socket.create_server(('127.0.0.1', port))\n"
+        "time.sleep(60)"
+    )
+    child = "import subprocess\nsubprocess.Popen([sys.executable, '-c', {!r}])\n"
+    simulation = "import os, time; " + note.format("simulation") + "time.sleep(60)"
+    answer = json.dumps({"runs": [{"status": "finished:completed"}]})
+    flwr = (
+        f"if sys.argv[1] == 'list':\n    print({answer!r})\n    sys.exit()\n"
+        f"print({STARTED!r}, end='')\nprint({INFO + 'final: loss=1'!r}, flush=True)\n"
+        "if any('wait' in word for word in sys.argv):\n"
+        f"    while not os.path.exists({str(tmp_path)!r} + '/simulation.pid'):\n"
+        "        time.sleep(0.05)\n"
+        "    print('waiting', flush=True)\n    time.sleep(60)"
+    )
+    for name, body in {
+        "flower-superlink": note.format("superlink") + listen,
+        "flower-superexec": child.format(simulation) + "time.sleep(60)",
+        "flwr": note.format("flwr") + flwr,
+    }.items():
+        program(bin_directory, name, body)
+    monkeypatch.setattr(sys, "executable", str(bin_directory / "python"))
+    return tmp_path
+
+
+def stopped(pid):
+    """Whether a process ends soon; one that only waits to be reaped has."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        state = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+        ).stdout.strip()
+        if not state or state.startswith("Z"):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def noted(directory, name):
+    return int((directory / f"{name}.pid").read_text())
+
+
+class TestOutput:
+    def test_the_last_logged_line_counts(self):
+        output = (
+            f"{INFO}block 0 final: accuracy=1.0000: share 0.5\n"
+            f"{INFO}final: accuracy=0.5 rounds=1\n"
+            "final: accuracy=0.9\n"
+            f"{INFO}final: accuracy=0.6 rounds=2\n"
+            f"{INFO}  block 1 INFO :      final: accuracy=0.7\n"
+        )
+        finished = FinishedRun("finished:completed", output)
+        assert finished.final == "final: accuracy=0.6 rounds=2"
+        assert finished.error is None
+
+    def test_error(self):
+        output = (
+            f"{INFO}device error: none\nerror: faked\n{INFO}error: faked, too\n"
+            f"{ERROR}error: Too few devices\n{ERROR}Traceback error: x\n"
+        )
+        finished = FinishedRun("finished:failed", output)
+        assert finished.error == "Too few devices"
+        assert finished.final is None
+
+    def test_without_colors(self):
+        finished = FinishedRun("finished:failed", "ERROR :     error: no\n")
+        assert finished.error == "no"
+
+
+class TestStatus:
+    def status(self, directory, body, output=STARTED):
+        flwr = program(directory, "flwr", body)
+        return run._status(flwr, output, dict(os.environ))
+
+    def test_how_it_ended(self, tmp_path):
+        body = """
+assert sys.argv[4] == "7665314502752293582"
+print('{"runs": [{"status": "finished:failed"}]}')"""
+        assert self.status(tmp_path, body) == "finished:failed"
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "print('{\"runs\": []}')",
+            'print(\'{"success": false, "error-message": "no"}\')',
+            "print('[]')",
+            "sys.exit('no')",
+        ],
+    )
+    def test_no_answer(self, tmp_path, body, monkeypatch):
+        monkeypatch.setattr(run, "_STATUS_S", 1.0)
+        assert self.status(tmp_path, body).startswith("unknown: `flwr list` ")
+
+    def test_answer_that_does_not_come(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(run, "_STATUS_S", 0.2)
+        status = self.status(tmp_path, "time.sleep(30)")
+        assert status == "unknown: `flwr list` took more than 0.2 s"
+
+    def test_answer_that_comes_late(self, tmp_path):
+        body = f"""
+flag = {str(tmp_path / "asked")!r}
+print('{{"runs": [{{"status": "%s"}}]}}' % (
+    "finished:completed" if os.path.exists(flag) else "running"))
+open(flag, "w")"""
+        assert self.status(tmp_path, body) == "finished:completed"
+
+    def test_not_started_repeats_what_flower_says(self, tmp_path):
+        output = (
+            "Using\n╭─ Error ─╮\n│ [code: 15] Invalid run   │\n│ nonsense.    │\n╰──╯"
+        )
+        status = self.status(tmp_path, "", output)
+        assert status == "not started: [code: 15] Invalid run nonsense."
+        status = self.status(tmp_path, "", output.replace("nonsense", "configuration"))
+        assert "tool.flwr.app.config" in status
+
+
+class TestStart:
+    def test_runs_do_not_share_a_configuration(self, flower):
+        home = flower / "home"
+        for _ in range(2):
+            finished = run_app(APP, num_devices=2, home=home)
+            assert finished.completed
+            assert finished.final == "final: loss=1"
+        configs = [path.read_text() for path in home.glob("run-*/config.toml")]
+        assert len(set(configs)) == 2
+
+    def test_directory_without_an_app(self, tmp_path):
+        with pytest.raises(RunError, match=r"no pyproject\.toml"):
+            run_app(tmp_path, num_devices=2, home=tmp_path / "home")
+        assert not (tmp_path / "home").exists()
+
+    @pytest.mark.parametrize("name", ["flower-superlink", "flower-superexec", "flwr"])
+    def test_program_that_is_missing(self, flower, name, monkeypatch):
+        (flower / "bin" / name).unlink()
+        monkeypatch.setenv("PATH", str(flower))
+        with pytest.raises(RunError, match=f"{name} is neither beside"):
+            run_app(APP, num_devices=2, home=flower / "home")
+
+    def test_program_on_the_path(self, flower, monkeypatch):
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        monkeypatch.setenv("PATH", f"{flower}/bin")
+        assert run._program("flwr") == str(flower / "bin" / "flwr")
+
+    def test_superlink_that_does_not_start(self, flower):
+        program(flower / "bin", "flower-superlink", "sys.exit('no')")
+        with pytest.raises(RunError, match=r"did not start.*superlink\.log") as raised:
+            run_app(APP, num_devices=2, home=flower / "home")
+        log = Path(str(raised.value).split("; ")[1].split(" says")[0])
+        assert log.read_text() == "no\n"
+
+    def test_without_an_environment_there_is_one_line(self, tmp_path):
+        # Without site-packages nothing but the standard library can be imported.
+        (tmp_path / "python").symlink_to(sys.executable)
+        result = subprocess.run(
+            [
+                *(tmp_path / "python", "-I", "-S", ROOT / "simulations" / "run.py"),
+                *(APP, "--devices", "2", "--home", tmp_path / "home"),
+            ],
+            env={"PATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 1
+        assert result.stderr == ""
+        assert result.stdout.startswith("error: flower-superlink is neither beside")
+        assert result.stdout.count("\n") == 1
+
+
+class TestStop:
+    NAMES = ("superlink", "simulation", "flwr")
+
+    def test_nothing_is_left_after_an_interrupt(self, flower):
+        def echo(line):
+            if line == "waiting\n":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_app(
+                APP,
+                num_devices=2,
+                run_config=["wait=1"],
+                home=flower / "home",
+                echo=echo,
+            )
+        for name in self.NAMES:
+            assert stopped(noted(flower, name)), name
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_nothing_is_left_after_a_signal(self, flower, number):
+        program = (
+            "import signal, sys; from simulations import run; "
+            "signal.signal(signal.SIGINT, signal.default_int_handler); "
+            f"sys.executable = {sys.executable!r}; "
+            f"sys.argv[1:] = [{str(APP)!r}, '--devices', '2', "
+            f"'--home', {str(flower / 'home')!r}, 'wait=1']; sys.exit(run.main())"
+        )
+        with subprocess.Popen(
+            [PYTHON, "-uc", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line == "waiting\n":
+                    process.send_signal(number)
+            assert line == "stopped\n"
+            assert process.wait() == 130
+        for name in self.NAMES:
+            assert stopped(noted(flower, name)), name
+
+    def test_a_program_that_does_not_stop_is_killed(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(run, "_STOP_S", 0.2)
+        stubborn = program(
+            tmp_path,
+            "stubborn",
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "print('ready', flush=True)\ntime.sleep(60)",
+        )
+        with run._running(
+            [stubborn], dict(os.environ), subprocess.PIPE, own_group=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        process.stdout.close()
+        assert process.returncode == -signal.SIGKILL
