@@ -6,10 +6,9 @@ adapter that carries its plans out and hands it the replies as bytes and records
 
 from __future__ import annotations
 
-import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,15 @@ from lola_flwr.allocation import (
     find_allocator,
     rotate,
 )
-from lola_flwr.assembly import BlockUpdate, FloatArrays, assemble_gradient
+from lola_flwr.assembly import BlockUpdate, assemble_gradient
 from lola_flwr.blocks import BlockPartition
-from lola_flwr.codec import MalformedArray, codec_named, read_npy
-from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
+from lola_flwr.codec import (
+    codec_named,
+)
+from lola_flwr.errors import UserError
+from lola_flwr.protocol import Assignment, UpdateReport
 from lola_flwr.randomness import rng_for
+from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused
 from lola_flwr.round_log import BlockRecord, RoundRecord
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
@@ -65,50 +68,6 @@ class RoundPlan:
     assignments: Mapping[str, Assignment]
 
 
-@dataclass(frozen=True, eq=False)
-class DeviceReply:
-    """What one device sent back, unchecked.
-
-    Parameters
-    ----------
-    device_id
-        Who sent it, as the transport knows it.
-    tensors
-        Arrays in .npy format.
-    num_examples
-        Examples that the device claims the gradient is over.
-    report
-        Its ``UpdateReport``, as a flat record.
-    """
-
-    device_id: str
-    tensors: Sequence[bytes]
-    num_examples: int
-    report: Mapping[str, object]
-
-
-# Beyond these a device's report is not believed: no mini-batch takes a day, and no loss
-# that can still be trained on is this large.
-_LONGEST_COMPUTE_S = 86_400.0
-_LARGEST_LOSS = 1e6
-
-
-class UpdateRefused(Exception):
-    """A reply cannot be used.
-
-    Parameters
-    ----------
-    reason
-        Short reason to count by, such as ``"non-finite"``.
-    detail
-        What exactly is wrong.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-
-
 class Coordinator:
     """The server's side of LoLa-DEFT, apart from any transport.
 
@@ -135,12 +94,20 @@ class Coordinator:
     correct_profiles
         Whether reported compute times correct the planned ones of later rounds.
     batch_size
-        Examples of a device's mini-batch; no reply can weigh more.
+        Examples of a device's mini-batch; no reply can weigh more. (A device that
+        returns weights may have trained on any number.)
     max_gradient_norm
         Every update whose Euclidean norm is larger is scaled down to this: one device
         cannot throw the optimizer's moments out for all.
     codec
         Name of the codec that gradients travel in.
+    state_dict
+        All arrays of the model in the order to send them in, where devices do not hold
+        the frozen ones themselves (default: the trainable ones alone are sent). Only
+        trainable ones ever change.
+    assumed_profile
+        Profile of devices that report none, but for its name (default: such devices
+        are left out).
     broadcast_s, server_s
         Constant parts of every round: downlink and server time.
     seed
@@ -162,6 +129,8 @@ class Coordinator:
         batch_size: int = 32,
         max_gradient_norm: float = 10.0,
         codec: str = "fp32",
+        state_dict: Mapping[str, npt.NDArray[Any]] | None = None,
+        assumed_profile: DeviceProfile | None = None,
         broadcast_s: float = 0.0,
         server_s: float = 0.0,
         seed: int = 0,
@@ -178,9 +147,18 @@ class Coordinator:
         self._rotation_eps = rotation_eps
         self._correct_profiles = correct_profiles
         self._batch_size = batch_size
-        self._max_gradient_norm = max_gradient_norm
         self._codec_name = codec
-        self._codec = codec_named(codec)
+        self._state_dict = optimizer.state() if state_dict is None else state_dict
+        missing = [name for name in partition.trainable if name not in self._state_dict]
+        if missing:
+            raise UserError(
+                f"state_dict lacks {missing[0]}, which is to be trained; pass that of "
+                "the whole model."
+            )
+        self._reader = UpdateReader(
+            partition, codec_named(codec), tuple(self._state_dict), max_gradient_norm
+        )
+        self._assumed_profile = assumed_profile
         self._constant_s = broadcast_s + server_s
         self._seed = seed
         self._profiles: dict[str, DeviceProfile] = {}
@@ -202,14 +180,17 @@ class Coordinator:
         return [device for device in there if device not in self._profiles]
 
     def add_device(self, device_id: str, properties: Mapping[str, object]) -> None:
-        """Take in the profile that a device reported.
+        """Take in the profile that a device reported; none if it is empty.
 
         Raises
         ------
         InvalidProfile
             The profile cannot be believed, or another device has the same name.
         """
-        profile = DeviceProfile.from_properties(properties)
+        if not properties and self._assumed_profile is not None:
+            profile = replace(self._assumed_profile, name=f"node {device_id}"[:64])
+        else:
+            profile = DeviceProfile.from_properties(properties)
         for other_id, other in self._profiles.items():
             if other.name == profile.name and other_id != device_id:
                 raise InvalidProfile(
@@ -217,6 +198,16 @@ class Coordinator:
                     "device a name of its own."
                 )
         self._profiles[device_id] = profile
+
+    def draw_evaluators(
+        self, server_round: int, device_ids: Iterable[str], count: int
+    ) -> list[str]:
+        """Draw devices to evaluate the model: a function of seed, round and names."""
+        names = {d: self._profiles[d].name for d in self._profiles}
+        ordered = sorted(device_ids, key=lambda device: names.get(device, device))
+        rng = rng_for(self._seed, "evaluation", server_round)
+        drawn = rng.permutation(len(ordered))[:count]
+        return [ordered[index] for index in sorted(drawn)]
 
     # --- rounds ----------------------------------------------------------------------
 
@@ -299,25 +290,31 @@ class Coordinator:
         """
         updates: dict[str, BlockUpdate] = {}
         reports: dict[str, UpdateReport] = {}
+        ignored_arrays: dict[str, int] = {}
         refusals: dict[str, str] = {}
         refused: dict[str, int] = {}
         for reply in replies:
             try:
                 if reply.device_id in updates:
                     raise UpdateRefused("duplicate", "the device replied before")
-                update, report = self._check_reply(plan, reply)
+                update, report = self._reader.read(
+                    reply,
+                    plan.assignments.get(reply.device_id),
+                    self._optimizer.state(),
+                )
             except UpdateRefused as refusal:
                 refused[refusal.reason] = refused.get(refusal.reason, 0) + 1
                 refusals.setdefault(reply.device_id, str(refusal))
                 continue
             updates[reply.device_id] = update
             reports[reply.device_id] = report
+            ignored_arrays[reply.device_id] = len(reply.tensors) - len(update.gradients)
         if updates:
             # In the plan's order, so that the sum does not depend on who came first.
             self._optimizer.step(
                 assemble_gradient([updates[d] for d in plan.device_ids if d in updates])
             )
-        blocks = self._block_records(plan, reports, refusals)
+        blocks = self._block_records(plan, reports, refusals, ignored_arrays)
         observed_s = self._constant_s + max(
             block.upload_s
             + (
@@ -329,8 +326,10 @@ class Coordinator:
         )
         self._wireless_s += observed_s
         self._learn_from(plan, reports)
-        weights = [updates[device].num_examples for device in reports]
-        losses = [report.loss for report in reports.values()]
+        losses = {
+            d: report.loss for d, report in reports.items() if report.loss is not None
+        }
+        weights = [updates[device].num_examples for device in losses]
         return RoundRecord(
             server_round=plan.server_round,
             num_devices=len(plan.device_ids),
@@ -339,7 +338,11 @@ class Coordinator:
             observed_s=observed_s,
             bound_s=plan.allocation.bound_s,
             wireless_s=self._wireless_s,
-            train_loss=float(np.average(losses, weights=weights)) if losses else None,
+            train_loss=(
+                float(np.average(list(losses.values()), weights=weights))
+                if losses
+                else None
+            ),
             refused=refused,
             blocks=blocks,
         )
@@ -356,6 +359,46 @@ class Coordinator:
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the trainable parameters' current values, as views."""
         return self._optimizer.state()
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what devices are sent, by name in the order of sending."""
+        state = self._optimizer.state()
+        return {name: state.get(name, v) for name, v in self._state_dict.items()}
+
+    def start_from(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take in the values to start from.
+
+        Raises
+        ------
+        UserError
+            They are not those of this model, or frozen ones differ.
+        """
+        own = self.arrays()
+        if set(arrays) != set(own):
+            name = min(set(arrays) ^ set(own))
+            raise UserError(
+                f"Initial arrays: {name} is {'missing' if name in own else 'unknown'}; "
+                "pass the arrays of the model that the coordinator was made for."
+            )
+        for name, array in arrays.items():
+            if array.shape != own[name].shape:
+                raise UserError(
+                    f"Initial arrays: {name} has shape {array.shape}; expected "
+                    f"{own[name].shape}."
+                )
+            if name not in self._optimizer.state() and not np.array_equal(
+                array, own[name]
+            ):
+                raise UserError(
+                    f"Initial arrays: {name}, which nobody trains, differs from that "
+                    "of the model that the coordinator was made for; load the same "
+                    "weights for both."
+                )
+        self.adopt(arrays)
+
+    def adopt(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take in values that something around the strategy has changed."""
+        self._optimizer.load(arrays)
 
     # --- parts -----------------------------------------------------------------------
 
@@ -397,6 +440,8 @@ class Coordinator:
         for device, report in reports.items():
             profile = self._profiles[device]
             self._meetings[profile.name, report.block_index] += 1
+            if report.compute_s is None:
+                continue
             claimed_s = self._costs.flops[report.block_index] / profile.flops_per_s
             observations.append(
                 Observation(
@@ -406,68 +451,12 @@ class Coordinator:
         if self._correct_profiles:
             self._estimate = self._estimate.update(observations)
 
-    def _check_reply(
-        self, plan: RoundPlan, reply: DeviceReply
-    ) -> tuple[BlockUpdate, UpdateReport]:
-        """Return what a reply holds, or say why it is refused."""
-        assignment = plan.assignments.get(reply.device_id)
-        if assignment is None:
-            raise UpdateRefused("not-asked", "the device has no block this round")
-        try:
-            report = UpdateReport.from_record(reply.report)
-        except MalformedRecord as error:
-            raise UpdateRefused("malformed-report", str(error)) from None
-        if report.server_round != assignment.server_round:
-            raise UpdateRefused("late", f"answers round {report.server_round}")
-        if report.block_index != assignment.block_index:
-            raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
-        if report.update_kind != "gradient":
-            raise UpdateRefused("wrong-kind", f"holds {report.update_kind[:32]!r}")
-        # A transport may carry a bool, a float or a list here.
-        examples = reply.num_examples
-        if type(examples) is not int or not 1 <= examples <= assignment.batch_size:
-            raise UpdateRefused(
-                "wrong-examples",
-                f"claims {reprlib.repr(examples)} examples of {assignment.batch_size}",
-            )
-        if not 0 <= report.compute_s <= _LONGEST_COMPUTE_S:
-            raise UpdateRefused("implausible", f"compute_s={report.compute_s:g}")
-        if not abs(report.loss) <= _LARGEST_LOSS:
-            raise UpdateRefused("implausible", f"loss={report.loss:g}")
-        names = self.partition.update_names(assignment.block_index)
-        if len(reply.tensors) != len(names):
-            raise UpdateRefused(
-                "wrong-count", f"{len(reply.tensors)} arrays instead of {len(names)}"
-            )
-        state = self._optimizer.state()
-        gradients: FloatArrays = {}
-        for name, data in zip(names, reply.tensors, strict=True):
-            try:
-                wire = read_npy(
-                    data, shape=state[name].shape, dtype=self._codec.wire_dtype
-                )
-            except MalformedArray as error:
-                raise UpdateRefused("wrong-array", f"{name}: {error}") from None
-            gradient = self._codec.decode(wire)
-            if not np.isfinite(gradient).all():
-                raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
-            gradients[name] = gradient
-        return BlockUpdate(self._clipped(gradients), examples), report
-
-    def _clipped(self, gradients: FloatArrays) -> FloatArrays:
-        """Scale an update down to the largest norm that one device may have."""
-        squares = [np.square(g, dtype=np.float64).sum() for g in gradients.values()]
-        norm = float(np.sqrt(sum(squares)))
-        if norm <= self._max_gradient_norm:
-            return gradients
-        scale = self._max_gradient_norm / norm
-        return {name: (g * scale).astype(np.float32) for name, g in gradients.items()}
-
     def _block_records(
         self,
         plan: RoundPlan,
         reports: Mapping[str, UpdateReport],
         refusals: Mapping[str, str],
+        ignored_arrays: Mapping[str, int],
     ) -> tuple[BlockRecord, ...]:
         records = []
         upload_s = plan.allocation.upload_s(plan.problem)
@@ -489,6 +478,7 @@ class Coordinator:
                     compute_clock=report.compute_clock[:16] if report else "",
                     loss=report.loss if report else None,
                     status=status,
+                    ignored_arrays=ignored_arrays.get(device, 0),
                 )
             )
         return tuple(sorted(records, key=lambda record: record.block_index))

@@ -1,7 +1,7 @@
 """What server and device tell each other, as flat records of scalars.
 
 Both Flower interfaces carry these records: as ``config`` and ``metrics`` of FitIns and
-FitRes, or in a ConfigRecord. Arrays travel beside them.
+FitRes, or in ConfigRecords. Arrays travel beside them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,19 @@ from typing import Any, Self
 
 Scalar = bool | bytes | float | int | str
 
+# Under the Message API: the query for a device's profile, and the ConfigRecords that
+# the profile and the report of an update come back in.
+PROFILE_ACTION = "lola_profile"
+PROFILE_KEY = "lola-profile"
+REPORT_KEY = "lola-report"
+
+# The record by which both sides recognise Flower's secure aggregation.
+SECAGG_KEY = "secaggplus_configs"
+SECAGG_REFUSAL = (
+    "Secure aggregation hides each device's update in a sum over devices, but a block "
+    "comes from one device: take the SecAgg mod and workflow out."
+)
+
 
 class MalformedRecord(ValueError):
     """A record lacks a field, or a field has the wrong type."""
@@ -23,8 +36,9 @@ class _Record:
     """A frozen dataclass of scalars that travels under kebab-case keys."""
 
     def to_record(self) -> dict[str, Scalar]:
-        """Return the fields under their keys on the wire."""
-        return {_key(f.name): getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        """Return the fields under their keys on the wire; what is None has no key."""
+        values = {_key(f.name): getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> Self:
@@ -33,13 +47,16 @@ class _Record:
         Raises
         ------
         MalformedRecord
-            A field is missing, has another type, or is not finite.
+            A field is missing that is not optional, has another type, or is not finite.
         """
         types = {"int": int, "float": float, "str": str}
         values: dict[str, Any] = {}
         for field in fields(cls):  # type: ignore[arg-type]
-            key, expected = _key(field.name), types[str(field.type)]
-            value = record.get(key)
+            key, required = _key(field.name), str(field.type).removesuffix(" | None")
+            if key not in record and required != field.type:
+                values[field.name] = None
+                continue
+            value, expected = record.get(key), types[required]
             # An integral float arrives as int; a bool is an int in Python only.
             if expected is float and type(value) is int and abs(value) < 2**63:
                 value = float(value)
@@ -94,11 +111,13 @@ class UpdateReport(_Record):
     block_index
         Block of the assignment that this answers.
     update_kind
-        What the arrays are: ``"gradient"``.
+        What the arrays are: the ``"gradient"``, in the assignment's codec, or the new
+        ``"weights"`` after local training, in float32: a codec that rounds would round
+        most of a weight's small move away.
     loss
-        Mean training loss.
+        Mean training loss; None if unknown.
     compute_s
-        Seconds from the assignment's arrival to the finished gradient.
+        Seconds from the assignment's arrival to the finished update; None if unknown.
     compute_clock
         Where ``compute_s`` comes from: ``"measured"`` on the device, or ``"simulated"``
         where the device itself is.
@@ -107,8 +126,8 @@ class UpdateReport(_Record):
     server_round: int
     block_index: int
     update_kind: str
-    loss: float
-    compute_s: float
+    loss: float | None
+    compute_s: float | None
     compute_clock: str
 
 

@@ -13,7 +13,10 @@ from lola_flwr.errors import UserError
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One device's part in a round; seconds as planned unless ``reported``."""
+    """One device's part in a round; seconds as planned unless ``reported``.
+
+    ``ignored_arrays`` counts what the device sent beyond its block and the head.
+    """
 
     block_index: int
     depth: int
@@ -25,6 +28,7 @@ class BlockRecord:
     compute_clock: str
     loss: float | None
     status: str
+    ignored_arrays: int = 0
 
     @property
     def latency_s(self) -> float:
@@ -111,10 +115,24 @@ class RoundRecord:
             )
         if self.num_excluded:
             lines.append(f"  {self.num_excluded} devices lack the memory for any block")
+        ignored = [b.ignored_arrays for b in self.blocks if b.ignored_arrays]
+        if ignored:
+            lines.append(
+                f"  {len(ignored)} devices sent arrays beyond their block, "
+                f"{sum(ignored)} in all: what they trained there is lost, and their "
+                "uploads took longer than planned"
+            )
         if self.refused:
             counts = ", ".join(f"{n} {why}" for why, n in sorted(self.refused.items()))
             lines.append(f"  refused updates: {counts}")
         return lines
+
+    def final_line(self) -> str:
+        """Sum a run up from its last record: metrics, rounds, wireless time, loss."""
+        parts = [f"{k}={v:.4f}" for k, v in self.metrics.items() if k != "loss"]
+        parts += [f"rounds={self.server_round}", f"wireless_s={self.wireless_s:.3f}"]
+        parts += [f"loss={self.metrics['loss']:.4f}"] if "loss" in self.metrics else []
+        return f"final: {' '.join(parts)}"
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON; what is not finite is null."""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lola_flwr.errors import UserError
 
@@ -24,13 +26,18 @@ class ServerOptimizer:
     linear_decay_steps
         Let the learning rate fall linearly, to zero after this many steps (default: it
         stays).
+    schedule
+        Name of a class of ``torch.optim.lr_scheduler``, stepped once a round, in place
+        of the linear decay.
+    schedule_options
+        Its keyword arguments: ``{"T_max": 40}``.
     **options
         The optimizer's keyword arguments: ``lr=3e-4``.
 
     Raises
     ------
     UserError
-        No such optimizer, or options that it refuses.
+        No such optimizer or schedule, or options that it refuses.
     """
 
     def __init__(
@@ -39,6 +46,8 @@ class ServerOptimizer:
         *,
         optimizer: str = "AdamW",
         linear_decay_steps: int | None = None,
+        schedule: str | None = None,
+        schedule_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         factory = getattr(torch.optim, optimizer, None)
@@ -61,14 +70,16 @@ class ServerOptimizer:
             self._optimizer = factory(self._parameters.values(), **options)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"optimizer={optimizer!r}: {error}") from None
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer,
-            lambda step: (
-                1.0
-                if linear_decay_steps is None
-                else max(0.0, 1.0 - step / linear_decay_steps)
-            ),
-        )
+        if schedule is None:
+            steps = linear_decay_steps
+            self._schedule: LRScheduler = LambdaLR(
+                self._optimizer,
+                lambda step: 1.0 if steps is None else max(0.0, 1.0 - step / steps),
+            )
+        else:
+            self._schedule = _schedule_named(
+                schedule, self._optimizer, schedule_options or {}
+            )
 
     def step(self, gradient: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Take one step; parameters without a gradient keep their values."""
@@ -79,9 +90,42 @@ class ServerOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
 
+    def load(self, values: Mapping[str, npt.NDArray[np.floating]]) -> None:
+        """Overwrite the values; the optimizer's moments stay.
+
+        Parameters
+        ----------
+        values
+            New value of every parameter; other names are ignored.
+        """
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(torch.tensor(values[name]))
+
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the current values by name, as views: the next step changes them."""
         return {
             name: parameter.detach().numpy()
             for name, parameter in self._parameters.items()
         }
+
+
+def _schedule_named(
+    name: str, optimizer: torch.optim.Optimizer, options: Mapping[str, Any]
+) -> LRScheduler:
+    factory = getattr(lr_scheduler, name, None)
+    if not (
+        isinstance(factory, type)
+        and issubclass(factory, LRScheduler)
+        # This one is steered by a metric, and steps know of none.
+        and factory is not lr_scheduler.ReduceLROnPlateau
+    ):
+        raise UserError(
+            f"schedule={name!r} is not a schedule of torch.optim.lr_scheduler that "
+            "counts steps; try 'CosineAnnealingLR' or 'StepLR'."
+        )
+    try:
+        schedule: LRScheduler = factory(optimizer, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"schedule={name!r}: {error}") from None
+    return schedule

@@ -12,6 +12,9 @@ from flwr.compat.common import recorddict_compat as compat
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from lola_flwr.errors import UserError
+from lola_flwr.protocol import SECAGG_KEY, SECAGG_REFUSAL
+
 
 class DeadlineGrid(Grid):
     """Wraps the Grid that the legacy workflow sends its rounds through.
@@ -69,7 +72,16 @@ class DeadlineGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send messages; return the readable replies that come in time."""
+        """Send messages; return the readable replies that come in time.
+
+        Raises
+        ------
+        UserError
+            The messages belong to a secure aggregation.
+        """
+        messages = list(messages)
+        if any(SECAGG_KEY in message.content.config_records for message in messages):
+            raise UserError(SECAGG_REFUSAL)
         replies = self._grid.send_and_receive(
             messages, timeout=self._timeout_s if timeout is None else timeout
         )

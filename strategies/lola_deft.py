@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from logging import INFO, WARNING
+from logging import WARNING
 
 from flwr.common import (
+    EvaluateIns,
     FitIns,
     FitRes,
     GetPropertiesIns,
@@ -23,10 +22,10 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
-from lola_flwr.coordinator import Coordinator, DeviceReply, RoundPlan
-from lola_flwr.errors import UserError
+from lola_flwr.coordinator import Coordinator
+from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
-from lola_flwr.system.devices import InvalidProfile
+from lola_flwr.strategies.rounds import Rounds
 
 EvaluateFunction = Callable[
     [int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None
@@ -41,8 +40,8 @@ _MAX_PROFILE_REQUESTS = 256
 class LoLaDeft(FedAvg):
     """Each active device trains one block; the server assembles and steps.
 
-    Evaluation, on the server and on clients, is inherited from FedAvg; so are the names
-    of the arguments that say how.
+    Evaluation, on the server and on clients, is that of FedAvg; so are the names of the
+    arguments that say how.
 
     Parameters
     ----------
@@ -82,28 +81,28 @@ class LoLaDeft(FedAvg):
         on_evaluate_config_fn: ConfigFunction | None = None,
         evaluate_metrics_aggregation_fn: MetricsAggregationFn | None = None,
     ) -> None:
-        if min_available_clients is None:
-            min_available_clients = coordinator.partition.num_blocks
+        self.coordinator = coordinator
+        self._rounds = Rounds(
+            coordinator,
+            min_available=min_available_clients,
+            wait_s=wait_s,
+            on_round=on_round,
+        )
+        min_available = self._rounds.min_available
         super().__init__(
             # FedAvg warns of minima that exceed the clients; LoLa has its own.
-            min_fit_clients=min(2, min_available_clients),
-            min_evaluate_clients=min(2, min_available_clients),
-            min_available_clients=min_available_clients,
+            min_fit_clients=min(2, min_available),
+            min_evaluate_clients=min(2, min_available),
+            min_available_clients=min_available,
             evaluate_fn=evaluate_fn,
             fraction_evaluate=fraction_evaluate,
             on_fit_config_fn=on_fit_config_fn,
             on_evaluate_config_fn=on_evaluate_config_fn,
             evaluate_metrics_aggregation_fn=evaluate_metrics_aggregation_fn,
         )
-        self.coordinator = coordinator
-        self._wait_s = wait_s
-        self._on_round = on_round
-        self._plan: RoundPlan | None = None
-        self._record: RoundRecord | None = None
-        self._configure_s = 0.0
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
-        """Return the coordinator's values: blocks from the input on, then the head."""
+        """Return the coordinator's arrays, in its order."""
         return self._parameters()
 
     def configure_fit(
@@ -117,28 +116,28 @@ class LoLaDeft(FedAvg):
             In the first round: too few devices connected, or the devices cannot
             compute all blocks. Later rounds without enough devices are skipped.
         """
-        self._plan = None
-        try:
-            clients = self._wait_for_clients(client_manager)
-            self._ask_profiles(clients, server_round)
-            start = time.perf_counter()
-            plan = self.coordinator.plan_round(server_round, clients)
-        except UserError as error:
-            if self._record is None:
-                raise
-            self._record = self.coordinator.skip_round(server_round, str(error))
-            log(WARNING, "%s", self._record.lines()[0])
+        clients: dict[str, ClientProxy] = {}
+
+        def connected() -> Mapping[str, ClientProxy]:
+            client_manager.num_available()  # makes the manager look
+            there = dict(client_manager.all())
+            clients.update(there)
+            return there
+
+        plan = self._rounds.plan(
+            server_round,
+            connected=connected,
+            ask_profiles=lambda devices: _ask_profiles(clients, devices, server_round),
+        )
+        if plan is None:
             return []
-        self._plan = plan
         extra: Mapping[str, Scalar] = {}
         if self.on_fit_config_fn is not None:
             extra = self.on_fit_config_fn(server_round)
-        instructions = [
+        return [
             (clients[device], FitIns(parameters, {**extra, **assignment.to_record()}))
             for device, assignment in plan.assignments.items()
         ]
-        self._configure_s = time.perf_counter() - start
-        return instructions
 
     def aggregate_fit(
         self,
@@ -150,104 +149,64 @@ class LoLaDeft(FedAvg):
         for failure in failures:
             reason = failure[1].status if isinstance(failure, tuple) else failure
             log(WARNING, "round %s: a device failed: %s", server_round, reason)
-        if self._plan is None:
-            return None, {}
-        start = time.perf_counter()
-        record = self.coordinator.complete_round(
-            self._plan,
-            [
-                DeviceReply(
-                    device_id=proxy.cid,
-                    tensors=result.parameters.tensors,
-                    num_examples=result.num_examples,
-                    report=result.metrics,
-                )
-                for proxy, result in results
-            ],
+        metrics = self._rounds.complete(
+            DeviceReply(
+                device_id=proxy.cid,
+                tensors=result.parameters.tensors,
+                num_examples=result.num_examples,
+                report=result.metrics,
+            )
+            for proxy, result in results
         )
-        parameters = self._parameters()
-        aggregate_s = time.perf_counter() - start
-        self._record = replace(
-            record, measured_strategy_s=self._configure_s + aggregate_s
-        )
-        for line in record.lines():
-            log(INFO, "%s", line)
-        metrics: dict[str, Scalar] = {
-            "round_s": record.round_s,
-            "wireless_s": record.wireless_s,
-            "refused": sum(record.refused.values()),
-        }
-        if record.train_loss is not None:
-            metrics["train_loss"] = record.train_loss
-        return parameters, metrics
+        return (None, {}) if metrics is None else (self._parameters(), {**metrics})
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Have devices evaluate, drawn from the run's seed."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        config: Mapping[str, Scalar] = {}
+        if self.on_evaluate_config_fn is not None:
+            config = self.on_evaluate_config_fn(server_round)
+        clients = client_manager.all()
+        count, _ = self.num_evaluation_clients(len(clients))
+        return [
+            (clients[device], EvaluateIns(parameters, dict(config)))
+            for device in self.coordinator.draw_evaluators(server_round, clients, count)
+        ]
 
     def evaluate(
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
         """Evaluate on the server, if an ``evaluate_fn`` was given; report the round."""
         result = super().evaluate(server_round, parameters)
-        record = self._record
-        if record is not None and record.server_round == server_round:
-            if result is not None:
-                loss, metrics = result
-                numbers = {k: float(v) for k, v in metrics.items() if _is_number(v)}
-                record = replace(record, metrics={"loss": float(loss), **numbers})
-            if self._on_round is not None:
-                self._on_round(record)
+        metrics: dict[str, Scalar] = {}
+        if result is not None:
+            metrics = {"loss": float(result[0]), **result[1]}
+        self._rounds.report(server_round, metrics)
         return result
 
     def _parameters(self) -> Parameters:
-        return ndarrays_to_parameters(list(self.coordinator.state().values()))
+        return ndarrays_to_parameters(list(self.coordinator.arrays().values()))
 
-    def _wait_for_clients(self, manager: ClientManager) -> dict[str, ClientProxy]:
-        # ClientManager.wait_for would sleep through Flower's own 5 s updates of the
-        # list; num_available makes one.
-        deadline = time.monotonic() + self._wait_s
-        while manager.num_available() < self.min_available_clients:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{manager.num_available()} devices are connected after "
-                    f"{self._wait_s:g} s; {self.min_available_clients} are needed (the "
-                    f"model has {self.coordinator.partition.num_blocks} blocks). Start "
-                    "more SuperNodes, or in a simulation pass --federation-config "
-                    f"'num-supernodes={self.min_available_clients}'."
+
+def _ask_profiles(
+    clients: Mapping[str, ClientProxy], devices: Sequence[str], server_round: int
+) -> dict[str, Mapping[str, object]]:
+    def ask(device: str) -> Mapping[str, object]:
+        try:
+            return (
+                clients[device]
+                .get_properties(
+                    GetPropertiesIns({}), timeout=None, group_id=server_round
                 )
-            time.sleep(0.1)
-        return dict(manager.all())
+                .properties
+            )
+        # Flower raises whatever went wrong on the device or on the way.
+        except Exception as error:
+            log(WARNING, "no profile received from device %s: %s", device, error)
+            return {}
 
-    def _ask_profiles(
-        self, clients: Mapping[str, ClientProxy], server_round: int
-    ) -> None:
-        """Ask all unknown devices for their profiles, at once."""
-        unknown = self.coordinator.meet_devices(clients)
-        if not unknown:
-            return
-
-        def ask(device: str) -> Mapping[str, Scalar] | Exception:
-            try:
-                return (
-                    clients[device]
-                    .get_properties(
-                        GetPropertiesIns({}), timeout=None, group_id=server_round
-                    )
-                    .properties
-                )
-            # Flower raises whatever went wrong on the device or on the way; the device
-            # is left out of this round and asked again in the next.
-            except Exception as error:
-                return error
-
-        workers = min(len(unknown), _MAX_PROFILE_REQUESTS)
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            answers = list(pool.map(ask, unknown))
-        for device, answer in zip(unknown, answers, strict=True):
-            try:
-                if isinstance(answer, Exception):
-                    raise InvalidProfile(f"no profile received: {answer}")
-                self.coordinator.add_device(device, answer)
-            except InvalidProfile as error:
-                log(WARNING, "device %s is left out: %s", device, error)
-
-
-def _is_number(value: Scalar) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    with ThreadPoolExecutor(min(len(devices), _MAX_PROFILE_REQUESTS)) as pool:
+        return dict(zip(devices, pool.map(ask, devices), strict=True))

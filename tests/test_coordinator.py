@@ -9,9 +9,10 @@ import pytest
 
 from lola_flwr.allocation import InfeasibleAllocation, RoundMode, allocate
 from lola_flwr.blocks import partition_parameters
-from lola_flwr.coordinator import Coordinator, DeviceReply
+from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import UpdateReport
+from lola_flwr.replies import DeviceReply
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import InvalidProfile, simulated_device
@@ -148,9 +149,12 @@ BAD_REPLIES = {
         "report": {**honest_reply(plan, d).report, "block-index": 7}
     },
     "wrong-kind": lambda plan, d: {
-        "report": {**honest_reply(plan, d).report, "update-kind": "weights"}
+        "report": {**honest_reply(plan, d).report, "update-kind": "wishes"}
     },
-    "malformed-report": lambda plan, d: {"report": {}},
+    "malformed-report": lambda plan, d: {"report": {"update-kind": "gradient"}},
+    # Without a report, the whole model is expected.
+    "wrong-count ": lambda plan, d: {"report": {}},
+    "wrong-count  ": lambda plan, d: {"tensors": {"head.w": b""}},
     "not-asked": lambda plan, d: {"device_id": "a stranger"},
 }
 
@@ -437,3 +441,167 @@ def test_infeasible_rounds_name_devices_not_rows():
         coordinator.add_device(name, {"name": f"phone-{name}", **properties})
     with pytest.raises(InfeasibleAllocation, match="device phone-c"):
         coordinator.plan_round(1, ["a", "b", "c"])
+
+
+def weights_reply(plan, device_id, *, value=0.4, **changes) -> DeviceReply:
+    """What a device sends that has trained its block to weights of one value."""
+    reply = honest_reply(plan, device_id, value=value, num_examples=10_000)
+    report = {**reply.report, "update-kind": "weights"}
+    return replace(reply, **{"report": report, **changes})
+
+
+def test_weights_are_a_move_that_is_damped_by_the_number_of_blocks():
+    coordinator = make_coordinator()
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    record = coordinator.complete_round(
+        plan, [weights_reply(plan, device) for device in plan.assignments]
+    )
+    assert record.refused == {}
+    # From 1 towards 0.4, by a third of the way: 1 - 0.6 / 3.
+    for values in coordinator.state().values():
+        np.testing.assert_allclose(values, 0.8, rtol=1e-6)
+
+
+def test_weights_travel_as_float32_under_any_codec():
+    coordinator = make_coordinator(codec="bf16")
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    record = coordinator.complete_round(
+        plan, [weights_reply(plan, device) for device in plan.assignments]
+    )
+    assert record.refused == {}
+
+
+def test_weights_of_a_model_of_one_block_are_averaged_as_fedavg_does():
+    partition = PARTITION.merged()
+    costs = estimate_costs(
+        SHAPES, PARTITION, batch_size=8, sequence_length=4, merged=True
+    )
+    state = {name: np.ones(SHAPES[name], np.float32) for name in partition.trainable}
+    coordinator = Coordinator(
+        partition=partition,
+        costs=costs,
+        bandwidth_hz=1e6,
+        optimizer=ServerOptimizer(state, optimizer="SGD", lr=1.0),
+        base_fingerprint="base",
+        mode=RoundMode(participation="all"),
+        max_gradient_norm=1e3,
+        batch_size=8,
+    )
+    for index in range(2):
+        profile = simulated_device(index, seed=1)
+        coordinator.add_device(f"id-{index}", profile.to_properties())
+    plan = coordinator.plan_round(1, ["id-0", "id-1"])
+    replies = []
+    for device, value, examples in (("id-0", 0.0, 2), ("id-1", 0.5, 6)):
+        tensors = [npy(np.full(SHAPES[n], value, "f4")) for n in partition.trainable]
+        replies.append(
+            weights_reply(plan, device, tensors=tensors, num_examples=examples)
+        )
+    assert coordinator.complete_round(plan, replies).refused == {}
+    # Weighted by examples: (2 * 0.0 + 6 * 0.5) / 8.
+    for values in coordinator.state().values():
+        np.testing.assert_allclose(values, 0.375, rtol=1e-6)
+
+
+WHOLE = {name: np.full(shape, 0.4, np.float32) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_of_a_whole_model_the_block_is_taken_and_the_rest_is_reported(by_name):
+    state_dict = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
+    coordinator = make_coordinator(state_dict=state_dict)
+    assert list(coordinator.arrays()) == list(SHAPES)
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    knowing, *ignorant = plan.assignments
+    tensors = {name: npy(array) for name, array in WHOLE.items()}
+    record = coordinator.complete_round(
+        plan,
+        [
+            weights_reply(plan, knowing),
+            *(
+                DeviceReply(
+                    device_id=device,
+                    tensors=tensors if by_name else list(tensors.values()),
+                    num_examples=100,
+                    report={"loss": 0.3, "server-round": 7},
+                )
+                for device in ignorant
+            ),
+        ],
+    )
+    assert record.refused == {}
+    for values in coordinator.state().values():
+        np.testing.assert_allclose(values, 0.8, rtol=1e-6)
+    np.testing.assert_array_equal(coordinator.arrays()["embed.w"], 1)
+    # 8 arrays, of which a block of 2 and the head of 1 are of use.
+    assert sorted(block.ignored_arrays for block in record.blocks) == [0, 5, 5]
+    assert "2 devices sent arrays beyond their block, 10 in all" in "\n".join(
+        record.lines()
+    )
+    # Its loss and its time are not known.
+    assert record.train_loss == pytest.approx(0.7)
+    reported = sorted(str(block.reported_compute_s) for block in record.blocks)
+    assert reported == ["0.1", "None", "None"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "name", "array"),
+    [
+        ("non-finite", "head.w", np.full((2, 4), np.inf, np.float32)),
+        ("wrong-array", "head.w", np.ones((2, 5), np.float32)),
+        ("wrong-array", "head.w", np.ones((2, 4), np.float64)),
+        ("wrong-count", "head.w", None),
+    ],
+)
+def test_bad_weights_are_refused(reason, name, array):
+    coordinator = make_coordinator()
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    device = next(iter(plan.assignments))
+    whole = {**WHOLE, name: array}
+    tensors = {n: npy(values) for n, values in whole.items() if values is not None}
+    reply = DeviceReply(device, tensors, 100, {})
+    assert coordinator.complete_round(plan, [reply]).refused == {reason: 1}
+    for values in coordinator.state().values():
+        np.testing.assert_array_equal(values, 1)
+
+
+def test_a_huge_move_is_scaled_down_like_a_gradient():
+    coordinator = make_coordinator(max_gradient_norm=3.0)
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    device = next(iter(plan.assignments))
+    coordinator.complete_round(plan, [weights_reply(plan, device, value=-1e30)])
+    moved = [values - 1 for values in coordinator.state().values()]
+    norm = np.sqrt(sum(np.square(m, dtype=np.float64).sum() for m in moved))
+    assert norm == pytest.approx(3.0 / 3, rel=1e-5)
+
+
+def test_devices_without_a_profile_get_the_assumed_one():
+    assumed = simulated_device(0, seed=1)
+    coordinator = make_coordinator(num_devices=0, assumed_profile=assumed)
+    ids = ["1", "2", "3"]
+    for device in coordinator.meet_devices(ids):
+        coordinator.add_device(device, {})
+    assert len(coordinator.plan_round(1, ids).assignments) == 3
+    assert coordinator.meet_devices(ids) == []
+    with pytest.raises(InvalidProfile, match="lacks"):
+        make_coordinator(num_devices=0).add_device("1", {})
+
+
+def test_state_dict_without_a_trained_parameter():
+    with pytest.raises(UserError, match=r"state_dict lacks layer\.0\.up"):
+        make_coordinator(state_dict={"embed.w": np.ones((9, 4), np.float32)})
+
+
+def test_starting_values():
+    state_dict = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
+    coordinator = make_coordinator(state_dict=state_dict)
+    trained = {n: np.zeros(SHAPES[n]) for n in PARTITION.trainable}
+    coordinator.start_from({**state_dict, **trained})
+    assert not any(values.any() for values in coordinator.state().values())
+    for change, message in [
+        ({"embed.w": np.zeros((9, 4))}, "embed.w, which nobody trains, differs"),
+        ({"head.w": np.zeros((2, 5))}, r"head.w has shape \(2, 5\); expected \(2, 4\)"),
+        ({"other": np.zeros(1)}, "other is unknown"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            coordinator.start_from({**state_dict, **change})

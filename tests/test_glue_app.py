@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.models import load_classifier
 from simulations.run import run_app
 
 APP = Path(__file__).parent.parent / "simulations" / "glue"
@@ -17,7 +20,11 @@ def run(tmp_path, *overrides, num_devices=5):
     return run_app(
         APP,
         num_devices=num_devices,
-        run_config=[*TINY, f'output-dir="{tmp_path}/out"', *overrides],
+        # Without their number the first round could start before all have registered.
+        run_config=[
+            *(*TINY, f"num-devices={num_devices}"),
+            *(f'output-dir="{tmp_path}/out"', *overrides),
+        ],
         home=tmp_path / "home",
     )
 
@@ -67,8 +74,39 @@ def test_a_run_completes_and_one_seed_gives_one_result(tmp_path):
     ]
 
 
+def test_both_interfaces_give_the_same_metrics_and_models(tmp_path):
+    records, models = {}, {}
+    for interface in ("legacy", "message"):
+        directory = tmp_path / interface
+        finished = run(
+            directory,
+            f'interface="{interface}"',
+            "rounds=2",
+            "save-model=true",
+            'optimizer="Adam"',
+            'optimizer-options="betas=[0.9, 0.99], eps=1e-3"',
+            'schedule="CosineAnnealingLR"',
+            'schedule-options="T_max=4"',
+            num_devices=4,
+        )
+        assert finished.completed, finished.output
+        records[interface] = rounds_of(directory)
+        saved = directory / "out" / "model"
+        models[interface], _ = load_classifier(str(saved), num_labels=2)
+    assert [bool(record["metrics"]) for record in records["message"]] == [False, True]
+    assert [without_measurements(r) for r in records["message"]] == [
+        without_measurements(r) for r in records["legacy"]
+    ]
+    initial, _ = load_classifier("random:roberta-tiny", num_labels=2)
+    blocks = partition_parameters(name for name, _ in initial.named_parameters())
+    for name, values in models["message"].named_parameters():
+        assert torch.equal(values, models["legacy"].get_parameter(name))
+        changed = not torch.equal(values, initial.get_parameter(name))
+        assert changed == (name in blocks.trainable), name
+
+
 def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
-    finished = run(tmp_path, "num-devices=3", num_devices=3)
+    finished = run(tmp_path, num_devices=3)
     assert finished.status == "finished:failed"
     assert finished.error is not None
     assert "Too few devices: 3 for 4 blocks" in finished.error
@@ -84,6 +122,8 @@ def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
         (["batch-size=50000"], "required_memory_bytes"),
         (['model="no/such-model"'], "minilm-l6"),
         (['allocator="greedi"'], "Did you mean 'greedy'"),
+        (['schedule="Cosine"'], "is not a schedule"),
+        (['optimizer-options="eps"'], "optimizer-options='eps'"),
         (["rounds=0", 'codec="zip"'], "rounds=0: Input should be greater"),
     ],
 )

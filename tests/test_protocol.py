@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,3 +71,11 @@ def test_any_record_gives_a_report_or_the_one_error(record):
     except MalformedRecord:
         return
     assert report.to_record().items() <= record.items()
+
+
+def test_what_a_device_does_not_know_is_left_out():
+    report = replace(REPORT, loss=None, compute_s=None)
+    record = report.to_record()
+    assert "loss" not in record
+    assert "compute-s" not in record
+    assert UpdateReport.from_record(record) == report

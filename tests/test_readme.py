@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from lola_glue.config import GlueConfig
 
 ROOT = Path(__file__).parent.parent

@@ -61,3 +61,46 @@ def test_learning_rate_decays_to_zero():
 def test_optimizers_that_cannot_step_are_refused_at_once(name):
     with pytest.raises(UserError, match=f"optimizer='{name}'"):
         ServerOptimizer({"a": np.float32([1])}, optimizer=name, lr=0.1)
+
+
+def test_a_schedule_by_name():
+    optimizer = ServerOptimizer(
+        {"a": np.float32([0])},
+        optimizer="SGD",
+        lr=1.0,
+        schedule="StepLR",
+        schedule_options={"step_size": 2, "gamma": 0.5},
+    )
+    positions = []
+    for _ in range(5):
+        optimizer.step({"a": np.float32([-1])})
+        positions.append(float(optimizer.state()["a"][0]))
+    # Two steps each of 1 and 1/2, then one of 1/4.
+    np.testing.assert_allclose(positions, [1, 2, 2.5, 3, 3.25])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        ("Cosine", {}, "schedule='Cosine' is not a schedule"),
+        ("ReduceLROnPlateau", {}, "counts steps"),
+        ("StepLR", {}, "schedule='StepLR': .*step_size"),
+        ("StepLR", {"speed": 1}, "speed"),
+    ],
+)
+def test_bad_schedules(schedule, options, message):
+    with pytest.raises(UserError, match=message):
+        ServerOptimizer(
+            {"a": np.float32([1])},
+            optimizer="SGD",
+            lr=1.0,
+            schedule=schedule,
+            schedule_options=options,
+        )
+
+
+def test_loaded_values_replace_the_old():
+    optimizer = ServerOptimizer({"a": np.float32([1])}, optimizer="SGD", lr=1.0)
+    optimizer.load({"a": np.array([5.0]), "other": np.array([0.0])})
+    optimizer.step({"a": np.float32([1])})
+    np.testing.assert_array_equal(optimizer.state()["a"], [4])

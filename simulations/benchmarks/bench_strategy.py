@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from lola_flwr.blocks import partition_parameters
-from lola_flwr.coordinator import Coordinator, DeviceReply
+from lola_flwr.coordinator import Coordinator
 from lola_flwr.models import load_classifier
 from lola_flwr.protocol import UpdateReport
+from lola_flwr.replies import DeviceReply
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lola_flwr.clients import BlockClient
 
 from lola_flwr.blocks import partition_parameters
+from lola_flwr.clients import BlockClient, BlockDevice
 from lola_flwr.codec import CODECS
 from lola_flwr.errors import UserError
 from lola_flwr.models import fingerprint
@@ -17,11 +17,13 @@ from lola_flwr.system.devices import DeviceProfile, simulated_device
 def client(roberta, batch):
     partition = partition_parameters(n for n, _ in roberta.named_parameters())
     return BlockClient(
-        profile=simulated_device(3, seed=0),
-        load_model=lambda: (roberta, partition),
-        batch_source=lambda server_round, batch_size: {
-            name: values[:batch_size] for name, values in batch.items()
-        },
+        BlockDevice(
+            profile=simulated_device(3, seed=0),
+            load_model=lambda: (roberta, partition),
+            batch_source=lambda server_round, batch_size: {
+                name: values[:batch_size] for name, values in batch.items()
+            },
+        )
     )
 
 

@@ -5,6 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+
 from lola_glue.acceptability import (
     DEV_VOCABULARY,
     PHENOMENA,
@@ -12,8 +15,6 @@ from lola_glue.acceptability import (
     minimal_pairs,
 )
 from lola_glue.tasks import Examples, TaskError, load_task
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
 
 SEEDS = (0, 1, 2)
 VOCABULARIES = {"train": TRAIN_VOCABULARY, "dev": DEV_VOCABULARY}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from lola_glue.readers import LabelCodec, TsvFormat, read_tsv
 from lola_glue.tasks import (
     TASKS,

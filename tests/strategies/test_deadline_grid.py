@@ -6,6 +6,9 @@ from flwr.common import Code, FitRes, Parameters, Status
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+
+from lola_flwr.errors import UserError
+from lola_flwr.protocol import SECAGG_KEY
 from lola_flwr.strategies import DeadlineGrid
 
 
@@ -67,3 +70,10 @@ def test_waits_as_long_as_told():
     assert canned.timeout == 5
     DeadlineGrid(canned, timeout_s=5).send_and_receive([], timeout=2)
     assert canned.timeout == 2
+
+
+def test_secure_aggregation_is_refused():
+    content = RecordDict({SECAGG_KEY: ConfigRecord({"stage": "setup"})})
+    message = Message(content, dst_node_id=7, message_type="train")
+    with pytest.raises(UserError, match="take the SecAgg mod and workflow out"):
+        DeadlineGrid(Canned([]), timeout_s=5).send_and_receive([message])

@@ -13,18 +13,20 @@ from flwr.common import (
     GetPropertiesRes,
     Parameters,
     Status,
+    ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
 from flwr.server import Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
-from lola_flwr.clients import BlockClient
-from lola_flwr.strategies import LoLaDeft
 
 from lola_flwr.blocks import partition_parameters
+from lola_flwr.clients import BlockClient, BlockDevice
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
+from lola_flwr.model_setup import coordinator_for_weights
 from lola_flwr.models import fingerprint
 from lola_flwr.server_optimizer import ServerOptimizer
+from lola_flwr.strategies import LoLaDeft
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
 
@@ -40,9 +42,11 @@ class Device(ClientProxy):
         self.configs = []
         self.fails = set()
         self._client = BlockClient(
-            profile=self.profile,
-            load_model=lambda: (model, partition),
-            batch_source=lambda _, size: {k: v[:size] for k, v in batch.items()},
+            BlockDevice(
+                profile=self.profile,
+                load_model=lambda: (model, partition),
+                batch_source=lambda _, size: {k: v[:size] for k, v in batch.items()},
+            )
         ).to_client()
 
     def get_properties(self, ins, timeout, group_id):
@@ -185,7 +189,7 @@ def test_later_rounds_without_enough_devices_are_skipped_and_recorded(federation
         if record.server_round == 2:
             manager.register(devices[0])
 
-    server.strategy._on_round = leave_and_come_back
+    server.strategy._rounds.on_round = leave_and_come_back
     server.fit(num_rounds=3, timeout=None)
     assert [record.skipped is None for record in records] == [True, False, True]
     assert records[1].wireless_s == records[0].wireless_s < records[2].wireless_s
@@ -216,3 +220,41 @@ def test_further_configuration_reaches_the_devices(federation):
     assert all(config["temperature"] == 0.1 for config in configs)
     assert all(config["share"] <= 1 for config in configs), "assignments come first"
     assert len({id(config) for config in configs}) == len(configs)
+
+
+def test_a_client_that_knows_nothing_takes_part(federation, roberta):
+    """Its whole model comes back by position, as FedAvg sends and expects it."""
+    records = []
+    _, devices = federation(num_devices=3)
+    coordinator = coordinator_for_weights(
+        roberta, batch_size=6, assumed_profile=simulated_device(0, seed=0)
+    )
+    strategy = LoLaDeft(coordinator, on_round=records.append)
+    server = Server(client_manager=SimpleClientManager(), strategy=strategy)
+    server.disconnect_all_clients = lambda timeout: None
+    sent = list(coordinator.arrays().values())
+    assert len(sent) == len(roberta.state_dict())
+
+    def fit(ins, timeout, group_id):
+        arrays = parameters_to_ndarrays(ins.parameters)
+        moved = [array + np.float32(0.3) for array in arrays[:-1]]
+        parameters = ndarrays_to_parameters([*moved, arrays[-1]])
+        return FitRes(Status(Code.OK, ""), parameters, 100, {"loss": 0.5})
+
+    for device in devices:
+        device.get_properties = lambda ins, timeout, group_id: GetPropertiesRes(
+            Status(Code.OK, ""), {}
+        )
+        device.fit = fit
+        server.client_manager().register(device)
+    server.fit(num_rounds=1, timeout=None)
+    (record,) = records
+    assert record.refused == {}
+    assert all(block.ignored_arrays for block in record.blocks)
+    # A block moves by a third, unless the whole update was scaled down.
+    for names in coordinator.partition.blocks:
+        move = coordinator.state()[names[0]] - roberta.get_parameter(names[0]).numpy(
+            force=True
+        )
+        np.testing.assert_allclose(move, move.flat[0], rtol=1e-3)
+        assert 0.01 < move.flat[0] <= 0.1 + 1e-6

@@ -7,13 +7,14 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from flwr.client import Client, ClientApp
-from flwr.common import Context
-from lola_flwr.clients import BlockClient
+from flwr.app import Context, Message
+from flwr.client import Client
+from flwr.clientapp import ClientApp
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient
 from lola_flwr.models import load_classifier
 from lola_flwr.protocol import Assignment
 from lola_flwr.randomness import rng_for
@@ -71,8 +72,8 @@ def lognormal(sigma: float, rng: np.random.Generator) -> float:
     return float(np.exp(sigma * rng.standard_normal()))
 
 
-def client_fn(context: Context) -> Client:
-    """Make the client of one simulated device."""
+def device_fn(context: Context) -> BlockDevice:
+    """Make one simulated device."""
     config = GlueConfig.from_run_config(context.run_config)
     index = int(context.node_config["partition-id"])
     num_partitions = int(context.node_config["num-partitions"])
@@ -107,14 +108,32 @@ def client_fn(context: Context) -> Client:
             * lognormal(config.compute_jitter, jitter)
         )
 
-    client: Client = BlockClient(
+    return BlockDevice(
         profile=profile,
         load_model=load_model,
         batch_source=draw_batch,
         seed=config.seed,
         simulated_compute_s=simulated_compute_s,
-    ).to_client()
+    )
+
+
+def client_fn(context: Context) -> Client:
+    """Make the legacy client of one simulated device."""
+    client: Client = BlockClient(device_fn(context)).to_client()
     return client
 
 
-app = ClientApp(client_fn)
+_APPS = {"legacy": ClientApp(client_fn), "message": LoLaClient(device_fn)}
+
+
+class GlueClient(ClientApp):
+    """The device under the interface that the run is configured for."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer one message."""
+        config = GlueConfig.from_run_config(context.run_config)
+        reply: Message = _APPS[config.interface](message, context)
+        return reply
+
+
+app = GlueClient()

@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+import tomllib
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lola_flwr.codec import CODECS
 from lola_flwr.errors import UserError
+from lola_flwr.run_config import RunConfig
 
 
-class GlueConfig(BaseModel):
+def keyword_arguments(text: str) -> dict[str, Any]:
+    """Read keyword arguments in TOML's notation: ``"betas=[0.9, 0.99], eps=1e-3"``.
+
+    Raises
+    ------
+    UserError
+        The text is none.
+    """
+    try:
+        options: dict[str, Any] = tomllib.loads(f"_ = {{{text}}}")["_"]
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"Write options as 'a=1, b=[2, 3]' ({error}).") from None
+    return options
+
+
+def _checked(text: str) -> str:
+    keyword_arguments(text)
+    return text
+
+
+# Run configurations hold scalars only, and this one is a key of caches.
+Options = Annotated[str, AfterValidator(_checked)]
+
+
+class GlueConfig(RunConfig):
     """Run configuration; the keys are those of ``[tool.flwr.app.config]``."""
-
-    model_config = ConfigDict(
-        alias_generator=lambda field: field.replace("_", "-"),
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-    )
 
     task: str
     data_dir: str
     model: str
     num_devices: int = Field(ge=0)
+    interface: Literal["legacy", "message"]
     method: Literal["lola-deft", "fedavg-full"]
     rounds: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=8)
     optimizer: str
     lr: float = Field(gt=0, le=100)
-    schedule: Literal["constant", "linear"]
+    optimizer_options: Options
+    schedule: str
+    schedule_options: Options
     max_gradient_norm: float = Field(gt=0)
     allocator: str
     participation: Literal["needed", "all"]
@@ -51,6 +72,7 @@ class GlueConfig(BaseModel):
     eval_every: int = Field(ge=1)
     round_timeout_s: float = Field(gt=0)
     output_dir: str
+    save_model: bool
 
     @model_validator(mode="after")
     def _snr_range_is_ordered(self) -> GlueConfig:
@@ -60,23 +82,3 @@ class GlueConfig(BaseModel):
                 f"snr-max-db={self.snr_max_db:g}"
             )
         return self
-
-    @classmethod
-    def from_run_config(cls, run_config: Mapping[str, object]) -> GlueConfig:
-        """Check a Flower run configuration.
-
-        Raises
-        ------
-        UserError
-            One line that names every key at fault, its value and the rule.
-        """
-        try:
-            return cls.model_validate(dict(run_config))
-        except ValidationError as error:
-            faults = [
-                f"{'.'.join(map(str, fault['loc']))}={fault['input']!r}: {fault['msg']}"
-                if fault["loc"]
-                else fault["msg"]
-                for fault in error.errors()
-            ]
-            raise UserError(f"Run configuration: {'; '.join(faults)}.") from None

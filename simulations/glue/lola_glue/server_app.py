@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import ArrayRecord, MetricRecord
 from flwr.common import Context, NDArrays, Scalar
 from flwr.common.logger import log
-from flwr.server import Grid, LegacyContext, ServerApp, ServerConfig
-from flwr.server.workflow import DefaultWorkflow
-from lola_flwr.strategies import DeadlineGrid, LoLaDeft
+from flwr.server import Grid, ServerApp
+from numpy.typing import NDArray
 
 from lola_flwr.allocation import RoundMode
+from lola_flwr.apps import run_rounds
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
-from lola_flwr.models import fingerprint, load_classifier, load_values
+from lola_flwr.model_setup import coordinator_for
+from lola_flwr.models import load_classifier, load_values
 from lola_flwr.round_log import RoundLog, RoundRecord
-from lola_flwr.server_optimizer import ServerOptimizer
-from lola_glue.config import GlueConfig
+from lola_flwr.strategies import LoLaDeft, message
+from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.costs import model_blocks, model_costs
 from lola_glue.tasks import Examples, Task, load_task, score
 from lola_glue.text import make_batch
 
 _EVALUATION_BATCH = 128
+
+# The model's loss and metrics after a round; None in rounds that are not evaluated.
+Evaluate = Callable[[int, Sequence[NDArray[np.floating]]], dict[str, float] | None]
+OnRound = Callable[[RoundRecord], None]
 
 app = ServerApp()
 
@@ -59,8 +66,8 @@ def fine_tune(grid: Grid, context: Context) -> None:
     coordinator = make_coordinator(config, model, partition)
 
     def evaluate(
-        server_round: int, values: NDArrays, _: dict[str, Scalar]
-    ) -> tuple[float, dict[str, Scalar]] | None:
+        server_round: int, values: Sequence[NDArray[np.floating]]
+    ) -> dict[str, float] | None:
         if server_round % config.eval_every and server_round != config.rounds:
             return None
         load_values(model, partition.trainable, values)
@@ -73,40 +80,94 @@ def fine_tune(grid: Grid, context: Context) -> None:
         log_file.append(record)
         last[:] = [record]
 
+    run = run_legacy if config.interface == "legacy" else run_message
+    run(grid, context, config, coordinator, evaluate, on_round)
+    log(INFO, "rounds written to %s", log_file.path)
+    if config.save_model:
+        directory = log_file.path.parent / "model"
+        values = coordinator.state()
+        load_values(
+            model, partition.trainable, [values[n] for n in partition.trainable]
+        )
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        log(INFO, "model written to %s", directory)
+    log(INFO, "%s", last[0].final_line())
+
+
+def run_legacy(
+    grid: Grid,
+    context: Context,
+    config: GlueConfig,
+    coordinator: Coordinator,
+    evaluate: Evaluate,
+    on_round: OnRound,
+) -> None:
+    """Run the rounds through ``flwr.server.strategy.Strategy``."""
+
+    def evaluate_fn(
+        server_round: int, values: NDArrays, _: dict[str, Scalar]
+    ) -> tuple[float, dict[str, Scalar]] | None:
+        metrics = evaluate(server_round, values)
+        return None if metrics is None else (metrics.pop("loss"), {**metrics})
+
     strategy = LoLaDeft(
         coordinator,
-        min_available_clients=config.num_devices or partition.num_blocks,
-        evaluate_fn=evaluate,
+        min_available_clients=config.num_devices or None,
+        evaluate_fn=evaluate_fn,
         on_round=on_round,
     )
-    DefaultWorkflow()(
-        DeadlineGrid(grid, timeout_s=config.round_timeout_s),
-        LegacyContext(
-            context, config=ServerConfig(num_rounds=config.rounds), strategy=strategy
-        ),
+    run_rounds(
+        grid,
+        context,
+        strategy,
+        num_rounds=config.rounds,
+        round_timeout_s=config.round_timeout_s,
     )
-    log(INFO, "rounds written to %s", log_file.path)
-    log(INFO, "%s", final_line(last[0]))
+
+
+def run_message(
+    grid: Grid,
+    context: Context,
+    config: GlueConfig,
+    coordinator: Coordinator,
+    evaluate: Evaluate,
+    on_round: OnRound,
+) -> None:
+    """Run the rounds through ``flwr.serverapp.strategy.Strategy``."""
+
+    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        metrics = evaluate(server_round, arrays.to_numpy_ndarrays())
+        return None if metrics is None else MetricRecord({**metrics})
+
+    strategy = message.LoLaDeft(
+        coordinator,
+        min_available_nodes=config.num_devices or None,
+        on_round=on_round,
+    )
+    strategy.start(
+        grid,
+        strategy.initial_arrays(),
+        num_rounds=config.rounds,
+        timeout=config.round_timeout_s,
+        evaluate_fn=evaluate_fn,
+    )
 
 
 def make_coordinator(
     config: GlueConfig, model: Any, partition: BlockPartition
 ) -> Coordinator:
     """Put the coordinator together for a model and a run configuration."""
-    parameters = dict(model.named_parameters())
-    return Coordinator(
-        partition=partition,
+    return coordinator_for(
+        model,
+        partition,
         costs=model_costs(config, model),
         bandwidth_hz=config.bandwidth_hz,
         correct_profiles=config.correct_profiles,
         max_gradient_norm=config.max_gradient_norm,
-        optimizer=ServerOptimizer(
-            {name: parameters[name].numpy(force=True) for name in partition.trainable},
-            optimizer=config.optimizer,
-            lr=config.lr,
-            linear_decay_steps=config.rounds if config.schedule == "linear" else None,
-        ),
-        base_fingerprint=fingerprint(model, partition.frozen),
+        optimizer=config.optimizer,
+        lr=config.lr,
+        optimizer_options=_optimizer_options(config),
         allocator=config.allocator,
         mode=RoundMode(
             devices_per_block=config.devices_per_block,
@@ -123,9 +184,19 @@ def make_coordinator(
     )
 
 
+def _optimizer_options(config: GlueConfig) -> dict[str, Any]:
+    options = keyword_arguments(config.optimizer_options)
+    if config.schedule == "linear":
+        options["linear_decay_steps"] = config.rounds
+    elif config.schedule != "constant":
+        options["schedule"] = config.schedule
+        options["schedule_options"] = keyword_arguments(config.schedule_options)
+    return options
+
+
 def evaluate_model(
     model: Any, tokenizer: Any, task: Task, examples: Examples, max_length: int
-) -> tuple[float, dict[str, Scalar]]:
+) -> dict[str, float]:
     """Return the mean loss and the task's metrics on some examples."""
     # Sentences of like length share a batch, so that little padding is computed.
     lengths = [len(first) + len(second or "") for first, second in examples.sentences]
@@ -141,7 +212,7 @@ def evaluate_model(
             )
             logits[indices] = output.logits.numpy()
             total_loss += output.loss.item() * len(indices)
-    return total_loss / len(order), dict(score(task, logits, examples.labels))
+    return {"loss": total_loss / len(order), **score(task, logits, examples.labels)}
 
 
 def output_directory(config: GlueConfig, run_id: int) -> Path:
@@ -150,12 +221,3 @@ def output_directory(config: GlueConfig, run_id: int) -> Path:
         return Path(config.output_dir).expanduser().absolute()
     home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
     return home / "lola-flwr" / str(run_id)
-
-
-def final_line(record: RoundRecord) -> str:
-    """Sum the run up from its last record: metrics, rounds, wireless time."""
-    metrics = {name: v for name, v in record.metrics.items() if name != "loss"}
-    parts = [f"{name}={value:.4f}" for name, value in metrics.items()]
-    parts += [f"rounds={record.server_round}", f"wireless_s={record.wireless_s:.3f}"]
-    parts += [f"loss={record.metrics['loss']:.4f}"] if "loss" in record.metrics else []
-    return f"final: {' '.join(parts)}"

@@ -1,0 +1,254 @@
+"""Train an assigned block inside an existing project's own training code."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    RecordDict,
+)
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common import Config, NDArrays, Scalar
+from torch import nn
+
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.clients.device import check_base
+from lola_flwr.errors import UserError
+from lola_flwr.protocol import (
+    REPORT_KEY,
+    SECAGG_KEY,
+    SECAGG_REFUSAL,
+    Assignment,
+    MalformedRecord,
+    UpdateReport,
+)
+from lola_flwr.truncated_backprop import only_block_trainable
+
+
+class AssignedBlock:
+    """Prepares a model for its assigned block, and collects the reply.
+
+    From here on only the block and the head want gradients, so that back-propagation
+    ends in the block, and optimizers leave all other parameters alone. Make it after
+    the received arrays are loaded, and before training::
+
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        block = AssignedBlock(model, message)
+        ...  # train the model, and put the content of the reply together, as ever
+        return Message(block.finish(content), reply_to=message)
+
+    As a context manager it restores every ``requires_grad`` flag at the end.
+
+    Parameters
+    ----------
+    model
+        The model to train.
+    received
+        The server's message, or under ``NumPyClient`` the ``config`` of ``fit``.
+    stack
+        Prefix of the stack of layers, where the strategy was given one.
+
+    Raises
+    ------
+    MalformedRecord
+        The server's strategy is not LoLa-DEFT: there is no assignment.
+    UserError
+        The model is not the server's, or the server aggregates securely.
+    """
+
+    def __init__(
+        self, model: nn.Module, received: Message | Config, *, stack: str | None = None
+    ) -> None:
+        self._start = time.perf_counter()
+        self.assignment = (
+            assignment_in(received.content)
+            if isinstance(received, Message)
+            else Assignment.from_record(received)
+        )
+        partition = partition_parameters(
+            (name for name, _ in model.named_parameters()), stack=stack
+        )
+        check_base(model, partition, self.assignment)
+        self._prepared = only_block_trainable(
+            model, partition, self.assignment.block_index
+        )
+        self._parameters = self._prepared.__enter__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._prepared.__exit__(kind, error, traceback)
+
+    def weights(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return the present weights of block and head, by name."""
+        return {
+            name: parameter.detach().float().cpu().numpy()
+            for name, parameter in self._parameters.items()
+        }
+
+    def report(self, loss: float | None = None) -> UpdateReport:
+        """Return what goes with the weights.
+
+        Parameters
+        ----------
+        loss
+            Mean training loss, for the server's log.
+        """
+        return _weights_report(self.assignment, self._start, loss)
+
+    def finish(self, content: RecordDict, loss: float | None = None) -> RecordDict:
+        """Let the content of a reply hold the block in place of the whole model.
+
+        Parameters
+        ----------
+        content
+            Content of the reply, with one ArrayRecord; changed in place.
+        loss
+            Mean training loss, for the server's log.
+
+        Returns
+        -------
+        ``content``
+        """
+        arrays = {name: Array(values) for name, values in self.weights().items()}
+        return _filled(content, arrays, self.report(loss))
+
+    def fit_result(
+        self,
+        num_examples: int,
+        metrics: dict[str, Scalar] | None = None,
+        loss: float | None = None,
+    ) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        """Return what ``NumPyClient.fit`` returns.
+
+        Parameters
+        ----------
+        num_examples
+            Examples that the model was trained on.
+        metrics
+            Further metrics.
+        loss
+            Mean training loss, for the server's log.
+        """
+        report = self.report(loss).to_record()
+        return [*self.weights().values()], num_examples, {**(metrics or {}), **report}
+
+
+def block_mod(
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
+    *,
+    stack: str | None = None,
+    loss_key: str | None = None,
+) -> Message:
+    """Cut the reply of an untouched train function down to the assigned block.
+
+    A mod for ``@app.train(mods=[block_mod])``; it comes before mods that want the whole
+    model back, as ``fixedclipping_mod`` does. The function trains the whole model, so
+    the device saves upload, and neither memory nor computation: ``AssignedBlock``
+    saves all three.
+
+    Parameters
+    ----------
+    message, context, call_next
+        As Flower hands them to a mod.
+    stack
+        Prefix of the stack of layers, where the strategy was given one; give it with
+        ``functools.partial``.
+    loss_key
+        Metric of the reply that is the mean training loss.
+
+    Raises
+    ------
+    UserError
+        The server aggregates securely, or the reply has not one ArrayRecord.
+    """
+    if message.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
+        return call_next(message, context)
+    start = time.perf_counter()
+    assignment = assignment_in(message.content)
+    names = [*_only_arrays(message.content)]
+    reply = call_next(message, context)
+    if reply.has_error():
+        return reply
+    wanted = partition_parameters(names, stack=stack).update_names(
+        assignment.block_index
+    )
+    arrays = _only_arrays(reply.content)
+    losses = [
+        float(loss)
+        for metrics in reply.content.metric_records.values()
+        for name, loss in metrics.items()
+        if name == loss_key and not isinstance(loss, list)
+    ]
+    report = _weights_report(assignment, start, losses[0] if losses else None)
+    _filled(reply.content, {n: arrays[n] for n in wanted if n in arrays}, report)
+    return reply
+
+
+def assignment_in(content: RecordDict) -> Assignment:
+    """Return the assignment that a message of the strategy holds.
+
+    Raises
+    ------
+    MalformedRecord
+        There is none.
+    UserError
+        The message belongs to a secure aggregation.
+    """
+    if SECAGG_KEY in content.config_records:
+        raise UserError(SECAGG_REFUSAL)
+    records = list(content.config_records.values())
+    if len(records) != 1:
+        raise MalformedRecord(f"{len(records)} ConfigRecords received instead of one.")
+    return Assignment.from_record(records[0])
+
+
+def _only_arrays(content: RecordDict) -> ArrayRecord:
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise UserError(
+            f"The message has {len(records)} ArrayRecords; LoLa-DEFT needs one, with "
+            "the model's arrays under the names of its state dict."
+        )
+    return records[0]
+
+
+def _filled(
+    content: RecordDict, arrays: dict[str, Array], report: UpdateReport
+) -> RecordDict:
+    _only_arrays(content)
+    (key,) = content.array_records
+    content[key] = ArrayRecord(arrays)
+    content[REPORT_KEY] = ConfigRecord({**report.to_record()})
+    return content
+
+
+def _weights_report(
+    assignment: Assignment, start: float, loss: float | None
+) -> UpdateReport:
+    return UpdateReport(
+        server_round=assignment.server_round,
+        block_index=assignment.block_index,
+        update_kind="weights",
+        loss=None if loss is None else float(loss),
+        compute_s=time.perf_counter() - start,
+        compute_clock="measured",
+    )

@@ -1,0 +1,53 @@
+"""A device that trains blocks, as a Flower ClientApp (Message API)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+
+from lola_flwr.clients.assigned_block import assignment_in
+from lola_flwr.clients.device import BlockDevice
+from lola_flwr.clients.profiles import report_profile
+from lola_flwr.protocol import REPORT_KEY
+
+
+class LoLaClient(ClientApp):
+    """Trains the block that the server assigns; further functions can be added.
+
+    Parameters
+    ----------
+    device_fn
+        Gives the device that a context belongs to.
+    """
+
+    def __init__(self, device_fn: Callable[[Context], BlockDevice]) -> None:
+        super().__init__()
+        report_profile(self, lambda context: device_fn(context).profile)
+
+        @self.train()
+        def train(message: Message, context: Context) -> Message:
+            assignment = assignment_in(message.content)
+            ((key, record),) = message.content.array_records.items()
+            values = {name: array.numpy() for name, array in record.items()}
+            update = device_fn(context).train(assignment, values)
+            arrays = {name: Array(values) for name, values in update.arrays.items()}
+            return Message(
+                RecordDict(
+                    {
+                        key: ArrayRecord(arrays),
+                        "metrics": MetricRecord({"num-examples": update.num_examples}),
+                        REPORT_KEY: ConfigRecord({**update.report.to_record()}),
+                    }
+                ),
+                reply_to=message,
+            )

@@ -1,0 +1,156 @@
+"""What a device computes in a round, whatever carries its messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.codec import codec_named
+from lola_flwr.errors import UserError
+from lola_flwr.models import fingerprint, load_values
+from lola_flwr.protocol import Assignment, UpdateReport
+from lola_flwr.randomness import rng_for
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.truncated_backprop import (
+    Batch,
+    LossFunction,
+    block_gradient,
+    model_loss,
+)
+
+# Gives the mini-batch of a round: (server_round, batch_size) -> arguments of the model.
+BatchSource = Callable[[int, int], Batch]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalUpdate:
+    """What a device sends back.
+
+    Parameters
+    ----------
+    arrays
+        Encoded gradient of each parameter of the block and of the head.
+    num_examples
+        Examples that they are over.
+    report
+        What the device says about them.
+    """
+
+    arrays: dict[str, npt.NDArray[np.generic]]
+    num_examples: int
+    report: UpdateReport
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockDevice:
+    """Trains the block that the server assigns, on the device's own data.
+
+    Parameters
+    ----------
+    profile
+        What this device offers.
+    load_model
+        Gives the device's model and its blocks; called when there is something to
+        train, and not to report the profile. Every round overwrites the model's
+        trainable values, so the virtual clients of one simulation worker can share it.
+    batch_source
+        Draws the round's mini-batch from the device's data.
+    loss_function
+        Maps model and batch to a mean loss (default: the model's own).
+    seed
+        Seed of the run; dropout follows from it, the round and the device's name.
+    simulated_compute_s
+        For a simulated device: the seconds that it would need for an assignment. They
+        are reported, as simulated, in place of the measured ones.
+    """
+
+    profile: DeviceProfile
+    load_model: Callable[[], tuple[nn.Module, BlockPartition]]
+    batch_source: BatchSource
+    loss_function: LossFunction = model_loss
+    seed: int = 0
+    simulated_compute_s: Callable[[Assignment], float] | None = None
+
+    def train(
+        self,
+        assignment: Assignment,
+        values: Mapping[str, npt.NDArray[Any]] | Sequence[npt.NDArray[Any]],
+    ) -> LocalUpdate:
+        """Compute the mean gradient of the assigned block on one mini-batch.
+
+        Parameters
+        ----------
+        assignment
+            What the server asks for.
+        values
+            The model's trainable values, by name or in the order of
+            ``partition.trainable``.
+
+        Raises
+        ------
+        UserError
+            Server and device do not hold the same model.
+        """
+        start = time.perf_counter()
+        model, partition = self.load_model()
+        check_base(model, partition, assignment)
+        if isinstance(values, Mapping):
+            values = [values[name] for name in partition.trainable if name in values]
+        load_values(model, partition.trainable, values)
+        batch = self.batch_source(assignment.server_round, assignment.batch_size)
+        rng = rng_for(self.seed, "dropout", assignment.server_round, self.profile.name)
+        model.train()
+        # The device's own random state is left as it was.
+        with torch.random.fork_rng():
+            torch.manual_seed(int(rng.integers(2**63)))
+            result = block_gradient(
+                model,
+                partition,
+                assignment.block_index,
+                batch,
+                loss_function=self.loss_function,
+            )
+        codec = codec_named(assignment.codec)
+        arrays = {
+            name: codec.encode(np.ascontiguousarray(gradient.numpy(force=True)))
+            for name, gradient in result.gradients.items()
+        }
+        simulated = self.simulated_compute_s
+        report = UpdateReport(
+            server_round=assignment.server_round,
+            block_index=assignment.block_index,
+            update_kind="gradient",
+            loss=result.loss,
+            compute_s=(
+                time.perf_counter() - start
+                if simulated is None
+                else simulated(assignment)
+            ),
+            compute_clock="measured" if simulated is None else "simulated",
+        )
+        return LocalUpdate(arrays, result.num_examples, report)
+
+
+def check_base(
+    model: nn.Module, partition: BlockPartition, assignment: Assignment
+) -> None:
+    """Make sure that a device's frozen weights are the server's.
+
+    Raises
+    ------
+    UserError
+        They are not.
+    """
+    if fingerprint(model, partition.frozen) != assignment.base_fingerprint:
+        raise UserError(
+            "The frozen base weights of this device differ from the server's; use "
+            "the same model, revision and seed on both, or load what the server sends."
+        )

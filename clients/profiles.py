@@ -1,0 +1,79 @@
+"""How a device tells its profile, under either of Flower's interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common import Code, Config, GetPropertiesRes, Status
+from flwr.common.constant import MessageTypeLegacy
+from flwr.compat.common.recorddict_compat import getpropertiesres_to_recorddict
+
+from lola_flwr.errors import UserError
+from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY
+from lola_flwr.system.devices import DeviceProfile, simulated_device
+
+
+def node_profile(context: Context) -> DeviceProfile:
+    """Return the profile that a node's configuration states; in a simulation, draw one.
+
+    A SuperNode is started with its profile: ``flower-supernode --node-config
+    'name="phone-7" flops-per-s=2e11 memory-bytes=4e9 snr-db=12.0'``.
+
+    Raises
+    ------
+    UserError
+        The node's configuration states no profile, and this is no simulation.
+    InvalidProfile
+        It states an impossible one.
+    """
+    stated = context.node_config
+    if "flops-per-s" in stated:
+        return DeviceProfile.from_properties(
+            {"name": f"node {context.node_id}", **stated}
+        )
+    if "partition-id" in stated:
+        seed = int(context.run_config.get("seed", 0))
+        return simulated_device(int(stated["partition-id"]), seed=seed)
+    raise UserError(
+        "This node states no profile; start its SuperNode with --node-config "
+        "'flops-per-s=2e11 memory-bytes=4e9 snr-db=12.0'."
+    )
+
+
+def report_profile(
+    app: ClientApp, profile_fn: Callable[[Context], DeviceProfile] = node_profile
+) -> None:
+    """Let an app of registered functions answer the strategy's question.
+
+    Parameters
+    ----------
+    app
+        The app.
+    profile_fn
+        Gives the profile of the device that a context belongs to.
+    """
+
+    @app.query(PROFILE_ACTION)
+    def query(message: Message, context: Context) -> Message:
+        properties = profile_fn(context).to_properties()
+        return Message(
+            RecordDict({PROFILE_KEY: ConfigRecord({**properties})}), reply_to=message
+        )
+
+
+def profile_mod(
+    message: Message, context: Context, call_next: ClientAppCallable
+) -> Message:
+    """Answer the strategy's question for an app of NumPyClients.
+
+    A mod: ``ClientApp(client_fn, mods=[profile_mod])``. The profile is that of
+    ``node_profile``.
+    """
+    if message.metadata.message_type != MessageTypeLegacy.GET_PROPERTIES:
+        return call_next(message, context)
+    properties: Config = {**node_profile(context).to_properties()}
+    result = GetPropertiesRes(Status(Code.OK, ""), properties)
+    return Message(getpropertiesres_to_recorddict(result), reply_to=message)

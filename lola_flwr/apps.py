@@ -1,0 +1,38 @@
+"""Run a legacy strategy's rounds inside a ServerApp."""
+
+from __future__ import annotations
+
+from flwr.common import Context
+from flwr.server import Grid, LegacyContext, ServerConfig
+from flwr.server.workflow import DefaultWorkflow
+
+from lola_flwr.strategies import DeadlineGrid, LoLaDeft
+
+
+def run_rounds(
+    grid: Grid,
+    context: Context,
+    strategy: LoLaDeft,
+    *,
+    num_rounds: int,
+    round_timeout_s: float = 3600.0,
+) -> None:
+    """Run a strategy's rounds inside a ServerApp.
+
+    Parameters
+    ----------
+    grid, context
+        What Flower hands to the ServerApp's main function.
+    strategy
+        The strategy.
+    num_rounds
+        How many rounds.
+    round_timeout_s
+        How long to wait for the devices of a round.
+    """
+    DefaultWorkflow()(
+        DeadlineGrid(grid, timeout_s=round_timeout_s),
+        LegacyContext(
+            context, config=ServerConfig(num_rounds=num_rounds), strategy=strategy
+        ),
+    )

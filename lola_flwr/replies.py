@@ -1,0 +1,204 @@
+"""Read the update out of a device's reply, which is never trusted."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.assembly import BlockUpdate, FloatArrays
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.codec import Codec, MalformedArray, read_npy
+from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceReply:
+    """What one device sent back, unchecked.
+
+    Parameters
+    ----------
+    device_id
+        Who sent it, as the transport knows it.
+    tensors
+        Arrays in .npy format, by name, or in the order of the names.
+    num_examples
+        Examples that the device claims the update is over.
+    report
+        Its ``UpdateReport``, as a flat record. A device that knows nothing of blocks
+        reports none, and returns the weights of the whole model that it was sent.
+    """
+
+    device_id: str
+    tensors: Sequence[bytes] | Mapping[str, bytes]
+    num_examples: object
+    report: Mapping[str, object]
+
+
+# Beyond these a device's report is not believed: no mini-batch takes a day, and no loss
+# that can still be trained on is this large.
+_LONGEST_COMPUTE_S = 86_400.0
+_LARGEST_LOSS = 1e6
+
+
+class UpdateRefused(Exception):
+    """A reply cannot be used.
+
+    Parameters
+    ----------
+    reason
+        Short reason to count by, such as ``"non-finite"``.
+    detail
+        What exactly is wrong.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateReader:
+    """Reads devices' updates.
+
+    Parameters
+    ----------
+    partition
+        Blocks of the model.
+    codec
+        What gradients travel in.
+    sent_names
+        Names of the arrays that devices are sent, in that order.
+    max_gradient_norm
+        Every update whose Euclidean norm is larger is scaled down to this.
+    """
+
+    partition: BlockPartition
+    codec: Codec
+    sent_names: Sequence[str]
+    max_gradient_norm: float
+
+    def read(
+        self,
+        reply: DeviceReply,
+        assignment: Assignment | None,
+        state: Mapping[str, npt.NDArray[np.float32]],
+    ) -> tuple[BlockUpdate, UpdateReport]:
+        """Return what a reply holds.
+
+        Parameters
+        ----------
+        reply
+            The reply.
+        assignment
+            What its device was asked for; None if for nothing.
+        state
+            Values of the trainable parameters as they were sent.
+
+        Raises
+        ------
+        UpdateRefused
+            The reply cannot be used.
+        """
+        if assignment is None:
+            raise UpdateRefused("not-asked", "the device has no block this round")
+        report = self._read_report(assignment, reply.report)
+        # A transport may carry a bool, a float or a list here.
+        examples, most = reply.num_examples, assignment.batch_size
+        if type(examples) is not int or examples < 1:
+            raise UpdateRefused(
+                "wrong-examples", f"claims {reprlib.repr(examples)} examples of {most}"
+            )
+        if report.update_kind == "weights":
+            examples = min(examples, most)
+        elif examples > most:
+            raise UpdateRefused("wrong-examples", f"claims {examples} of {most}")
+        names = self.partition.update_names(assignment.block_index)
+        tensors = self._named_tensors(reply, names)
+        is_gradient = report.update_kind == "gradient"
+        update: FloatArrays = {}
+        for name in names:
+            values = state[name]
+            dtype = self.codec.wire_dtype if is_gradient else values.dtype
+            try:
+                wire = read_npy(tensors[name], shape=values.shape, dtype=dtype)
+            except MalformedArray as error:
+                raise UpdateRefused("wrong-array", f"{name}: {error}") from None
+            received = (
+                self.codec.decode(wire) if is_gradient else values - wire.astype("f4")
+            )
+            if not np.isfinite(received).all():
+                raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
+            update[name] = received
+        update = self._clipped(update)
+        if not is_gradient:
+            # A move is taken as a gradient. All N blocks move at once, each trained as
+            # if the others stood still: whole moves overshoot. 1/N is the share that a
+            # block keeps of its move where whole models are averaged, as FedAvg does.
+            # A step of plain SGD with lr=1 is then just this; an optimizer that
+            # normalises its steps, such as AdamW, cancels the factor.
+            scale = np.float32(1 / self.partition.num_blocks)
+            update = {name: scale * move for name, move in update.items()}
+        return BlockUpdate(update, examples), report
+
+    def _read_report(
+        self, assignment: Assignment, record: Mapping[str, object]
+    ) -> UpdateReport:
+        """Return a checked report: for a device that gives none, what goes unsaid."""
+        if "update-kind" not in record:
+            return UpdateReport(
+                server_round=assignment.server_round,
+                block_index=assignment.block_index,
+                update_kind="weights",
+                loss=None,
+                compute_s=None,
+                compute_clock="",
+            )
+        try:
+            report = UpdateReport.from_record(record)
+        except MalformedRecord as error:
+            raise UpdateRefused("malformed-report", str(error)) from None
+        if report.server_round != assignment.server_round:
+            raise UpdateRefused("late", f"answers round {report.server_round}")
+        if report.block_index != assignment.block_index:
+            raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
+        if report.update_kind not in ("gradient", "weights"):
+            raise UpdateRefused("wrong-kind", f"holds {report.update_kind[:32]!r}")
+        compute_s, loss = report.compute_s, report.loss
+        if compute_s is not None and not 0 <= compute_s <= _LONGEST_COMPUTE_S:
+            raise UpdateRefused("implausible", f"compute_s={compute_s:g}")
+        if loss is not None and not abs(loss) <= _LARGEST_LOSS:
+            raise UpdateRefused("implausible", f"loss={loss:g}")
+        return report
+
+    def _named_tensors(
+        self, reply: DeviceReply, names: Sequence[str]
+    ) -> Mapping[str, bytes]:
+        """Return a reply's arrays by name; all of ``names`` are among them."""
+        tensors = reply.tensors
+        if not isinstance(tensors, Mapping):
+            # Without a report: the arrays that were sent, in that order.
+            order = names if "update-kind" in reply.report else self.sent_names
+            if len(tensors) != len(order):
+                raise UpdateRefused(
+                    "wrong-count", f"{len(tensors)} arrays instead of {len(order)}"
+                )
+            tensors = dict(zip(order, tensors, strict=True))
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise UpdateRefused(
+                "wrong-count", f"{len(missing)} arrays missing, such as {missing[0]}"
+            )
+        return tensors
+
+    def _clipped(self, gradients: FloatArrays) -> FloatArrays:
+        """Scale an update down to the largest norm that one device may have."""
+        squares = [np.square(g, dtype=np.float64).sum() for g in gradients.values()]
+        norm = float(np.sqrt(sum(squares)))
+        if norm <= self.max_gradient_norm:
+            return gradients
+        scale = self.max_gradient_norm / norm
+        return {name: (g * scale).astype(np.float32) for name, g in gradients.items()}

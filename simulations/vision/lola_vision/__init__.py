@@ -1,0 +1,1 @@
+"""The vision example: a Flower app that trains a small vision transformer."""

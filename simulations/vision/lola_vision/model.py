@@ -1,0 +1,76 @@
+"""The run configuration, and the model that it describes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from pydantic import Field
+from transformers import ViTConfig, ViTForImageClassification
+
+from lola_flwr.blocks import BlockPartition, partition_parameters
+from lola_flwr.errors import UserError
+from lola_flwr.model_setup import model_costs
+from lola_flwr.run_config import RunConfig
+from lola_flwr.system.costs import BlockCosts
+from lola_vision.images import Images, load_images
+
+# Heads of attention; the hidden size is a multiple of it.
+_NUM_HEADS = 4
+
+
+class VisionConfig(RunConfig):
+    """Run configuration; the keys are those of ``[tool.flwr.app.config]``."""
+
+    data_dir: str
+    image_size: int = Field(ge=8)
+    patch_size: int = Field(ge=1)
+    layers: int = Field(ge=2)
+    hidden_size: int = Field(ge=_NUM_HEADS, multiple_of=_NUM_HEADS)
+    rounds: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
+    seed: int = Field(ge=0)
+
+
+# A worker process serves many simulated devices: they share model and images.
+@lru_cache(maxsize=1)
+def images(config: VisionConfig) -> tuple[Images, Images]:
+    """Return the configured training and held-out images."""
+    return load_images(config.data_dir, config.image_size, config.seed)
+
+
+@lru_cache(maxsize=1)
+def build(
+    config: VisionConfig,
+) -> tuple[ViTForImageClassification, BlockPartition, BlockCosts]:
+    """Return the model with its initial weights, its blocks, and what these cost."""
+    if config.image_size % config.patch_size:
+        raise UserError(
+            f"image-size={config.image_size} is no multiple of "
+            f"patch-size={config.patch_size}."
+        )
+    vit = ViTConfig(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=2 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=_NUM_HEADS,
+        num_labels=len(images(config)[0].classes),
+        # The embeddings stay as they are drawn: wide enough to tell patches apart.
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        model = ViTForImageClassification(vit)
+    partition = partition_parameters(name for name, _ in model.named_parameters())
+    num_patches = (config.image_size // config.patch_size) ** 2
+    costs = model_costs(
+        model,
+        partition,
+        batch_size=config.batch_size,
+        sequence_length=num_patches + 1,  # the patches and the class token
+    )
+    return model, partition, costs

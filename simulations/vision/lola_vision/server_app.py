@@ -1,0 +1,63 @@
+"""The app's server side: strategy, evaluation on held-out images, a last line."""
+
+from __future__ import annotations
+
+from logging import ERROR, INFO
+
+import numpy as np
+import torch
+from flwr.common import Context, NDArrays, Scalar
+from flwr.common.logger import log
+from flwr.server import Grid, ServerApp
+
+from lola_flwr.apps import run_rounds
+from lola_flwr.errors import UserError
+from lola_flwr.model_setup import coordinator_for
+from lola_flwr.models import load_values
+from lola_flwr.round_log import RoundRecord
+from lola_flwr.strategies import LoLaDeft
+from lola_vision.model import VisionConfig, build, images
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the app; a user's mistake is logged as one line."""
+    try:
+        train(grid, context)
+    except UserError as error:
+        log(ERROR, "error: %s", error)
+        raise
+
+
+def train(grid: Grid, context: Context) -> None:
+    """Train the configured model on the configured images."""
+    config = VisionConfig.from_run_config(context.run_config)
+    held_out = images(config)[1]
+    model, partition, costs = build(config)
+
+    def evaluate(
+        server_round: int, values: NDArrays, _: dict[str, Scalar]
+    ) -> tuple[float, dict[str, Scalar]]:
+        load_values(model, partition.trainable, values)
+        model.eval()
+        with torch.inference_mode():
+            output = model(**held_out.batch(np.arange(len(held_out.labels))))
+        correct = output.logits.argmax(dim=1).numpy() == held_out.labels
+        return output.loss.item(), {"accuracy": float(correct.mean())}
+
+    records: list[RoundRecord] = []
+    coordinator = coordinator_for(
+        model,
+        partition,
+        costs=costs,
+        bandwidth_hz=config.bandwidth_hz,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        optimizer_options={"linear_decay_steps": config.rounds},
+        seed=config.seed,
+    )
+    strategy = LoLaDeft(coordinator, evaluate_fn=evaluate, on_round=records.append)
+    run_rounds(grid, context, strategy, num_rounds=config.rounds)
+    log(INFO, "%s", records[-1].final_line())

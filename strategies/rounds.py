@@ -1,0 +1,160 @@
+"""What both strategies do in a round, whatever carries their messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from logging import INFO, WARNING
+
+from flwr.common.logger import log
+
+from lola_flwr.coordinator import Coordinator, RoundPlan
+from lola_flwr.errors import UserError
+from lola_flwr.replies import DeviceReply
+from lola_flwr.round_log import RoundRecord
+from lola_flwr.system.devices import InvalidProfile
+
+# Asks devices for their profiles: device ids -> what those that answered said.
+AskProfiles = Callable[[Sequence[str]], Mapping[str, Mapping[str, object]]]
+
+
+class Rounds:
+    """Carries the coordinator's rounds out, from waiting for devices to the record.
+
+    Parameters
+    ----------
+    coordinator
+        Plans and completes the rounds.
+    min_available
+        Devices that must be connected before a round is planned (default: as many as
+        the model has blocks).
+    wait_s
+        How long to wait for them.
+    on_round
+        Called with each round's record, after its evaluation.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        *,
+        min_available: int | None,
+        wait_s: float,
+        on_round: Callable[[RoundRecord], None] | None,
+    ) -> None:
+        self.min_available = (
+            coordinator.partition.num_blocks if min_available is None else min_available
+        )
+        self.on_round = on_round
+        self._coordinator = coordinator
+        self._wait_s = wait_s
+        self._plan: RoundPlan | None = None
+        self._record: RoundRecord | None = None
+        self._plan_s = 0.0
+
+    def plan(
+        self,
+        server_round: int,
+        *,
+        connected: Callable[[], Collection[str]],
+        ask_profiles: AskProfiles,
+    ) -> RoundPlan | None:
+        """Wait for devices, ask new ones for their profiles, and plan the round.
+
+        Parameters
+        ----------
+        server_round
+            Round, from 1.
+        connected
+            Gives the ids of the devices that are there now.
+        ask_profiles
+            Asks unknown devices, all at once.
+
+        Returns
+        -------
+        The plan, or None: the round is skipped, which is on record.
+
+        Raises
+        ------
+        UserError
+            In the first round: too few devices connected, or the devices cannot
+            compute all blocks.
+        """
+        self._plan = None
+        try:
+            devices = self._wait_for_devices(connected)
+            self._meet(devices, ask_profiles)
+            start = time.perf_counter()
+            self._plan = self._coordinator.plan_round(server_round, devices)
+        except UserError as error:
+            if self._record is None:
+                raise
+            self._record = self._coordinator.skip_round(server_round, str(error))
+            log(WARNING, "%s", self._record.lines()[0])
+        else:
+            self._plan_s = time.perf_counter() - start
+        return self._plan
+
+    def complete(self, replies: Iterable[DeviceReply]) -> dict[str, int | float] | None:
+        """Take the round's replies in; return its metrics, or None if skipped."""
+        if self._plan is None:
+            return None
+        start = time.perf_counter()
+        record = self._coordinator.complete_round(self._plan, replies)
+        self._record = replace(
+            record, measured_strategy_s=self._plan_s + time.perf_counter() - start
+        )
+        for line in record.lines():
+            log(INFO, "%s", line)
+        metrics: dict[str, int | float] = {
+            "round_s": record.round_s,
+            "wireless_s": record.wireless_s,
+            "refused": sum(record.refused.values()),
+        }
+        if record.train_loss is not None:
+            metrics["train_loss"] = record.train_loss
+        return metrics
+
+    def report(self, server_round: int, metrics: Mapping[str, object]) -> None:
+        """Hand on the round's record, with those of its metrics that are numbers."""
+        record = self._record
+        if record is None or record.server_round != server_round:
+            return
+        numbers = {name: float(v) for name, v in metrics.items() if _is_number(v)}  # type: ignore[arg-type]
+        if self.on_round is not None:
+            self.on_round(replace(record, metrics=numbers))
+
+    def _wait_for_devices(
+        self, connected: Callable[[], Collection[str]]
+    ) -> Collection[str]:
+        # Flower's own helpers wait without end, or sleep through their 5 s updates.
+        deadline = time.monotonic() + self._wait_s
+        while len(devices := connected()) < self.min_available:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{len(devices)} devices are connected after {self._wait_s:g} s; "
+                    f"{self.min_available} are needed (the model has "
+                    f"{self._coordinator.partition.num_blocks} blocks). Start more "
+                    "SuperNodes, or in a simulation pass --federation-config "
+                    f"'num-supernodes={self.min_available}'."
+                )
+            time.sleep(0.1)
+        return devices
+
+    def _meet(self, devices: Collection[str], ask_profiles: AskProfiles) -> None:
+        unknown = self._coordinator.meet_devices(devices)
+        if not unknown:
+            return
+        answers = ask_profiles(unknown)
+        for device in unknown:
+            try:
+                # A device without an answer is asked again in the next round, unless
+                # the coordinator assumes a profile for such devices.
+                self._coordinator.add_device(device, answers.get(device, {}))
+            except InvalidProfile as error:
+                log(WARNING, "device %s is left out: %s", device, error)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

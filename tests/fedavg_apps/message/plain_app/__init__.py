@@ -1,0 +1,1 @@
+"""A FedAvg project."""

@@ -1,0 +1,136 @@
+"""The vision app: its pieces, and a run through a real SuperLink."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from lola_flwr.errors import UserError
+from lola_flwr.model_setup import coordinator_for
+from lola_flwr.round_log import RoundRecord
+from lola_flwr.truncated_backprop import block_gradient
+from simulations.run import run_app
+
+APP = Path(__file__).parent.parent / "simulations" / "vision"
+sys.path.append(str(APP))  # Flower puts the app's directory there, too
+
+from lola_vision.images import draw_textures, load_images  # noqa: E402
+from lola_vision.model import VisionConfig, build  # noqa: E402
+
+RUN_CONFIG = {
+    "data-dir": "",
+    "image-size": 16,
+    "patch-size": 4,
+    "layers": 3,
+    "hidden-size": 8,
+    "rounds": 2,
+    "batch-size": 4,
+    "lr": 1e-3,
+    "bandwidth-hz": 1e6,
+    "seed": 0,
+}
+
+
+def config(**changes):
+    changes = {name.replace("_", "-"): value for name, value in changes.items()}
+    return VisionConfig.from_run_config({**RUN_CONFIG, **changes})
+
+
+def test_textures_follow_from_the_seed_and_can_be_told_apart():
+    first = draw_textures(40, 16, np.random.default_rng(3))
+    again = draw_textures(40, 16, np.random.default_rng(3))
+    np.testing.assert_array_equal(first.pixels, again.pixels)
+    assert (first.pixels.shape, first.pixels.dtype) == ((40, 3, 16, 16), np.float32)
+    assert set(first.labels) == {0, 1, 2, 3}
+    # Rows change from top to bottom, columns from left to right; the rest is noise.
+    down, across = (
+        np.abs(np.diff(first.pixels, axis=a)).mean((1, 2, 3)) for a in (2, 3)
+    )
+    assert (down > across)[first.labels == 0].all()
+    assert (down < across)[first.labels == 1].all()
+
+
+def test_held_out_textures_are_others():
+    train, held_out = load_images("", 8, seed=0)
+    assert not (held_out.pixels[:, None] == train.pixels[:50]).all((2, 3, 4)).any()
+
+
+def test_images_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, color in (("cat", 255), ("dog", 0)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(5):
+            image = PIL.Image.new("L", (20, 30), color)
+            image.save(tmp_path / "data" / name / f"{index}.png")
+    train, held_out = load_images(str(tmp_path / "data"), 8, seed=0)
+    assert (len(train.labels), len(held_out.labels)) == (8, 2)
+    assert train.classes == ("cat", "dog")
+    assert train.pixels.shape == (8, 3, 8, 8)
+    # Cats are white, dogs black.
+    assert (train.pixels[:, 0, 0, 0] == np.where(train.labels == 0, 1, -1)).all()
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match="sub-folder of images for each class"):
+            load_images(str(folder), 8, seed=0)
+
+
+def test_the_layers_of_the_model_are_its_blocks():
+    model, partition, costs = build(config())
+    assert partition.num_blocks == len(costs.flops) == 3
+    assert {name.partition(".")[0] for name in partition.head} == {"vit", "classifier"}
+    batch = load_images("", 16, seed=0)[0].batch(np.arange(4))
+    result = block_gradient(model, partition, 1, batch)
+    assert list(result.gradients) == list(partition.update_names(1))
+    assert all(values.abs().sum() > 0 for values in result.gradients.values())
+
+
+def test_the_coordinator_starts_from_the_models_values():
+    model, partition, costs = build(config())
+    coordinator = coordinator_for(
+        model, partition, costs=costs, bandwidth_hz=1e6, optimizer="SGD", lr=0.1
+    )
+    state, parameters = coordinator.state(), dict(model.named_parameters())
+    assert list(state) == list(partition.trainable)
+    for name, values in state.items():
+        np.testing.assert_array_equal(values, parameters[name].numpy(force=True))
+        assert not np.shares_memory(values, parameters[name].numpy(force=True))
+
+
+def test_the_final_line():
+    record = RoundRecord(
+        server_round=7,
+        num_devices=4,
+        wireless_s=1.5,
+        metrics={"loss": 0.25, "accuracy": 0.5},
+    )
+    assert record.final_line() == (
+        "final: accuracy=0.5000 rounds=7 wireless_s=1.500 loss=0.2500"
+    )
+
+
+def test_a_patch_size_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="image-size=16 is no multiple of patch-size=5"):
+        build(config(patch_size=5))
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(UserError, match=r"layers=1: .*; lr=0"):
+        config(layers=1, lr=0)
+
+
+@pytest.mark.slow
+def test_a_run_learns_the_textures(tmp_path):
+    finished = run_app(APP, num_devices=4, run_config=["rounds=15"], home=tmp_path)
+    assert finished.completed, finished.output
+    assert finished.final is not None
+    accuracy = re.search(r"accuracy=([\d.]+) rounds=15 wireless_s=", finished.final)
+    assert accuracy is not None
+    # Four classes: chance is 0.25.
+    assert float(accuracy[1]) > 0.6
