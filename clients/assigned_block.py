@@ -69,7 +69,6 @@ class AssignedBlock:
     def __init__(
         self, model: nn.Module, received: Message | Config, *, stack: str | None = None
     ) -> None:
-        self._start = time.perf_counter()
         self.assignment = (
             assignment_in(received.content)
             if isinstance(received, Message)
@@ -79,6 +78,7 @@ class AssignedBlock:
             (name for name, _ in model.named_parameters()), stack=stack
         )
         check_base(model, partition, self.assignment)
+        self._start = time.perf_counter()
         self._prepared = only_block_trainable(
             model, partition, self.assignment.block_index
         )

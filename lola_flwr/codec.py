@@ -15,7 +15,7 @@ from io import BytesIO
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, quoted
 
 # A .npy header is padded to this many bytes; one that is longer is not Flower's.
 NPY_HEADER_BYTES = 128
@@ -132,7 +132,7 @@ def read_npy(
     # NumPy parses the header as a Python literal; hostile bytes make it fail in many
     # ways, all of which mean the same here.
     except Exception as error:
-        raise MalformedArray(f"Not an array in .npy format: {error}") from None
+        raise MalformedArray(f"Not an array in .npy format: {quoted(error)}") from None
     received_shape, fortran_order, received_dtype = header
     if fortran_order and len(shape) > 1:
         raise MalformedArray("Column-major array; send row-major arrays.")

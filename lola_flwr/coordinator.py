@@ -475,7 +475,7 @@ class Coordinator:
                     compute_s=float(plan.problem.compute_s[row, block]),
                     upload_s=float(upload_s[row]),
                     reported_compute_s=report.compute_s if report else None,
-                    compute_clock=report.compute_clock[:16] if report else "",
+                    compute_clock=report.compute_clock if report else "",
                     loss=report.loss if report else None,
                     status=status,
                     ignored_arrays=ignored_arrays.get(device, 0),

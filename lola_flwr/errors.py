@@ -1,4 +1,4 @@
-"""The one base of errors that a user can put right."""
+"""The base of errors that a user can put right, and what goes into messages."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     Programs that run for a user print it without a traceback.
     """
+
+
+def quoted(text: object) -> str:
+    """Return what a device said, fit for a log line: on one line, and short."""
+    return repr(str(text))[:200]

@@ -149,7 +149,6 @@ def coordinator_for_weights(
             partition,
             batch_size=batch_size,
             sequence_length=sequence_length,
-            codec=options.get("codec", "fp32"),
         ),
         bandwidth_hz=bandwidth_hz,
         optimizer=optimizer,

@@ -132,23 +132,26 @@ def load_values(
 def fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     """Return a digest of some of a model's parameters, by which two hosts compare them.
 
-    The digest is computed once per model: it is meant for parameters that stay frozen.
+    The digest is computed anew only when one of these parameters was changed or
+    replaced: it is meant for parameters that stay frozen.
     """
-    names = tuple(names)
-    digests = _fingerprints.setdefault(model, {})
-    if names not in digests:
-        parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    # Every in-place change raises a tensor's version.
+    state = tuple((n, parameters[n].data_ptr(), parameters[n]._version) for n in names)
+    known = _fingerprints.get(model)
+    if known is None or known[0] != state:
         digest = hashlib.sha256()
-        for name in names:
+        for name, _, _ in state:
             values = parameters[name].detach().cpu().contiguous()
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
             # Only a tensor with a dimension can be seen as bytes.
             digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-        digests[names] = digest.hexdigest()
-    return digests[names]
+        known = _fingerprints[model] = (state, digest.hexdigest())
+    return known[1]
 
 
-_fingerprints: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], str]] = (
+_Version = tuple[str, int, int]
+_fingerprints: WeakKeyDictionary[nn.Module, tuple[tuple[_Version, ...], str]] = (
     WeakKeyDictionary()
 )
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from lola_flwr.assembly import BlockUpdate, FloatArrays
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import Codec, MalformedArray, read_npy
+from lola_flwr.errors import quoted
 from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
 
 
@@ -108,6 +109,8 @@ class UpdateReader:
         report = self._read_report(assignment, reply.report)
         # A transport may carry a bool, a float or a list here.
         examples, most = reply.num_examples, assignment.batch_size
+        if type(examples) is float and examples.is_integer():
+            examples = int(examples)
         if type(examples) is not int or examples < 1:
             raise UpdateRefused(
                 "wrong-examples", f"claims {reprlib.repr(examples)} examples of {most}"
@@ -139,9 +142,11 @@ class UpdateReader:
             # if the others stood still: whole moves overshoot. 1/N is the share that a
             # block keeps of its move where whole models are averaged, as FedAvg does.
             # A step of plain SGD with lr=1 is then just this; an optimizer that
-            # normalises its steps, such as AdamW, cancels the factor.
+            # normalises its steps, such as AdamW, cancels the factor. The head, which
+            # all devices move, keeps their mean move.
             scale = np.float32(1 / self.partition.num_blocks)
-            update = {name: scale * move for name, move in update.items()}
+            for name in self.partition.blocks[assignment.block_index]:
+                update[name] = scale * update[name]
         return BlockUpdate(update, examples), report
 
     def _read_report(
@@ -166,7 +171,10 @@ class UpdateReader:
         if report.block_index != assignment.block_index:
             raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
         if report.update_kind not in ("gradient", "weights"):
-            raise UpdateRefused("wrong-kind", f"holds {report.update_kind[:32]!r}")
+            raise UpdateRefused("wrong-kind", f"holds {quoted(report.update_kind)}")
+        if report.compute_clock not in ("", "measured", "simulated"):
+            clock = quoted(report.compute_clock)
+            raise UpdateRefused("malformed-report", f"compute-clock={clock}")
         compute_s, loss = report.compute_s, report.loss
         if compute_s is not None and not 0 <= compute_s <= _LONGEST_COMPUTE_S:
             raise UpdateRefused("implausible", f"compute_s={compute_s:g}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from lola_flwr.errors import UserError
 
@@ -35,10 +36,14 @@ class RunConfig(BaseModel):
         try:
             return cls.model_validate(dict(run_config))
         except ValidationError as error:
-            faults = [
-                f"{'.'.join(map(str, fault['loc']))}={fault['input']!r}: {fault['msg']}"
-                if fault["loc"]
-                else fault["msg"]
-                for fault in error.errors()
-            ]
-            raise UserError(f"Run configuration: {'; '.join(faults)}.") from None
+            faults = "; ".join(map(_fault_line, error.errors()))
+            raise UserError(f"Run configuration: {faults}.") from None
+
+
+def _fault_line(fault: ErrorDetails) -> str:
+    key = ".".join(map(str, fault["loc"]))
+    if not key:
+        return fault["msg"]
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}={fault['input']!r}: {fault['msg']}"

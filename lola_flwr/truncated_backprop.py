@@ -9,8 +9,7 @@ LoLa-DEFT (arXiv:2407.09873, Fig. 2) for any model, with its own forward code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +47,12 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-@contextmanager
-def only_block_trainable(
-    model: nn.Module, partition: BlockPartition, block_index: int
-) -> Iterator[dict[str, nn.Parameter]]:
+class only_block_trainable:
     """Freeze everything but one block and the head for the duration of a ``with``.
+
+    Entering gives the trainable parameters by name. On exit every ``requires_grad``
+    flag is as it was. (A generator would also restore them when it is collected, at a
+    moment of the garbage collector's choice.)
 
     Parameters
     ----------
@@ -63,32 +63,35 @@ def only_block_trainable(
     block_index
         Block to train, 0 nearest the input.
 
-    Yields
-    ------
-    The trainable parameters by name. On exit every ``requires_grad`` flag is as it was.
-
     Raises
     ------
     IndexError
         No such block.
     """
-    if not 0 <= block_index < partition.num_blocks:
-        raise IndexError(
-            f"block_index={block_index} is not a block of this model; it has blocks 0 "
-            f"to {partition.num_blocks - 1}."
-        )
-    parameters = dict(model.named_parameters())
-    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    trainable = partition.update_names(block_index)
-    try:
-        for parameter in parameters.values():
+
+    def __init__(
+        self, model: nn.Module, partition: BlockPartition, block_index: int
+    ) -> None:
+        if not 0 <= block_index < partition.num_blocks:
+            raise IndexError(
+                f"block_index={block_index} is not a block of this model; it has "
+                f"blocks 0 to {partition.num_blocks - 1}."
+            )
+        self._parameters = dict(model.named_parameters())
+        self._trainable = partition.update_names(block_index)
+        self._flags: dict[str, bool] = {}
+
+    def __enter__(self) -> dict[str, nn.Parameter]:
+        self._flags = {name: p.requires_grad for name, p in self._parameters.items()}
+        for parameter in self._parameters.values():
             parameter.requires_grad_(False)
-        for name in trainable:
-            parameters[name].requires_grad_(True)
-        yield {name: parameters[name] for name in trainable}
-    finally:
-        for name, flag in flags.items():
-            parameters[name].requires_grad_(flag)
+        for name in self._trainable:
+            self._parameters[name].requires_grad_(True)
+        return {name: self._parameters[name] for name in self._trainable}
+
+    def __exit__(self, *_: object) -> None:
+        for name, flag in self._flags.items():
+            self._parameters[name].requires_grad_(flag)
 
 
 def block_gradient(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from logging import WARNING
 
 from flwr.common import (
     EvaluateIns,
+    EvaluateRes,
     FitIns,
     FitRes,
     GetPropertiesIns,
@@ -16,6 +18,7 @@ from flwr.common import (
     Parameters,
     Scalar,
     ndarrays_to_parameters,
+    parameters_to_ndarrays,
 )
 from flwr.common.logger import log
 from flwr.server.client_manager import ClientManager
@@ -23,6 +26,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
 from lola_flwr.coordinator import Coordinator
+from lola_flwr.errors import quoted
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.strategies.rounds import Rounds
@@ -100,6 +104,7 @@ class LoLaDeft(FedAvg):
             on_evaluate_config_fn=on_evaluate_config_fn,
             evaluate_metrics_aggregation_fn=evaluate_metrics_aggregation_fn,
         )
+        self._returned = self._parameters()
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
         """Return the coordinator's arrays, in its order."""
@@ -131,6 +136,7 @@ class LoLaDeft(FedAvg):
         )
         if plan is None:
             return []
+        self._take_in(parameters)
         extra: Mapping[str, Scalar] = {}
         if self.on_fit_config_fn is not None:
             extra = self.on_fit_config_fn(server_round)
@@ -148,7 +154,7 @@ class LoLaDeft(FedAvg):
         """Assemble the block gradients and take one server step."""
         for failure in failures:
             reason = failure[1].status if isinstance(failure, tuple) else failure
-            log(WARNING, "round %s: a device failed: %s", server_round, reason)
+            log(WARNING, "round %s: device failed: %s", server_round, quoted(reason))
         metrics = self._rounds.complete(
             DeviceReply(
                 device_id=proxy.cid,
@@ -158,7 +164,9 @@ class LoLaDeft(FedAvg):
             )
             for proxy, result in results
         )
-        return (None, {}) if metrics is None else (self._parameters(), {**metrics})
+        if metrics is None:
+            return None, {}
+        return self._parameters(), {**metrics}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -169,12 +177,32 @@ class LoLaDeft(FedAvg):
         config: Mapping[str, Scalar] = {}
         if self.on_evaluate_config_fn is not None:
             config = self.on_evaluate_config_fn(server_round)
-        clients = client_manager.all()
+        # A copy: Flower changes the list when devices come and go.
+        clients = dict(client_manager.all())
         count, _ = self.num_evaluation_clients(len(clients))
         return [
             (clients[device], EvaluateIns(parameters, dict(config)))
             for device in self.coordinator.draw_evaluators(server_round, clients, count)
         ]
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        """Aggregate the evaluations that can be; others are left out."""
+        usable = [
+            (client, result)
+            for client, result in results
+            if type(result.num_examples) is int
+            and result.num_examples > 0
+            and math.isfinite(result.loss)
+        ]
+        if len(usable) < len(results):
+            refused = len(results) - len(usable)
+            log(WARNING, "round %s: %s evaluations left out", server_round, refused)
+        return super().aggregate_evaluate(server_round, usable, failures)
 
     def evaluate(
         self, server_round: int, parameters: Parameters
@@ -188,7 +216,21 @@ class LoLaDeft(FedAvg):
         return result
 
     def _parameters(self) -> Parameters:
-        return ndarrays_to_parameters(list(self.coordinator.arrays().values()))
+        self._returned = ndarrays_to_parameters([*self.coordinator.arrays().values()])
+        return self._returned
+
+    def _take_in(self, parameters: Parameters) -> None:
+        """Make the arrays of this round the coordinator's.
+
+        They differ from those returned last where something wrapped around the
+        strategy has changed them, for instance by adding noise.
+        """
+        # Arrays that nobody touched are the same objects: this compares no bytes.
+        if parameters.tensors != self._returned.tensors:
+            arrays = parameters_to_ndarrays(parameters)
+            names = self.coordinator.arrays()
+            self.coordinator.adopt(dict(zip(names, arrays, strict=True)))
+            self._returned = parameters
 
 
 def _ask_profiles(
@@ -205,7 +247,7 @@ def _ask_profiles(
             )
         # Flower raises whatever went wrong on the device or on the way.
         except Exception as error:
-            log(WARNING, "no profile received from device %s: %s", device, error)
+            log(WARNING, "no profile from device %s: %s", device, quoted(error))
             return {}
 
     with ThreadPoolExecutor(min(len(devices), _MAX_PROFILE_REQUESTS)) as pool:

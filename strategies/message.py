@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from lola_flwr.coordinator import Coordinator
+from lola_flwr.errors import quoted
 from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY, REPORT_KEY
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
@@ -323,7 +324,7 @@ def _without_errors(replies: Iterable[Message], server_round: int) -> list[Messa
     good = []
     for reply in replies:
         if reply.has_error():
-            node, reason = reply.metadata.src_node_id, reply.error.reason
+            node, reason = reply.metadata.src_node_id, quoted(reply.error.reason)
             log(WARNING, "round %s: node %s failed: %s", server_round, node, reason)
         else:
             good.append(reply)

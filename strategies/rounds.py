@@ -107,6 +107,9 @@ class Rounds:
         )
         for line in record.lines():
             log(INFO, "%s", line)
+        if all(block.status != "accepted" for block in record.blocks):
+            first = record.blocks[0]
+            log(WARNING, "no update could be used; %s: %s", first.device, first.status)
         metrics: dict[str, int | float] = {
             "round_s": record.round_s,
             "wireless_s": record.wireless_s,

@@ -152,6 +152,9 @@ BAD_REPLIES = {
         "report": {**honest_reply(plan, d).report, "update-kind": "wishes"}
     },
     "malformed-report": lambda plan, d: {"report": {"update-kind": "gradient"}},
+    "malformed-report ": lambda plan, d: {
+        "report": {**honest_reply(plan, d).report, "compute-clock": "x\nround 2: fine"}
+    },
     # Without a report, the whole model is expected.
     "wrong-count ": lambda plan, d: {"report": {}},
     "wrong-count  ": lambda plan, d: {"tensors": {"head.w": b""}},
@@ -450,6 +453,13 @@ def weights_reply(plan, device_id, *, value=0.4, **changes) -> DeviceReply:
     return replace(reply, **{"report": report, **changes})
 
 
+def assert_moved_to_weights(coordinator):
+    """Blocks go a third of the way from 1 to 0.4, 1 - 0.6 / 3; the head goes there."""
+    for name, values in coordinator.state().items():
+        expected = 0.4 if name == "head.w" else 0.8
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
 def test_weights_are_a_move_that_is_damped_by_the_number_of_blocks():
     coordinator = make_coordinator()
     plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
@@ -457,9 +467,7 @@ def test_weights_are_a_move_that_is_damped_by_the_number_of_blocks():
         plan, [weights_reply(plan, device) for device in plan.assignments]
     )
     assert record.refused == {}
-    # From 1 towards 0.4, by a third of the way: 1 - 0.6 / 3.
-    for values in coordinator.state().values():
-        np.testing.assert_allclose(values, 0.8, rtol=1e-6)
+    assert_moved_to_weights(coordinator)
 
 
 def test_weights_travel_as_float32_under_any_codec():
@@ -530,8 +538,7 @@ def test_of_a_whole_model_the_block_is_taken_and_the_rest_is_reported(by_name):
         ],
     )
     assert record.refused == {}
-    for values in coordinator.state().values():
-        np.testing.assert_allclose(values, 0.8, rtol=1e-6)
+    assert_moved_to_weights(coordinator)
     np.testing.assert_array_equal(coordinator.arrays()["embed.w"], 1)
     # 8 arrays, of which a block of 2 and the head of 1 are of use.
     assert sorted(block.ignored_arrays for block in record.blocks) == [0, 5, 5]
@@ -570,9 +577,13 @@ def test_a_huge_move_is_scaled_down_like_a_gradient():
     plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
     device = next(iter(plan.assignments))
     coordinator.complete_round(plan, [weights_reply(plan, device, value=-1e30)])
-    moved = [values - 1 for values in coordinator.state().values()]
+    # A block is damped by the number of blocks, 3; the head is not.
+    moved = [
+        (values - 1) * (1 if name == "head.w" else 3)
+        for name, values in coordinator.state().items()
+    ]
     norm = np.sqrt(sum(np.square(m, dtype=np.float64).sum() for m in moved))
-    assert norm == pytest.approx(3.0 / 3, rel=1e-5)
+    assert norm == pytest.approx(3.0, rel=1e-5)
 
 
 def test_devices_without_a_profile_get_the_assumed_one():

@@ -262,3 +262,12 @@ class TestLoadValues:
             load_values(model, self.NAMES, values)
         assert model.weight.abs().max() == 0
         assert model.scale.item() == 2.0
+
+
+def test_fingerprint_notices_a_change_in_the_same_model(roberta):
+    names = [name for name, _ in roberta.named_parameters() if "embeddings" in name]
+    before = fingerprint(roberta, names)
+    assert fingerprint(roberta, names) == before
+    with torch.no_grad():
+        dict(roberta.named_parameters())[names[0]].add_(1)
+    assert fingerprint(roberta, names) != before

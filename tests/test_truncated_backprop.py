@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -116,6 +118,18 @@ def test_flags_are_restored(roberta, batch):
         raise RuntimeError
     assert [p.requires_grad for p in roberta.parameters()] == before
     assert all(p.grad is None for p in roberta.parameters())
+
+
+def test_a_forgotten_preparation_does_not_undo_the_next(roberta):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    prepared = only_block_trainable(roberta, partition, 0)
+    prepared.__enter__()
+    following = only_block_trainable(roberta, partition, 2)
+    trainable = following.__enter__()
+    del prepared
+    gc.collect()
+    wanted = {n for n, p in roberta.named_parameters() if p.requires_grad}
+    assert wanted == set(trainable)
 
 
 @pytest.mark.parametrize("block_index", [-1, 3])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flwr.common import (
     Code,
+    EvaluateRes,
     FitRes,
     GetPropertiesRes,
     Parameters,
@@ -258,3 +259,44 @@ def test_a_client_that_knows_nothing_takes_part(federation, roberta):
         )
         np.testing.assert_allclose(move, move.flat[0], rtol=1e-3)
         assert 0.01 < move.flat[0] <= 0.1 + 1e-6
+
+
+def test_odd_evaluations_are_left_out(federation):
+    server, devices = federation()
+    ok = Status(Code.OK, "")
+    results = [
+        (devices[0], EvaluateRes(ok, 0.5, 10, {})),
+        (devices[1], EvaluateRes(ok, float("nan"), 10, {})),
+        (devices[2], EvaluateRes(ok, 0.1, -10, {})),
+        (devices[3], EvaluateRes(ok, 0.1, 0, {})),
+    ]
+    loss, _ = server.strategy.aggregate_evaluate(1, results, [])
+    assert loss == 0.5
+    assert server.strategy.aggregate_evaluate(1, results[1:], []) == (None, {})
+
+
+def test_what_a_wrapper_changes_is_what_goes_on(federation):
+    server, _ = federation()
+    strategy = server.strategy
+    parameters = strategy.initialize_parameters(None)
+    arrays = [array + 1 for array in parameters_to_ndarrays(parameters)]
+    strategy.configure_fit(1, ndarrays_to_parameters(arrays), server.client_manager())
+    for array, values in zip(
+        arrays, strategy.coordinator.arrays().values(), strict=True
+    ):
+        np.testing.assert_array_equal(array, values)
+
+
+def test_the_words_of_a_failing_device_stay_on_one_line(federation, caplog):
+    server, devices = federation(num_devices=3)
+
+    def fail(*_, **__):
+        raise ValueError("x\nround 9: all is well\x1b[2J" + "y" * 10_000)
+
+    devices[0].fit = fail
+    with caplog.at_level("WARNING", logger="flwr"):
+        server.fit(num_rounds=1, timeout=None)
+    (message,) = [r.getMessage() for r in caplog.records if "failed" in r.getMessage()]
+    assert "\n" not in message
+    assert "\x1b" not in message
+    assert len(message) < 300
