@@ -13,6 +13,13 @@ from lola_flwr.models import load_classifier
 from simulations.run import run_app
 
 APP = Path(__file__).parent.parent / "simulations" / "glue"
+OPTIONS = (
+    "save-model=true",
+    'optimizer="Adam"',
+    'optimizer-options="betas=[0.9, 0.99], eps=1e-3"',
+    'schedule="CosineAnnealingLR"',
+    'schedule-options="T_max=4"',
+)
 TINY = ('model="random:roberta-tiny"', "batch-size=8", "rounds=3", "eval-every=2")
 
 
@@ -34,21 +41,29 @@ def rounds_of(tmp_path):
     return [json.loads(line) for line in lines]
 
 
-def without_measurements(record):
-    record = {k: v for k, v in record.items() if not k.startswith("measured")}
-    record["blocks"] = [
-        {k: v for k, v in block.items() if not k.startswith("measured")}
-        for block in record["blocks"]
+def without_measurements(records):
+    return [
+        {k: v for k, v in record.items() if not k.startswith("measured")}
+        for record in records
     ]
-    return record
 
 
-def test_a_run_completes_and_one_seed_gives_one_result(tmp_path):
-    first = run(tmp_path / "a")
-    again = run(tmp_path / "b")
+def saved_model(directory):
+    model, _ = load_classifier(str(directory / "out" / "model"), num_labels=2)
+    return model
 
-    assert first.completed, first.output
-    records = rounds_of(tmp_path / "a")
+
+@pytest.fixture(scope="module")
+def legacy(tmp_path_factory):
+    """Return a finished run under the legacy interface, and its directory."""
+    directory = tmp_path_factory.mktemp("legacy")
+    return run(directory, *OPTIONS), directory
+
+
+def test_a_run_completes(legacy):
+    finished, directory = legacy
+    assert finished.completed, finished.output
+    records = rounds_of(directory)
     assert [record["server_round"] for record in records] == [1, 2, 3]
     for record in records:
         assert [block["block_index"] for block in record["blocks"]] == [0, 1, 2, 3]
@@ -62,47 +77,31 @@ def test_a_run_completes_and_one_seed_gives_one_result(tmp_path):
     assert [bool(record["metrics"]) for record in records] == [False, True, True]
     accuracy = records[-1]["metrics"]["accuracy"]
     wireless_s = records[-1]["wireless_s"]
-    assert first.final is not None
-    assert first.final.startswith(
+    assert finished.final is not None
+    assert finished.final.startswith(
         f"final: accuracy={accuracy:.4f} rounds=3 wireless_s={wireless_s:.3f}"
     )
-    assert "block  0 depth  4" in first.output
-
-    assert again.completed, again.output
-    assert [without_measurements(r) for r in rounds_of(tmp_path / "b")] == [
-        without_measurements(r) for r in records
-    ]
-
-
-def test_both_interfaces_give_the_same_metrics_and_models(tmp_path):
-    records, models = {}, {}
-    for interface in ("legacy", "message"):
-        directory = tmp_path / interface
-        finished = run(
-            directory,
-            f'interface="{interface}"',
-            "rounds=2",
-            "save-model=true",
-            'optimizer="Adam"',
-            'optimizer-options="betas=[0.9, 0.99], eps=1e-3"',
-            'schedule="CosineAnnealingLR"',
-            'schedule-options="T_max=4"',
-            num_devices=4,
-        )
-        assert finished.completed, finished.output
-        records[interface] = rounds_of(directory)
-        saved = directory / "out" / "model"
-        models[interface], _ = load_classifier(str(saved), num_labels=2)
-    assert [bool(record["metrics"]) for record in records["message"]] == [False, True]
-    assert [without_measurements(r) for r in records["message"]] == [
-        without_measurements(r) for r in records["legacy"]
-    ]
-    initial, _ = load_classifier("random:roberta-tiny", num_labels=2)
+    assert "block  0 depth  4" in finished.output
+    trained, (initial, _) = (
+        saved_model(directory),
+        load_classifier("random:roberta-tiny", num_labels=2),
+    )
     blocks = partition_parameters(name for name, _ in initial.named_parameters())
-    for name, values in models["message"].named_parameters():
-        assert torch.equal(values, models["legacy"].get_parameter(name))
+    for name, values in trained.named_parameters():
         changed = not torch.equal(values, initial.get_parameter(name))
         assert changed == (name in blocks.trainable), name
+
+
+@pytest.mark.parametrize("interface", ["legacy", "message"])
+def test_one_seed_gives_one_result_under_both_interfaces(legacy, interface, tmp_path):
+    finished = run(tmp_path, *OPTIONS, f'interface="{interface}"')
+    assert finished.completed, finished.output
+    assert without_measurements(rounds_of(tmp_path)) == without_measurements(
+        rounds_of(legacy[1])
+    )
+    first = saved_model(legacy[1])
+    for name, values in saved_model(tmp_path).named_parameters():
+        assert torch.equal(values, first.get_parameter(name)), name
 
 
 def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
