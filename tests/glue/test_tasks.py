@@ -18,7 +18,6 @@ from lola_glue.tasks import (
     find_task,
     load_task,
     score,
-    score_by_group,
 )
 
 # Two rows of each task as its files have them: made-up sentences, GLUE's own layout.
@@ -457,19 +456,6 @@ class TestScore:
     def test_unusable_logits_are_refused(self, logits, labels, message):
         with pytest.raises(ValueError, match=message):
             score(TASKS["cola"], logits, labels)
-
-
-class TestScoreByGroup:
-    def test_each_group_by_itself(self):
-        examples = Examples(
-            (("a", None),) * 4, np.array([1, 1, 0, 0]), ("x", "y", "y", "x")
-        )
-        result = score_by_group(TASKS["acceptability"], one_hot([1, 0, 0, 0]), examples)
-        assert result == {"x": 1.0, "y": 0.5}
-
-    def test_no_groups(self):
-        examples = Examples((("a", None),), np.array([1]))
-        assert score_by_group(TASKS["cola"], one_hot([1]), examples) == {}
 
 
 @pytest.mark.skipif("LOLA_GLUE_DIR" not in os.environ, reason="LOLA_GLUE_DIR is unset")

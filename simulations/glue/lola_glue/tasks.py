@@ -41,7 +41,6 @@ __all__ = [
     "find_task",
     "load_task",
     "score",
-    "score_by_group",
 ]
 
 HUB = "hub"
@@ -436,30 +435,3 @@ def score(task: Task, logits: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str,
         raise ValueError("No examples: labels is empty. Give at least one example.")
     predicted = _predict(task, logits, len(truth))
     return {name: _METRICS[name](truth, predicted) for name in task.metrics}
-
-
-def score_by_group(
-    task: Task, logits: npt.ArrayLike, examples: Examples
-) -> dict[str, float]:
-    """Compute the primary metric of each group of examples.
-
-    Parameters
-    ----------
-    task
-        The task.
-    logits
-        The model's output for all examples, shape [M, num_labels].
-    examples
-        The M examples.
-
-    Returns
-    -------
-    The metric by group, groups in alphabetical order; empty if there are none.
-    """
-    values, groups = np.asarray(logits), np.asarray(examples.groups)
-    return {
-        str(group): score(
-            task, values[groups == group], examples.labels[groups == group]
-        )[task.primary_metric]
-        for group in np.unique(groups)
-    }
