@@ -23,8 +23,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python simulations/run.py simulations/glue --devices 6
 
+# Two processes: most tests compute on one core, and some wait for Flower's programs.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: venv
 	$(BIN)/python -m pytest -m ''
