@@ -65,6 +65,9 @@ class BlockDevice:
         Draws the round's mini-batch from the device's data.
     loss_function
         Maps model and batch to a mean loss (default: the model's own).
+    micro_batch_size
+        Examples that are computed at a time; 0: all of the mini-batch. Fewer take less
+        memory, for the same gradient.
     seed
         Seed of the run; dropout follows from it, the round and the device's name.
     simulated_compute_s
@@ -76,6 +79,7 @@ class BlockDevice:
     load_model: Callable[[], tuple[nn.Module, BlockPartition]]
     batch_source: BatchSource
     loss_function: LossFunction = model_loss
+    micro_batch_size: int = 0
     seed: int = 0
     simulated_compute_s: Callable[[Assignment], float] | None = None
 
@@ -117,6 +121,7 @@ class BlockDevice:
                 assignment.block_index,
                 batch,
                 loss_function=self.loss_function,
+                micro_batch_size=self.micro_batch_size,
             )
         codec = codec_named(assignment.codec)
         arrays = {

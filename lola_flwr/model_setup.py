@@ -24,6 +24,7 @@ def model_costs(
     sequence_length: int,
     codec: str = "fp32",
     merged: bool = False,
+    micro_batch_size: int = 0,
 ) -> BlockCosts:
     """Estimate each block's costs under a codec, as ``estimate_costs`` does.
 
@@ -33,7 +34,7 @@ def model_costs(
         The model.
     partition
         Its layers as blocks, also if ``merged``.
-    batch_size, sequence_length, merged
+    batch_size, sequence_length, merged, micro_batch_size
         As for ``estimate_costs``.
     codec
         Name of the codec that gradients travel in.
@@ -47,6 +48,7 @@ def model_costs(
         header_bits_per_tensor=8 * NPY_HEADER_BYTES,
         dropout_heads=_dropout_heads(model),
         merged=merged,
+        micro_batch_size=micro_batch_size,
     )
 
 

@@ -5,12 +5,17 @@ wants a gradient. With every parameter frozen but those of one block and of the 
 nothing below the block is recorded or kept, the layers above it pass the gradient of
 their activations only, and the backward pass ends inside the block: the truncation of
 LoLa-DEFT (arXiv:2407.09873, Fig. 2) for any model, with its own forward code.
+
+The gradient of a mini-batch may be computed in micro-batches, one after the other at
+the same weights: activations are then kept for one micro-batch only. This is gradient
+accumulation, and as many local steps at fixed weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +106,7 @@ def block_gradient(
     batch: Batch,
     *,
     loss_function: LossFunction = model_loss,
+    micro_batch_size: int = 0,
 ) -> BlockGradient:
     """Compute the mean gradient of one block, and of the head, on one mini-batch.
 
@@ -116,19 +122,52 @@ def block_gradient(
         Arguments of the model; the first dimension of each tensor counts the examples.
     loss_function
         Maps model and batch to a scalar mean loss (default: the model's own).
+    micro_batch_size
+        Examples that are computed at a time; 0: all of the mini-batch. A micro-batch
+        weighs as much as it has examples, so the result is the same to rounding where
+        the loss is a mean over examples, apart from what dropout draws. (Where it is a
+        mean over tokens, examples of different length weigh differently.)
 
     Returns
     -------
     BlockGradient
         Equal, to rounding, to that part of the full model's gradient.
     """
+    num_examples = len(next(iter(batch.values())))
+    mean_loss = 0.0
+    gradients: list[Tensor] = []
     with only_block_trainable(model, partition, block_index) as trainable:
-        loss = loss_function(model, batch)
-        gradients = torch.autograd.grad(
-            loss, list(trainable.values()), allow_unused=True, materialize_grads=True
-        )
+        for size, micro_batch in _micro_batches(batch, num_examples, micro_batch_size):
+            loss = loss_function(model, micro_batch) * (size / num_examples)
+            summands = torch.autograd.grad(
+                loss,
+                list(trainable.values()),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            mean_loss += loss.item()
+            if gradients:
+                for gradient, summand in zip(gradients, summands, strict=True):
+                    gradient.add_(summand)
+            else:
+                gradients = [summand.detach() for summand in summands]
+            # The next micro-batch's graph is built without this one in memory.
+            del loss, summands
     return BlockGradient(
         gradients=dict(zip(trainable, gradients, strict=True)),
-        loss=loss.item(),
-        num_examples=len(next(iter(batch.values()))),
+        loss=mean_loss,
+        num_examples=num_examples,
     )
+
+
+def _micro_batches(
+    batch: Batch, num_examples: int, micro_batch_size: int
+) -> Iterator[tuple[int, Batch]]:
+    """Cut a mini-batch into pieces of about the same size, and not above the given."""
+    if not 0 < micro_batch_size < num_examples:
+        yield num_examples, batch
+        return
+    count = -(-num_examples // micro_batch_size)
+    ends = [num_examples * piece // count for piece in range(count + 1)]
+    for start, end in pairwise(ends):
+        yield end - start, {name: tensor[start:end] for name, tensor in batch.items()}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import weakref
 
 import pytest
 import torch
@@ -8,7 +10,11 @@ import torch
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.models import load_classifier
 from lola_flwr.system.costs import estimate_costs
-from lola_flwr.truncated_backprop import block_gradient, only_block_trainable
+from lola_flwr.truncated_backprop import (
+    block_gradient,
+    model_loss,
+    only_block_trainable,
+)
 
 
 def full_gradients(model, batch):
@@ -51,6 +57,63 @@ def test_equals_full_backpropagation(roberta, batch, block_index, training):
     for name, gradient in result.gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
         assert gradient.abs().sum() > 0 or "key.bias" in name
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5, 6, 100])
+def test_micro_batches_give_the_gradient_of_the_whole(roberta, batch, micro_batch_size):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    sizes = []
+
+    def loss_function(model, batch):
+        sizes.append(len(batch["labels"]))
+        return model_loss(model, batch)
+
+    whole = block_gradient(roberta, partition, 1, batch)
+    pieces = block_gradient(
+        roberta,
+        partition,
+        1,
+        batch,
+        loss_function=loss_function,
+        micro_batch_size=micro_batch_size,
+    )
+    assert sum(sizes) == 6
+    assert max(sizes) <= micro_batch_size
+    assert len(sizes) == math.ceil(6 / micro_batch_size)
+    assert pieces.num_examples == 6
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-5)
+    for name, gradient in pieces.gradients.items():
+        torch.testing.assert_close(
+            gradient, whole.gradients[name], rtol=1e-4, atol=1e-7
+        )
+
+
+def test_one_micro_batch_is_kept_at_a_time(roberta, batch):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    kept = weakref.WeakSet()
+    alive_before = []
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            kept.add(self)
+
+    def loss_function(model, batch):
+        alive_before.append(len(kept))
+        loss = model_loss(model, batch)
+        assert kept
+        return loss
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        block_gradient(
+            roberta,
+            partition,
+            0,
+            batch,
+            loss_function=loss_function,
+            micro_batch_size=2,
+        )
+    assert alive_before == [0, 0, 0]
 
 
 def test_nothing_below_the_block_is_recorded(roberta, batch):

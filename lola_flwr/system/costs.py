@@ -51,6 +51,7 @@ def estimate_costs(
     header_bits_per_tensor: int = 0,
     dropout_heads: int = 0,
     merged: bool = False,
+    micro_batch_size: int = 0,
 ) -> BlockCosts:
     """Estimate what each block costs, from the shapes of the model's parameters.
 
@@ -74,6 +75,10 @@ def estimate_costs(
     merged
         Whether one device trains the whole stack, as in ``partition.merged()``, rather
         than one block of it.
+    micro_batch_size
+        Sequences that are computed at a time, where activations are kept for fewer
+        than the whole mini-batch; 0: all of them. Operations are those of the
+        mini-batch.
 
     Returns
     -------
@@ -108,10 +113,11 @@ def estimate_costs(
     )
     tensors = np.array([len(update) for update in updates])
     weights = sum(elements.values())
+    kept_tokens = min(micro_batch_size or batch_size, batch_size) * sequence_length
     return BlockCosts(
         # The head reads one token of each sequence.
         flops=flops + batch_size * 3 * head_forward,
-        memory_bytes=4.0 * (weights + uploaded + tokens * activations),
+        memory_bytes=4.0 * (weights + uploaded + kept_tokens * activations),
         payload_bits=bits_per_element * uploaded + header_bits_per_tensor * tensors,
     )
 

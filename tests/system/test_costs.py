@@ -90,3 +90,14 @@ def test_deeper_blocks_cost_more(roberta):
     costs, _ = costs_of(roberta, batch_size=8, sequence_length=16)
     assert np.all(np.diff(costs.flops) < 0)
     assert np.all(np.diff(costs.memory_bytes) < 0)
+
+
+def test_micro_batches_take_activations_of_fewer_examples(roberta):
+    whole, _ = costs_of(roberta, batch_size=8, sequence_length=16)
+    halves, _ = costs_of(roberta, batch_size=8, sequence_length=16, micro_batch_size=4)
+    half, _ = costs_of(roberta, batch_size=4, sequence_length=16)
+    np.testing.assert_array_equal(halves.memory_bytes, half.memory_bytes)
+    np.testing.assert_array_equal(halves.flops, whole.flops)
+    assert np.all(half.flops < whole.flops)
+    larger, _ = costs_of(roberta, batch_size=8, sequence_length=16, micro_batch_size=9)
+    np.testing.assert_array_equal(larger.memory_bytes, whole.memory_bytes)

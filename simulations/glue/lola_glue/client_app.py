@@ -112,6 +112,7 @@ def device_fn(context: Context) -> BlockDevice:
         profile=profile,
         load_model=load_model,
         batch_source=draw_batch,
+        micro_batch_size=config.micro_batch_size,
         seed=config.seed,
         simulated_compute_s=simulated_compute_s,
     )

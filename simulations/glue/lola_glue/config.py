@@ -47,6 +47,7 @@ class GlueConfig(RunConfig):
     method: Literal["lola-deft", "fedavg-full"]
     rounds: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=0)
     max_length: int = Field(ge=8)
     optimizer: str
     lr: float = Field(gt=0, le=100)

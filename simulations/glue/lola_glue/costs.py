@@ -25,6 +25,7 @@ def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
         sequence_length=config.max_length,
         codec=config.codec,
         merged=config.method == "fedavg-full",
+        micro_batch_size=config.micro_batch_size,
     )
 
 
