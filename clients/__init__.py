@@ -1,10 +1,21 @@
-"""Flower clients: what runs on a device."""
+"""Flower clients: what runs on a device.
 
-from lola_flwr.clients.assigned_block import AssignedBlock, block_mod
-from lola_flwr.clients.block_client import BlockClient
-from lola_flwr.clients.client_app import LoLaClient
-from lola_flwr.clients.device import BlockDevice
-from lola_flwr.clients.profiles import node_profile, profile_mod, report_profile
+A name is imported when it is asked for. In deployment every message starts a new client
+process, and a second in which it imports what another process needs (PyTorch, where a
+resident worker trains) is a second of the round.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lola_flwr.clients.assigned_block import AssignedBlock, block_mod
+    from lola_flwr.clients.block_client import BlockClient
+    from lola_flwr.clients.client_app import LoLaClient
+    from lola_flwr.clients.device import BlockDevice
+    from lola_flwr.clients.profiles import node_profile, profile_mod, report_profile
 
 __all__ = [
     "AssignedBlock",
@@ -16,3 +27,20 @@ __all__ = [
     "profile_mod",
     "report_profile",
 ]
+
+_MODULES = {
+    "AssignedBlock": "assigned_block",
+    "BlockClient": "block_client",
+    "BlockDevice": "device",
+    "LoLaClient": "client_app",
+    "block_mod": "assigned_block",
+    "node_profile": "profiles",
+    "profile_mod": "profiles",
+    "report_profile": "profiles",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

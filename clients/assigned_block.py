@@ -23,13 +23,11 @@ from torch import nn
 
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.clients.device import check_base
+from lola_flwr.clients.received import assignment_in
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import (
     REPORT_KEY,
-    SECAGG_KEY,
-    SECAGG_REFUSAL,
     Assignment,
-    MalformedRecord,
     UpdateReport,
 )
 from lola_flwr.truncated_backprop import only_block_trainable
@@ -201,24 +199,6 @@ def block_mod(
     report = _weights_report(assignment, start, losses[0] if losses else None)
     _filled(reply.content, {n: arrays[n] for n in wanted if n in arrays}, report)
     return reply
-
-
-def assignment_in(content: RecordDict) -> Assignment:
-    """Return the assignment that a message of the strategy holds.
-
-    Raises
-    ------
-    MalformedRecord
-        There is none.
-    UserError
-        The message belongs to a secure aggregation.
-    """
-    if SECAGG_KEY in content.config_records:
-        raise UserError(SECAGG_REFUSAL)
-    records = list(content.config_records.values())
-    if len(records) != 1:
-        raise MalformedRecord(f"{len(records)} ConfigRecords received instead of one.")
-    return Assignment.from_record(records[0])
 
 
 def _only_arrays(content: RecordDict) -> ArrayRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
-from lola_flwr.clients.device import BlockDevice
+from lola_flwr.clients.update import Device
 from lola_flwr.protocol import Assignment
 
 
@@ -18,7 +18,7 @@ class BlockClient(NumPyClient):
         Model, data and profile of the device.
     """
 
-    def __init__(self, device: BlockDevice) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
 
     def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:

@@ -15,9 +15,9 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from lola_flwr.clients.assigned_block import assignment_in
-from lola_flwr.clients.device import BlockDevice
 from lola_flwr.clients.profiles import report_profile
+from lola_flwr.clients.received import assignment_in
+from lola_flwr.clients.update import Device
 from lola_flwr.protocol import REPORT_KEY
 
 
@@ -30,7 +30,7 @@ class LoLaClient(ClientApp):
         Gives the device that a context belongs to.
     """
 
-    def __init__(self, device_fn: Callable[[Context], BlockDevice]) -> None:
+    def __init__(self, device_fn: Callable[[Context], Device]) -> None:
         super().__init__()
         report_profile(self, lambda context: device_fn(context).profile)
 

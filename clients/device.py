@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.clients.update import LocalUpdate
 from lola_flwr.codec import codec_named
 from lola_flwr.errors import UserError
 from lola_flwr.models import fingerprint, load_values
@@ -28,25 +29,6 @@ from lola_flwr.truncated_backprop import (
 
 # Gives the mini-batch of a round: (server_round, batch_size) -> arguments of the model.
 BatchSource = Callable[[int, int], Batch]
-
-
-@dataclass(frozen=True, eq=False)
-class LocalUpdate:
-    """What a device sends back.
-
-    Parameters
-    ----------
-    arrays
-        Encoded gradient of each parameter of the block and of the head.
-    num_examples
-        Examples that they are over.
-    report
-        What the device says about them.
-    """
-
-    arrays: dict[str, npt.NDArray[np.generic]]
-    num_examples: int
-    report: UpdateReport
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

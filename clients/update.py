@@ -1,0 +1,47 @@
+"""What a client asks of a device, whether it trains in this process or in another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.protocol import Assignment, UpdateReport
+from lola_flwr.system.devices import DeviceProfile
+
+
+@dataclass(frozen=True, eq=False)
+class LocalUpdate:
+    """What a device sends back.
+
+    Parameters
+    ----------
+    arrays
+        Encoded gradient of each parameter of the block and of the head.
+    num_examples
+        Examples that they are over.
+    report
+        What the device says about them.
+    """
+
+    arrays: dict[str, npt.NDArray[np.generic]]
+    num_examples: int
+    report: UpdateReport
+
+
+class Device(Protocol):
+    """A device that trains blocks."""
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """What the device offers."""
+
+    def train(
+        self,
+        assignment: Assignment,
+        values: Mapping[str, npt.NDArray[Any]] | Sequence[npt.NDArray[Any]],
+    ) -> LocalUpdate:
+        """Compute the mean gradient of the assigned block on one mini-batch."""
