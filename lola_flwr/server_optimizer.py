@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,11 +63,13 @@ class ServerOptimizer:
             name: torch.nn.Parameter(torch.from_numpy(np.array(values, np.float32)))
             for name, values in state.items()
         }
+        factory = _without_compiler(factory)
         try:
             # Some optimizers can be made, but not stepped with a dense gradient alone.
             probe = torch.nn.Parameter(torch.zeros(1))
             probe.grad = torch.zeros(1)
-            factory([probe], **options).step()
+            with torch.no_grad():
+                factory([probe], **options).step()
             self._optimizer = factory(self._parameters.values(), **options)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"optimizer={optimizer!r}: {error}") from None
@@ -86,7 +89,8 @@ class ServerOptimizer:
         for name, parameter in self._parameters.items():
             values = gradient.get(name)
             parameter.grad = None if values is None else torch.tensor(values)
-        self._optimizer.step()
+        with torch.no_grad():
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
 
@@ -108,6 +112,20 @@ class ServerOptimizer:
             name: parameter.detach().numpy()
             for name, parameter in self._parameters.items()
         }
+
+
+def _without_compiler(
+    factory: type[torch.optim.Optimizer],
+) -> type[torch.optim.Optimizer]:
+    """Derive an optimizer whose methods do not load PyTorch's compiler.
+
+    PyTorch wraps them so that ``torch.compile`` leaves them alone, and the wrappers
+    load it to say so: 70 MiB and 2 s, for a compiler that the server never runs. Without
+    its wrapper, ``step`` has to be called under ``torch.no_grad``.
+    """
+    wrapped = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
+    methods = {name: inspect.unwrap(getattr(factory, name)) for name in wrapped}
+    return type(factory.__name__, (factory,), methods)
 
 
 def _schedule_named(

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+import torch
 
 from lola_flwr.errors import UserError
 from lola_flwr.server_optimizer import ServerOptimizer
@@ -104,3 +108,32 @@ def test_loaded_values_replace_the_old():
     optimizer.load({"a": np.array([5.0]), "other": np.array([0.0])})
     optimizer.step({"a": np.float32([1])})
     np.testing.assert_array_equal(optimizer.state()["a"], [4])
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad", "RMSprop", "Adafactor"])
+def test_steps_are_those_of_torch(name, rng):
+    start = rng.normal(size=(4, 3)).astype(np.float32)
+    gradients = rng.normal(size=(5, 4, 3)).astype(np.float32)
+    optimizer = ServerOptimizer({"a": start}, optimizer=name, lr=0.01)
+    parameter = torch.nn.Parameter(torch.tensor(start))
+    reference = getattr(torch.optim, name)([parameter], lr=0.01)
+    for gradient in gradients:
+        optimizer.step({"a": gradient})
+        parameter.grad = torch.tensor(gradient)
+        reference.step()
+    expected = parameter.numpy(force=True)
+    np.testing.assert_array_equal(optimizer.state()["a"], expected)
+    assert not np.array_equal(expected, start)
+
+
+def test_the_compiler_of_pytorch_stays_out_of_memory():
+    program = (
+        "import sys, numpy as np\n"
+        "from lola_flwr.server_optimizer import ServerOptimizer\n"
+        "one = np.ones(2, np.float32)\n"
+        "optimizer = ServerOptimizer({'a': one}, optimizer='AdamW', lr=0.1)\n"
+        "optimizer.step({'a': one})\n"
+        "assert optimizer.state()['a'][0] < 1\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
