@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pkgutil import resolve_name
@@ -26,7 +25,7 @@ from lola_flwr.allocation.problem import (
     RoundMode,
 )
 from lola_flwr.allocation.solution import Allocation
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, nearest
 
 
 class Allocator(Protocol):
@@ -149,11 +148,9 @@ def find_allocator(name: str) -> Callable[..., Allocation]:
         if not callable(found):
             raise UserError(f"allocator={name!r} is not a function.")
         return cast(Callable[..., Allocation], found)
-    near = difflib.get_close_matches(name, ALLOCATORS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(
         f"Unknown allocator {name!r}; use one of {', '.join(ALLOCATORS)}, or "
-        f"'package.module:function'.{hint}"
+        f"'package.module:function'.{nearest(name, ALLOCATORS)}"
     )
 
 

@@ -1,0 +1,41 @@
+"""What commands print with: rich on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# A table that goes into a file or a pipe is not broken at 80 columns.
+_PIPE_WIDTH = 160
+
+
+def console() -> Console:
+    """Return a console on today's standard output."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, width=_PIPE_WIDTH)
+
+
+def table(title: str, *columns: str, left: int = 1) -> Table:
+    """Return an empty table whose first columns are words, and the others numbers."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number < left else "right")
+    return made
+
+
+def print_json(value: Any) -> None:
+    """Print strict JSON, for programs to read."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def si(value: float, unit: str) -> str:
+    """Write a quantity with three digits and an SI prefix: ``2.5 GB``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor * 0.9995:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"

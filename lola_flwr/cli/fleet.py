@@ -1,0 +1,92 @@
+"""``lola-flwr fleet``: make, show and check device files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lola_flwr.cli.console import console, print_json, si, table
+from lola_flwr.errors import UserError
+
+if TYPE_CHECKING:
+    from lola_flwr.system.fleet import Fleet
+
+app = typer.Typer(
+    name="fleet",
+    help="Generate, show and validate device files (TOML).",
+    no_args_is_help=True,
+)
+
+FleetFile = Annotated[Path, typer.Argument(help="Fleet file in TOML.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@app.command()
+def generate(
+    devices: Annotated[int, typer.Argument(help="How many devices.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write (default: standard output).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the fleet.")] = 0,
+) -> None:
+    """Draw a heterogeneous fleet, from single-board computers to small accelerators.
+
+    Example: `lola-flwr fleet generate 20 --seed 1 --out fleet.toml`
+    """
+    from lola_flwr.system.fleet import fleet_toml, generate_fleet
+
+    text = fleet_toml(generate_fleet(devices, seed=seed))
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{out} exists already; give another --out.") from None
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}.") from None
+    print(f"{devices} devices written to {out}")
+
+
+@app.command()
+def show(path: FleetFile, as_json: AsJson = False) -> None:
+    """Show a fleet as a table.
+
+    Example: `lola-flwr fleet show fleet.toml`
+    """
+    from lola_flwr.system.fleet import read_fleet
+
+    fleet = read_fleet(path)
+    if as_json:
+        print_json([device.to_properties() for device in fleet])
+        return
+    rows = table(f"{path}: {len(fleet)} devices", "device", "speed", "memory", "SNR")
+    for device in fleet:
+        rows.add_row(
+            device.name,
+            si(device.flops_per_s, "FLOP/s"),
+            si(device.memory_bytes, "B"),
+            f"{device.snr_db:.1f} dB",
+        )
+    console().print(rows)
+
+
+@app.command()
+def validate(path: FleetFile) -> None:
+    """Check a fleet file; the exit code says whether it holds.
+
+    Example: `lola-flwr fleet validate fleet.toml`
+    """
+    from lola_flwr.system.fleet import read_fleet
+
+    print(f"{path}: {len(read_fleet(path))} devices, all of them complete")
+
+
+def fleet_of(path: Path | None, num_devices: int, seed: int) -> Fleet:
+    """Return the fleet of a file, or one drawn where no file is given."""
+    from lola_flwr.system.fleet import generate_fleet, read_fleet
+
+    return generate_fleet(num_devices, seed=seed) if path is None else read_fleet(path)

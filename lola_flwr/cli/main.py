@@ -1,0 +1,67 @@
+"""Entry point of ``lola-flwr``: gathers the commands, and turns mistakes into a line.
+
+To add a command, write a module with its function beside this one, and name it in
+`_add_commands`. A command's module imports at its top only what every command may wait
+for; torch, Flower and the solvers are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from lola_flwr.cli import fleet, plan
+from lola_flwr.errors import UserError
+
+# Exit codes besides 0: the run failed, the command was not understood, Ctrl-C.
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+
+def _add_commands(app: typer.Typer) -> None:
+    app.command()(plan.plan)
+    app.add_typer(fleet.app)
+
+
+app = typer.Typer(
+    name="lola-flwr",
+    help="Plan, simulate and look into low-latency cooperative fine-tuning.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_add_commands(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code.
+
+    Parameters
+    ----------
+    arguments
+        The words after ``lola-flwr`` (default: those of this process).
+    """
+    command = typer.main.get_command(app)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = command.main(words, prog_name="lola-flwr", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        # Not a mistake: whoever asks for nothing is shown what there is.
+        print(error.format_message())
+        return MISUSED
+    except click.ClickException as error:
+        return _say(error.format_message(), MISUSED)
+    except UserError as error:
+        return _say(str(error), FAILED)
+    except (click.Abort, KeyboardInterrupt):
+        return _say("stopped", INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def _say(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(line if code == INTERRUPTED else f"error: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,189 @@
+"""``lola-flwr plan``: who gets which block and share, and what that comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from lola_flwr.cli.console import console, print_json, si, table
+from lola_flwr.cli.fleet import fleet_of
+from lola_flwr.errors import UserError
+
+if TYPE_CHECKING:
+    from lola_flwr.allocation import AllocationProblem
+    from lola_flwr.planning import Plan
+    from lola_flwr.system.costs import BlockCosts
+    from lola_flwr.system.fleet import Fleet
+
+_BAR = 32
+
+
+def plan(
+    fleet: Annotated[
+        Path | None, typer.Option(help="Fleet file (default: a generated fleet).")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Devices to generate; 20 if not given.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="minilm-l6, roberta-base, ..., or a directory.")
+    ] = "roberta-base",
+    allocator: Annotated[
+        str, typer.Option(help="Allocator whose plan is shown in full.")
+    ] = "exact",
+    bandwidth_hz: Annotated[float, typer.Option(help="Total uplink band, Hz.")] = 20e6,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a batch.")] = 32,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens an example.")] = 64,
+    codec: Annotated[str, typer.Option(help="Codec of the gradients.")] = "fp32",
+    server_round: Annotated[
+        int, typer.Option("--round", min=1, help="Round of the channel's draw.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of fleet and channel.")] = 0,
+    fading: Annotated[
+        bool, typer.Option(help="Rayleigh fading, or every device's mean SNR.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Plan one round: a block and a share of the uplink for every device.
+
+    Shows the plan of one allocator, and all allocators side by side.
+
+    Example: `lola-flwr plan --devices 20`
+
+    Another: `lola-flwr plan --fleet fleet.toml --model minilm-l6 --allocator jbba`
+    """
+    if fleet is not None and devices is not None:
+        raise UserError("--devices generates a fleet and --fleet reads one; drop one.")
+    if not 0 < bandwidth_hz < float("inf"):
+        raise UserError(
+            f"--bandwidth-hz={bandwidth_hz:g} must be a positive number of hertz, such "
+            "as 20e6."
+        )
+    there = fleet_of(fleet, 20 if devices is None else devices, seed)
+
+    from lola_flwr.allocation import ALLOCATORS, find_allocator
+    from lola_flwr.planning import compare, named_model_costs, round_problem
+
+    find_allocator(allocator)
+    costs = named_model_costs(
+        model, batch_size=batch_size, sequence_length=max_length, codec=codec
+    )
+    problem = round_problem(
+        there,
+        costs,
+        bandwidth_hz=bandwidth_hz,
+        server_round=server_round,
+        seed=seed,
+        fading=fading,
+    )
+    plans = compare(problem, list(dict.fromkeys([allocator, *ALLOCATORS])), seed=seed)
+    if as_json:
+        print_json(_as_json(problem, costs, plans, there, model))
+    else:
+        _print(problem, costs, plans, there, model)
+
+
+def _parts(
+    problem: AllocationProblem, costs: BlockCosts, plan: Plan, fleet: Fleet
+) -> list[dict[str, Any]]:
+    """Describe each active device's part, from the first block on."""
+    allocation = plan.allocation
+    upload_s = allocation.upload_s(problem)
+    parts = []
+    for row, block in enumerate(allocation.block_of_device.tolist()):
+        if block < 0:
+            continue
+        compute_s = float(problem.compute_s[row, block])
+        parts.append(
+            {
+                "block": block,
+                "depth": problem.num_blocks - block,
+                "device": fleet[row].name,
+                "share": float(allocation.share[row]),
+                "compute_s": compute_s,
+                "upload_s": float(upload_s[row]),
+                "total_s": compute_s + float(upload_s[row]),
+                "payload_bits": float(costs.payload_bits[block]),
+                "required_memory_bytes": float(costs.memory_bytes[block]),
+                "memory_bytes": fleet[row].memory_bytes,
+            }
+        )
+    return sorted(parts, key=lambda part: (part["block"], part["device"]))
+
+
+def _as_json(
+    problem: AllocationProblem,
+    costs: BlockCosts,
+    plans: Sequence[Plan],
+    fleet: Fleet,
+    model: str,
+) -> dict[str, Any]:
+    def finite(value: float) -> float | None:
+        return value if abs(value) < float("inf") else None
+
+    return {
+        "model": model,
+        "num_devices": problem.num_devices,
+        "num_blocks": problem.num_blocks,
+        "allocator": plans[0].allocator,
+        "round_s": finite(plans[0].allocation.round_s),
+        "blocks": _parts(problem, costs, plans[0], fleet),
+        "allocators": [
+            {
+                "allocator": plan.allocator,
+                "round_s": finite(plan.allocation.round_s),
+                "bound_s": finite(plan.allocation.bound_s),
+                "solve_s": plan.solve_s,
+            }
+            for plan in plans
+        ],
+    }
+
+
+def _print(
+    problem: AllocationProblem,
+    costs: BlockCosts,
+    plans: Sequence[Plan],
+    fleet: Fleet,
+    model: str,
+) -> None:
+    shown = plans[0]
+    round_s = shown.allocation.round_s
+    parts = _parts(problem, costs, shown, fleet)
+    rows = table(
+        f"{model}: {len(parts)} of {problem.num_devices} devices train "
+        f"{problem.num_blocks} blocks in {round_s:.3f} s ({shown.allocator})",
+        *("device", "block", "depth", "share", "compute", "upload", "memory"),
+    )
+    rows.add_column("▒ compute  █ upload", justify="left")
+    for part in parts:
+        compute = round(_BAR * part["compute_s"] / round_s)
+        total = round(_BAR * part["total_s"] / round_s)
+        rows.add_row(
+            part["device"],
+            str(part["block"]),
+            str(part["depth"]),
+            f"{part['share']:.2%}",
+            f"{part['compute_s']:.2f} s",
+            f"{part['upload_s']:.2f} s",
+            f"{si(part['required_memory_bytes'], 'B')} of "
+            f"{si(part['memory_bytes'], 'B')}",
+            Text("▒" * compute, "yellow") + Text("█" * (total - compute), "cyan"),
+        )
+    best_s = min(plan.allocation.round_s for plan in plans)
+    side = table("\nAllocators", "allocator", "latency", "above best", "solved in")
+    for plan in sorted(plans, key=lambda plan: plan.allocation.round_s):
+        allocation = plan.allocation
+        side.add_row(
+            plan.allocator,
+            f"{allocation.round_s:.3f} s",
+            f"{allocation.round_s / best_s - 1:.1%}",
+            f"{1e3 * plan.solve_s:.1f} ms",
+        )
+    out = console()
+    out.print(rows)
+    out.print(side)

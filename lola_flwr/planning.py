@@ -1,0 +1,160 @@
+"""Plan one round for a fleet without a model, Flower or torch, under any allocators."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lola_flwr.allocation import (
+    ALLOCATORS,
+    RANDOM_ALLOCATORS,
+    Allocation,
+    AllocationProblem,
+    RoundMode,
+    allocate,
+)
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.codec import NPY_HEADER_BYTES, codec_named
+from lola_flwr.system.channel import db_to_linear, full_band_rate_bps, rayleigh_snr
+from lola_flwr.system.costs import BlockCosts, estimate_costs
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.model_shapes import model_shapes
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One allocator's answer.
+
+    Parameters
+    ----------
+    allocator
+        Its name.
+    allocation
+        The answer.
+    solve_s
+        Seconds that it took here.
+    """
+
+    allocator: str
+    allocation: Allocation
+    solve_s: float
+
+
+def named_model_costs(
+    model: str, *, batch_size: int = 32, sequence_length: int = 64, codec: str = "fp32"
+) -> BlockCosts:
+    """Estimate what each layer of a model costs, from its name or ``config.json``.
+
+    Parameters
+    ----------
+    model
+        As for `model_shapes`.
+    batch_size, sequence_length
+        Mini-batch of a device: examples, and tokens of each.
+    codec
+        Name of the codec that gradients travel in.
+
+    Raises
+    ------
+    UserError
+        Unknown model or codec.
+    """
+    known = model_shapes(model)
+    return estimate_costs(
+        known.shapes,
+        partition_parameters(known.shapes),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        bits_per_element=codec_named(codec).bits_per_element,
+        header_bits_per_tensor=8 * NPY_HEADER_BYTES,
+        dropout_heads=known.dropout_heads,
+    )
+
+
+def round_problem(
+    fleet: Sequence[DeviceProfile],
+    costs: BlockCosts,
+    *,
+    bandwidth_hz: float = 20e6,
+    server_round: int = 1,
+    seed: int = 0,
+    fading: bool = True,
+    mode: RoundMode | None = None,
+) -> AllocationProblem:
+    """State a round's allocation problem for a fleet.
+
+    Parameters
+    ----------
+    fleet
+        The K devices.
+    costs
+        What each of the N blocks costs.
+    bandwidth_hz
+        Total uplink bandwidth.
+    server_round, seed
+        Round and seed of the channel's draw: the same as in a run with that seed.
+    fading
+        Whether the channel fades (Rayleigh), or every device has its mean SNR.
+    mode
+        Which blocks need how many devices (default: every block one).
+    """
+    names = [device.name for device in fleet]
+    snr_db = [device.snr_db for device in fleet]
+    snr = (
+        rayleigh_snr(snr_db, names, server_round=server_round, seed=seed)
+        if fading
+        else db_to_linear(snr_db)
+    )
+    rate_bps = full_band_rate_bps(bandwidth_hz, snr)
+    speed = np.array([device.flops_per_s for device in fleet])
+    memory_bytes = np.array([device.memory_bytes for device in fleet])
+    return AllocationProblem(
+        costs.flops[None, :] / speed[:, None],  # [K, N]
+        costs.payload_bits[None, :] / rate_bps[:, None],
+        costs.memory_bytes[None, :] <= memory_bytes[:, None],
+        memory_bytes=memory_bytes,
+        required_memory_bytes=costs.memory_bytes,
+        device_names=names,
+        mode=RoundMode() if mode is None else mode,
+    )
+
+
+def compare(
+    problem: AllocationProblem,
+    allocators: Sequence[str] = tuple(ALLOCATORS),
+    *,
+    seed: int = 0,
+) -> list[Plan]:
+    """Solve one problem under several allocators.
+
+    Parameters
+    ----------
+    problem
+        The instance.
+    allocators
+        Names as for `allocate`.
+    seed
+        Seed of the random ones.
+
+    Raises
+    ------
+    InfeasibleAllocation
+        The problem has no solution.
+    UserError
+        Unknown allocator.
+    """
+    # What the solvers import when first called shall not count as their time.
+    import scipy.optimize
+    import scipy.sparse.csgraph  # noqa: F401
+
+    plans = []
+    for name in allocators:
+        options: dict[str, Any] = {"seed": seed} if name in RANDOM_ALLOCATORS else {}
+        start = time.perf_counter()
+        allocation = allocate(problem, name, **options)
+        plans.append(Plan(name, allocation, time.perf_counter() - start))
+    return plans

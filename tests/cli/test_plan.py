@@ -1,0 +1,132 @@
+"""``lola-flwr plan``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from lola_flwr.allocation import ALLOCATORS, allocate
+from lola_flwr.cli.main import main
+from lola_flwr.models import load_classifier
+from lola_flwr.planning import named_model_costs, round_problem
+from lola_flwr.system.fleet import generate_fleet
+from lola_flwr.system.model_shapes import KNOWN_MODELS, model_shapes
+
+
+def planned(capsys, *arguments):
+    assert main(["plan", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_is_the_allocation(capsys):
+    shown = planned(capsys, "--devices", "14", "--seed", "3", "--batch-size", "8")
+    problem = round_problem(
+        generate_fleet(14, seed=3),
+        named_model_costs("roberta-base", batch_size=8),
+        seed=3,
+    )
+    best = allocate(problem)
+    assert shown["round_s"] == best.round_s
+    assert [part["block"] for part in shown["blocks"]] == list(range(12))
+    assert [int(part["device"][-4:]) for part in shown["blocks"]] == (
+        best.device_of_block.tolist()
+    )
+    assert sum(part["share"] for part in shown["blocks"]) == pytest.approx(1)
+    for part in shown["blocks"]:
+        assert part["compute_s"] + part["upload_s"] == pytest.approx(part["total_s"])
+        assert part["required_memory_bytes"] <= part["memory_bytes"]
+    assert {row["allocator"] for row in shown["allocators"]} == set(ALLOCATORS)
+
+
+def test_table_shows_every_active_device_and_allocator(capsys):
+    assert main(["plan", "--model", "minilm-l6", "--allocator", "crunch"]) == 0
+    shown = capsys.readouterr().out
+    assert "6 of 20 devices train 6 blocks" in shown
+    assert "(crunch)" in shown
+    assert all(name in shown for name in ALLOCATORS)
+
+
+def test_without_fading_the_round_does_not_matter(capsys):
+    one, two = (
+        planned(capsys, "--no-fading", "--round", number)["round_s"] for number in "12"
+    )
+    assert one == two
+    assert planned(capsys)["round_s"] != planned(capsys, "--round", "2")["round_s"]
+
+
+def test_a_plan_is_the_round_of_a_fleet_file(capsys, tmp_path):
+    path = str(tmp_path / "fleet.toml")
+    assert main(["fleet", "generate", "20", "--out", path]) == 0
+    capsys.readouterr()
+    assert planned(capsys, "--fleet", path)["blocks"] == planned(capsys)["blocks"]
+
+
+def test_planning_needs_neither_torch_nor_flower():
+    program = (
+        "import sys\nfrom lola_flwr.cli.main import main\n"
+        "assert main(['plan', '--devices', '20']) == 0\n"
+        "heavy = {'torch', 'flwr', 'transformers', 'ray'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("model", ["minilm-l6", "random:roberta-base"])
+def test_known_shapes_are_those_of_the_model(model):
+    loaded, _ = load_classifier(model, num_labels=3)
+    known = model_shapes(model, num_labels=3)
+    assert dict(known.shapes) == {
+        name: tuple(values.shape) for name, values in loaded.named_parameters()
+    }
+    assert known.dropout_heads == loaded.config.num_attention_heads
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_shapes_from_a_directory(tmp_path, family):
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3}
+    config = AutoConfig.for_model(
+        family, **sizes, intermediate_size=16, vocab_size=50, num_labels=2
+    )
+    config.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert dict(model_shapes(str(tmp_path)).shapes) == {
+        name: tuple(values.shape) for name, values in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("model", KNOWN_MODELS)
+def test_depth_costs_more(model):
+    costs = named_model_costs(model)
+    assert np.all(np.diff(costs.flops) < 0)
+    assert np.all(np.diff(costs.memory_bytes) < 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--devices", "3"], 1, "Too few devices: 3 for 12 blocks"),
+        (["--devices", "0"], 1, "at least 1 device, not 0"),
+        (["--devces", "3"], 2, "--devices"),
+        (["--devices", "many"], 2, "'many' is not a valid int"),
+        (["--fleet", "/nowhere.toml"], 1, "No such file"),
+        (["--fleet", "f.toml", "--devices", "3"], 1, "drop one"),
+        (["--model", "robrta-base"], 1, "Did you mean 'roberta-base'?"),
+        (["--allocator", "exct"], 1, "Did you mean 'exact'?"),
+        (["--codec", "zip"], 1, "zip"),
+        (["--bandwidth-hz", "-1"], 1, "positive number of hertz"),
+        (["--bandwidth-hz", "nan"], 1, "positive number of hertz"),
+        (["--batch-size", "100000"], 1, "required_memory_bytes"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, code, message, capsys):
+    assert main(["plan", *arguments]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
