@@ -35,6 +35,8 @@ from lola_flwr.protocol import Assignment, UpdateReport
 from lola_flwr.randomness import rng_for
 from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused
 from lola_flwr.round_log import BlockRecord, RoundRecord
+from lola_flwr.selection.chooser import BlockChooser, Selection
+from lola_flwr.selection.importance import Response
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
 from lola_flwr.system.costs import BlockCosts
@@ -88,6 +90,11 @@ class Coordinator:
         to allocation.
     mode
         Which blocks need how many devices (default: every block one).
+    selection
+        Which blocks of these a round trains (default: all of them).
+    response
+        Gives the loss that the model has with some trainable values on data of the
+        server's, for a selection by importance.
     rotation_eps
         Relative latency that may be given up for letting blocks meet other devices'
         data; 0 turns rotation off.
@@ -124,6 +131,8 @@ class Coordinator:
         base_fingerprint: str,
         allocator: str | Allocator = "exact",
         mode: RoundMode | None = None,
+        selection: Selection | None = None,
+        response: Response | None = None,
         rotation_eps: float = 0.0,
         correct_profiles: bool = True,
         batch_size: int = 32,
@@ -144,6 +153,13 @@ class Coordinator:
             find_allocator(allocator)  # an unknown name is an error now, not in round 1
         self._allocator = allocator
         self._mode = RoundMode() if mode is None else mode
+        self._chooser = BlockChooser(
+            partition,
+            Selection() if selection is None else selection,
+            start=optimizer.state(),
+            response=response,
+            seed=seed,
+        )
         self._rotation_eps = rotation_eps
         self._correct_profiles = correct_profiles
         self._batch_size = batch_size
@@ -239,7 +255,9 @@ class Coordinator:
                 if known
                 else "No device has reported a usable profile; see the warnings above."
             )
-        problem = self._problem(server_round, profiles)
+        problem = self._chooser.narrow(
+            self._problem(server_round, profiles), server_round, self._optimizer.state()
+        )
         options: dict[str, Any] = {}
         if self._allocator in RANDOM_ALLOCATORS:
             rng = rng_for(self._seed, "matching", server_round)
@@ -311,10 +329,15 @@ class Coordinator:
             ignored_arrays[reply.device_id] = len(reply.tensors) - len(update.gradients)
         if updates:
             # In the plan's order, so that the sum does not depend on who came first.
-            self._optimizer.step(
-                assemble_gradient([updates[d] for d in plan.device_ids if d in updates])
+            gradient = assemble_gradient(
+                [updates[d] for d in plan.device_ids if d in updates]
             )
-        blocks = self._block_records(plan, reports, refusals, ignored_arrays)
+            state = self._optimizer.state()
+            self._chooser.before_step({name: state[name] for name in gradient})
+            self._optimizer.step(gradient)
+            blocks = [reports[device].block_index for device in updates]
+            self._chooser.after_step(plan.server_round, blocks, state)
+        records = self._block_records(plan, reports, refusals, ignored_arrays)
         observed_s = self._constant_s + max(
             block.upload_s
             + (
@@ -322,7 +345,7 @@ class Coordinator:
                 if block.reported_compute_s is None
                 else block.reported_compute_s
             )
-            for block in blocks
+            for block in records
         )
         self._wireless_s += observed_s
         self._learn_from(plan, reports)
@@ -344,7 +367,7 @@ class Coordinator:
                 else None
             ),
             refused=refused,
-            blocks=blocks,
+            blocks=records,
         )
 
     def skip_round(self, server_round: int, reason: str) -> RoundRecord:

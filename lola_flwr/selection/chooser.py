@@ -1,0 +1,193 @@
+"""Narrow each round's problem down to the blocks that are to be trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.allocation import AllocationProblem
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.errors import UserError
+from lola_flwr.randomness import rng_for
+from lola_flwr.selection.history import BlockHistory, FloatArray
+from lola_flwr.selection.importance import Response, Trials, measure_importance
+from lola_flwr.selection.latency_target import most_valuable_blocks
+from lola_flwr.selection.selectors import BlockSelector
+
+FloatArrays = Mapping[str, npt.NDArray[np.float32]]
+BlockValue = Literal["staleness", "equal"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a round's blocks are chosen; without any argument, all of them are.
+
+    Parameters
+    ----------
+    selector
+        Names the blocks that are wanted; None: all of them.
+    latency_target_s
+        Of the wanted blocks, the most valuable ones are kept that a round can finish
+        within this time, seconds; infinite: all that the devices can hold.
+    value
+        What a block is worth then: "staleness", the rounds since it was last trained;
+        or "equal", so that as many blocks as possible are kept.
+    trials
+        How the blocks' importance is measured, where a `response` is given.
+
+    Raises
+    ------
+    UserError
+        A field is out of range.
+    """
+
+    selector: BlockSelector | None = None
+    latency_target_s: float = math.inf
+    value: BlockValue = "staleness"
+    trials: Trials = field(default_factory=Trials)
+
+    def __post_init__(self) -> None:
+        if not self.latency_target_s > 0:
+            raise UserError(
+                f"latency_target_s={self.latency_target_s:g} s must be positive."
+            )
+        if self.value not in get_args(BlockValue):
+            raise UserError(
+                f"value={self.value!r} is unknown; choose from "
+                f"{', '.join(get_args(BlockValue))}."
+            )
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every round trains every block."""
+        return self.selector is None and math.isinf(self.latency_target_s)
+
+
+class BlockChooser:
+    """Chooses each round's blocks, and remembers what became of them.
+
+    Parameters
+    ----------
+    partition
+        The model's blocks.
+    selection
+        How to choose.
+    start
+        Trainable values before the first round; copied where they are needed.
+    response
+        Gives the model's loss for some trainable values, on data that the server holds
+        (default: the importance of blocks is not measured).
+    seed
+        Seed of the run.
+    """
+
+    def __init__(
+        self,
+        partition: BlockPartition,
+        selection: Selection,
+        *,
+        start: FloatArrays,
+        response: Response | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.history = BlockHistory.of(partition.num_blocks)
+        self._partition = partition
+        self._selection = selection
+        self._response = response
+        self._start = (
+            {name: values.copy() for name, values in start.items()} if response else {}
+        )
+        self._seed = seed
+        self._before: dict[str, npt.NDArray[np.float32]] = {}
+
+    def narrow(
+        self, problem: AllocationProblem, server_round: int, values: FloatArrays
+    ) -> AllocationProblem:
+        """Return the round's problem with the blocks that are to be trained.
+
+        Parameters
+        ----------
+        problem
+            The problem of all the blocks that the round's mode names.
+        server_round
+            Round, from 1.
+        values
+            Trainable values now.
+
+        Raises
+        ------
+        InfeasibleAllocation
+            None of the wanted blocks can be trained in time.
+        """
+        selection = self._selection
+        if selection.takes_all:
+            return problem
+        allowed = np.flatnonzero(problem.demand)
+        if self._response is not None and server_round % selection.trials.interval == 0:
+            self.history = measure_importance(
+                self.history,
+                self._partition,
+                start=self._start,
+                values=values,
+                response=self._response,
+                trials=selection.trials,
+                rng=rng_for(self._seed, "trials", server_round),
+            )
+        wanted: Collection[int] = allowed.tolist()
+        if selection.selector is not None:
+            per_block = int(problem.demand[allowed].max())
+            most = max(1, min(allowed.size, problem.num_devices // per_block))
+            draw = partial(rng_for, self._seed)
+            chosen = selection.selector(server_round, self.history, most, draw)
+            wanted = [block for block in chosen if block in set(allowed.tolist())]
+            # None of them may be among the mode's blocks: then all of those are wanted.
+            wanted = wanted or allowed.tolist()
+        wanted_only = replace(problem, mode=replace(problem.mode, blocks=tuple(wanted)))
+        blocks = most_valuable_blocks(
+            wanted_only,
+            self._values(server_round),
+            latency_target_s=selection.latency_target_s,
+        )
+        return replace(problem, mode=replace(problem.mode, blocks=blocks))
+
+    def before_step(self, values: FloatArrays) -> None:
+        """Take note of the values that a step is about to change."""
+        if not self._selection.takes_all:
+            self._before = {name: array.copy() for name, array in values.items()}
+
+    def after_step(
+        self, server_round: int, blocks: Collection[int], values: FloatArrays
+    ) -> None:
+        """Take note of a step.
+
+        Parameters
+        ----------
+        server_round
+            Round, from 1.
+        blocks
+            Blocks that were stepped.
+        values
+            Trainable values after it.
+        """
+        moves = {block: self._relative_move(block, values) for block in set(blocks)}
+        self._before = {}
+        self.history = self.history.after_round(server_round, moves)
+
+    def _relative_move(self, block: int, values: FloatArrays) -> float:
+        if not self._before:
+            return float("nan")
+        names = self._partition.blocks[block]
+        move = sum(float(np.sum((values[n] - self._before[n]) ** 2)) for n in names)
+        size = sum(float(np.sum(self._before[n] ** 2)) for n in names)
+        return float(np.sqrt(move / size)) if size else float("inf")
+
+    def _values(self, server_round: int) -> FloatArray:
+        if self._selection.value == "equal":
+            return np.ones(self._partition.num_blocks)
+        return self.history.staleness(server_round).astype(np.float64)

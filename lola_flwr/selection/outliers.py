@@ -1,0 +1,50 @@
+"""How many outliers each block's weights hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.blocks import BlockPartition
+
+
+def outlier_ratios(
+    values: Mapping[str, npt.NDArray[np.float32]],
+    partition: BlockPartition,
+    *,
+    threshold: float = 5.0,
+) -> tuple[float, ...]:
+    """Return the share of each block's matrix elements that are outliers.
+
+    Parameters
+    ----------
+    values
+        Trainable values by name.
+    partition
+        The model's blocks.
+    threshold
+        An element is an outlier if its magnitude exceeds this many times the mean
+        magnitude of its matrix.
+
+    Returns
+    -------
+    Ratios, shape [N]; at least one element's worth, so that every block has a chance.
+
+    Notes
+    -----
+    OwLore (arXiv:2405.18380) takes the outliers of ``|W| * ||x||``, the weights times
+    the norms of their inputs over calibration data. A server has no data: the weights
+    alone stand for it here.
+    """
+    ratios = []
+    for block in partition.blocks:
+        matrices = [abs(values[name]) for name in block if values[name].ndim == 2]
+        elements = sum(matrix.size for matrix in matrices)
+        outliers = sum(
+            int(np.count_nonzero(matrix > threshold * matrix.mean()))
+            for matrix in matrices
+        )
+        ratios.append(max(outliers, 1) / max(elements, 1))
+    return tuple(ratios)

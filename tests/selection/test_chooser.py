@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lola_flwr.allocation import InfeasibleAllocation
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.errors import UserError
+from lola_flwr.selection import (
+    BlockHistory,
+    Lisa,
+    RoundRobin,
+    Selection,
+    Trials,
+    selector_named,
+)
+from lola_flwr.selection.importance import measure_importance
+from lola_flwr.selection.outliers import outlier_ratios
+from tests.test_coordinator import PARTITION, SHAPES, honest_reply, make_coordinator
+
+IDS = ["id-0", "id-1", "id-2", "id-3"]
+VALUES = {name: np.ones(SHAPES[name], np.float32) for name in PARTITION.trainable}
+
+
+def blocks_of(plan):
+    return sorted(a.block_index for a in plan.assignments.values())
+
+
+def run_rounds(coordinator, ids, rounds):
+    """Plan and complete rounds with honest devices; return the rounds' blocks."""
+    chosen = []
+    for server_round in range(1, rounds + 1):
+        plan = coordinator.plan_round(server_round, ids)
+        replies = [
+            honest_reply(plan, device, value=1e-3) for device in plan.assignments
+        ]
+        record = coordinator.complete_round(plan, replies)
+        assert record.refused == {}
+        chosen.append(blocks_of(plan))
+    return chosen
+
+
+def test_fewer_devices_than_blocks_train_in_turns():
+    coordinator = make_coordinator(
+        num_devices=1, selection=Selection(RoundRobin(count=3))
+    )
+    assert run_rounds(coordinator, ["id-0"], 6) == [[2], [1], [0], [2], [1], [0]]
+
+
+def test_all_blocks_still_need_as_many_devices():
+    with pytest.raises(InfeasibleAllocation, match=r"Too few devices"):
+        make_coordinator(num_devices=2).plan_round(1, IDS[:2])
+
+
+def test_only_the_chosen_blocks_are_stepped():
+    coordinator = make_coordinator(selection=Selection(RoundRobin(count=1)))
+    run_rounds(coordinator, IDS, 1)
+    moved = {
+        n for n, v in coordinator.state().items() if not np.array_equal(v, VALUES[n])
+    }
+    assert moved == {*PARTITION.blocks[2], *PARTITION.head}
+
+
+def test_a_latency_target_keeps_rounds_short_and_still_reaches_every_block():
+    whole = [
+        make_coordinator().plan_round(r, IDS).allocation.round_s for r in range(1, 13)
+    ]
+    target_s = 0.8 * float(np.median(whole))
+    coordinator = make_coordinator(selection=Selection(latency_target_s=target_s))
+    trained: set[int] = set()
+    for server_round in range(1, 13):
+        try:
+            plan = coordinator.plan_round(server_round, IDS)
+        except InfeasibleAllocation:
+            continue
+        assert plan.allocation.round_s <= target_s * (1 + 1e-9)
+        trained.update(blocks_of(plan))
+        coordinator.complete_round(
+            plan, [honest_reply(plan, d) for d in plan.assignments]
+        )
+    assert trained == {0, 1, 2}
+
+
+def test_a_lost_update_does_not_count_as_training():
+    coordinator = make_coordinator(selection=Selection(RoundRobin(count=1)))
+    plan = coordinator.plan_round(1, IDS)
+    coordinator.complete_round(plan, [])
+    assert blocks_of(coordinator.plan_round(2, IDS)) == blocks_of(plan)
+
+
+def test_relative_moves_are_measured():
+    slim = selector_named("slimfit", {"count": 1}, partition=PARTITION, values=VALUES)
+    coordinator = make_coordinator(selection=Selection(slim))
+    chosen = []
+    for server_round in range(1, 6):
+        plan = coordinator.plan_round(server_round, IDS)
+        (block,) = blocks_of(plan)
+        # Block 1 moves three times as much as the others.
+        value = 3e-2 if block == 1 else 1e-2
+        replies = [honest_reply(plan, d, value=value) for d in plan.assignments]
+        coordinator.complete_round(plan, replies)
+        chosen.append(block)
+    assert chosen == [2, 1, 0, 1, 1]
+
+
+def test_importance_is_learned_from_the_response():
+    # The loss depends on block 1's move alone; whoever damps it makes it worse.
+    start = {name: np.zeros_like(v) for name, v in VALUES.items()}
+    name = PARTITION.blocks[1][0]
+
+    def response(values):
+        return 1.0 - float(values[name].mean())
+
+    history = BlockHistory.of(3)
+    for number in range(20):
+        history = measure_importance(
+            history,
+            PARTITION,
+            start=start,
+            values=VALUES,
+            response=response,
+            trials=Trials(damped_share=1 / 3),
+            rng=np.random.default_rng(number),
+        )
+    assert history.importance[1] > 1 > history.importance[[0, 2]].max()
+
+
+def test_damping_leaves_the_values_as_they_were():
+    seen = []
+    measure_importance(
+        BlockHistory.of(3),
+        PARTITION,
+        start={name: np.zeros_like(v) for name, v in VALUES.items()},
+        values=VALUES,
+        response=lambda values: seen.append(values) or 0.5,
+        trials=Trials(count=1, damped_share=1 / 3),
+        rng=np.random.default_rng(0),
+    )
+    (damped,) = seen
+    means = [{float(damped[n].mean()) for n in block} for block in PARTITION.blocks]
+    assert sorted(map(tuple, means)) == [(0.25,), (1.0,), (1.0,)]
+    assert all((values == 1).all() for values in VALUES.values())
+
+
+def test_ist_in_a_run_measures_at_its_interval():
+    calls = []
+    coordinator = make_coordinator(
+        selection=Selection(
+            selector_named("ist", {"count": 1}, partition=PARTITION, values=VALUES),
+            trials=Trials(interval=2, count=3),
+        ),
+        response=lambda values: calls.append(1) or 0.5,
+    )
+    run_rounds(coordinator, IDS, 5)
+    assert len(calls) == 2 * 3
+
+
+def test_outlier_ratio_counts_large_elements():
+    names = ["layer.0.w", "layer.1.w", "layer.1.b"]
+    partition = partition_parameters(
+        ["layer.0.w", "layer.0.b", "layer.1.w", "layer.1.b"]
+    )
+    values = {name: np.ones((10, 10), np.float32) for name in partition.trainable}
+    values["layer.1.w"][0, :3] = 100.0  # the mean is 3.97
+    values |= {name: np.ones(10, np.float32) for name in names if name.endswith("b")}
+    values["layer.0.b"] = np.ones(10, np.float32)
+    assert outlier_ratios(values, partition) == (0.01, 0.03)
+
+
+def test_selectors_by_name():
+    def make(name, **options):
+        return selector_named(name, options, partition=PARTITION, values=VALUES)
+
+    assert make("all") is None
+    assert make("lisa", count=2, period=7) == Lisa(2, period=7)
+    bounded = make("slimfit", count=1, max_staleness=9)
+    assert bounded.max_rounds == 9
+    with pytest.raises(UserError, match=r"Did you mean 'lisa'"):
+        make("lissa", count=1)
+    with pytest.raises(UserError, match=r"selector='lisa': .*size"):
+        make("lisa", size=1)
+    with pytest.raises(UserError, match=r"takes no options"):
+        make("all", count=1)
+
+
+def test_a_selection_out_of_range():
+    with pytest.raises(UserError, match=r"latency_target_s=0 s must be positive"):
+        Selection(latency_target_s=0)
+    with pytest.raises(UserError, match=r"value='age' is unknown"):
+        Selection(value="age")
