@@ -120,8 +120,8 @@ def _without_compiler(
     """Derive an optimizer whose methods do not load PyTorch's compiler.
 
     PyTorch wraps them so that ``torch.compile`` leaves them alone, and the wrappers
-    load it to say so: 70 MiB and 2 s, for a compiler that the server never runs. Without
-    its wrapper, ``step`` has to be called under ``torch.no_grad``.
+    load it to say so: 70 MiB and 2 s, for a compiler that the server never runs.
+    Without its wrapper, ``step`` has to be called under ``torch.no_grad``.
     """
     wrapped = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
     methods = {name: inspect.unwrap(getattr(factory, name)) for name in wrapped}
