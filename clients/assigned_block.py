@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 from flwr.app import (
     Array,
@@ -21,7 +20,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import Config, NDArrays, Scalar
 from torch import nn
 
-from lola_flwr.blocks import partition_parameters
+from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients.device import check_base
 from lola_flwr.clients.received import assignment_in
 from lola_flwr.errors import UserError
@@ -30,6 +29,7 @@ from lola_flwr.protocol import (
     Assignment,
     UpdateReport,
 )
+from lola_flwr.running_statistics import statistics_names
 from lola_flwr.truncated_backprop import only_block_trainable
 
 
@@ -45,7 +45,9 @@ class AssignedBlock:
         ...  # train the model, and put the content of the reply together, as ever
         return Message(block.finish(content), reply_to=message)
 
-    As a context manager it restores every ``requires_grad`` flag at the end.
+    As a context manager it restores every ``requires_grad`` flag at the end. Running
+    statistics, as those of BatchNorm, go back with the block: of all layers, since all
+    have seen the data.
 
     Parameters
     ----------
@@ -53,33 +55,36 @@ class AssignedBlock:
         The model to train.
     received
         The server's message, or under ``NumPyClient`` the ``config`` of ``fit``.
-    stack
-        Prefix of the stack of layers, where the strategy was given one.
 
     Raises
     ------
     MalformedRecord
         The server's strategy is not LoLa-DEFT: there is no assignment.
     UserError
-        The model is not the server's, or the server aggregates securely.
+        The model is not the server's, or the server aggregates securely or expects
+        gradients.
     """
 
-    def __init__(
-        self, model: nn.Module, received: Message | Config, *, stack: str | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, received: Message | Config) -> None:
         self.assignment = (
             assignment_in(received.content)
             if isinstance(received, Message)
             else Assignment.from_record(received)
         )
-        partition = partition_parameters(
-            (name for name, _ in model.named_parameters()), stack=stack
-        )
+        update_names, frozen_names = _names_in(self.assignment)
+        known = {name for name, _ in model.named_parameters()}
+        unknown = [n for n in (*update_names, *frozen_names) if n not in known]
+        if unknown:
+            raise UserError(
+                f"The server asks for {unknown[0]}, which this model lacks; use the "
+                "same model on both."
+            )
+        # Seen from here there is one block: what this device trains.
+        partition = BlockPartition(blocks=(update_names,), head=(), frozen=frozen_names)
         check_base(model, partition, self.assignment)
+        self._model = model
         self._start = time.perf_counter()
-        self._prepared = only_block_trainable(
-            model, partition, self.assignment.block_index
-        )
+        self._prepared = only_block_trainable(model, partition, 0)
         self._parameters = self._prepared.__enter__()
 
     def __enter__(self) -> Self:
@@ -93,11 +98,15 @@ class AssignedBlock:
     ) -> None:
         self._prepared.__exit__(kind, error, traceback)
 
-    def weights(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Return the present weights of block and head, by name."""
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the present weights of block and head, and statistics, by name."""
+        state = self._model.state_dict()
         return {
-            name: parameter.detach().float().cpu().numpy()
-            for name, parameter in self._parameters.items()
+            **{
+                name: parameter.float().numpy(force=True)
+                for name, parameter in self._parameters.items()
+            },
+            **{n: state[n].numpy(force=True) for n in statistics_names(state)},
         }
 
     def report(self, loss: float | None = None) -> UpdateReport:
@@ -124,7 +133,7 @@ class AssignedBlock:
         -------
         ``content``
         """
-        arrays = {name: Array(values) for name, values in self.weights().items()}
+        arrays = {name: Array(values) for name, values in self.arrays().items()}
         return _filled(content, arrays, self.report(loss))
 
     def fit_result(
@@ -145,7 +154,7 @@ class AssignedBlock:
             Mean training loss, for the server's log.
         """
         report = self.report(loss).to_record()
-        return [*self.weights().values()], num_examples, {**(metrics or {}), **report}
+        return [*self.arrays().values()], num_examples, {**(metrics or {}), **report}
 
 
 def block_mod(
@@ -153,7 +162,6 @@ def block_mod(
     context: Context,
     call_next: ClientAppCallable,
     *,
-    stack: str | None = None,
     loss_key: str | None = None,
 ) -> Message:
     """Cut the reply of an untouched train function down to the assigned block.
@@ -167,29 +175,26 @@ def block_mod(
     ----------
     message, context, call_next
         As Flower hands them to a mod.
-    stack
-        Prefix of the stack of layers, where the strategy was given one; give it with
-        ``functools.partial``.
     loss_key
-        Metric of the reply that is the mean training loss.
+        Metric of the reply that is the mean training loss; give it with
+        ``functools.partial``.
 
     Raises
     ------
     UserError
-        The server aggregates securely, or the reply has not one ArrayRecord.
+        The server aggregates securely or expects gradients, or the reply has not one
+        ArrayRecord.
     """
     if message.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
         return call_next(message, context)
     start = time.perf_counter()
     assignment = assignment_in(message.content)
-    names = [*_only_arrays(message.content)]
+    update_names, _ = _names_in(assignment)
     reply = call_next(message, context)
     if reply.has_error():
         return reply
-    wanted = partition_parameters(names, stack=stack).update_names(
-        assignment.block_index
-    )
     arrays = _only_arrays(reply.content)
+    wanted = (*update_names, *statistics_names(arrays))
     losses = [
         float(loss)
         for metrics in reply.content.metric_records.values()
@@ -199,6 +204,17 @@ def block_mod(
     report = _weights_report(assignment, start, losses[0] if losses else None)
     _filled(reply.content, {n: arrays[n] for n in wanted if n in arrays}, report)
     return reply
+
+
+def _names_in(assignment: Assignment) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of block and head, and of the frozen parameters."""
+    if assignment.update_names is None or assignment.frozen_names is None:
+        raise UserError(
+            "The server expects gradients, and this device trains a model of its own; "
+            "make the server's coordinator with coordinator_for_weights."
+        )
+    update, frozen = assignment.update_names, assignment.frozen_names
+    return tuple(update.splitlines()), tuple(frozen.splitlines())
 
 
 def _only_arrays(content: RecordDict) -> ArrayRecord:

@@ -93,7 +93,7 @@ class BlockDevice:
         load_values(model, partition.trainable, values)
         batch = self.batch_source(assignment.server_round, assignment.batch_size)
         rng = rng_for(self.seed, "dropout", assignment.server_round, self.profile.name)
-        model.train()
+        _train_mode(model)
         # The device's own random state is left as it was.
         with torch.random.fork_rng():
             torch.manual_seed(int(rng.integers(2**63)))
@@ -124,6 +124,18 @@ class BlockDevice:
             compute_clock="measured" if simulated is None else "simulated",
         )
         return LocalUpdate(arrays, result.num_examples, report)
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Put a model into training mode, but for its running statistics.
+
+    Where gradients travel they belong to the frozen base: layers normalize by them in
+    training as the server does in evaluation, and no device changes its own.
+    """
+    model.train()
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()
 
 
 def check_base(

@@ -12,7 +12,12 @@ from flwr.common.constant import MessageTypeLegacy
 from flwr.compat.common.recorddict_compat import getpropertiesres_to_recorddict
 
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY
+from lola_flwr.protocol import (
+    PROFILE_ACTION,
+    PROFILE_KEY,
+    SECAGG_KEY,
+    SECAGG_REFUSAL,
+)
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 
 
@@ -71,7 +76,14 @@ def profile_mod(
 
     A mod: ``ClientApp(client_fn, mods=[profile_mod])``. The profile is that of
     ``node_profile``.
+
+    Raises
+    ------
+    UserError
+        The server aggregates securely.
     """
+    if SECAGG_KEY in message.content.config_records:
+        raise UserError(SECAGG_REFUSAL)
     if message.metadata.message_type != MessageTypeLegacy.GET_PROPERTIES:
         return call_next(message, context)
     properties: Config = {**node_profile(context).to_properties()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,13 @@ class BlockUpdate:
         Mean gradient of each parameter of its block and of the head.
     num_examples
         Examples that the mean is over; the update's weight.
+    statistics
+        The device's running statistics, if it sent any.
     """
 
     gradients: Mapping[str, npt.NDArray[np.float32]]
     num_examples: int
+    statistics: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 def assemble_gradient(updates: Sequence[BlockUpdate]) -> FloatArrays:

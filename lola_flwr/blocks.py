@@ -152,6 +152,22 @@ def partition_parameters(
     return BlockPartition(blocks=trained, head=head, frozen=frozen)
 
 
+def passed_names(names: Iterable[str], partition: BlockPartition) -> tuple[str, ...]:
+    """Return the names from the first block on: what back-propagation may pass.
+
+    Parameters
+    ----------
+    names
+        Names of all parameters, in the order in which the modules run.
+    partition
+        Their blocks.
+    """
+    names = tuple(names)
+    in_blocks = {name for block in partition.blocks for name in block}
+    first = min(index for index, name in enumerate(names) if name in in_blocks)
+    return tuple(n for n in names[first:] if not _SHARED_BY_LAYERS.search(n))
+
+
 def _refuse_alphabetical_order(names: Sequence[str]) -> None:
     """Refuse the order of safetensors files, in which a head may come first."""
     # Every module has its weight before its bias; the alphabet does not.

@@ -35,6 +35,11 @@ from lola_flwr.protocol import Assignment, UpdateReport
 from lola_flwr.randomness import rng_for
 from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused
 from lola_flwr.round_log import BlockRecord, RoundRecord
+from lola_flwr.running_statistics import (
+    average_statistics,
+    statistics_names,
+    within_bounds,
+)
 from lola_flwr.selection.chooser import BlockChooser, Selection
 from lola_flwr.selection.importance import Response
 from lola_flwr.server_optimizer import ServerOptimizer
@@ -111,7 +116,7 @@ class Coordinator:
     state_dict
         All arrays of the model in the order to send them in, where devices do not hold
         the frozen ones themselves (default: the trainable ones alone are sent). Only
-        trainable ones ever change.
+        trainable ones and running statistics ever change.
     assumed_profile
         Profile of devices that report none, but for its name (default: such devices
         are left out).
@@ -164,7 +169,8 @@ class Coordinator:
         self._correct_profiles = correct_profiles
         self._batch_size = batch_size
         self._codec_name = codec
-        self._state_dict = optimizer.state() if state_dict is None else state_dict
+        self._sends_model = state_dict is not None
+        self._state_dict = dict(optimizer.state() if state_dict is None else state_dict)
         missing = [name for name in partition.trainable if name not in self._state_dict]
         if missing:
             raise UserError(
@@ -201,12 +207,18 @@ class Coordinator:
         Raises
         ------
         InvalidProfile
-            The profile cannot be believed, or another device has the same name.
+            The profile cannot be believed, or its name belongs to another device.
         """
+        own_name = f"node {device_id}"[:64]
         if not properties and self._assumed_profile is not None:
-            profile = replace(self._assumed_profile, name=f"node {device_id}"[:64])
+            profile = replace(self._assumed_profile, name=own_name)
         else:
             profile = DeviceProfile.from_properties(properties)
+        if profile.name.startswith("node ") and profile.name != own_name:
+            raise InvalidProfile(
+                f"name={profile.name!r} is reserved for the device of that id; give "
+                "this one another."
+            )
         for other_id, other in self._profiles.items():
             if other.name == profile.name and other_id != device_id:
                 raise InvalidProfile(
@@ -276,6 +288,7 @@ class Coordinator:
                 batch_size=self._batch_size,
                 codec=self._codec_name,
                 base_fingerprint=self._base_fingerprint,
+                **self._names(int(block)),
             )
             for row, block in enumerate(allocation.block_of_device)
             if block >= 0
@@ -311,6 +324,7 @@ class Coordinator:
         ignored_arrays: dict[str, int] = {}
         refusals: dict[str, str] = {}
         refused: dict[str, int] = {}
+        sent = self.arrays()
         for reply in replies:
             try:
                 if reply.device_id in updates:
@@ -318,7 +332,7 @@ class Coordinator:
                 update, report = self._reader.read(
                     reply,
                     plan.assignments.get(reply.device_id),
-                    self._optimizer.state(),
+                    sent,
                 )
             except UpdateRefused as refusal:
                 refused[refusal.reason] = refused.get(refusal.reason, 0) + 1
@@ -326,15 +340,17 @@ class Coordinator:
                 continue
             updates[reply.device_id] = update
             reports[reply.device_id] = report
-            ignored_arrays[reply.device_id] = len(reply.tensors) - len(update.gradients)
+            ignored_arrays[reply.device_id] = (
+                len(reply.tensors) - len(update.gradients) - len(update.statistics)
+            )
         if updates:
             # In the plan's order, so that the sum does not depend on who came first.
-            gradient = assemble_gradient(
-                [updates[d] for d in plan.device_ids if d in updates]
-            )
+            in_order = [updates[d] for d in plan.device_ids if d in updates]
+            gradient = assemble_gradient(in_order)
             state = self._optimizer.state()
             self._chooser.before_step({name: state[name] for name in gradient})
             self._optimizer.step(gradient)
+            self._state_dict |= average_statistics(in_order)
             blocks = [reports[device].block_index for device in updates]
             self._chooser.after_step(plan.server_round, blocks, state)
         records = self._block_records(plan, reports, refusals, ignored_arrays)
@@ -384,9 +400,20 @@ class Coordinator:
         return self._optimizer.state()
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Return what devices are sent, by name in the order of sending."""
+        """Return what devices are sent, by name in the order of sending.
+
+        The server steps in float32; what it sends has the types of the state dict.
+        """
         state = self._optimizer.state()
-        return {name: state.get(name, v) for name, v in self._state_dict.items()}
+        return {
+            name: state[name].astype(own.dtype, copy=False) if name in state else own
+            for name, own in self._state_dict.items()
+        }
+
+    def constants(self) -> dict[str, npt.NDArray[Any]]:
+        """Return those of the arrays that never change, by name."""
+        changing = {*self._optimizer.state(), *statistics_names(self._state_dict)}
+        return {n: v for n, v in self._state_dict.items() if n not in changing}
 
     def start_from(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in the values to start from.
@@ -396,7 +423,7 @@ class Coordinator:
         UserError
             They are not those of this model, or frozen ones differ.
         """
-        own = self.arrays()
+        own, constants = self.arrays(), self.constants()
         if set(arrays) != set(own):
             name = min(set(arrays) ^ set(own))
             raise UserError(
@@ -409,9 +436,7 @@ class Coordinator:
                     f"Initial arrays: {name} has shape {array.shape}; expected "
                     f"{own[name].shape}."
                 )
-            if name not in self._optimizer.state() and not np.array_equal(
-                array, own[name]
-            ):
+            if name in constants and not np.array_equal(array, own[name]):
                 raise UserError(
                     f"Initial arrays: {name}, which nobody trains, differs from that "
                     "of the model that the coordinator was made for; load the same "
@@ -422,6 +447,9 @@ class Coordinator:
     def adopt(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in values that something around the strategy has changed."""
         self._optimizer.load(arrays)
+        for name in statistics_names(self._state_dict):
+            own = self._state_dict[name]
+            self._state_dict[name] = within_bounds(name, arrays[name], own.dtype)
 
     # --- parts -----------------------------------------------------------------------
 
@@ -432,6 +460,15 @@ class Coordinator:
             self._mode.participation == "needed"
             or memory_bytes >= self._costs.memory_bytes.min()
         )
+
+    def _names(self, block_index: int) -> dict[str, str]:
+        """Return what devices are told of the blocks, where they are sent the model."""
+        if not self._sends_model:
+            return {}
+        return {
+            "update_names": "\n".join(self.partition.update_names(block_index)),
+            "frozen_names": "\n".join(self.partition.frozen),
+        }
 
     def _problem(
         self, server_round: int, profiles: Sequence[DeviceProfile]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
 
-from lola_flwr.blocks import BlockPartition, partition_parameters
+from lola_flwr.blocks import BlockPartition, partition_parameters, passed_names
 from lola_flwr.codec import NPY_HEADER_BYTES, codec_named
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
+from lola_flwr.measured_costs import Example, measure_costs
 from lola_flwr.models import fingerprint
+from lola_flwr.running_statistics import statistics_names
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.costs import BlockCosts, estimate_costs
 
@@ -21,12 +27,13 @@ def model_costs(
     partition: BlockPartition,
     *,
     batch_size: int,
-    sequence_length: int,
+    sequence_length: int = 1,
     codec: str = "fp32",
     merged: bool = False,
     micro_batch_size: int = 0,
+    example: Example | None = None,
 ) -> BlockCosts:
-    """Estimate each block's costs under a codec, as ``estimate_costs`` does.
+    """Estimate each block's costs under a codec, or measure them.
 
     Parameters
     ----------
@@ -38,17 +45,33 @@ def model_costs(
         As for ``estimate_costs``.
     codec
         Name of the codec that gradients travel in.
+    example
+        The model's input for some examples, to measure on as ``measure_costs`` does
+        (default: estimate, as ``estimate_costs`` does).
+
+    Raises
+    ------
+    UserError
+        Without an example: the estimate knows no such model.
     """
+    wire = {
+        "bits_per_element": codec_named(codec).bits_per_element,
+        "header_bits_per_tensor": 8 * NPY_HEADER_BYTES,
+    }
+    if example is not None:
+        measured = partition.merged() if merged else partition
+        return measure_costs(model, measured, example, batch_size=batch_size, **wire)
+    shapes = {name: tuple(values.shape) for name, values in model.named_parameters()}
+    _refuse_to_estimate(shapes, partition, sequence_length)
     return estimate_costs(
-        {name: tuple(values.shape) for name, values in model.named_parameters()},
+        shapes,
         partition,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        bits_per_element=codec_named(codec).bits_per_element,
-        header_bits_per_tensor=8 * NPY_HEADER_BYTES,
         dropout_heads=_dropout_heads(model),
         merged=merged,
         micro_batch_size=micro_batch_size,
+        **wire,
     )
 
 
@@ -79,7 +102,7 @@ def coordinator_for(
     return Coordinator(
         partition=partition,
         optimizer=ServerOptimizer(
-            {name: parameters[name].numpy(force=True) for name in partition.trainable},
+            {name: _array(name, parameters[name]) for name in partition.trainable},
             optimizer=optimizer,
             lr=lr,
             **(optimizer_options or {}),
@@ -95,6 +118,8 @@ def coordinator_for_weights(
     batch_size: int,
     sequence_length: int = 1,
     stack: str | None = None,
+    blocks: str | Sequence[str] | None = None,
+    example: Example | None = None,
     bandwidth_hz: float = 20e6,
     optimizer: str = "SGD",
     lr: float = 1.0,
@@ -114,8 +139,13 @@ def coordinator_for_weights(
         Examples of a device's mini-batch.
     sequence_length
         Tokens of an example; 1 where examples are no sequences.
-    stack
-        Prefix of the stack of layers (default: the longest one).
+    stack, blocks
+        Where the blocks are not the layers of the longest stack: as for
+        ``partition_parameters``.
+    example
+        The model's input for some examples (``torch.zeros(1, 3, 224, 224)``): costs
+        are measured on it. Needed for convolutions, and whatever else the estimate
+        from shapes does not know.
     bandwidth_hz
         Total uplink bandwidth.
     optimizer, lr, optimizer_options
@@ -127,11 +157,12 @@ def coordinator_for_weights(
     Raises
     ------
     UserError
-        The model does not show one stack of equal layers, or trained parameters go
-        by two names.
+        The model does not show one stack of equal layers, what its blocks cost cannot
+        be estimated, trained parameters go by two names, or arrays have a type that
+        NumPy lacks.
     """
     parameters = dict(model.named_parameters())
-    partition = partition_parameters(parameters, stack=stack)
+    partition = partition_parameters(parameters, stack=stack, blocks=blocks)
     trained = {id(parameters[name]): name for name in partition.trainable}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if trained.get(id(parameter), name) != name:
@@ -140,18 +171,22 @@ def coordinator_for_weights(
                 "would be trained under one name and sent under both; untie them."
             )
     state = {
-        name: tensor.numpy(force=True).copy()
-        for name, tensor in model.state_dict().items()
+        name: _array(name, tensor).copy() for name, tensor in model.state_dict().items()
     }
+    costs = model_costs(
+        model,
+        partition,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        example=example,
+    )
+    statistics = sum(
+        8 * (NPY_HEADER_BYTES + state[name].nbytes) for name in statistics_names(state)
+    )
     return coordinator_for(
         model,
         partition,
-        costs=model_costs(
-            model,
-            partition,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-        ),
+        costs=replace(costs, payload_bits=costs.payload_bits + statistics),
         bandwidth_hz=bandwidth_hz,
         optimizer=optimizer,
         lr=lr,
@@ -160,6 +195,52 @@ def coordinator_for_weights(
         state_dict=state,
         **options,
     )
+
+
+def _refuse_to_estimate(
+    shapes: Mapping[str, Sequence[int]],
+    partition: BlockPartition,
+    sequence_length: int,
+) -> None:
+    """Refuse models whose costs do not follow from the shapes of their parameters."""
+    remedy = (
+        "pass example=, the model's input for an example or more, such as "
+        "torch.zeros(1, 3, 224, 224), and costs are measured"
+    )
+    trained = set(partition.trainable)
+    for name in passed_names(shapes, partition):
+        if len(shapes[name]) > 2:
+            raise UserError(
+                f"What {name} of shape {tuple(shapes[name])} costs depends on the size "
+                f"of its input: {remedy}."
+            )
+        if len(shapes[name]) == 2 and name not in trained:
+            raise UserError(
+                f"Back-propagation passes {name}, which belongs to no block, so that "
+                f"its costs are not estimated: {remedy}."
+            )
+    widths = {_width([shapes[name] for name in block]) for block in partition.blocks}
+    if sequence_length > 1 and len(widths) > 1:
+        raise UserError(
+            f"The blocks have different widths ({', '.join(map(str, sorted(widths)))}),"
+            f" and so may have different numbers of tokens: {remedy}."
+        )
+
+
+def _width(shapes: Sequence[Sequence[int]]) -> int:
+    return Counter(size for shape in shapes for size in shape).most_common(1)[0][0]
+
+
+def _array(name: str, tensor: Tensor) -> npt.NDArray[Any]:
+    """Return a tensor as an array, which cannot hold all of PyTorch's types."""
+    try:
+        return np.asarray(tensor.numpy(force=True))
+    except TypeError:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{name} is of type {dtype}, which NumPy and Flower's arrays lack: use "
+            "model.float() on server and devices."
+        ) from None
 
 
 def _dropout_heads(model: nn.Module) -> int:

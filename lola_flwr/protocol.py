@@ -90,6 +90,9 @@ class Assignment(_Record):
         Name of the payload codec of the reply.
     base_fingerprint
         Digest of the server's frozen weights, which the device must hold too.
+    update_names, frozen_names
+        Where devices are sent the whole model and return weights: names of the
+        parameters of block and head, and of those that nobody trains, one a line.
     """
 
     server_round: int
@@ -98,6 +101,8 @@ class Assignment(_Record):
     batch_size: int
     codec: str
     base_fingerprint: str
+    update_names: str | None = None
+    frozen_names: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import Codec, MalformedArray, read_npy
 from lola_flwr.errors import quoted
 from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
+from lola_flwr.running_statistics import is_plausible, statistics_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class UpdateReader:
         self,
         reply: DeviceReply,
         assignment: Assignment | None,
-        state: Mapping[str, npt.NDArray[np.float32]],
+        sent: Mapping[str, npt.NDArray[Any]],
     ) -> tuple[BlockUpdate, UpdateReport]:
         """Return what a reply holds.
 
@@ -96,8 +98,8 @@ class UpdateReader:
             The reply.
         assignment
             What its device was asked for; None if for nothing.
-        state
-            Values of the trainable parameters as they were sent.
+        sent
+            The arrays that were sent, by name.
 
         Raises
         ------
@@ -124,15 +126,20 @@ class UpdateReader:
         is_gradient = report.update_kind == "gradient"
         update: FloatArrays = {}
         for name in names:
-            values = state[name]
-            dtype = self.codec.wire_dtype if is_gradient else values.dtype
-            try:
-                wire = read_npy(tensors[name], shape=values.shape, dtype=dtype)
-            except MalformedArray as error:
-                raise UpdateRefused("wrong-array", f"{name}: {error}") from None
-            received = (
-                self.codec.decode(wire) if is_gradient else values - wire.astype("f4")
-            )
+            if is_gradient:
+                shape, dtype = sent[name].shape, self.codec.wire_dtype
+                wire = _read(name, tensors[name], shape, dtype)
+                received = self.codec.decode(wire)
+            else:
+                # Weights come in the model's own type, or in float32.
+                dtypes = (sent[name].dtype, np.dtype(np.float32))
+                values: npt.NDArray[Any] = _read(
+                    name, tensors[name], sent[name].shape, *dtypes
+                )
+                wide = np.result_type(sent[name], values, np.float32)
+                received = np.subtract(sent[name], values, dtype=wide).astype(
+                    np.float32, copy=False
+                )
             if not np.isfinite(received).all():
                 raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
             update[name] = received
@@ -147,7 +154,8 @@ class UpdateReader:
             scale = np.float32(1 / self.partition.num_blocks)
             for name in self.partition.blocks[assignment.block_index]:
                 update[name] = scale * update[name]
-        return BlockUpdate(update, examples), report
+        statistics = {} if is_gradient else self._statistics(tensors, sent)
+        return BlockUpdate(update, examples, statistics), report
 
     def _read_report(
         self, assignment: Assignment, record: Mapping[str, object]
@@ -182,6 +190,20 @@ class UpdateReader:
             raise UpdateRefused("implausible", f"loss={loss:g}")
         return report
 
+    def _statistics(
+        self, tensors: Mapping[str, bytes], sent: Mapping[str, npt.NDArray[Any]]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return a reply's running statistics."""
+        statistics = {}
+        for name in statistics_names(tensors):
+            if name not in sent:
+                continue
+            values = _read(name, tensors[name], sent[name].shape, sent[name].dtype)
+            if not is_plausible(name, values):
+                raise UpdateRefused("implausible", f"{name} is no running statistic")
+            statistics[name] = values
+        return statistics
+
     def _named_tensors(
         self, reply: DeviceReply, names: Sequence[str]
     ) -> Mapping[str, bytes]:
@@ -189,7 +211,11 @@ class UpdateReader:
         tensors = reply.tensors
         if not isinstance(tensors, Mapping):
             # Without a report: the arrays that were sent, in that order.
-            order = names if "update-kind" in reply.report else self.sent_names
+            order: Sequence[str] = self.sent_names
+            if "update-kind" in reply.report:
+                order = names
+                if reply.report["update-kind"] == "weights":
+                    order = (*names, *statistics_names(self.sent_names))
             if len(tensors) != len(order):
                 raise UpdateRefused(
                     "wrong-count", f"{len(tensors)} arrays instead of {len(order)}"
@@ -210,3 +236,16 @@ class UpdateReader:
             return gradients
         scale = self.max_gradient_norm / norm
         return {name: (g * scale).astype(np.float32) for name, g in gradients.items()}
+
+
+def _read(
+    name: str, data: bytes, shape: Sequence[int], *dtypes: np.dtype[np.generic]
+) -> npt.NDArray[np.generic]:
+    """Read a received array of one of several types."""
+    refusals = []
+    for dtype in dict.fromkeys(dtypes):
+        try:
+            return read_npy(data, shape=shape, dtype=dtype)
+        except MalformedArray as error:
+            refusals.append(str(error))
+    raise UpdateRefused("wrong-array", f"{name}: {refusals[0]}")

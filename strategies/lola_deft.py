@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from logging import WARNING
 
 from flwr.common import (
@@ -17,7 +18,7 @@ from flwr.common import (
     NDArrays,
     Parameters,
     Scalar,
-    ndarrays_to_parameters,
+    ndarray_to_bytes,
     parameters_to_ndarrays,
 )
 from flwr.common.logger import log
@@ -26,10 +27,12 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
 from lola_flwr.coordinator import Coordinator
-from lola_flwr.errors import quoted
+from lola_flwr.errors import UserError, quoted
+from lola_flwr.protocol import SECAGG_REFUSAL
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
-from lola_flwr.strategies.rounds import Rounds
+from lola_flwr.strategies.rounds import Rounds, evaluation_weights
+from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 
 EvaluateFunction = Callable[
     [int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None
@@ -56,6 +59,9 @@ class LoLaDeft(FedAvg):
         the model has blocks).
     wait_s
         How long to wait for them before the run ends with an error.
+    profile_wait_s
+        How long to wait for the profiles of new ones, whose first message starts their
+        program.
     on_round
         Called with each round's record, after its evaluation.
     evaluate_fn, on_evaluate_config_fn, evaluate_metrics_aggregation_fn
@@ -63,6 +69,8 @@ class LoLaDeft(FedAvg):
     fraction_evaluate
         Share of the clients that evaluate the model on their own data (default: none,
         since every message costs a device seconds).
+    min_evaluate_clients
+        At least so many do, unless ``fraction_evaluate`` is 0.
     on_fit_config_fn
         Gives a round's further configuration for the clients, beside the assignment.
 
@@ -78,9 +86,11 @@ class LoLaDeft(FedAvg):
         *,
         min_available_clients: int | None = None,
         wait_s: float = 60.0,
+        profile_wait_s: float = 300.0,
         on_round: Callable[[RoundRecord], None] | None = None,
         evaluate_fn: EvaluateFunction | None = None,
         fraction_evaluate: float = 0.0,
+        min_evaluate_clients: int = 2,
         on_fit_config_fn: ConfigFunction | None = None,
         on_evaluate_config_fn: ConfigFunction | None = None,
         evaluate_metrics_aggregation_fn: MetricsAggregationFn | None = None,
@@ -96,7 +106,7 @@ class LoLaDeft(FedAvg):
         super().__init__(
             # FedAvg warns of minima that exceed the clients; LoLa has its own.
             min_fit_clients=min(2, min_available),
-            min_evaluate_clients=min(2, min_available),
+            min_evaluate_clients=min(min_evaluate_clients, min_available),
             min_available_clients=min_available,
             evaluate_fn=evaluate_fn,
             fraction_evaluate=fraction_evaluate,
@@ -104,6 +114,13 @@ class LoLaDeft(FedAvg):
             on_evaluate_config_fn=on_evaluate_config_fn,
             evaluate_metrics_aggregation_fn=evaluate_metrics_aggregation_fn,
         )
+        self._profile_wait_s = profile_wait_s
+        # Arrays that never change are encoded once.
+        positions = {name: n for n, name in enumerate(coordinator.arrays())}
+        self._constants = {
+            positions[name]: ndarray_to_bytes(values)
+            for name, values in coordinator.constants().items()
+        }
         self._returned = self._parameters()
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
@@ -119,8 +136,10 @@ class LoLaDeft(FedAvg):
         ------
         UserError
             In the first round: too few devices connected, or the devices cannot
-            compute all blocks. Later rounds without enough devices are skipped.
+            compute all blocks. Later rounds without enough devices are skipped. In any:
+            a wrapper clips on the server.
         """
+        refuse_clipping_on_server()
         clients: dict[str, ClientProxy] = {}
 
         def connected() -> Mapping[str, ClientProxy]:
@@ -132,11 +151,13 @@ class LoLaDeft(FedAvg):
         plan = self._rounds.plan(
             server_round,
             connected=connected,
-            ask_profiles=lambda devices: _ask_profiles(clients, devices, server_round),
+            ask_profiles=lambda devices: _ask_profiles(
+                clients, devices, server_round, self._profile_wait_s
+            ),
         )
         if plan is None:
             return []
-        self._take_in(parameters)
+        parameters = self._take_in(parameters)
         extra: Mapping[str, Scalar] = {}
         if self.on_fit_config_fn is not None:
             extra = self.on_fit_config_fn(server_round)
@@ -151,7 +172,16 @@ class LoLaDeft(FedAvg):
         results: list[tuple[ClientProxy, FitRes]],
         failures: list[tuple[ClientProxy, FitRes] | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Assemble the block gradients and take one server step."""
+        """Assemble the block gradients and take one server step.
+
+        Raises
+        ------
+        UserError
+            The results come out of a secure aggregation.
+        """
+        # Flower's workflow for it gives every device's result the sum of all.
+        if len(results) > 1 and len({id(r.parameters) for _, r in results}) == 1:
+            raise UserError(SECAGG_REFUSAL)
         for failure in failures:
             reason = failure[1].status if isinstance(failure, tuple) else failure
             log(WARNING, "round %s: device failed: %s", server_round, quoted(reason))
@@ -180,6 +210,7 @@ class LoLaDeft(FedAvg):
         # A copy: Flower changes the list when devices come and go.
         clients = dict(client_manager.all())
         count, _ = self.num_evaluation_clients(len(clients))
+        parameters = self._with_constants(parameters)
         return [
             (clients[device], EvaluateIns(parameters, dict(config)))
             for device in self.coordinator.draw_evaluators(server_round, clients, count)
@@ -202,12 +233,18 @@ class LoLaDeft(FedAvg):
         if len(usable) < len(results):
             refused = len(results) - len(usable)
             log(WARNING, "round %s: %s evaluations left out", server_round, refused)
-        return super().aggregate_evaluate(server_round, usable, failures)
+        weights = evaluation_weights([result.num_examples for _, result in usable])
+        capped = [
+            (client, replace(result, num_examples=int(weight)))
+            for (client, result), weight in zip(usable, weights, strict=True)
+        ]
+        return super().aggregate_evaluate(server_round, capped, failures)
 
     def evaluate(
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
         """Evaluate on the server, if an ``evaluate_fn`` was given; report the round."""
+        parameters = self._with_constants(parameters)
         result = super().evaluate(server_round, parameters)
         metrics: dict[str, Scalar] = {}
         if result is not None:
@@ -216,11 +253,17 @@ class LoLaDeft(FedAvg):
         return result
 
     def _parameters(self) -> Parameters:
-        self._returned = ndarrays_to_parameters([*self.coordinator.arrays().values()])
+        self._returned = Parameters(
+            tensors=[
+                self._constants.get(index) or ndarray_to_bytes(values)
+                for index, values in enumerate(self.coordinator.arrays().values())
+            ],
+            tensor_type="numpy.ndarray",
+        )
         return self._returned
 
-    def _take_in(self, parameters: Parameters) -> None:
-        """Make the arrays of this round the coordinator's.
+    def _take_in(self, parameters: Parameters) -> Parameters:
+        """Make the arrays of this round the coordinator's; return what to send.
 
         They differ from those returned last where something wrapped around the
         strategy has changed them, for instance by adding noise.
@@ -230,25 +273,41 @@ class LoLaDeft(FedAvg):
             arrays = parameters_to_ndarrays(parameters)
             names = self.coordinator.arrays()
             self.coordinator.adopt(dict(zip(names, arrays, strict=True)))
-            self._returned = parameters
+            return self._parameters()
+        return parameters
+
+    def _with_constants(self, parameters: Parameters) -> Parameters:
+        """Put back what never changes, but to which a wrapper may have added noise."""
+        tensors = [
+            self._constants.get(index, tensor)
+            for index, tensor in enumerate(parameters.tensors)
+        ]
+        return Parameters(tensors=tensors, tensor_type=parameters.tensor_type)
 
 
 def _ask_profiles(
-    clients: Mapping[str, ClientProxy], devices: Sequence[str], server_round: int
+    clients: Mapping[str, ClientProxy],
+    devices: Sequence[str],
+    server_round: int,
+    wait_s: float,
 ) -> dict[str, Mapping[str, object]]:
     def ask(device: str) -> Mapping[str, object]:
-        try:
-            return (
-                clients[device]
-                .get_properties(
-                    GetPropertiesIns({}), timeout=None, group_id=server_round
-                )
-                .properties
-            )
-        # Flower raises whatever went wrong on the device or on the way.
-        except Exception as error:
-            log(WARNING, "no profile from device %s: %s", device, quoted(error))
-            return {}
+        answer = clients[device].get_properties(
+            GetPropertiesIns({}), timeout=wait_s, group_id=server_round
+        )
+        return answer.properties
 
-    with ThreadPoolExecutor(min(len(devices), _MAX_PROFILE_REQUESTS)) as pool:
-        return dict(zip(devices, pool.map(ask, devices), strict=True))
+    pool = ThreadPoolExecutor(min(len(devices), _MAX_PROFILE_REQUESTS))
+    asked = {device: pool.submit(ask, device) for device in devices}
+    wait(asked.values(), timeout=wait_s)
+    # The message itself has expired by now: what is still on its way ends soon.
+    pool.shutdown(wait=False, cancel_futures=True)
+    answers: dict[str, Mapping[str, object]] = {}
+    for device, future in asked.items():
+        # Flower raises whatever went wrong on the device or on the way.
+        try:
+            answers[device] = future.result(timeout=0)
+        except Exception as error:
+            reason = quoted(error) if str(error) else f"none after {wait_s:g} s"
+            log(WARNING, "no profile from device %s: %s", device, reason)
+    return answers

@@ -26,7 +26,8 @@ from lola_flwr.errors import quoted
 from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY, REPORT_KEY
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
-from lola_flwr.strategies.rounds import Rounds
+from lola_flwr.strategies.rounds import Rounds, evaluation_weights
+from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -104,9 +105,7 @@ class LoLaDeft(Strategy):
         self._profile_wait_s = profile_wait_s
         # Frozen arrays are encoded once.
         self._frozen = {
-            name: Array(values)
-            for name, values in coordinator.arrays().items()
-            if name not in coordinator.state()
+            name: Array(values) for name, values in coordinator.constants().items()
         }
         self._returned: ArrayRecord | None = None
         self._sent = ArrayRecord()
@@ -140,6 +139,9 @@ class LoLaDeft(Strategy):
     ) -> Result:
         """Run Flower's rounds; what ``evaluate_fn`` returns is part of the records.
 
+        A strategy can be started again: it goes on from ``initial_arrays``, with the
+        optimizer's moments and the wireless time that it has.
+
         Parameters
         ----------
         grid, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
@@ -161,6 +163,8 @@ class LoLaDeft(Strategy):
             self._rounds.report(server_round, {} if metrics is None else dict(metrics))
             return metrics
 
+        self._returned = None
+        self._rounds.restart()
         # Under a wrapper, which has a start of its own, evaluations stay unknown.
         self._start_reports = evaluate_fn is not None
         return super().start(
@@ -183,8 +187,9 @@ class LoLaDeft(Strategy):
         UserError
             In the first round: too few devices connected, the devices cannot compute
             all blocks, or ``arrays`` is of another model. Later rounds without enough
-            devices are skipped.
+            devices are skipped. In any: a wrapper clips on the server.
         """
+        refuse_clipping_on_server()
         arrays = self._take_in(arrays)
         plan = self._rounds.plan(
             server_round,
@@ -228,6 +233,11 @@ class LoLaDeft(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Have devices evaluate, drawn from the run's seed."""
+        # A wrapper may have changed all arrays, by adding noise: what never changes is
+        # put back, in the record that the run ends with.
+        for name, array in self._frozen.items():
+            if arrays[name] is not array:
+                arrays[name] = array
         if self.fraction_evaluate == 0.0:
             return []
         devices = [str(node) for node in grid.get_node_ids()]
@@ -249,6 +259,9 @@ class LoLaDeft(Strategy):
         """Aggregate the evaluations that can be; others are left out."""
         contents = [r.content for r in _without_errors(replies, server_round)]
         usable = _alike([c for c in contents if self._is_evaluation(c)])
+        claims = [float(_only_metrics(c)[self.weighted_by_key]) for c in usable]  # type: ignore[arg-type]
+        for content, weight in zip(usable, evaluation_weights(claims), strict=True):
+            _only_metrics(content)[self.weighted_by_key] = weight
         if len(usable) < len(contents):
             refused = len(contents) - len(usable)
             log(WARNING, "round %s: %s evaluations left out", server_round, refused)
@@ -357,5 +370,6 @@ def _alike(contents: list[RecordDict]) -> list[RecordDict]:
             )
         )
 
-    counts = Counter(map(form, contents))
-    return [c for c in contents if form(c) == counts.most_common(1)[0][0]]
+    forms = [form(content) for content in contents]
+    largest = Counter(forms).most_common(1)
+    return [c for c, f in zip(contents, forms, strict=True) if f == largest[0][0]]

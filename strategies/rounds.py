@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,9 @@ from lola_flwr.system.devices import InvalidProfile
 
 # Asks devices for their profiles: device ids -> what those that answered said.
 AskProfiles = Callable[[Sequence[str]], Mapping[str, Mapping[str, object]]]
+
+# An evaluation's largest weight, in median ones.
+_LARGEST_WEIGHT = 10
 
 
 class Rounds:
@@ -52,6 +56,10 @@ class Rounds:
         self._plan: RoundPlan | None = None
         self._record: RoundRecord | None = None
         self._plan_s = 0.0
+
+    def restart(self) -> None:
+        """Begin a run: its first round has to succeed, whatever went before."""
+        self._plan = self._record = None
 
     def plan(
         self,
@@ -157,6 +165,15 @@ class Rounds:
                 self._coordinator.add_device(device, answers.get(device, {}))
             except InvalidProfile as error:
                 log(WARNING, "device %s is left out: %s", device, error)
+
+
+def evaluation_weights(claims: Sequence[float]) -> list[float]:
+    """Return what evaluations may weigh, which claim to be over so many examples.
+
+    None weighs more than ten times the (lower) median, so that no claim decides alone.
+    """
+    limit = _LARGEST_WEIGHT * statistics.median_low(claims) if claims else 0
+    return [min(claim, limit) for claim in claims]
 
 
 def _is_number(value: object) -> bool:

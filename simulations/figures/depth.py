@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from lola_flwr.allocation import allocate
 from lola_flwr.blocks import BlockPartition, partition_parameters
+from lola_flwr.measured_costs import saved_bytes
 from lola_flwr.models import load_classifier
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.truncated_backprop import model_loss, only_block_trainable
@@ -132,24 +132,6 @@ def depth_rows(
             }
         )
     return rows
-
-
-def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Count the bytes that autograd keeps for the backward pass, weights apart."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            # Holding the storage keeps its address from being given out again.
-            storages[storage.data_ptr()] = storage
-        # The tensor itself would make a cycle with its own graph, and never be freed.
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _kept_bytes(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import (
+    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -17,7 +19,11 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
-from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
@@ -72,7 +78,7 @@ def model():
 def fit(model, config, *, steps=3):
     """Train all of the model that wants it, as a project does; return the loss."""
     torch.manual_seed(0)
-    x = torch.randn(16, 3)
+    x = torch.randn(16, 3).to(model.head.weight.dtype)
     start = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(steps):
@@ -94,7 +100,11 @@ def reply_content(model, loss):
 
 def plain_train(message, context):
     """Train as any FedAvg project does."""
-    model = Net()
+    return plain_train_of(Net(), message)
+
+
+def plain_train_of(model, message):
+    model = copy.deepcopy(model)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     loss = fit(model, message.content["config"])
     return Message(reply_content(model, loss), reply_to=message)
@@ -157,6 +167,10 @@ def all_but_embedding(model):
     return {n for n, _ in model.named_parameters() if not n.startswith("embed")}
 
 
+def statistics(model):
+    return {n for n, _ in model.named_buffers()}
+
+
 APPS = {
     "prepared": lambda: make_app(prepared_train),
     "mod": lambda: make_app(plain_train, [partial(block_mod, loss_key="train_loss")]),
@@ -168,7 +182,7 @@ APPS = {
 def test_blocks_move_and_the_rest_stays(model, kind):
     records, result, replies = federate(model, APPS[kind](), rounds=2)
     assert [record.refused for record in records] == [{}, {}]
-    assert moved(model, result) == all_but_embedding(model)
+    assert moved(model, result) == all_but_embedding(model) | statistics(model)
     sent = [len(reply.content["arrays"]) for reply in replies]
     ignored = [block.ignored_arrays for block in records[0].blocks]
     if kind == "knows nothing":
@@ -176,7 +190,7 @@ def test_blocks_move_and_the_rest_stays(model, kind):
         assert all(ignored)
         assert records[0].train_loss is None
     else:
-        assert set(sent) == {2 + 2 + 2}
+        assert set(sent) == {2 + 2 + 2 + 3 * 3}
         assert not any(ignored)
         assert records[0].train_loss is not None
         assert all(b.compute_clock == "measured" for b in records[0].blocks)
@@ -187,7 +201,7 @@ def test_the_move_is_the_devices_own_over_the_number_of_blocks(model):
     before = model.state_dict()
     for reply in replies:
         for name, array in reply.content["arrays"].items():
-            if name.startswith("head"):
+            if name.startswith("head") or name in statistics(model):
                 continue
             start = before[name].numpy()
             np.testing.assert_allclose(
@@ -213,7 +227,7 @@ def test_a_prepared_model_back_propagates_to_its_block_only(model):
         f"layers.2.{n}"
         for n in ("linear.weight", "linear.bias", "norm.weight", "norm.bias")
     } | {"head.weight", "head.bias"}
-    assert set(block.weights()) == wanting
+    assert set(block.arrays()) == wanting | statistics(model)
     assert all(p.requires_grad for p in model.parameters()), "flags are restored"
 
 
@@ -231,7 +245,11 @@ def federate_config(model, *, block_index, **changes):
 def test_numpy_client_result(model):
     block = AssignedBlock(model, federate_config(model, block_index=1))
     arrays, examples, metrics = block.fit_result(16, {"mine": 1}, loss=0.5)
-    assert [array.shape for array in arrays] == [(4, 4), (4,), (4,), (4,), (1, 4), (1,)]
+    assert [array.shape for array in arrays[:6]] == [
+        *((4, 4), (4,), (4,), (4,)),
+        *((1, 4), (1,)),
+    ]
+    assert [array.shape for array in arrays[6:]] == [(4,), (4,), ()] * 3
     assert examples == 16
     assert metrics["mine"] == 1
     assert (metrics["update-kind"], metrics["block-index"]) == ("weights", 1)
@@ -265,14 +283,46 @@ def test_clipping_on_the_device(model):
     assert clipped(1e3) > 0.05
 
 
+def test_noise_goes_to_what_is_trained_only(model):
+    def wrap(strategy):
+        return DifferentialPrivacyClientSideFixedClipping(
+            strategy, 0.1, 1.0, num_sampled_clients=3
+        )
+
+    torch.manual_seed(3)
+    app = make_app(prepared_train)
+    records, noisy, replies = federate(model, app, rounds=2, wrap=wrap)
+    assert [record.refused for record in records] == [{}, {}]
+    assert not any(name.startswith("embed") for name in moved(model, noisy))
+    assert {len(reply.content["arrays"]) for reply in replies} == {6 + 9}
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        DifferentialPrivacyServerSideFixedClipping,
+        DifferentialPrivacyServerSideAdaptiveClipping,
+    ],
+)
+def test_clipping_on_the_server_is_refused(model, wrapper):
+    def wrap(strategy):
+        options = {"noise_multiplier": 0.1, "num_sampled_clients": 3}
+        if wrapper is DifferentialPrivacyServerSideFixedClipping:
+            options["clipping_norm"] = 1.0
+        return wrapper(strategy, **options)
+
+    with pytest.raises(UserError, match="in the ClientSide class of that name"):
+        federate(model, make_app(prepared_train), wrap=wrap)
+
+
 def test_a_proximal_term_of_the_projects_own(model):
     def drift(mu):
         config = ConfigRecord({"proximal-mu": mu})
         _, result, _ = federate(model, make_app(prepared_train), train_config=config)
         before = model.state_dict()
         return sum(
-            float(np.abs(array.numpy() - before[name].numpy()).sum())
-            for name, array in result.arrays.items()
+            float(np.abs(result.arrays[name].numpy() - before[name].numpy()).sum())
+            for name in all_but_embedding(model)
         )
 
     assert drift(10.0) < 0.8 * drift(0.0)
@@ -304,6 +354,83 @@ def test_devices_without_a_profile_can_be_given_one(model):
     records, _, _ = federate(model, app, assumed_profile=assumed)
     assert [block.status for block in records[0].blocks] == ["accepted"] * 3
     assert len({block.device for block in records[0].blocks}) == 3
+
+
+def test_statistics_are_the_mean_of_the_devices(model):
+    _, result, replies = federate(model, make_app(prepared_train))
+    for name in statistics(model):
+        sent = [reply.content["arrays"][name].numpy() for reply in replies]
+        expected = np.mean(sent, axis=0)
+        assert not np.array_equal(expected, model.state_dict()[name].numpy())
+        np.testing.assert_allclose(result.arrays[name].numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("running_var", -1.0), ("running_mean", 1e9), ("running_mean", float("nan"))],
+)
+def test_statistics_that_cannot_be_are_refused(model, name, value):
+    def lie(message, context):
+        reply = prepared_train(message, context)
+        arrays = reply.content["arrays"]
+        key = f"layers.1.norm.{name}"
+        arrays[key] = Array(np.full((4,), value, np.float32))
+        return reply
+
+    records, result, _ = federate(model, make_app(lie))
+    assert records[0].refused == {"implausible": 3}
+    assert moved(model, result) == set()
+
+
+@pytest.mark.parametrize("kind", APPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_of_other_types(model, monkeypatch, kind, dtype):
+    """They travel as they are; the server steps in float32."""
+    make = Net.__init__
+    monkeypatch.setattr(Net, "__init__", lambda net: (make(net), net.to(dtype))[0])
+    before = dict(copy.deepcopy(model.to(dtype)).named_parameters())
+    records, result, _ = federate(model, APPS[kind](), rounds=2)
+    assert [record.refused for record in records] == [{}, {}]
+    for name, values in before.items():
+        array = result.arrays[name].numpy()
+        assert array.dtype == values.numpy(force=True).dtype
+    assert {n for n in moved(model, result) if n.startswith("layers.0")}
+
+
+def test_bfloat16_is_refused(model):
+    with pytest.raises(UserError, match=r"embed\.weight is of type bfloat16, .*float"):
+        coordinator_for_weights(model.bfloat16(), batch_size=16)
+
+
+def test_buffers_inside_layers_do_not_matter(model):
+    """The mod knows names of arrays only; the server says which are to be returned."""
+    for index, layer in enumerate(model.layers):
+        layer.register_buffer(f"mask_{index}", torch.ones(2))
+
+    def train(message, context):
+        reply = plain_train_of(model, message)
+        return reply
+
+    records, result, replies = federate(model, make_app(train, [block_mod]))
+    assert records[0].refused == {}
+    assert moved(model, result) == all_but_embedding(model) | {
+        name for name in statistics(model) if "mask" not in name
+    }
+    assert not any("mask" in n for r in replies for n in r.content["arrays"])
+
+
+def test_a_server_that_expects_gradients(model):
+    config = federate_config(model, block_index=0)
+    del config["update-names"]
+    with pytest.raises(UserError, match="make the server's coordinator with"):
+        AssignedBlock(model, config)
+
+
+def test_a_model_without_the_block(model):
+    config = federate_config(model, block_index=2)
+    model.layers = model.layers[:2]
+    with pytest.raises(UserError, match=r"asks for layers\.2\..*, which this model"):
+        AssignedBlock(model, config)
 
 
 def message_to(model, records):

@@ -1,0 +1,123 @@
+"""What training each block costs a device, measured on an example of the model's input.
+
+For models that ``system.costs`` has no formula for: convolutions, stages of different
+widths, a decoder behind the blocks. The forward pass and the backward pass down to each
+block are run once; PyTorch's own counter counts their operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.system.costs import BlockCosts
+from lola_flwr.truncated_backprop import only_block_trainable
+
+# Input of a model for some examples: its first argument, or its arguments by name. The
+# first dimension of each tensor counts the examples.
+Example = Tensor | Mapping[str, Tensor]
+
+
+def measure_costs(
+    model: nn.Module,
+    partition: BlockPartition,
+    example: Example,
+    *,
+    batch_size: int,
+    bits_per_element: int = 32,
+    header_bits_per_tensor: int = 0,
+) -> BlockCosts:
+    """Measure what each block costs, by one pass forward and back for each.
+
+    Parameters
+    ----------
+    model
+        The model; it stays as it is. It runs in evaluation mode, so that what dropout
+        keeps is not counted.
+    partition
+        Its blocks.
+    example
+        Input for some examples.
+    batch_size
+        Examples of a device's mini-batch, to which the costs are scaled.
+    bits_per_element, header_bits_per_tensor
+        As for ``estimate_costs``.
+
+    Returns
+    -------
+    BlockCosts
+        One entry per block.
+    """
+    # PyTorch's counter loads its compiler (70 MiB): not for those who have no example.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = [example] if isinstance(example, Tensor) else list(example.values())
+    batches = batch_size / len(inputs[0])
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    weights = sum(sizes.values())
+    flops, memory_bytes, payload_bits = [], [], []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for index in range(partition.num_blocks):
+            update = partition.update_names(index)
+            uploaded = sum(sizes[name] for name in update)
+            with FlopCounterMode(display=False) as counter:
+                kept_bytes = _back_propagate(model, partition, index, example)
+            flops.append(batches * counter.get_total_flops())
+            memory_bytes.append(4.0 * (weights + uploaded) + batches * kept_bytes)
+            payload_bits.append(
+                bits_per_element * uploaded + header_bits_per_tensor * len(update)
+            )
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return BlockCosts(
+        flops=np.array(flops, np.float64),
+        memory_bytes=np.array(memory_bytes, np.float64),
+        payload_bits=np.array(payload_bits, np.float64),
+    )
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Count the bytes that autograd keeps for the backward pass, weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # Holding the storage keeps its address from being given out again.
+            storages[storage.data_ptr()] = storage
+        # The tensor itself would make a cycle with its own graph, and never be freed.
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _back_propagate(
+    model: nn.Module, partition: BlockPartition, block_index: int, example: Example
+) -> int:
+    """Run forward and back to a block; return the bytes kept in between."""
+    with only_block_trainable(model, partition, block_index) as trainable:
+        outputs: list[Tensor] = []
+        kept = saved_bytes(model, lambda: outputs.append(_scalar(model, example)))
+        torch.autograd.grad(outputs[0], list(trainable.values()), allow_unused=True)
+    return kept
+
+
+def _scalar(model: nn.Module, example: Example) -> Tensor:
+    """Run a model forward to something that can be differentiated."""
+    output = model(example) if isinstance(example, Tensor) else model(**example)
+    loss: Tensor | None = getattr(output, "loss", None)
+    if loss is not None:
+        return loss
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first.float().sum()

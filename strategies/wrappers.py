@@ -1,0 +1,39 @@
+"""What strategies that are wrapped around LoLa-DEFT may and may not do."""
+
+from __future__ import annotations
+
+import inspect
+
+from flwr.server import strategy as legacy
+from flwr.serverapp import strategy as message
+
+from lola_flwr.errors import UserError
+
+_CLIP_ON_SERVER = (
+    legacy.DifferentialPrivacyServerSideAdaptiveClipping,
+    legacy.DifferentialPrivacyServerSideFixedClipping,
+    message.DifferentialPrivacyServerSideAdaptiveClipping,
+    message.DifferentialPrivacyServerSideFixedClipping,
+)
+
+
+def refuse_clipping_on_server() -> None:
+    """Refuse one of Flower's wrappers that clip on the server; called by a strategy.
+
+    They subtract the model from each reply before the strategy sees it. A strategy is
+    not told what it is wrapped in, so this looks at who calls it.
+
+    Raises
+    ------
+    UserError
+        The strategy was called by such a wrapper.
+    """
+    frame = inspect.currentframe()
+    caller = frame and frame.f_back and frame.f_back.f_back
+    wrapper = caller.f_locals.get("self") if caller else None
+    if isinstance(wrapper, _CLIP_ON_SERVER):
+        raise UserError(
+            f"{type(wrapper).__name__} compares each reply with the whole model, but "
+            "devices return one block: wrap the strategy in the ClientSide class of "
+            "that name, and clip on the devices."
+        )
