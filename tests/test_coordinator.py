@@ -232,6 +232,19 @@ def test_devices_are_asked_for_their_profile_once():
     coordinator.add_device("new", same_name)
 
 
+def test_the_name_of_a_nodes_id_is_its_own():
+    coordinator = make_coordinator(
+        num_devices=0, assumed_profile=simulated_device(0, seed=0)
+    )
+    properties = simulated_device(1, seed=0).to_properties()
+    with pytest.raises(InvalidProfile, match="name='node 8' is reserved"):
+        coordinator.add_device("7", {**properties, "name": "node 8"})
+    coordinator.add_device("7", {**properties, "name": "node 7"})
+    # The device that says nothing still gets the name that was wanted.
+    coordinator.add_device("8", {})
+    assert coordinator.meet_devices(["7", "8"]) == []
+
+
 def test_too_few_devices_say_so():
     with pytest.raises(InfeasibleAllocation, match="2 for 3 blocks"):
         make_coordinator().plan_round(1, ["id-0", "id-1", "unknown"])

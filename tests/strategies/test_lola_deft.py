@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.client import ClientApp
+from flwr.client.mod import secaggplus_mod
 from flwr.common import (
     Code,
     EvaluateRes,
@@ -17,8 +22,18 @@ from flwr.common import (
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
-from flwr.server import Server, SimpleClientManager
+from flwr.compat.common.recorddict_compat import parameters_to_arrayrecord
+from flwr.server import LegacyContext, Server, ServerConfig, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.compat.grid_client_proxy import GridClientProxy
+from flwr.server.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
+from flwr.server.workflow import SecAggPlusWorkflow
+from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
+from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.clients import BlockClient, BlockDevice
@@ -30,6 +45,7 @@ from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.strategies import LoLaDeft
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
+from tests.strategies.in_process import InProcessGrid
 
 
 class Device(ClientProxy):
@@ -300,3 +316,123 @@ def test_the_words_of_a_failing_device_stay_on_one_line(federation, caplog):
     assert "\n" not in message
     assert "\x1b" not in message
     assert len(message) < 300
+
+
+def test_a_silent_device_does_not_hold_the_round_up(federation, caplog):
+    records = []
+    server, devices = federation(
+        num_devices=4, profile_wait_s=0.3, on_round=records.append
+    )
+    released = threading.Event()
+    devices[0].get_properties = lambda *_, **__: released.wait(30)
+    start = time.monotonic()
+    server.fit(num_rounds=1, timeout=None)
+    released.set()
+    assert time.monotonic() - start < 20
+    assert records[0].num_devices == 3
+    assert "no profile from device node-0: none after 0.3 s" in caplog.text
+
+
+def test_claims_of_examples_are_capped(federation):
+    server, devices = federation()
+    ok = Status(Code.OK, "")
+    honest = [(device, EvaluateRes(ok, 1.0, 10, {})) for device in devices[:3]]
+    lie = (devices[3], EvaluateRes(ok, 2.0, 10**15, {}))
+    loss, _ = server.strategy.aggregate_evaluate(1, [*honest, lie], [])
+    # The lie weighs 100, the others 10 each.
+    assert loss == pytest.approx((30 * 1.0 + 100 * 2.0) / 130)
+
+
+def test_evaluating_clients_have_a_minimum(federation):
+    server, _ = federation(fraction_evaluate=0.25, min_evaluate_clients=3)
+    parameters = server.strategy.initialize_parameters(None)
+    manager = server.client_manager()
+    assert len(server.strategy.configure_evaluate(1, parameters, manager)) == 3
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        DifferentialPrivacyServerSideFixedClipping,
+        DifferentialPrivacyServerSideAdaptiveClipping,
+    ],
+)
+def test_clipping_on_the_server_is_refused(federation, wrapper):
+    server, _ = federation()
+    options = {"noise_multiplier": 0.1, "num_sampled_clients": 3}
+    if wrapper is DifferentialPrivacyServerSideFixedClipping:
+        options["clipping_norm"] = 1.0
+    server.strategy = wrapper(server.strategy, **options)
+    with pytest.raises(UserError, match="in the ClientSide class of that name"):
+        server.fit(num_rounds=1, timeout=None)
+
+
+def test_noise_goes_to_what_is_trained_only(federation, roberta):
+    evaluated = []
+
+    def evaluate(server_round, arrays, config):
+        evaluated.append(dict(zip(names, arrays, strict=True)))
+
+    coordinator = coordinator_for_weights(
+        roberta, batch_size=6, assumed_profile=simulated_device(0, seed=0)
+    )
+    names = list(coordinator.arrays())
+    before = {name: values.copy() for name, values in coordinator.arrays().items()}
+    inner = LoLaDeft(coordinator, evaluate_fn=evaluate)
+    server, devices = federation(num_devices=3)
+    server.strategy = DifferentialPrivacyClientSideFixedClipping(inner, 0.1, 1.0, 3)
+    for device in devices:
+        device.get_properties = lambda ins, timeout, group_id: GetPropertiesRes(
+            Status(Code.OK, ""), {}
+        )
+        device.fit = lambda ins, timeout, group_id: FitRes(
+            Status(Code.OK, ""), copy.deepcopy(ins.parameters), 6, {}
+        )
+    server.fit(num_rounds=2, timeout=None)
+    trainable = set(coordinator.partition.trainable)
+    for name, values in evaluated[-1].items():
+        changed = not np.array_equal(values, before[name])
+        assert changed == (name in trainable), name
+
+
+def test_secure_aggregation_is_refused(federation, monkeypatch):
+    """Through Flower's own workflow and mod, without a DeadlineGrid."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    server, devices = federation(num_devices=3)
+    states = {100 + index: RecordDict() for index in range(3)}
+
+    def make_app(index, mods):
+        app = ClientApp(lambda _: devices[index]._client, mods=mods)
+
+        def answer(message, context):
+            # As on a network, each device has a content of its own; the mod keeps its
+            # keys in the device's state.
+            message.content = copy.deepcopy(message.content)
+            state = states[context.node_id]
+            return app(message, Context(1, context.node_id, {}, state, {}))
+
+        return answer
+
+    def run(mods):
+        grid = InProcessGrid({100 + i: make_app(i, mods) for i in range(3)})
+        manager = SimpleClientManager()
+        for node in grid.apps:
+            manager.register(GridClientProxy(node, grid, 1))
+        context = LegacyContext(
+            Context(1, 0, {}, RecordDict(), {}),
+            config=ServerConfig(num_rounds=1),
+            strategy=server.strategy,
+            client_manager=manager,
+        )
+        arrays = server.strategy.initialize_parameters(None)
+        context.state.array_records[MAIN_PARAMS_RECORD] = parameters_to_arrayrecord(
+            arrays, keep_input=True
+        )
+        context.state.config_records[MAIN_CONFIGS_RECORD] = ConfigRecord(
+            {Key.CURRENT_ROUND: 1}
+        )
+        SecAggPlusWorkflow(num_shares=3, reconstruction_threshold=2)(grid, context)
+
+    with pytest.raises(UserError, match="take the SecAgg mod and workflow out"):
+        run([secaggplus_mod])

@@ -307,6 +307,42 @@ def test_odd_evaluations_are_left_out(federation):
     assert result.evaluate_metrics_clientapp[1]["accuracy"] == pytest.approx(4.0)
 
 
+def test_claims_of_examples_are_capped(federation):
+    strategy, grid = federation(num_devices=4, fraction_evaluate=1.0)
+
+    def alter(reply):
+        if reply.metadata.src_node_id == 103 and "metrics" in reply.content:
+            reply.content["metrics"]["num-examples"] = 10**15
+        return reply
+
+    grid.alter = alter
+    result = run(strategy, grid)
+    # Nodes 100, 101 and 102 weigh 2 each, and 103 weighs 20.
+    expected = (2 * (0 + 1 + 2) + 20 * 3) / 26
+    accuracy = result.evaluate_metrics_clientapp[1]["accuracy"]
+    assert accuracy == pytest.approx(expected)
+
+
+def test_a_strategy_can_be_started_again(federation):
+    records = []
+    strategy, grid = federation(on_round=records.append)
+    initial = strategy.initial_arrays()
+    first = run(strategy, grid, 2)
+    again = strategy.start(grid, first.arrays, 2)
+    assert [record.server_round for record in records] == [1, 2, 1, 2]
+    assert records[2].wireless_s > records[1].wireless_s
+    # From the first arrays once more, and not from where the second run ended.
+    strategy.start(grid, initial, 1)
+    sent = train_messages(grid)[-1].content["arrays"]
+    for name, array in sent.items():
+        np.testing.assert_array_equal(array.numpy(), initial[name].numpy())
+    name = strategy.coordinator.partition.blocks[0][0]
+    assert not np.array_equal(again.arrays[name].numpy(), first.arrays[name].numpy())
+    # Arrays of another model are refused as in the first run.
+    with pytest.raises(UserError, match="pass the arrays of the model"):
+        strategy.start(grid, ArrayRecord([np.zeros(3)]), 1)
+
+
 def test_arrays_of_another_model_are_refused(federation):
     strategy, grid = federation()
     arrays = strategy.initial_arrays()
