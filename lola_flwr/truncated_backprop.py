@@ -151,7 +151,7 @@ def block_gradient(
                     gradient.add_(summand)
             else:
                 gradients = [summand.detach() for summand in summands]
-            # The next micro-batch's graph is built without this one in memory.
+            # The next micro-batch runs without these in memory.
             del loss, summands
     return BlockGradient(
         gradients=dict(zip(trainable, gradients, strict=True)),
