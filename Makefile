@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: venv
-	$(BIN)/python simulations/run.py simulations/glue --devices 6
+	$(BIN)/lola-flwr simulate simulations/glue --devices 6
 
 # Two processes: most tests compute on one core, and some wait for Flower's programs.
 test: venv

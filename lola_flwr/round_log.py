@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lola_flwr.errors import UserError
+
+_Record = TypeVar("_Record", "BlockRecord", "RoundRecord")
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,41 @@ class RoundRecord:
         values["bound_s"] = _finite(self.bound_s)
         values["metrics"] = {k: _finite(v) for k, v in self.metrics.items()}
         return json.dumps(values, allow_nan=False)
+
+
+def read_rounds(path: Path) -> list[RoundRecord]:
+    """Read the records of a file that a `RoundLog` wrote, or is still writing.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or a line of it is no record.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{path} cannot be read: {reason}.") from None
+    # A line without an end is still being written.
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [_read_record(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def _read_record(line: str, where: str) -> RoundRecord:
+    try:
+        values = json.loads(line)
+        blocks = tuple(_known(BlockRecord, block) for block in values.pop("blocks", ()))
+        if values.get("bound_s") is None:
+            values["bound_s"] = math.nan
+        return _known(RoundRecord, {**values, "blocks": blocks})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} is no record of a round: {error}.") from None
+
+
+def _known(record: type[_Record], values: Mapping[str, Any]) -> _Record:
+    """Make a record of those values that it has fields for."""
+    names = {f.name for f in fields(record)}
+    return record(**{name: v for name, v in values.items() if name in names})
 
 
 def _finite(value: float) -> float | None:

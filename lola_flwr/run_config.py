@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Collection, Mapping
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, nearest
 
 
 class RunConfig(BaseModel):
@@ -36,14 +36,22 @@ class RunConfig(BaseModel):
         try:
             return cls.model_validate(dict(run_config))
         except ValidationError as error:
-            faults = "; ".join(map(_fault_line, error.errors()))
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            faults = "; ".join(_fault_line(fault, known) for fault in error.errors())
             raise UserError(f"Run configuration: {faults}.") from None
 
+    def to_run_config(self) -> dict[str, Any]:
+        """Return the configuration under its run-config keys."""
+        return self.model_dump(by_alias=True)
 
-def _fault_line(fault: ErrorDetails) -> str:
+
+def _fault_line(fault: ErrorDetails, known: Collection[str]) -> str:
     key = ".".join(map(str, fault["loc"]))
     if not key:
-        return fault["msg"]
+        # What a validator of the whole configuration says.
+        return fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"{key} is missing"
-    return f"{key}={fault['input']!r}: {fault['msg']}"
+    if fault["type"] == "extra_forbidden":
+        return f"there is no key {key!r}.{nearest(key, known)}".rstrip(".")
+    return f"{key}={fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"

@@ -15,9 +15,9 @@ import torch
 from matplotlib.image import imread
 
 from lola_flwr.allocation import ALLOCATORS
+from lola_flwr.simulation import FinishedRun
 from simulations.figures import depth, latency, learning, outcomes, plots, summary
 from simulations.figures.tables import markdown_table, write_csv
-from simulations.run import FinishedRun
 
 DRAWS = latency.draws(3, rounds=2)
 SNRS_DB = (0.0, 20.0)

@@ -10,7 +10,7 @@ import torch
 
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.models import load_classifier
-from simulations.run import run_app
+from lola_flwr.simulation import run_app
 
 APP = Path(__file__).parent.parent / "simulations" / "glue"
 OPTIONS = (

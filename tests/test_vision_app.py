@@ -13,14 +13,15 @@ import pytest
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for
 from lola_flwr.round_log import RoundRecord
+from lola_flwr.simulation import run_app
 from lola_flwr.truncated_backprop import block_gradient
-from simulations.run import run_app
 
 APP = Path(__file__).parent.parent / "simulations" / "vision"
 sys.path.append(str(APP))  # Flower puts the app's directory there, too
 
+from lola_vision.config import VisionConfig  # noqa: E402
 from lola_vision.images import draw_textures, load_images  # noqa: E402
-from lola_vision.model import VisionConfig, build  # noqa: E402
+from lola_vision.model import build  # noqa: E402
 
 RUN_CONFIG = {
     "data-dir": "",
@@ -33,6 +34,7 @@ RUN_CONFIG = {
     "lr": 1e-3,
     "bandwidth-hz": 1e6,
     "seed": 0,
+    "output-dir": "",
 }
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+_BAR_WIDTH = 32
 # A table that goes into a file or a pipe is not broken at 80 columns.
 _PIPE_WIDTH = 160
 
@@ -39,3 +41,10 @@ def si(value: float, unit: str) -> str:
         if value >= factor * 0.9995:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
+
+
+def bars(compute_s: float, upload_s: float, round_s: float) -> Text:
+    """Draw a device's round as two bars on the scale of the whole round."""
+    compute = round(_BAR_WIDTH * compute_s / round_s)
+    total = round(_BAR_WIDTH * (compute_s + upload_s) / round_s)
+    return Text("▒" * compute, "yellow") + Text("█" * (total - compute), "cyan")

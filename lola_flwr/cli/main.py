@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 import typer
 
-from lola_flwr.cli import fleet, plan
+from lola_flwr.cli import fleet, plan, simulate
 from lola_flwr.errors import UserError
 
 # Exit codes besides 0: the run failed, the command was not understood, Ctrl-C.
@@ -22,6 +22,7 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 def _add_commands(app: typer.Typer) -> None:
     app.command()(plan.plan)
+    app.command()(simulate.simulate)
     app.add_typer(fleet.app)
 
 
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _say(str(error), FAILED)
     except (click.Abort, KeyboardInterrupt):
+        return _say("stopped", INTERRUPTED)
+    if code == INTERRUPTED:  # typer's own answer to Ctrl-C
         return _say("stopped", INTERRUPTED)
     return code if isinstance(code, int) else 0
 

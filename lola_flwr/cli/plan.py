@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
-from lola_flwr.cli.console import console, print_json, si, table
+from lola_flwr.cli.console import bars, console, print_json, si, table
 from lola_flwr.cli.fleet import fleet_of
 from lola_flwr.errors import UserError
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from lola_flwr.planning import Plan
     from lola_flwr.system.costs import BlockCosts
     from lola_flwr.system.fleet import Fleet
-
-_BAR = 32
 
 
 def plan(
@@ -161,8 +158,6 @@ def _print(
     )
     rows.add_column("▒ compute  █ upload", justify="left")
     for part in parts:
-        compute = round(_BAR * part["compute_s"] / round_s)
-        total = round(_BAR * part["total_s"] / round_s)
         rows.add_row(
             part["device"],
             str(part["block"]),
@@ -172,7 +167,7 @@ def _print(
             f"{part['upload_s']:.2f} s",
             f"{si(part['required_memory_bytes'], 'B')} of "
             f"{si(part['memory_bytes'], 'B')}",
-            Text("▒" * compute, "yellow") + Text("█" * (total - compute), "cyan"),
+            bars(part["compute_s"], part["upload_s"], round_s),
         )
     best_s = min(plan.allocation.round_s for plan in plans)
     side = table("\nAllocators", "allocator", "latency", "above best", "solved in")

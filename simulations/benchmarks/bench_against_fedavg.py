@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulations.run import run_app
+from lola_flwr.simulation import run_app
 from tests.fedavg_apps.test_migration import HERE as PROJECTS
 from tests.fedavg_apps.test_migration import losses, switched
 

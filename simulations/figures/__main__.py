@@ -12,7 +12,6 @@ from pathlib import Path
 from lola_flwr.errors import UserError
 from simulations.figures import depth, latency, learning, outcomes, plots, summary
 from simulations.figures.tables import Row, markdown_table, numbers, write_csv
-from simulations.run import RunError
 
 _OUR_CHOICE = "Fleets (20–400 GFLOP/s, 1–8 GB), batch and 16-bit payload are our choice"
 _SNR_DB = (-5.0, 0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
@@ -234,7 +233,7 @@ def main() -> int:
         print(f"figure {name} ...", flush=True)
         try:
             FIGURES[name](options)
-        except (UserError, RunError, learning.RunFailed) as error:
+        except (UserError, learning.RunFailed) as error:
             print(f"error: {error}")
             return 1
         print(f"figure {name}: {time.perf_counter() - start:.0f} s", flush=True)

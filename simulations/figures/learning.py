@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulations.run import FinishedRun, run_app
+from lola_flwr.simulation import FinishedRun, run_app
 
 APP = Path(__file__).parents[1] / "glue"
 EMBEDDED_TASK = "acceptability"

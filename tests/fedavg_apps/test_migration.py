@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations.run import run_app
+from lola_flwr.simulation import run_app
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "migration.md"

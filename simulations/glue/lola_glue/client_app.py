@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient
+from lola_flwr.errors import UserError
 from lola_flwr.models import load_classifier
 from lola_flwr.protocol import Assignment
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.costs import BlockCosts
-from lola_flwr.system.devices import FleetRanges, simulated_device
+from lola_flwr.system.devices import (
+    DeviceProfile,
+    FleetRanges,
+    simulated_device,
+)
+from lola_flwr.system.fleet import read_fleet
 from lola_flwr.truncated_backprop import Batch
 from lola_glue.config import GlueConfig
 from lola_glue.costs import model_blocks, model_costs
@@ -67,6 +74,22 @@ def _parts(config: GlueConfig, num_partitions: int) -> list[npt.NDArray[np.intp]
     )
 
 
+def _profile(config: GlueConfig, index: int) -> DeviceProfile:
+    if config.fleet:
+        fleet = read_fleet(Path(config.fleet))
+        if index >= len(fleet):
+            raise UserError(
+                f"fleet={config.fleet!r} has {len(fleet)} devices, but more are "
+                f"simulated; pass num-supernodes={len(fleet)}."
+            )
+        return fleet[index]
+    return simulated_device(
+        index,
+        seed=config.seed,
+        ranges=FleetRanges(snr_db=(config.snr_min_db, config.snr_max_db)),
+    )
+
+
 def lognormal(sigma: float, rng: np.random.Generator) -> float:
     """Draw a factor around 1 whose logarithm has the standard deviation sigma."""
     return float(np.exp(sigma * rng.standard_normal()))
@@ -77,11 +100,7 @@ def device_fn(context: Context) -> BlockDevice:
     config = GlueConfig.from_run_config(context.run_config)
     index = int(context.node_config["partition-id"])
     num_partitions = int(context.node_config["num-partitions"])
-    profile = simulated_device(
-        index,
-        seed=config.seed,
-        ranges=FleetRanges(snr_db=(config.snr_min_db, config.snr_max_db)),
-    )
+    profile = _profile(config, index)
 
     def load_model() -> tuple[nn.Module, BlockPartition]:
         loaded = _worker_model(config)

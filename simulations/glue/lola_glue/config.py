@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -43,6 +44,7 @@ class GlueConfig(RunConfig):
     data_dir: str
     model: str
     num_devices: int = Field(ge=0)
+    fleet: str
     interface: Literal["legacy", "message"]
     method: Literal["lola-deft", "fedavg-full"]
     rounds: int = Field(ge=1)
@@ -76,10 +78,36 @@ class GlueConfig(RunConfig):
     save_model: bool
 
     @model_validator(mode="after")
-    def _snr_range_is_ordered(self) -> GlueConfig:
+    def _keys_fit_together(self) -> GlueConfig:
+        if faults := list(self._contradictions()):
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
         if self.snr_min_db > self.snr_max_db:
-            raise ValueError(
+            yield (
                 f"snr-min-db={self.snr_min_db:g} must not exceed "
                 f"snr-max-db={self.snr_max_db:g}"
             )
-        return self
+        if self.backups and self.participation == "all":
+            yield (
+                f"backups={self.backups} needs spare devices, but with "
+                'participation="all" there are none; drop one of the two'
+            )
+        if self.method == "fedavg-full":
+            for key, value, neutral in (
+                ("backups", self.backups, 0),
+                ("devices-per-block", self.devices_per_block, 1),
+                ("rotation-eps", self.rotation_eps, 0),
+            ):
+                if value != neutral:
+                    yield (
+                        f"{key}={value:g} means nothing with "
+                        'method="fedavg-full", where every device trains the one '
+                        f"block; set it to {neutral}"
+                    )
+        if self.schedule_options and self.schedule in ("constant", "linear"):
+            yield (
+                f"schedule-options={self.schedule_options!r} belong to a class of "
+                f"torch.optim.lr_scheduler, but schedule={self.schedule!r}"
+            )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from logging import ERROR, INFO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for
 from lola_flwr.models import load_classifier, load_values
 from lola_flwr.round_log import RoundLog, RoundRecord
+from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.strategies import LoLaDeft, message
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.costs import model_blocks, model_costs
@@ -73,7 +72,9 @@ def fine_tune(grid: Grid, context: Context) -> None:
         load_values(model, partition.trainable, values)
         return evaluate_model(model, tokenizer, task, dev, config.max_length)
 
-    log_file = RoundLog(output_directory(config, context.run_id) / "rounds.jsonl")
+    directory = run_directory(config.output_dir, context.run_id)
+    log_file = RoundLog(directory / "rounds.jsonl")
+    describe_run(directory, app="lola-glue", config=config.to_run_config())
     last: list[RoundRecord] = []
 
     def on_round(record: RoundRecord) -> None:
@@ -84,14 +85,13 @@ def fine_tune(grid: Grid, context: Context) -> None:
     run(grid, context, config, coordinator, evaluate, on_round)
     log(INFO, "rounds written to %s", log_file.path)
     if config.save_model:
-        directory = log_file.path.parent / "model"
         values = coordinator.state()
         load_values(
             model, partition.trainable, [values[n] for n in partition.trainable]
         )
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        log(INFO, "model written to %s", directory)
+        model.save_pretrained(directory / "model")
+        tokenizer.save_pretrained(directory / "model")
+        log(INFO, "model written to %s", directory / "model")
     log(INFO, "%s", last[0].final_line())
 
 
@@ -213,11 +213,3 @@ def evaluate_model(
             logits[indices] = output.logits.numpy()
             total_loss += output.loss.item() * len(indices)
     return {"loss": total_loss / len(order), **score(task, logits, examples.labels)}
-
-
-def output_directory(config: GlueConfig, run_id: int) -> Path:
-    """Return where this run's files go."""
-    if config.output_dir:
-        return Path(config.output_dir).expanduser().absolute()
-    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
-    return home / "lola-flwr" / str(run_id)

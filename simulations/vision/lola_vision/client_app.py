@@ -9,7 +9,8 @@ from lola_flwr.clients import BlockClient, BlockDevice
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.truncated_backprop import Batch
-from lola_vision.model import VisionConfig, build, images
+from lola_vision.config import VisionConfig
+from lola_vision.model import build, images
 
 
 def client_fn(context: Context) -> Client:

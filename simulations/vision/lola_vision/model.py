@@ -1,37 +1,18 @@
-"""The run configuration, and the model that it describes."""
+"""The model that the run configuration describes, and the images."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
-from pydantic import Field
 from transformers import ViTConfig, ViTForImageClassification
 
 from lola_flwr.blocks import BlockPartition, partition_parameters
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import model_costs
-from lola_flwr.run_config import RunConfig
 from lola_flwr.system.costs import BlockCosts
+from lola_vision.config import NUM_HEADS, VisionConfig
 from lola_vision.images import Images, load_images
-
-# Heads of attention; the hidden size is a multiple of it.
-_NUM_HEADS = 4
-
-
-class VisionConfig(RunConfig):
-    """Run configuration; the keys are those of ``[tool.flwr.app.config]``."""
-
-    data_dir: str
-    image_size: int = Field(ge=8)
-    patch_size: int = Field(ge=1)
-    layers: int = Field(ge=2)
-    hidden_size: int = Field(ge=_NUM_HEADS, multiple_of=_NUM_HEADS)
-    rounds: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    lr: float = Field(gt=0)
-    bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
-    seed: int = Field(ge=0)
 
 
 # A worker process serves many simulated devices: they share model and images.
@@ -57,7 +38,7 @@ def build(
         hidden_size=config.hidden_size,
         intermediate_size=2 * config.hidden_size,
         num_hidden_layers=config.layers,
-        num_attention_heads=_NUM_HEADS,
+        num_attention_heads=NUM_HEADS,
         num_labels=len(images(config)[0].classes),
         # The embeddings stay as they are drawn: wide enough to tell patches apart.
         initializer_range=0.1,

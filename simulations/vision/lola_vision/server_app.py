@@ -14,9 +14,11 @@ from lola_flwr.apps import run_rounds
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for
 from lola_flwr.models import load_values
-from lola_flwr.round_log import RoundRecord
+from lola_flwr.round_log import RoundLog, RoundRecord
+from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.strategies import LoLaDeft
-from lola_vision.model import VisionConfig, build, images
+from lola_vision.config import VisionConfig
+from lola_vision.model import build, images
 
 app = ServerApp()
 
@@ -47,7 +49,15 @@ def train(grid: Grid, context: Context) -> None:
         correct = output.logits.argmax(dim=1).numpy() == held_out.labels
         return output.loss.item(), {"accuracy": float(correct.mean())}
 
-    records: list[RoundRecord] = []
+    directory = run_directory(config.output_dir, context.run_id)
+    log_file = RoundLog(directory / "rounds.jsonl")
+    describe_run(directory, app="lola-vision", config=config.to_run_config())
+    last: list[RoundRecord] = []
+
+    def on_round(record: RoundRecord) -> None:
+        log_file.append(record)
+        last[:] = [record]
+
     coordinator = coordinator_for(
         model,
         partition,
@@ -58,6 +68,6 @@ def train(grid: Grid, context: Context) -> None:
         optimizer_options={"linear_decay_steps": config.rounds},
         seed=config.seed,
     )
-    strategy = LoLaDeft(coordinator, evaluate_fn=evaluate, on_round=records.append)
+    strategy = LoLaDeft(coordinator, evaluate_fn=evaluate, on_round=on_round)
     run_rounds(grid, context, strategy, num_rounds=config.rounds)
-    log(INFO, "%s", records[-1].final_line())
+    log(INFO, "%s", last[0].final_line())

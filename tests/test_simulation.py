@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from simulations import run
-from simulations.run import FinishedRun, RunError, run_app
+from lola_flwr import simulation
+from lola_flwr.errors import UserError
+from lola_flwr.simulation import FinishedRun, run_app
 
 ROOT = Path(__file__).parent.parent
 APP = ROOT / "simulations" / "glue"
@@ -110,7 +111,7 @@ class TestOutput:
 class TestStatus:
     def status(self, directory, body, output=STARTED):
         flwr = program(directory, "flwr", body)
-        return run._status(flwr, output, dict(os.environ))
+        return simulation._status(flwr, output, dict(os.environ))
 
     def test_how_it_ended(self, tmp_path):
         body = """
@@ -128,11 +129,11 @@ print('{"runs": [{"status": "finished:failed"}]}')"""
         ],
     )
     def test_no_answer(self, tmp_path, body, monkeypatch):
-        monkeypatch.setattr(run, "_STATUS_S", 1.0)
+        monkeypatch.setattr(simulation, "_STATUS_S", 1.0)
         assert self.status(tmp_path, body).startswith("unknown: `flwr list` ")
 
     def test_answer_that_does_not_come(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(run, "_STATUS_S", 0.2)
+        monkeypatch.setattr(simulation, "_STATUS_S", 0.2)
         status = self.status(tmp_path, "time.sleep(30)")
         assert status == "unknown: `flwr list` took more than 0.2 s"
 
@@ -165,7 +166,7 @@ class TestStart:
         assert len(set(configs)) == 2
 
     def test_directory_without_an_app(self, tmp_path):
-        with pytest.raises(RunError, match=r"no pyproject\.toml"):
+        with pytest.raises(UserError, match=r"no pyproject\.toml"):
             run_app(tmp_path, num_devices=2, home=tmp_path / "home")
         assert not (tmp_path / "home").exists()
 
@@ -173,22 +174,23 @@ class TestStart:
     def test_program_that_is_missing(self, flower, name, monkeypatch):
         (flower / "bin" / name).unlink()
         monkeypatch.setenv("PATH", str(flower))
-        with pytest.raises(RunError, match=f"{name} is neither beside"):
+        with pytest.raises(UserError, match=f"{name} is neither beside"):
             run_app(APP, num_devices=2, home=flower / "home")
 
     def test_program_on_the_path(self, flower, monkeypatch):
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
         monkeypatch.setenv("PATH", f"{flower}/bin")
-        assert run._program("flwr") == str(flower / "bin" / "flwr")
+        assert simulation._program("flwr") == str(flower / "bin" / "flwr")
 
     def test_superlink_that_does_not_start(self, flower):
         program(flower / "bin", "flower-superlink", "sys.exit('no')")
-        with pytest.raises(RunError, match=r"did not start.*superlink\.log") as raised:
+        with pytest.raises(UserError, match=r"did not start.*superlink\.log") as raised:
             run_app(APP, num_devices=2, home=flower / "home")
         log = Path(str(raised.value).split("; ")[1].split(" says")[0])
         assert log.read_text() == "no\n"
 
     def test_without_an_environment_there_is_one_line(self, tmp_path):
+        # As run by someone who has cloned the repository and has not read on.
         # Without site-packages nothing but the standard library can be imported.
         (tmp_path / "python").symlink_to(sys.executable)
         result = subprocess.run(
@@ -201,9 +203,10 @@ class TestStart:
             text=True,
         )
         assert result.returncode == 1
-        assert result.stderr == ""
-        assert result.stdout.startswith("error: flower-superlink is neither beside")
-        assert result.stdout.count("\n") == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: lola_flwr is not installed for")
+        assert "make venv" in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 class TestStop:
@@ -226,16 +229,25 @@ class TestStop:
             assert stopped(noted(flower, name)), name
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_nothing_is_left_after_a_signal(self, flower, number):
+    def test_nothing_is_left_after_a_signal(self, flower, number, tmp_path):
+        waiting_app = tmp_path / "app"
+        waiting_app.mkdir()
+        (waiting_app / "pyproject.toml").write_text(
+            "[tool.flwr.app.config]\nwait = 0\n"
+        )
         program = (
-            "import signal, sys; from simulations import run; "
+            "import signal, sys; from lola_flwr.cli.main import main; "
             "signal.signal(signal.SIGINT, signal.default_int_handler); "
             f"sys.executable = {sys.executable!r}; "
-            f"sys.argv[1:] = [{str(APP)!r}, '--devices', '2', "
-            f"'--home', {str(flower / 'home')!r}, 'wait=1']; sys.exit(run.main())"
+            f"sys.exit(main(['simulate', {str(waiting_app)!r}, '--devices', '2', "
+            f"'--home', {str(flower / 'home')!r}, 'wait=1']))"
         )
         with subprocess.Popen(
-            [PYTHON, "-uc", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [PYTHON, "-uc", program],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -247,14 +259,14 @@ class TestStop:
             assert stopped(noted(flower, name)), name
 
     def test_a_program_that_does_not_stop_is_killed(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(run, "_STOP_S", 0.2)
+        monkeypatch.setattr(simulation, "_STOP_S", 0.2)
         stubborn = program(
             tmp_path,
             "stubborn",
             "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             "print('ready', flush=True)\ntime.sleep(60)",
         )
-        with run._running(
+        with simulation._running(
             [stubborn], dict(os.environ), subprocess.PIPE, own_group=True
         ) as process:
             assert process.stdout is not None

@@ -1,0 +1,179 @@
+"""A Flower app's run configuration, checked before anything is started for it."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import tomli_w
+
+from lola_flwr.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class FlowerApp:
+    """A directory with a Flower app.
+
+    Parameters
+    ----------
+    directory
+        Where it is.
+    name
+        The project's name.
+    config
+        Its run configuration, ``[tool.flwr.app.config]``.
+    schema
+        ``"package.module:RunConfig"`` that checks the configuration: ``run-config`` of
+        ``[tool.lola-flwr]``; None if the app names none.
+    """
+
+    directory: Path
+    name: str
+    config: Mapping[str, Any]
+    schema: str | None = None
+
+
+def read_app(directory: Path) -> FlowerApp:
+    """Read an app's ``pyproject.toml``.
+
+    Raises
+    ------
+    UserError
+        There is none, or it is not that of a Flower app.
+    """
+    path = directory / "pyproject.toml"
+    if not path.is_file():
+        raise UserError(
+            f"{directory} is no Flower app, it has no pyproject.toml; give the app's "
+            "directory, such as simulations/glue."
+        )
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no TOML: {error}.") from None
+    tool = document.get("tool", {})
+    app = tool.get("flwr", {}).get("app")
+    if app is None:
+        raise UserError(
+            f"{directory} is no Flower app, its pyproject.toml has no [tool.flwr.app]; "
+            "give the app's directory, such as simulations/glue."
+        )
+    return FlowerApp(
+        directory=directory,
+        name=str(document.get("project", {}).get("name", directory.resolve().name)),
+        config=dict(_flat(app.get("config", {}))),
+        schema=tool.get("lola-flwr", {}).get("run-config"),
+    )
+
+
+def read_overrides(app: FlowerApp, words: Sequence[str]) -> dict[str, Any]:
+    """Read overrides of an app's configuration, ``rounds=30`` or ``task=cola``.
+
+    Parameters
+    ----------
+    app
+        The app.
+    words
+        One ``key=value`` each, the value in TOML; a string needs no quotes.
+
+    Raises
+    ------
+    UserError
+        No such key, or a value of another type than the app's own; all faults in one
+        line.
+    """
+    overrides: dict[str, Any] = {}
+    faults = []
+    for word in words:
+        try:
+            key, value = _read_override(app, word)
+        except UserError as error:
+            faults.append(str(error))
+        else:
+            overrides[key] = value
+    if faults:
+        raise UserError(" ".join(faults))
+    return overrides
+
+
+def check_config(app: FlowerApp, config: Mapping[str, Any]) -> None:
+    """Let the app's own schema check a configuration.
+
+    Raises
+    ------
+    UserError
+        What the schema says; or the app names a schema that cannot be imported.
+    """
+    if app.schema is None:
+        return
+    with _importable(app.directory):
+        try:
+            schema = resolve_name(app.schema)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"run-config={app.schema!r} in {app.directory}/pyproject.toml cannot "
+                f"be imported: {error}."
+            ) from None
+    schema.from_run_config(config)
+
+
+def as_run_config(overrides: Mapping[str, Any]) -> list[str]:
+    """Return overrides as ``flwr run --run-config`` takes them."""
+    return [f"{key}={_as_toml(value)}" for key, value in overrides.items()]
+
+
+def _read_override(app: FlowerApp, word: str) -> tuple[str, Any]:
+    key, equals, text = word.partition("=")
+    key = key.strip()
+    if not equals:
+        raise UserError(f"{word!r} is no override; write key=value, such as rounds=30.")
+    if key not in app.config:
+        known = ", ".join(app.config) or "none"
+        hint = nearest(key, app.config) or f" Its keys are {known}."
+        raise UserError(f"{app.name} has no run-config key {key!r}.{hint}")
+    default = app.config[key]
+    try:
+        value = tomllib.loads(f"_ = {text}")["_"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if isinstance(default, str) and not isinstance(value, str):
+        value = text.strip()
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}
+        raise UserError(
+            f"{key}={text} must be {wanted.get(type(default), 'a string')}, as in "
+            f"{key}={_as_toml(default)}."
+        )
+    if isinstance(value, str) and '"' in value:
+        raise UserError(f"{key}={text}: Flower's overrides cannot hold double quotes.")
+    return key, value
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Give a table's keys as Flower does, those of inner tables as ``outer.inner``."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _as_toml(value: Any) -> str:
+    return tomli_w.dumps({"_": value}).removeprefix("_ = ").strip()
+
+
+@contextmanager
+def _importable(directory: Path) -> Iterator[None]:
+    sys.path.insert(0, str(directory.resolve()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory.resolve()))

@@ -1,0 +1,208 @@
+"""``lola-flwr simulate``: a Flower app in simulation, from start to report."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lola_flwr.cli.console import print_json
+from lola_flwr.errors import UserError
+
+if TYPE_CHECKING:
+    from lola_flwr.simulation import FinishedRun
+
+# Keys by which an app can be told what this command knows; it need not have them.
+_OUTPUT_KEY, _FLEET_KEY, _NUMBER_KEY = "output-dir", "fleet", "num-devices"
+
+
+def simulate(
+    app: Annotated[Path, typer.Argument(help="Directory of the Flower app.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Run configuration, as rounds=30 task=cola."),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Devices to simulate.")
+    ] = None,
+    fleet: Annotated[
+        Path | None, typer.Option(help="Fleet file: simulate these devices.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the run's files go [default: runs/...].")
+    ] = None,
+    home: Annotated[Path, typer.Option(help="Where Flower keeps its state.")] = Path(
+        "runs/flwr-home"
+    ),
+    cpus_per_client: Annotated[
+        int, typer.Option(min=1, help="CPUs that one client takes.")
+    ] = 1,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Log lines, also on a terminal.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the outcome alone, as JSON.")
+    ] = False,
+) -> None:
+    """Run a Flower app in simulation, with a SuperLink of its own.
+
+    Starts the SuperLink, runs the app, shows the rounds, stops all that it started.
+
+    Example: `lola-flwr simulate simulations/glue --devices 6 rounds=10`
+
+    Another: `lola-flwr simulate simulations/glue --fleet fleet.toml task=sst-2
+    data-dir=path/to/glue`
+    """
+    from lola_flwr.app_config import (
+        as_run_config,
+        check_config,
+        read_app,
+        read_overrides,
+    )
+    from lola_flwr.simulation import run_app
+
+    found = read_app(app)
+    changes = read_overrides(found, overrides or [])
+    changes |= _fleet_changes(found.config, fleet)
+    config = {**found.config, **changes}
+    num_devices = _num_devices(config, devices, fleet)
+    if _NUMBER_KEY in config:
+        # The first round shall know all of them, or runs are not repeatable.
+        changes[_NUMBER_KEY] = num_devices
+    directory = None
+    if _OUTPUT_KEY in config:
+        given = str(out or config[_OUTPUT_KEY] or _new_directory(found.name))
+        directory = Path(given).expanduser().absolute()
+        changes[_OUTPUT_KEY] = str(directory)
+    elif out is not None:
+        raise UserError(f"{found.name} has no {_OUTPUT_KEY} key, so leave --out out.")
+    check_config(found, {**found.config, **changes})
+    live = sys.stdout.isatty() and not (plain or as_json) and directory is not None
+    with _terminable(), _shown(live, as_json, directory, config) as echo:
+        finished = run_app(
+            app,
+            num_devices=num_devices,
+            run_config=as_run_config(changes),
+            home=home,
+            cpus_per_client=cpus_per_client,
+            echo=echo,
+        )
+    _report_end(finished, directory, as_json=as_json)
+
+
+def _fleet_changes(config: Mapping[str, Any], fleet: Path | None) -> dict[str, Any]:
+    if fleet is None:
+        return {}
+    if _FLEET_KEY not in config:
+        raise UserError(
+            f"--fleet={fleet}: the app has no {_FLEET_KEY} key, so it cannot simulate "
+            "given devices; use --devices."
+        )
+    return {_FLEET_KEY: str(fleet.absolute())}
+
+
+def _num_devices(
+    config: Mapping[str, Any], devices: int | None, fleet: Path | None
+) -> int:
+    """Return how many devices are simulated: all that are said to be there."""
+    path = fleet or config.get(_FLEET_KEY) or None
+    stated = config.get(_NUMBER_KEY) or None
+    if path is not None:
+        from lola_flwr.system.fleet import read_fleet
+
+        there = len(read_fleet(Path(path)))
+        if {devices, stated} - {None, there}:
+            raise UserError(
+                f"{path} has {there} devices, so leave --devices and {_NUMBER_KEY} out."
+            )
+        return there
+    if devices is not None and stated not in (None, devices):
+        raise UserError(
+            f"--devices={devices}, but {_NUMBER_KEY}={stated}; leave one of them out."
+        )
+    number = devices or stated
+    if number is None:
+        raise UserError(
+            "How many devices? Give --devices (at least one for each block of the "
+            "model), or --fleet."
+        )
+    return int(number)
+
+
+def _new_directory(name: str) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    directory = Path("runs") / f"{name}-{stamp}"
+    number = 2
+    while directory.exists():
+        directory = Path("runs") / f"{name}-{stamp}-{number}"
+        number += 1
+    return directory
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM stop what was started, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _shown(
+    live: bool, silent: bool, directory: Path | None, config: Mapping[str, Any]
+) -> Iterator[Callable[[str], object] | None]:
+    """Give what to call with each line that the run prints."""
+    if not live or directory is None:
+        yield None if silent else _write
+        return
+    from rich.live import Live
+
+    from lola_flwr.cli.console import console
+    from lola_flwr.cli.live import RunView
+
+    rounds = config.get("rounds")
+    view = RunView(
+        directory / "rounds.jsonl", rounds if isinstance(rounds, int) else None
+    )
+    with Live(view, console=console(), refresh_per_second=4) as display:
+
+        def echo(line: str) -> None:
+            # The display shows what the other lines say.
+            if any(level in line for level in ("WARNING", "ERROR", "Error")):
+                display.console.print(line.rstrip(), markup=False)
+
+        yield echo
+
+
+def _write(line: str) -> None:
+    sys.stdout.write(line)
+    sys.stdout.flush()
+
+
+def _report_end(
+    finished: FinishedRun, directory: Path | None, *, as_json: bool
+) -> None:
+    if as_json:
+        print_json(
+            {
+                "status": finished.status,
+                "final": finished.final,
+                "error": finished.error,
+                "directory": None if directory is None else str(directory),
+            }
+        )
+    if not finished.completed:
+        raise UserError(finished.error or f"the run is {finished.status}")
+    if as_json:
+        return
+    if directory is not None:
+        print(f"files: {directory}")
+    print(finished.final or "completed")

@@ -1,0 +1,310 @@
+"""Run a Flower app in the simulation engine, with a SuperLink of its own.
+
+``flwr run`` leaves a managed SuperLink behind and reports success for runs that
+failed. This starts a SuperLink for one run, checks how the run ended, and stops what it
+started. ``lola-flwr simulate`` is this with a live display and a report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lola_flwr.errors import UserError
+
+_START_S = 60.0
+_STOP_S = 20.0
+_STATUS_S = 30.0
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """How a run ended.
+
+    Parameters
+    ----------
+    status
+        Flower's word for it: ``"finished:completed"`` is success.
+    output
+        What the run printed.
+    """
+
+    status: str
+    output: str
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run completed."""
+        return self.status == "finished:completed"
+
+    @property
+    def final(self) -> str | None:
+        """The app's summary line."""
+        return self._last_logged("INFO", "final: ")
+
+    @property
+    def error(self) -> str | None:
+        """The one line that the app reported a user's mistake with."""
+        logged = self._last_logged("ERROR", "error: ")
+        return None if logged is None else logged.removeprefix("error: ")
+
+    def _last_logged(self, level: str, start: str) -> str | None:
+        # Other lines hold what devices call themselves, which could be anything.
+        logged = re.findall(
+            rf"^{level} *: +({start}.+)$", _plain(self.output), re.MULTILINE
+        )
+        return logged[-1] if logged else None
+
+
+def run_app(
+    app: Path,
+    *,
+    num_devices: int,
+    run_config: Sequence[str] = (),
+    home: Path,
+    cpus_per_client: int = 1,
+    echo: Callable[[str], object] | None = None,
+) -> FinishedRun:
+    """Run a Flower app in simulation and wait for its end.
+
+    Parameters
+    ----------
+    app
+        Directory of the app.
+    num_devices
+        Simulated SuperNodes.
+    run_config
+        Overrides of the run configuration: ``'task="cola"'``.
+    home
+        Where Flower keeps its state: the run's FLWR_HOME is a directory of its own
+        in here, so that runs can go on at the same time.
+    cpus_per_client
+        CPUs that one client takes; as many clients as fit run at a time.
+    echo
+        Called with each line of output as it comes.
+
+    Raises
+    ------
+    UserError
+        The app or one of Flower's programs is missing, or the SuperLink did not start.
+    """
+    if not (app / "pyproject.toml").is_file():
+        raise UserError(
+            f"{app} is no Flower app, it has no pyproject.toml; give the app's "
+            "directory, such as simulations/glue."
+        )
+    superlink, superexec, flwr = map(
+        _program, ("flower-superlink", "flower-superexec", "flwr")
+    )
+    port = _free_port()
+    flwr_home = home.absolute() / f"run-{port}"
+    flwr_home.mkdir(parents=True, exist_ok=True)
+    environment = _environment(flwr_home)
+    address = f"127.0.0.1:{port}"
+    (flwr_home / "config.toml").write_text(
+        '[superlink]\ndefault = "own"\n\n[superlink.own]\n'
+        f'address = "{address}"\ninsecure = true\n',
+        encoding="utf-8",
+    )
+    log = flwr_home / "superlink.log"
+    superlink_command = [
+        *(superlink, "--insecure", "--simulation", "--isolation", "process"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+    # The SuperLink could start a SuperExec itself, but stopping both would leave the
+    # simulation running. All that this SuperExec starts is in its process group.
+    superexec_command = [
+        *(superexec, "--insecure", "--runtime-api-address", address),
+        *("--parent-pid", str(os.getpid())),
+    ]
+    run_command = [
+        *(flwr, "run", str(app), "own", "--stream", "--federation-config"),
+        f"num-supernodes={num_devices} client-resources-num-cpus={cpus_per_client}",
+    ]
+    for override in run_config:
+        run_command += ["--run-config", override]
+    with (
+        log.open("ab") as log_file,
+        _running(superlink_command, environment, log_file) as process,
+    ):
+        _wait_for_port(process, port, log)
+        with _running(superexec_command, environment, log_file, own_group=True):
+            output = _stream(run_command, environment, echo)
+            return FinishedRun(_status(flwr, output, environment), output)
+
+
+def _program(name: str) -> str:
+    """Find one of Flower's programs: beside this Python, or else on the PATH."""
+    found = shutil.which(name, path=_search_path())
+    if found is None:
+        raise UserError(
+            f"{name} is neither beside {sys.executable} nor on the PATH; run this with "
+            "the Python of the environment that has flwr[simulation], such as "
+            ".venv/bin/python after `make venv`."
+        )
+    return found
+
+
+def _search_path() -> str:
+    # The link in a virtual environment, not the interpreter that it leads to.
+    beside = Path(sys.executable).parent
+    return f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def _environment(flwr_home: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "FLWR_HOME": str(flwr_home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        # Flower's programs start each other by name.
+        "PATH": _search_path(),
+        # Ray's own usage statistics, and warnings about what its driver inherits.
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+@contextmanager
+def _running(
+    command: Sequence[str],
+    environment: dict[str, str],
+    output: IO[bytes] | int,
+    *,
+    own_group: bool = False,
+) -> Iterator[subprocess.Popen[str]]:
+    """Start a program, and stop it in the end.
+
+    Parameters
+    ----------
+    command
+        The program and its arguments.
+    environment
+        Its environment.
+    output
+        Where its output goes.
+    own_group
+        Whether the programs that it starts are stopped with it.
+    """
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=own_group,
+    )
+
+    def send(number: int) -> None:
+        with suppress(ProcessLookupError):
+            if own_group:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+
+    try:
+        yield process
+    finally:
+        send(signal.SIGTERM)
+        try:
+            process.wait(timeout=_STOP_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            # Too slow, or there was a second Ctrl-C.
+            if process.returncode is None:
+                send(signal.SIGKILL)
+                process.wait()
+
+
+def _stream(
+    command: Sequence[str],
+    environment: dict[str, str],
+    echo: Callable[[str], object] | None,
+) -> str:
+    """Return what a program prints, and hand on each line as it comes."""
+    lines = []
+    with _running(command, environment, subprocess.PIPE) as process:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                lines.append(line)
+                if echo is not None:
+                    echo(line)
+    return "".join(lines)
+
+
+def _status(flwr: str, output: str, environment: dict[str, str]) -> str:
+    """Ask the SuperLink how the run ended; the stream's exit code does not tell."""
+    output = _plain(output)
+    found = re.search(r"^Successfully started run (\d+)", output, re.MULTILINE)
+    if found is None:
+        # Flower prints its errors in a box.
+        reason = " ".join(re.findall("│ (.*?) *│", output))
+        if "configuration" in reason:
+            reason += (
+                " Overrides are keys of [tool.flwr.app.config] in the app's "
+                "pyproject.toml, and strings have quotes of their own: 'task=\"cola\"'."
+            )
+        return f"not started: {reason}"
+    command = [flwr, "list", "own", "--run-id", found[1], "--format", "json"]
+    deadline = time.monotonic() + _STATUS_S
+    while True:
+        status = _listed_status(command, environment)
+        # The last log line can arrive a moment before the run's end does.
+        if status.startswith("finished") or time.monotonic() > deadline:
+            return status
+        time.sleep(0.5)
+
+
+def _listed_status(command: Sequence[str], environment: dict[str, str]) -> str:
+    try:
+        listed = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_STATUS_S,
+        )
+    except subprocess.TimeoutExpired:
+        return f"unknown: `flwr list` took more than {_STATUS_S:g} s"
+    try:
+        return str(json.loads(listed.stdout)["runs"][0]["status"])
+    except (ValueError, LookupError, TypeError):
+        said = " ".join((listed.stdout + listed.stderr).split())
+        return f"unknown: `flwr list` says {said[-300:]!r}"
+
+
+def _plain(output: str) -> str:
+    """Leave out the colors."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", output)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for_port(superlink: subprocess.Popen[str], port: int, log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline and superlink.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise UserError(f"flower-superlink did not start; {log} says why.")

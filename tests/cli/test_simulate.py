@@ -1,0 +1,140 @@
+"""``lola-flwr simulate`` up to the point where Flower's programs are started."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from lola_flwr import simulation
+from lola_flwr.cli.live import RunView
+from lola_flwr.cli.main import main
+from lola_flwr.round_log import BlockRecord, RoundLog, RoundRecord
+from lola_flwr.simulation import FinishedRun
+
+APP = """
+[project]
+name = "app"
+
+[tool.flwr.app.config]
+rounds = 3
+num-devices = 0
+fleet = ""
+output-dir = ""
+"""
+
+
+@pytest.fixture
+def app(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "pyproject.toml").write_text(APP)
+    return tmp_path / "app"
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What `run_app` is called with; the run completes at once."""
+    calls = []
+
+    def run_app(app, **options):
+        calls.append(options)
+        return FinishedRun("finished:completed", "INFO :     final: loss=1\n")
+
+    monkeypatch.setattr(simulation, "run_app", run_app)
+    return calls
+
+
+def test_the_app_is_told_what_the_command_knows(app, started, capsys):
+    assert main(["simulate", "app", "--devices", "4", "rounds=2"]) == 0
+    (call,) = started
+    assert call["num_devices"] == 4
+    assert {"rounds=2", "num-devices=4"} < set(call["run_config"])
+    (output,) = [w for w in call["run_config"] if w.startswith("output-dir=")]
+    assert f'"{app.parent}/runs/app-' in output
+    assert capsys.readouterr().out.splitlines()[-1] == "final: loss=1"
+
+
+def test_output_directory_of_the_users_own(app, started):
+    assert main(["simulate", "app", "--devices", "4", "--out", "mine"]) == 0
+    assert f'output-dir="{app.parent}/mine"' in started[0]["run_config"]
+
+
+def test_a_fleet_says_how_many(app, started):
+    assert main(["fleet", "generate", "5", "--out", "fleet.toml"]) == 0
+    assert main(["simulate", "app", "--fleet", "fleet.toml"]) == 0
+    assert started[0]["num_devices"] == 5
+    assert f'fleet="{app.parent}/fleet.toml"' in started[0]["run_config"]
+
+
+def test_an_app_without_these_keys(app, started):
+    path = app / "pyproject.toml"
+    path.write_text("[tool.flwr.app.config]\nrounds = 3\n")
+    assert main(["simulate", "app", "--devices", "2"]) == 0
+    assert started[0]["run_config"] == []
+
+
+def test_json(app, started, capsys):
+    assert main(["simulate", "app", "--devices", "4", "--json"]) == 0
+    assert started[0]["echo"] is None
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["status"] == "finished:completed"
+    assert outcome["final"] == "final: loss=1"
+
+
+def test_a_failed_run_is_a_failed_command(app, monkeypatch, capsys):
+    failed = FinishedRun("finished:failed", "ERROR :     error: no model\n")
+    monkeypatch.setattr(simulation, "run_app", lambda *_, **__: failed)
+    assert main(["simulate", "app", "--devices", "4"]) == 1
+    assert capsys.readouterr().err == "error: no model\n"
+
+
+class TestLive:
+    def record(self, number):
+        block = BlockRecord(
+            block_index=0,
+            depth=1,
+            device="[red]phone",
+            share=1.0,
+            compute_s=1.0,
+            upload_s=3.0,
+            reported_compute_s=1.0,
+            compute_clock="measured",
+            loss=0.5,
+            status="accepted",
+        )
+        return RoundRecord(
+            number,
+            1,
+            4.0 * number,
+            round_s=4.0,
+            observed_s=4.0,
+            train_loss=0.5,
+            blocks=(block,),
+            metrics={"accuracy": 0.25 * number},
+        )
+
+    def shown(self, view):
+        out = io.StringIO()
+        Console(file=out, width=120).print(view)
+        return out.getvalue()
+
+    def test_it_follows_the_file(self, tmp_path):
+        view = RunView(tmp_path / "rounds.jsonl", 3)
+        assert "waiting for the first round" in self.shown(view)
+        log = RoundLog(tmp_path / "rounds.jsonl")
+        for number in (1, 2):
+            log.append(self.record(number))
+            shown = self.shown(view)
+            assert f"round {number} of 3" in shown
+            assert f"accuracy {0.25 * number:.4f}" in shown
+        # What a device calls itself is no markup.
+        assert "[red]phone" in shown
+        assert "▒" * 8 + "█" * 24 in shown
+
+    def test_a_file_that_is_none_does_not_end_the_run(self, tmp_path):
+        path = tmp_path / "rounds.jsonl"
+        path.write_text("nonsense\n")
+        assert "waiting" in self.shown(RunView(path, None))
