@@ -1,0 +1,363 @@
+"""Cut a transformer's layers into sub-networks: head groups with their feed-forward.
+
+A *sub-network* is a group of attention heads of a layer together with an equal part of
+the layer's feed-forward network: rows of the query, key, value and up projections, and
+the same columns of the two projections back. A layer's output is its input plus the sum
+of what its sub-networks contribute, so that any of them can be left out. The biases of
+the projections back and the normalisations belong to the layer as a whole.
+
+Source: Ding, Zhang, Wang, Ateniese, Yuan, "D2FT: Distributed Dynamic Fine-Tuning for
+Pretrained Transformers", arXiv:2504.12471, where a sub-network is one head of a layer
+and a slice of its feed-forward part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.errors import UserError
+
+# Where the parts of a layer are found: BERT and RoBERTa; ViT as of transformers 5; ViT
+# before; DistilBERT. The first name of each is that of the parameters' owner.
+_PLACES: dict[str, tuple[str, ...]] = {
+    "query": (
+        "attention.self.query",
+        "attention.q_proj",
+        "attention.attention.query",
+        "attention.q_lin",
+    ),
+    "key": (
+        "attention.self.key",
+        "attention.k_proj",
+        "attention.attention.key",
+        "attention.k_lin",
+    ),
+    "value": (
+        "attention.self.value",
+        "attention.v_proj",
+        "attention.attention.value",
+        "attention.v_lin",
+    ),
+    "project": ("attention.output.dense", "attention.o_proj", "attention.out_lin"),
+    "up": ("intermediate.dense", "mlp.fc1", "ffn.lin1"),
+    "activation": (
+        "intermediate.intermediate_act_fn",
+        "mlp.activation_fn",
+        "ffn.activation",
+    ),
+    "down": ("output.dense", "mlp.fc2", "ffn.lin2"),
+    "norm_1": ("attention.output.LayerNorm", "layernorm_before", "sa_layer_norm"),
+    "norm_2": ("output.LayerNorm", "layernorm_after", "output_layer_norm"),
+    "num_heads": (
+        "attention.self.num_attention_heads",
+        "attention.num_attention_heads",
+        "attention.attention.num_attention_heads",
+        "attention.n_heads",
+    ),
+}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "attention_dropout": (
+        "attention.self.dropout",
+        "attention.attention_dropout",
+        "attention.attention.dropout_prob",
+        "attention.dropout",
+    ),
+    "dropout_1": ("attention.output.dropout", "dropout"),
+    "dropout_2": ("output.dropout", "dropout", "ffn.dropout"),
+}
+
+
+class LayerNotUnderstood(UserError):
+    """A layer's parts are not where those of the known models are."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of a parameter: ``length`` entries from ``start`` on along one dimension."""
+
+    name: str
+    dim: int
+    start: int
+    length: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return this part of the parameter, or of its gradient, as a view."""
+        return tensor.narrow(self.dim, self.start, self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerParts:
+    """One transformer layer, taken apart.
+
+    Parameters
+    ----------
+    layer
+        The layer itself.
+    query, key, value, project, up, down
+        Its linear maps, perhaps with a low-rank adapter (LoRA).
+    activation
+        Non-linearity of the feed-forward network.
+    norm_1, norm_2
+        Its normalisations: before attention and feed-forward part if ``norm_first``,
+        otherwise after them.
+    dropout_1, dropout_2
+        What follows the two projections back.
+    attention_dropout
+        Rate of attention weights that training drops.
+    num_heads, num_groups
+        Heads of attention, and the groups that these are divided into.
+    """
+
+    layer: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    project: nn.Module
+    up: nn.Module
+    down: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    norm_1: nn.Module
+    norm_2: nn.Module
+    norm_first: bool
+    dropout_1: nn.Module
+    dropout_2: nn.Module
+    attention_dropout: float
+    num_heads: int
+    num_groups: int
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return out_features(self.query) // self.num_heads
+
+    def heads(self, first: int, last: int) -> tuple[int, int]:
+        """Return first head and number of heads of the groups first to last - 1."""
+        start = first * self.num_heads // self.num_groups
+        return start, last * self.num_heads // self.num_groups - start
+
+    def feed_forward(self, first: int, last: int) -> tuple[int, int]:
+        """Return first unit and number of units of the groups first to last - 1."""
+        width = out_features(self.up)
+        start = first * width // self.num_groups
+        return start, last * width // self.num_groups - start
+
+
+@dataclass(frozen=True, eq=False)
+class Subnetworks:
+    """A model's sub-networks, numbered layer by layer from the input on.
+
+    Parameters
+    ----------
+    layers
+        The layers, from the input to the output.
+    slices
+        What of which parameter belongs to each sub-network, by number: frozen
+        parameters as well as trained ones.
+    """
+
+    layers: tuple[LayerParts, ...]
+    slices: tuple[tuple[Slice, ...], ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers L."""
+        return len(self.layers)
+
+    @property
+    def num_groups(self) -> int:
+        """Head groups of a layer G."""
+        return self.layers[0].num_groups
+
+    @property
+    def count(self) -> int:
+        """Number of sub-networks S = L * G."""
+        return len(self.slices)
+
+
+def find_subnetworks(
+    model: nn.Module, partition: BlockPartition, *, num_groups: int | None = None
+) -> Subnetworks:
+    """Cut a model's layers into sub-networks.
+
+    Parameters
+    ----------
+    model
+        A model of the families BERT, RoBERTa, DistilBERT or ViT, perhaps with low-rank
+        adapters.
+    partition
+        Its blocks, each of them a layer or the adapters in one.
+    num_groups
+        Groups to divide each layer's heads into (default: one for each head).
+
+    Raises
+    ------
+    LayerNotUnderstood
+        A layer is of none of these families.
+    UserError
+        There are not so many heads.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    layers = tuple(
+        _parts(model.get_submodule(name), name, num_groups)
+        for name in _layer_names(partition)
+    )
+    slices = tuple(
+        tuple(_slices(parts, group, names))
+        for parts in layers
+        for group in range(parts.num_groups)
+    )
+    return Subnetworks(layers, slices)
+
+
+def out_features(linear: nn.Module) -> int:
+    """Return the width of a linear map's output, adapter or not."""
+    return int(base_of(linear).weight.shape[0])
+
+
+def base_of(linear: Any) -> nn.Linear:
+    """Return the linear map itself: the one beneath its adapter, if it has one."""
+    base = getattr(linear, "base_layer", linear)
+    if not isinstance(base, nn.Linear):
+        raise LayerNotUnderstood(
+            f"{type(base).__name__} stands where a Linear is expected: only plain "
+            "linear maps can be cut into sub-networks."
+        )
+    return base
+
+
+def adapters_of(linear: Any) -> list[tuple[nn.Linear, nn.Linear, float, Any]]:
+    """Return a linear map's low-rank adapters: A, B, scale and dropout of each."""
+    if not hasattr(linear, "lora_A"):
+        if hasattr(linear, "base_layer"):
+            raise LayerNotUnderstood(
+                f"{type(linear).__name__} is an adapter that cannot be cut into head "
+                "groups; use LoRA."
+            )
+        return []
+    if getattr(linear, "lora_variant", None):
+        raise LayerNotUnderstood(
+            f"The adapter variants {sorted(linear.lora_variant)} cannot be cut into "
+            "head groups; use plain LoRA."
+        )
+    return [
+        (
+            linear.lora_A[name],
+            linear.lora_B[name],
+            float(linear.scaling[name]),
+            linear.lora_dropout[name],
+        )
+        for name in linear.active_adapters
+        if name in linear.lora_A
+    ]
+
+
+def _layer_names(partition: BlockPartition) -> list[str]:
+    """Return the module that each block is, or is in: what ends in its number."""
+    found: list[str] = []
+    for block in partition.blocks:
+        layers = {m[1] if (m := re.match(r"(.+?\.\d+)\.", n)) else n for n in block}
+        if len(layers) != 1:
+            raise LayerNotUnderstood(
+                f"A block holds {' and '.join(sorted(layers)[:2])}; sub-networks are "
+                "cut out of blocks of one layer each."
+            )
+        found += layers
+    return found
+
+
+def _slices(parts: LayerParts, group: int, names: dict[int, str]) -> list[Slice]:
+    first_head, num_heads = parts.heads(group, group + 1)
+    heads = first_head * parts.head_size, num_heads * parts.head_size
+    units = parts.feed_forward(group, group + 1)
+    found: list[Slice] = []
+
+    def add(parameter: Tensor | None, dim: int, bounds: tuple[int, int]) -> None:
+        if parameter is not None:
+            found.append(Slice(names[id(parameter)], dim, *bounds))
+
+    for linear, bounds in (
+        (parts.query, heads),
+        (parts.key, heads),
+        (parts.value, heads),
+        (parts.up, units),
+    ):
+        base = base_of(linear)
+        add(base.weight, 0, bounds)
+        add(base.bias, 0, bounds)
+        for _, b, _, _ in adapters_of(linear):
+            add(b.weight, 0, bounds)
+    for linear, bounds in ((parts.project, heads), (parts.down, units)):
+        add(base_of(linear).weight, 1, bounds)
+        for a, _, _, _ in adapters_of(linear):
+            add(a.weight, 1, bounds)
+    return found
+
+
+def _parts(layer: nn.Module, name: str, num_groups: int | None) -> LayerParts:
+    found: dict[str, Any] = {}
+    for part, places in _PLACES.items():
+        values = [value for p in places if (value := _at(layer, p)) is not None]
+        if not values:
+            raise LayerNotUnderstood(
+                f"{name} ({type(layer).__name__}) has no {part} at any of "
+                f"{', '.join(places)}; sub-networks are known of BERT, RoBERTa, "
+                "DistilBERT and ViT layers."
+            )
+        found[part] = values[0]
+    for part, places in _OPTIONAL.items():
+        found[part] = next((v for p in places if (v := _at(layer, p)) is not None), 0.0)
+    rate = found.pop("attention_dropout")
+    num_heads = found.pop("num_heads")
+    num_groups = num_heads if num_groups is None else num_groups
+    if not 1 <= num_groups <= num_heads:
+        raise UserError(
+            f"num_groups={num_groups} must be from 1 to {num_heads}, the heads of "
+            f"{name}."
+        )
+    for dropout in ("dropout_1", "dropout_2"):
+        if not isinstance(found[dropout], nn.Module):
+            found[dropout] = nn.Identity()
+    return LayerParts(
+        layer=layer,
+        norm_first=hasattr(layer, "layernorm_before"),
+        attention_dropout=float(getattr(rate, "p", rate)),
+        num_heads=num_heads,
+        num_groups=num_groups,
+        **found,
+    )
+
+
+def _at(layer: Any, place: str) -> Any:
+    for name in place.split("."):
+        layer = getattr(layer, name, None)
+    return layer
+
+
+def parameter_slices(
+    subnetworks: Subnetworks, tensors: dict[str, Tensor]
+) -> list[list[Tensor]]:
+    """Return each sub-network's parts of some tensors, as views.
+
+    Parameters
+    ----------
+    subnetworks
+        The sub-networks.
+    tensors
+        Parameters or their gradients, by name; those that are missing have no part.
+    """
+    return [
+        [part.of(tensors[part.name]) for part in parts if part.name in tensors]
+        for parts in subnetworks.slices
+    ]
+
+
+def as_vector(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors as one vector."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -1,0 +1,104 @@
+"""The gradient of a batch whose micro-batches run under a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.d2ft.execution import scheduled
+from lola_flwr.d2ft.operations import Operation
+from lola_flwr.d2ft.subnetworks import Subnetworks
+from lola_flwr.truncated_backprop import (
+    Batch,
+    BlockGradient,
+    LossFunction,
+    model_loss,
+)
+
+
+def split_batch(batch: Batch, count: int) -> list[Batch]:
+    """Split a batch into micro-batches whose sizes differ by at most one example.
+
+    Parameters
+    ----------
+    batch
+        Tensors whose first dimension counts the examples.
+    count
+        Number of micro-batches, at most as many as examples.
+    """
+    parts = {name: torch.tensor_split(t, count) for name, t in batch.items()}
+    return [{name: parts[name][i] for name in parts} for i in range(count)]
+
+
+def scheduled_gradient(
+    model: nn.Module,
+    subnetworks: Subnetworks,
+    trainable: Sequence[str],
+    micro_batches: Sequence[Batch],
+    operations: npt.NDArray[np.int64],
+    *,
+    loss_function: LossFunction = model_loss,
+) -> BlockGradient:
+    """Compute the gradient of the mean loss over all examples, under a schedule.
+
+    Parameters
+    ----------
+    model
+        The model, in the mode that the gradient is wanted in.
+    subnetworks
+        Its sub-networks.
+    trainable
+        Names of the parameters to train.
+    micro_batches
+        M micro-batches; one runs after the other.
+    operations
+        What each sub-network does in each of them, shape [S, M].
+    loss_function
+        Maps model and micro-batch to a mean loss.
+
+    Returns
+    -------
+    BlockGradient
+        With everything run fully, the gradient itself. Otherwise it is biased: outputs
+        lack what is skipped, and gradients what does not flow back.
+    """
+    parameters = dict(model.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    total: dict[str, Tensor] = {}
+    sizes = [len(next(iter(batch.values()))) for batch in micro_batches]
+    loss_sum = 0.0
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in set(trainable))
+        wanted = [parameters[name] for name in trainable]
+        for index, batch in enumerate(micro_batches):
+            table = operations[:, index].reshape(
+                subnetworks.num_layers, subnetworks.num_groups
+            )
+            with scheduled(subnetworks, [[Operation(o) for o in row] for row in table]):
+                loss = loss_function(model, batch)
+                weight = sizes[index] / sum(sizes)
+                found = torch.autograd.grad(weight * loss, wanted, allow_unused=True)
+            for name, gradient in zip(trainable, found, strict=True):
+                if gradient is None:
+                    continue
+                if name in total:
+                    total[name] += gradient
+                else:
+                    total[name] = gradient
+            loss_sum += loss.item() * sizes[index]
+    finally:
+        for name, flag in flags.items():
+            parameters[name].requires_grad_(flag)
+    return BlockGradient(
+        gradients={
+            name: total.get(name, torch.zeros_like(parameters[name]))
+            for name in trainable
+        },
+        loss=loss_sum / sum(sizes),
+        num_examples=sum(sizes),
+    )

@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.d2ft import (
+    Operation,
+    find_subnetworks,
+    scheduled,
+    scheduled_gradient,
+    score_subnetworks,
+    split_batch,
+)
+from lola_flwr.d2ft.execution import run_layer
+from lola_flwr.d2ft.subnetworks import LayerNotUnderstood, parameter_slices
+from lola_flwr.errors import UserError
+from lola_flwr.truncated_backprop import block_gradient
+from tests.conftest import SMALL
+from tests.test_truncated_backprop import saved_bytes
+
+SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
+SIZES = {**SMALL, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+
+
+def text_batch():
+    generator = torch.Generator().manual_seed(1)
+    attention_mask = torch.ones(6, 10, dtype=torch.long)
+    attention_mask[4:, 7:] = 0
+    return {
+        "input_ids": torch.randint(5, 60, (6, 10), generator=generator),
+        "attention_mask": attention_mask,
+        "labels": torch.tensor([0, 1, 1, 0, 1, 0]),
+    }
+
+
+def image_batch():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "pixel_values": torch.randn(6, 3, 16, 16, generator=generator),
+        "labels": torch.tensor([0, 1, 1, 0, 1, 0]),
+    }
+
+
+@dataclass
+class Case:
+    model: torch.nn.Module
+    batch: dict[str, torch.Tensor]
+
+    def __post_init__(self):
+        trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        self.partition = partition_parameters(trained)
+        self.subnetworks = find_subnetworks(self.model, self.partition)
+        self.trainable = self.partition.trainable
+
+    def table(self, operation):
+        return [[operation] * 4 for _ in range(3)]
+
+    def run(self, operations, num_parts=1):
+        operations = np.array(operations).reshape(12, 1).repeat(num_parts, axis=1)
+        parts = split_batch(self.batch, num_parts)
+        return scheduled_gradient(
+            self.model, self.subnetworks, self.trainable, parts, operations
+        )
+
+
+def make(family):
+    torch.manual_seed(0)
+    if family == "vit":
+        config = transformers.ViTConfig(
+            **{k: v for k, v in SIZES.items() if k != "vocab_size"},
+            image_size=16,
+            patch_size=4,
+        )
+        return Case(
+            transformers.ViTForImageClassification(config).eval(), image_batch()
+        )
+    if family == "distilbert":
+        config = transformers.DistilBertConfig(
+            vocab_size=60, dim=32, hidden_dim=64, n_heads=4, n_layers=3
+        )
+        model = transformers.DistilBertForSequenceClassification(config)
+        return Case(model.eval(), text_batch())
+    config = transformers.RobertaConfig(**SIZES, max_position_embeddings=40)
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    if family == "roberta-lora":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(
+            task_type="SEQ_CLS",
+            r=2,
+            target_modules=["query", "value", "dense"],
+            # Adapters that do nothing would have no gradient of their first factor.
+            init_lora_weights=False,
+        )
+        model = peft.get_peft_model(model, lora).eval()
+    return Case(model, text_batch())
+
+
+FAMILIES = ["roberta", "roberta-lora", "distilbert", "vit"]
+
+
+@pytest.fixture(params=FAMILIES)
+def case(request):
+    return make(request.param)
+
+
+def exact_gradient(case):
+    return block_gradient(case.model, case.partition.merged(), 0, case.batch)
+
+
+def test_subnetworks_in_pieces_make_the_layer(case):
+    torch.manual_seed(2)
+    x = torch.randn(3, 7, 32)
+    mask = torch.ones(3, 1, 7, 7, dtype=torch.bool)
+    mask[1, :, :, 5:] = False
+    for parts in case.subnetworks.layers:
+        own = parts.layer(x, mask)
+        for row in ([FULL] * 4, [FULL, FORWARD, FULL, FULL], [FORWARD, FULL] * 2):
+            torch.testing.assert_close(run_layer(parts, row, x, mask), own)
+
+
+def test_gradients_of_pieces_are_those_of_the_layer(case):
+    operations = case.table(FULL)
+    operations[2] = [FULL, FORWARD, FULL, FORWARD]
+    result, expected = case.run(operations), exact_gradient(case)
+    # Behind the last layer's feed-forward part nothing is left out.
+    last = case.subnetworks.layers[2]
+    names = {id(p): n for n, p in case.model.named_parameters()}
+    down = [n for p in last.down.parameters() if (n := names[id(p)]) in case.trainable]
+    assert down
+    for group in (0, 2):
+        for part in case.subnetworks.slices[8 + group]:
+            if part.name in down:
+                found = part.of(result.gradients[part.name])
+                assert found.any()
+                torch.testing.assert_close(
+                    found, part.of(expected.gradients[part.name])
+                )
+
+
+def test_micro_batches_average_to_the_batch(case):
+    expected = exact_gradient(case)
+    result = case.run(case.table(FULL), num_parts=4)  # of 2, 2, 1 and 1 examples
+    assert (result.num_examples, result.loss) == (6, pytest.approx(expected.loss))
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(
+            result.gradients[name], gradient, rtol=1e-3, atol=1e-6
+        )
+
+
+def test_a_skipped_subnetwork_does_as_its_zeroed_weights_would(case):
+    operations = case.table(FULL)
+    operations[1][2] = SKIP
+    skipped = case.run(operations)
+    state = {n: p.detach().clone() for n, p in case.model.named_parameters()}
+    gone = 1 * 4 + 2
+    parts = case.subnetworks.slices[gone]
+    back = [s for s in parts if s.dim == 1]  # columns of what leads out of it
+    assert back
+    with torch.no_grad():
+        named = dict(case.model.named_parameters())
+        for part in back:
+            part.of(named[part.name]).zero_()
+    zeroed = case.run(case.table(FULL))
+    with torch.no_grad():
+        for name, parameter in case.model.named_parameters():
+            parameter.copy_(state[name])
+    assert skipped.loss == pytest.approx(zeroed.loss, rel=1e-5)
+    # And it has no gradient of its own, while its neighbours have theirs.
+    own = parameter_slices(case.subnetworks, skipped.gradients)
+    assert all(not part.any() for part in own[gone])
+    assert any(part.any() for part in own[gone + 1])
+
+
+def test_forward_only_keeps_the_loss_and_has_no_gradient(case):
+    operations = case.table(FULL)
+    operations[2][0] = operations[2][1] = FORWARD
+    result = case.run(operations)
+    assert result.loss == pytest.approx(exact_gradient(case).loss, rel=1e-5)
+    own = parameter_slices(case.subnetworks, result.gradients)
+    for forward_only, full in ((8, 10), (9, 11)):
+        assert all(not part.any() for part in own[forward_only])
+        assert any(part.any() for part in own[full])
+
+
+def flops(case, operations):
+    with FlopCounterMode(display=False) as counter:
+        case.run(operations)
+    return counter.get_total_flops()
+
+
+def test_what_is_skipped_is_not_computed(case):
+    full, forward, skip = (
+        flops(case, case.table(operation)) for operation in (FULL, FORWARD, SKIP)
+    )
+    # What is left when all layers are skipped is the head, and a ViT's patches.
+    passes = (full - skip) / (forward - skip)
+    # Weights and activations back: 3 forward passes, less the gradient that nobody
+    # wants below the first layer. Of adapters: 2, and their own products.
+    adapters = hasattr(case.model, "peft_config")
+    low, high = (1.6, 2.7) if adapters else (2.6, 3.0)
+    assert low < passes <= high
+    halves = flops(case, [[FULL, FULL, SKIP, SKIP]] * 3)
+    # One factor of an adapter is common to all groups of a layer.
+    assert halves - skip == pytest.approx((full - skip) / 2, rel=0.08)
+
+
+def kept(case, operations):
+    return saved_bytes(case.model, lambda: case.run(operations))
+
+
+def test_forward_only_stores_no_activations(case):
+    full, forward = (kept(case, case.table(op)) for op in (FULL, FORWARD))
+    nothing = kept(case, case.table(SKIP))
+    # What the head keeps: the layers' own share is nothing.
+    assert forward <= nothing
+    upper = kept(case, [[FORWARD] * 4, [FORWARD] * 4, [FULL] * 4])
+    assert nothing < upper < 0.55 * full
+    half = kept(case, [[FULL, FULL, FORWARD, FORWARD]] * 3)
+    assert half < 0.85 * full
+
+
+def test_flags_and_forwards_are_restored(case):
+    flags = [p.requires_grad for p in case.model.parameters()]
+    with pytest.raises(UserError, match=r"operations has 2 layers"):
+        scheduled(case.subnetworks, case.table(FULL)[:2])
+    case.run(case.table(SKIP))
+    with pytest.raises(RuntimeError):
+        scheduled_gradient(
+            case.model,
+            case.subnetworks,
+            case.trainable,
+            [case.batch],
+            np.zeros((12, 1), np.int64),
+            loss_function=lambda *_: (_ for _ in ()).throw(RuntimeError("boom")),
+        )
+    assert [p.requires_grad for p in case.model.parameters()] == flags
+    for parts in case.subnetworks.layers:
+        assert "forward" not in vars(parts.layer)
+
+
+def test_scores_are_sums_over_slices(case):
+    parts = split_batch(case.batch, 2)
+    scores = score_subnetworks(case.model, case.subnetworks, case.trainable, parts)
+    assert scores.fisher.shape == scores.gradient.shape == (12, 2)
+    trained = set(case.trainable)
+    parameters = dict(case.model.named_parameters())
+    gradients = scheduled_gradient(
+        case.model,
+        case.subnetworks,
+        case.trainable,
+        parts[:1],
+        np.full((12, 1), FULL),
+    ).gradients
+    for number, slices in enumerate(case.subnetworks.slices):
+        own = [s for s in slices if s.name in trained]
+        fisher = sum(float(s.of(gradients[s.name]).square().sum()) for s in own)
+        size = sum(s.of(parameters[s.name]).abs().sum().item() for s in own)
+        assert scores.fisher[number, 0] == pytest.approx(fisher, rel=1e-3)
+        assert scores.magnitude[number] == pytest.approx(size, rel=1e-5)
+
+
+def test_slices_cover_each_layer_once(case):
+    covered = {}
+    for slices in case.subnetworks.slices:
+        for part in slices:
+            covered.setdefault(part.name, []).append((part.start, part.length))
+    parameters = dict(case.model.named_parameters())
+    for name, bounds in covered.items():
+        dim = next(
+            s.dim for group in case.subnetworks.slices for s in group if s.name == name
+        )
+        ends = [0, *np.cumsum([length for _, length in sorted(bounds)])]
+        assert [start for start, _ in sorted(bounds)] == ends[:-1]
+        assert ends[-1] == parameters[name].shape[dim]
+
+
+def test_models_that_are_not_understood():
+    model = transformers.GPT2Model(
+        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20)
+    )
+    partition = partition_parameters(n for n, _ in model.named_parameters())
+    with pytest.raises(LayerNotUnderstood, match=r"GPT2Block.* has no query"):
+        find_subnetworks(model, partition)
+    roberta = make("roberta")
+    with pytest.raises(UserError, match=r"num_groups=5 must be from 1 to 4"):
+        find_subnetworks(roberta.model, roberta.partition, num_groups=5)
