@@ -93,6 +93,9 @@ class Assignment(_Record):
     update_names, frozen_names
         Where devices are sent the whole model and return weights: names of the
         parameters of block and head, and of those that nobody trains, one a line.
+    uplink_bps
+        What the share is on this device's link, bit/s: the most that the upload may
+        take. None where no link is known, as in a simulation.
     """
 
     server_round: int
@@ -103,6 +106,7 @@ class Assignment(_Record):
     base_fingerprint: str
     update_names: str | None = None
     frozen_names: str | None = None
+    uplink_bps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,9 @@ class UpdateReport(_Record):
     compute_clock
         Where ``compute_s`` comes from: ``"measured"`` on the device, or ``"simulated"``
         where the device itself is.
+    uplink_limit
+        What holds the upload to ``uplink_bps``: ``"pacing"`` or ``"tc"``; None if
+        nothing does, and the share is advice.
     """
 
     server_round: int
@@ -134,6 +141,7 @@ class UpdateReport(_Record):
     loss: float | None
     compute_s: float | None
     compute_clock: str
+    uplink_limit: str | None = None
 
 
 def _key(field_name: str) -> str:

@@ -15,6 +15,7 @@ _BOUNDS = {
     "flops_per_s": (1e5, 1e16),
     "memory_bytes": (1e5, 1e13),
     "snr_db": (-60.0, 80.0),
+    "uplink_bps": (1e3, 1e12),
 }
 
 
@@ -37,6 +38,9 @@ class DeviceProfile:
         Memory that fine-tuning may use.
     snr_db
         Mean uplink SNR at the server over uniform power per sub-carrier, dB.
+    uplink_bps
+        Rate of the uplink when this device has all of it, bit/s, as measured; None: it
+        follows from ``snr_db`` and the fading of the round.
 
     Raises
     ------
@@ -48,6 +52,7 @@ class DeviceProfile:
     flops_per_s: float
     memory_bytes: float
     snr_db: float
+    uplink_bps: float | None = None
 
     def __post_init__(self) -> None:
         # The name goes into logs: no line breaks, no control characters.
@@ -62,6 +67,8 @@ class DeviceProfile:
             )
         for field, (low, high) in _BOUNDS.items():
             value = getattr(self, field)
+            if field == "uplink_bps" and value is None:
+                continue
             # NaN is within no bounds.
             if (
                 isinstance(value, bool)
@@ -75,7 +82,11 @@ class DeviceProfile:
 
     def to_properties(self) -> dict[str, str | float]:
         """Return the profile as flat properties, as a client reports them."""
-        return {key.replace("_", "-"): value for key, value in asdict(self).items()}
+        return {
+            key.replace("_", "-"): value
+            for key, value in asdict(self).items()
+            if value is not None
+        }
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, object]) -> DeviceProfile:
@@ -87,14 +98,14 @@ class DeviceProfile:
             A property is missing or out of bounds. Other properties are ignored.
         """
         keys = {field.replace("_", "-"): field for field in cls.__dataclass_fields__}
-        missing = [key for key in keys if key not in properties]
+        missing = [k for k in keys if k not in properties and k != "uplink-bps"]
         if missing:
             raise InvalidProfile(
                 f"The profile lacks {', '.join(missing)}; it must report "
                 f"{', '.join(keys)}."
             )
         # The types are checked in __post_init__.
-        return cls(**{keys[key]: properties[key] for key in keys})  # type: ignore[arg-type]
+        return cls(**{keys[k]: properties[k] for k in keys if k in properties})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

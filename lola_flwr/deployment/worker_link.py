@@ -1,0 +1,225 @@
+"""How a client and the resident worker of its device talk: frames over a Unix socket.
+
+A frame is a header in JSON and the raw bytes of the arrays that it lists; nothing is
+pickled. The worker's socket and the file with its token are readable by their owner
+alone, and every connection begins with the token: the socket may stand in a directory
+that others can enter.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import math
+import os
+import socket
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.errors import UserError
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+# Both ends are of one release, but a worker can outlive an upgrade.
+VERSION = 1
+_PREFIX = struct.Struct("!4sHI")  # magic, version, bytes of the header
+_MAGIC = b"LOLA"
+_LARGEST_HEADER_BYTES = 16 << 20
+_LARGEST_ARRAYS_BYTES = 64 << 30
+# Of a hello, which comes from whoever can open the socket.
+_LARGEST_HELLO_BYTES = 1024
+_DTYPE_KINDS = "fiub"
+
+
+class LinkError(ConnectionError):
+    """The other end is gone, or does not speak this protocol."""
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One message.
+
+    Parameters
+    ----------
+    kind
+        What it is: ``"train"``, ``"update"``, ``"error"``, ...
+    header
+        Its values, of the types that JSON knows.
+    arrays
+        Its arrays by name.
+    """
+
+    kind: str
+    header: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
+
+
+def send_frame(connection: socket.socket, frame: Frame) -> None:
+    """Send one frame.
+
+    Raises
+    ------
+    LinkError
+        The other end is gone.
+    """
+    arrays = {n: np.ascontiguousarray(values) for n, values in frame.arrays.items()}
+    header = json.dumps(
+        {
+            "kind": frame.kind,
+            "header": frame.header,
+            "arrays": [[n, a.dtype.str, a.shape] for n, a in arrays.items()],
+        }
+    ).encode()
+    try:
+        connection.sendall(_PREFIX.pack(_MAGIC, VERSION, len(header)) + header)
+        for values in arrays.values():
+            # Only an array with a dimension can be seen as bytes.
+            connection.sendall(values.reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise LinkError(f"The other end is gone ({error}).") from None
+
+
+def receive_frame(
+    connection: socket.socket,
+    *,
+    largest_header_bytes: int = _LARGEST_HEADER_BYTES,
+    largest_arrays_bytes: int = _LARGEST_ARRAYS_BYTES,
+) -> Frame:
+    """Wait for one frame.
+
+    Parameters
+    ----------
+    connection
+        Where from.
+    largest_header_bytes, largest_arrays_bytes
+        A frame that announces more is refused before memory is taken for it.
+
+    Raises
+    ------
+    LinkError
+        The connection ended, or what came is no frame.
+    """
+    prefix = _receive(connection, _PREFIX.size)
+    magic, version, header_bytes = _PREFIX.unpack(prefix)
+    if magic != _MAGIC or header_bytes > largest_header_bytes:
+        raise LinkError("The other end does not speak the worker's protocol.")
+    if version != VERSION:
+        raise LinkError(
+            f"The other end speaks version {version} of the worker's protocol, this "
+            f"one {VERSION}; restart the worker after an upgrade."
+        )
+    try:
+        content = json.loads(_receive(connection, header_bytes))
+        kind, header = str(content["kind"]), dict(content["header"])
+        listed = [
+            (str(name), np.dtype(dtype), tuple(int(size) for size in shape))
+            for name, dtype, shape in content["arrays"]
+        ]
+    # A header that is none fails in many ways, which all mean the same.
+    except (ValueError, LookupError, TypeError) as error:
+        raise LinkError(f"Malformed header ({error}).") from None
+    total_bytes = 0
+    for name, dtype, shape in listed:
+        total_bytes += math.prod(shape) * dtype.itemsize
+        if dtype.kind not in _DTYPE_KINDS or any(size < 0 for size in shape):
+            raise LinkError(f"Array {name!r} of type {dtype} and shape {shape}.")
+    if total_bytes > largest_arrays_bytes:
+        raise LinkError(f"Arrays of {total_bytes} B announced.")
+    arrays = {}
+    for name, dtype, shape in listed:
+        arrays[name] = np.empty(shape, dtype)
+        _receive_into(connection, arrays[name].reshape(-1).view(np.uint8).data)
+    return Frame(kind, header, arrays)
+
+
+def token_path(socket_path: Path) -> Path:
+    """Return where the token of a worker is, by its socket."""
+    return socket_path.with_name(f"{socket_path.name}.token")
+
+
+def write_token(socket_path: Path, token: str) -> None:
+    """Write a worker's token, for its owner's eyes only."""
+    path = token_path(socket_path)
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(token)
+
+
+def connect(socket_path: Path, *, timeout_s: float = 5.0) -> socket.socket:
+    """Connect to the worker at a socket and show its token.
+
+    The connection has no time-out of its own: training takes as long as it takes, and
+    the end of the worker ends the connection.
+
+    Raises
+    ------
+    LinkError
+        No worker answers there.
+    UserError
+        Others can read the token, or it may not be read by this user.
+    """
+    path = token_path(socket_path)
+    try:
+        mode = path.stat().st_mode
+        token = path.read_text(encoding="ascii")
+    except FileNotFoundError:
+        raise LinkError(f"No worker runs at {socket_path}.") from None
+    except PermissionError:
+        raise UserError(
+            f"{path} cannot be read: run worker and SuperNode as the same user."
+        ) from None
+    if stat.S_IMODE(mode) & 0o077:
+        raise UserError(
+            f"{path} has mode {stat.S_IMODE(mode):o}, which lets others read it; "
+            "restart the worker."
+        )
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout_s)
+    try:
+        connection.connect(str(socket_path))
+    except OSError as error:
+        connection.close()
+        raise LinkError(f"No worker runs at {socket_path} ({error}).") from None
+    connection.settimeout(None)
+    send_frame(connection, Frame("hello", {"token": token}))
+    return connection
+
+
+def admits(connection: socket.socket, token: str) -> bool:
+    """Tell whether the other end begins with the token."""
+    hello = receive_frame(
+        connection,
+        largest_header_bytes=_LARGEST_HELLO_BYTES,
+        largest_arrays_bytes=0,
+    )
+    shown = hello.header.get("token")
+    return (
+        hello.kind == "hello"
+        and isinstance(shown, str)
+        and hmac.compare_digest(shown.encode(), token.encode())
+    )
+
+
+def _receive(connection: socket.socket, count: int) -> bytes:
+    buffer = bytearray(count)
+    _receive_into(connection, memoryview(buffer))
+    return bytes(buffer)
+
+
+def _receive_into(connection: socket.socket, view: memoryview) -> None:
+    while view:
+        try:
+            received = connection.recv_into(view)
+        except OSError as error:
+            raise LinkError(f"The other end is gone ({error}).") from None
+        if not received:
+            raise LinkError("The other end is gone.")
+        view = view[received:]

@@ -1,0 +1,135 @@
+"""A simulated device with its part of the training data; it needs no Flower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.clients import BlockDevice
+from lola_flwr.deployment.app_code import DeviceContext
+from lola_flwr.errors import UserError
+from lola_flwr.models import load_classifier
+from lola_flwr.protocol import Assignment
+from lola_flwr.randomness import rng_for
+from lola_flwr.system.costs import BlockCosts
+from lola_flwr.system.devices import (
+    DeviceProfile,
+    FleetRanges,
+    simulated_device,
+)
+from lola_flwr.system.fleet import read_fleet
+from lola_flwr.truncated_backprop import Batch
+from lola_glue.config import GlueConfig
+from lola_glue.costs import model_blocks, model_costs
+from lola_glue.partitions import partition_examples
+from lola_glue.tasks import Examples, Task, load_task
+from lola_glue.text import make_batch
+
+# A worker process serves many virtual devices: it holds one model and one copy of the
+# data for all of them.
+
+
+@dataclass(frozen=True, eq=False)
+class _WorkerModel:
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    partition: BlockPartition
+    costs: BlockCosts
+
+
+@lru_cache(maxsize=1)
+def _worker_model(config: GlueConfig) -> _WorkerModel:
+    task, _ = _training_data(config)
+    model, tokenizer = load_classifier(
+        config.model, num_labels=task.num_labels, seed=config.seed
+    )
+    return _WorkerModel(
+        model, tokenizer, model_blocks(config, model), model_costs(config, model)
+    )
+
+
+@lru_cache(maxsize=1)
+def _training_data(config: GlueConfig) -> tuple[Task, Examples]:
+    task, train, _ = load_task(config.task, config.data_dir, seed=config.seed)
+    return task, train
+
+
+@lru_cache(maxsize=1)
+def _parts(config: GlueConfig, num_partitions: int) -> list[npt.NDArray[np.intp]]:
+    return partition_examples(
+        _training_data(config)[1].labels,
+        num_partitions,
+        partitioning=config.partitioning,
+        alpha=config.dirichlet_alpha,
+        seed=config.seed,
+    )
+
+
+def _profile(config: GlueConfig, index: int) -> DeviceProfile:
+    if config.fleet:
+        fleet = read_fleet(Path(config.fleet))
+        if index >= len(fleet):
+            raise UserError(
+                f"fleet={config.fleet!r} has {len(fleet)} devices, but more are "
+                f"simulated; pass num-supernodes={len(fleet)}."
+            )
+        return fleet[index]
+    return simulated_device(
+        index,
+        seed=config.seed,
+        ranges=FleetRanges(snr_db=(config.snr_min_db, config.snr_max_db)),
+    )
+
+
+def lognormal(sigma: float, rng: np.random.Generator) -> float:
+    """Draw a factor around 1 whose logarithm has the standard deviation sigma."""
+    return float(np.exp(sigma * rng.standard_normal()))
+
+
+def device_fn(context: DeviceContext) -> BlockDevice:
+    """Make one simulated device."""
+    config = GlueConfig.from_run_config(context.run_config)
+    index = int(context.node_config["partition-id"])
+    num_partitions = int(context.node_config["num-partitions"])
+    profile = _profile(config, index)
+
+    def load_model() -> tuple[nn.Module, BlockPartition]:
+        loaded = _worker_model(config)
+        return loaded.model, loaded.partition
+
+    def draw_batch(server_round: int, batch_size: int) -> Batch:
+        train = _training_data(config)[1]
+        part = _parts(config, num_partitions)[index]
+        rng = rng_for(config.seed, "batch", server_round, profile.name)
+        drawn = rng.choice(part, size=min(batch_size, len(part)), replace=False)
+        tokenizer = _worker_model(config).tokenizer
+        return make_batch(train, drawn, tokenizer, max_length=config.max_length)
+
+    def simulated_compute_s(assignment: Assignment) -> float:
+        error = rng_for(config.seed, "profile error", profile.name)
+        jitter = rng_for(config.seed, "jitter", assignment.server_round, profile.name)
+        seconds = (
+            _worker_model(config).costs.flops[assignment.block_index]
+            / profile.flops_per_s
+        )
+        return float(
+            seconds
+            * lognormal(config.profile_error, error)
+            * lognormal(config.compute_jitter, jitter)
+        )
+
+    return BlockDevice(
+        profile=profile,
+        load_model=load_model,
+        batch_source=draw_batch,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+        simulated_compute_s=simulated_compute_s,
+    )

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lola_flwr.deployment.processes import ProcessId, _stat, this_process
+from lola_flwr.deployment.shim import WorkerDevice, WorkerFailed, resident
+from lola_flwr.deployment.worker import Worker, ask_worker
+from lola_flwr.deployment.worker_link import Frame, connect, send_frame, token_path
+from lola_flwr.errors import UserError
+from lola_flwr.protocol import Assignment
+
+TOY = "toy_app.device:device_fn"
+
+
+@pytest.fixture(autouse=True)
+def toy_app(tmp_path_factory, monkeypatch):
+    root = tmp_path_factory.mktemp("app")
+    (root / "toy_app").mkdir()
+    (root / "toy_app" / "__init__.py").touch()
+    shutil.copy(Path(__file__).with_name("toy_device.py"), root / "toy_app/device.py")
+    monkeypatch.syspath_prepend(root)
+
+
+def context(run_id=1, **run_config):
+    return SimpleNamespace(
+        run_id=run_id, node_id=7, node_config={}, run_config=run_config
+    )
+
+
+def assignment(**changes):
+    fields = {
+        "server_round": 3,
+        "block_index": 1,
+        "share": 0.25,
+        "batch_size": 4,
+        "codec": "fp32",
+        "base_fingerprint": "",
+        "uplink_bps": 1e6,
+    }
+    return Assignment(**{**fields, **changes})
+
+
+class Limit:
+    def __init__(self):
+        self.held = []
+
+    def hold_to(self, limit_bps, upload_bytes):
+        self.held.append((limit_bps, upload_bytes))
+        return "pacing"
+
+    def describe(self):
+        return "toy"
+
+    def close(self):
+        self.held.append("closed")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "private" / "worker.sock"
+
+
+@pytest.fixture
+def served(path):
+    limit = Limit()
+    worker = Worker(path, uplink=limit, hold_s=60)
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    yield limit
+    worker.stop()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert limit.held[-1] == "closed"
+    assert not path.exists()
+    assert not token_path(path).exists()
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_profile_and_update_come_from_the_worker(served, path):
+    device = WorkerDevice(TOY, context(), path)
+    assert device.profile.uplink_bps == 4e6
+    update = device.train(assignment(), [np.ones(3, "f4"), np.zeros((2, 2), "f4")])
+    assert list(update.arrays) == ["0", "1"]
+    np.testing.assert_array_equal(update.arrays["0"], np.full(3, 2, "f4"))
+    assert update.report.server_round == 3
+    assert update.report.uplink_limit == "pacing"
+    assert served.held == [(1e6, 28)]
+    named = device.train(assignment(), {"w": np.ones(1, "f4")})
+    assert list(named.arrays) == ["w"]
+    # One device for the run, however many messages.
+    assert named.report.loss == update.report.loss
+
+
+def test_socket_and_token_are_the_owners_alone(served, path):
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert token_path(path).stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_without_the_token_nothing_is_answered(served, path):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        send_frame(connection, Frame("hello", {"token": "guess"}))
+        connection.settimeout(5)
+        assert connection.recv(1) == b""
+
+
+def test_a_second_run_is_refused_with_the_reason(served, path):
+    WorkerDevice(TOY, context(run_id=1), path).train(assignment(), [])
+    with pytest.raises(UserError, match="serves run 1; run 2 can have it once"):
+        WorkerDevice(TOY, context(run_id=2), path).train(assignment(), [])
+    # And the first one goes on.
+    WorkerDevice(TOY, context(run_id=1), path).train(assignment(), [])
+
+
+def test_a_run_that_is_silent_makes_way(path):
+    worker = Worker(path, hold_s=0)
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    try:
+        for run_id in (1, 2):
+            WorkerDevice(TOY, context(run_id=run_id), path).train(assignment(), [])
+            assert ask_worker(path, "status")["run_id"] == run_id
+    finally:
+        ask_worker(path, "stop")
+        thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [("user", UserError, "The toy is broken."), ("app", WorkerFailed, "KeyError")],
+)
+def test_errors_of_the_app_come_back(served, path, kind, error, text):
+    device = WorkerDevice(TOY, context(fail=kind), path)
+    with pytest.raises(error, match=text):
+        device.train(assignment(), [])
+    assert device.profile.name == "toy"
+
+
+def test_a_client_that_is_killed_costs_its_message_only(served, path):
+    device = WorkerDevice(TOY, context(**{"train-s": 0.5}), path)
+    with connect(path) as connection:
+        header = {
+            **device._header,
+            "assignment": assignment().to_record(),
+            "named": False,
+        }
+        send_frame(connection, Frame("train", header))
+        wait_until(lambda: ask_worker(path, "status")["training"])
+    # Gone in the middle of it; the next message of the run waits for its end.
+    assert device.train(assignment(server_round=4), []).report.server_round == 4
+
+
+def test_a_second_worker_of_a_device_is_refused(served, path):
+    with pytest.raises(UserError, match="Another worker answers"):
+        Worker(path)
+
+
+def test_memory_is_freed_when_the_supernode_is_gone(served, path):
+    supernode = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    device = WorkerDevice(TOY, context(), path)
+    started = ProcessId(supernode.pid, _stat(supernode.pid)[1])
+    device._header["supernode"] = started.to_header()
+    device.train(assignment(), [])
+    assert ask_worker(path, "status")["run_id"] == 1
+    supernode.kill()
+    supernode.wait()
+    wait_until(lambda: ask_worker(path, "status")["run_id"] is None)
+    assert not started.is_alive()
+
+
+def test_this_process_is_alive_under_its_start_only():
+    me = this_process()
+    assert me.is_alive()
+    assert not ProcessId(me.pid, me.started + 1).is_alive()
+
+
+def test_without_a_worker_in_the_node_config_the_app_runs_here():
+    update = resident(TOY)(context()).train(assignment(), [])
+    assert update.num_examples == os.getpid()
+    assert update.report.uplink_limit is None
+
+
+def test_first_use_starts_a_worker_and_sigterm_ends_it(path):
+    node_config = {"worker": str(path), "worker-python": sys.executable}
+    flower = SimpleNamespace(
+        run_id=1, node_id=7, node_config=node_config, run_config={}
+    )
+    update = resident(TOY)(flower).train(assignment(), [])
+    pid = update.num_examples
+    assert pid != os.getpid()
+    assert ask_worker(path, "status")["pid"] == pid
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not path.exists())
+
+
+def test_a_worker_that_cannot_start_leaves_the_work_to_the_client(path):
+    node_config = {"worker": str(path), "worker-python": "/bin/false"}
+    flower = SimpleNamespace(
+        run_id=1, node_id=7, node_config=node_config, run_config={}
+    )
+    assert resident(TOY)(flower).train(assignment(), []).num_examples == os.getpid()
+
+
+@pytest.mark.parametrize("reference", ["no_colon", "nowhere.module:f", "os:1f"])
+def test_a_bad_reference_is_named(reference, path):
+    with pytest.raises(UserError, match=reference):
+        WorkerDevice(reference, context(), path)
+
+
+def test_worker_needs_no_flower_and_the_client_no_torch():
+    program = (
+        "import sys\n"
+        "import {module}\n"
+        "wrong = {unwanted} & set(sys.modules)\n"
+        "sys.exit(', '.join(wrong) or 0)"
+    )
+    for module, unwanted in (
+        ("lola_flwr.deployment.serve_worker", "{'flwr', 'torch', 'scipy'}"),
+        ("lola_glue.client_app", "{'torch', 'transformers', 'scipy', 'datasets'}"),
+    ):
+        code = program.format(module=module, unwanted=unwanted)
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert result.returncode == 0, result.stderr

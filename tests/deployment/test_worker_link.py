@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import socket
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
+
+from lola_flwr.deployment.worker_link import (
+    Frame,
+    LinkError,
+    admits,
+    connect,
+    receive_frame,
+    send_frame,
+    token_path,
+    write_token,
+)
+from lola_flwr.errors import UserError
+
+
+@pytest.fixture
+def pair():
+    left, right = socket.socketpair()
+    with left, right:
+        yield left, right
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    values=st.dictionaries(
+        st.text(max_size=8),
+        arrays(
+            scalar_dtypes().filter(lambda dtype: dtype.kind in "fiub"),
+            array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+        ),
+        max_size=4,
+    )
+)
+def test_a_frame_arrives_as_it_was_sent(values):
+    left, right = socket.socketpair()
+    with left, right:
+        send_frame(left, Frame("update", {"a": [1, "x", None]}, values))
+        received = receive_frame(right)
+    assert (received.kind, received.header) == ("update", {"a": [1, "x", None]})
+    assert list(received.arrays) == list(values)
+    for name, array in values.items():
+        assert received.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(received.arrays[name], array)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=64))
+def test_anything_else_is_refused(data):
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(data)
+        left.shutdown(socket.SHUT_WR)
+        with pytest.raises(LinkError):
+            receive_frame(right)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=64) | st.sampled_from([b"[]", b'{"kind":1}', b"{}"]))
+def test_a_header_that_is_none_is_refused(header):
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(struct.pack("!4sHI", b"LOLA", 1, len(header)) + header)
+        left.shutdown(socket.SHUT_WR)
+        with pytest.raises(LinkError):
+            receive_frame(right)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    ['["x","|O",[1]]', '["x","<f4",[-1]]', '["x","<f8",[99999999,9999999]]'],
+)
+def test_arrays_that_may_not_be_are_refused_before_memory_is_taken(pair, listed):
+    header = f'{{"kind":"update","header":{{}},"arrays":[{listed}]}}'.encode()
+    pair[0].sendall(struct.pack("!4sHI", b"LOLA", 1, len(header)) + header)
+    with pytest.raises(LinkError, match="Array"):
+        receive_frame(pair[1])
+
+
+def test_another_version_is_refused(pair):
+    pair[0].sendall(struct.pack("!4sHI", b"LOLA", 2, 2) + b"{}")
+    with pytest.raises(LinkError, match="restart the worker"):
+        receive_frame(pair[1])
+
+
+def test_only_the_token_admits(pair):
+    for shown, admitted in (("secret", True), ("secreT", False), (7, False)):
+        send_frame(pair[0], Frame("hello", {"token": shown}))
+        assert admits(pair[1], "secret") == admitted
+
+
+def test_a_hello_is_short(pair):
+    send_frame(pair[0], Frame("hello", {"token": "x" * 2000}))
+    with pytest.raises(LinkError):
+        admits(pair[1], "secret")
+
+
+def test_a_token_that_others_can_read_is_not_shown(tmp_path):
+    path = tmp_path / "worker.sock"
+    write_token(path, "secret")
+    assert token_path(path).stat().st_mode & 0o777 == 0o600
+    token_path(path).chmod(0o640)
+    with pytest.raises(UserError, match="640"):
+        connect(path)
+
+
+def test_no_worker_is_a_link_error(tmp_path):
+    with pytest.raises(LinkError, match="No worker runs"):
+        connect(tmp_path / "worker.sock")
+    write_token(tmp_path / "worker.sock", "secret")
+    with pytest.raises(LinkError, match="No worker runs"):
+        connect(tmp_path / "worker.sock")

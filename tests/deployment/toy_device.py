@@ -1,0 +1,45 @@
+"""A device function whose device trains nothing: it answers with what it got."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+
+from lola_flwr.clients.update import LocalUpdate
+from lola_flwr.errors import UserError
+from lola_flwr.protocol import UpdateReport
+from lola_flwr.system.devices import DeviceProfile
+
+made = []
+
+
+class ToyDevice:
+    profile = DeviceProfile("toy", 1e9, 1e9, 10.0, uplink_bps=4e6)
+
+    def __init__(self, run_config):
+        self._config = run_config
+
+    def train(self, assignment, values):
+        if self._config.get("fail") == "user":
+            raise UserError("The toy is broken.")
+        if self._config.get("fail") == "app":
+            raise KeyError("toy")
+        time.sleep(float(self._config.get("train-s", 0)))
+        named = values if isinstance(values, dict) else dict(enumerate(values))
+        report = UpdateReport(
+            server_round=assignment.server_round,
+            block_index=assignment.block_index,
+            update_kind="gradient",
+            loss=float(len(made)),
+            compute_s=0.5,
+            compute_clock="measured",
+        )
+        arrays = {str(name): np.asarray(array) * 2 for name, array in named.items()}
+        return LocalUpdate(arrays, os.getpid(), report)
+
+
+def device_fn(context):
+    made.append(context)
+    return ToyDevice(context.run_config)
