@@ -30,8 +30,10 @@ def run_rounds(
     round_timeout_s
         How long to wait for the devices of a round.
     """
+    arrivals = DeadlineGrid(grid, timeout_s=round_timeout_s)
+    strategy.upload_s = lambda: arrivals.upload_s
     DefaultWorkflow()(
-        DeadlineGrid(grid, timeout_s=round_timeout_s),
+        arrivals,
         LegacyContext(
             context, config=ServerConfig(num_rounds=num_rounds), strategy=strategy
         ),

@@ -33,7 +33,7 @@ from lola_flwr.codec import (
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import Assignment, UpdateReport
 from lola_flwr.randomness import rng_for
-from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused
+from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused, Upload
 from lola_flwr.round_log import BlockRecord, RoundRecord
 from lola_flwr.running_statistics import (
     average_statistics,
@@ -43,10 +43,15 @@ from lola_flwr.running_statistics import (
 from lola_flwr.selection.chooser import BlockChooser, Selection
 from lola_flwr.selection.importance import Response
 from lola_flwr.server_optimizer import ServerOptimizer
-from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
+from lola_flwr.system.channel import uplink_rates_bps
 from lola_flwr.system.costs import BlockCosts
 from lola_flwr.system.devices import DeviceProfile, InvalidProfile
-from lola_flwr.system.estimation import ComputeEstimate, Observation
+from lola_flwr.system.estimation import (
+    ComputeEstimate,
+    Observation,
+    RateEstimate,
+    RateObservation,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +109,8 @@ class Coordinator:
         Relative latency that may be given up for letting blocks meet other devices'
         data; 0 turns rotation off.
     correct_profiles
-        Whether reported compute times correct the planned ones of later rounds.
+        Whether reported compute times correct the planned ones of later rounds, and
+        measured uploads the stated rates of links.
     batch_size
         Examples of a device's mini-batch; no reply can weigh more. (A device that
         returns weights may have trained on any number.)
@@ -186,6 +192,7 @@ class Coordinator:
         self._profiles: dict[str, DeviceProfile] = {}
         self._wireless_s = 0.0
         self._estimate = ComputeEstimate()
+        self._rates = RateEstimate()
         # How often a device's update of a block was accepted, by name and block.
         self._meetings: Counter[tuple[str, int]] = Counter()
 
@@ -280,6 +287,7 @@ class Coordinator:
             meetings = [[self._meetings[p.name, n] for n in blocks] for p in profiles]
             allocation = rotate(problem, allocation, meetings, eps=self._rotation_eps)
         allocation.check(problem)
+        upload_s = allocation.upload_s(problem)
         assignments = {
             able[row]: Assignment(
                 server_round=server_round,
@@ -289,6 +297,12 @@ class Coordinator:
                 codec=self._codec_name,
                 base_fingerprint=self._base_fingerprint,
                 **self._names(int(block)),
+                # Only a link whose rate is known can be held to a part of it.
+                uplink_bps=(
+                    None
+                    if profiles[row].uplink_bps is None
+                    else float(self._costs.payload_bits[block] / upload_s[row])
+                ),
             )
             for row, block in enumerate(allocation.block_of_device)
             if block >= 0
@@ -321,7 +335,7 @@ class Coordinator:
         """
         updates: dict[str, BlockUpdate] = {}
         reports: dict[str, UpdateReport] = {}
-        ignored_arrays: dict[str, int] = {}
+        uploads: dict[str, Upload] = {}
         refusals: dict[str, str] = {}
         refused: dict[str, int] = {}
         sent = self.arrays()
@@ -340,8 +354,8 @@ class Coordinator:
                 continue
             updates[reply.device_id] = update
             reports[reply.device_id] = report
-            ignored_arrays[reply.device_id] = (
-                len(reply.tensors) - len(update.gradients) - len(update.statistics)
+            uploads[reply.device_id] = Upload.of(
+                reply, len(update.gradients) + len(update.statistics)
             )
         if updates:
             # In the plan's order, so that the sum does not depend on who came first.
@@ -353,9 +367,13 @@ class Coordinator:
             self._state_dict |= average_statistics(in_order)
             blocks = [reports[device].block_index for device in updates]
             self._chooser.after_step(plan.server_round, blocks, state)
-        records = self._block_records(plan, reports, refusals, ignored_arrays)
+        records = self._block_records(plan, reports, refusals, uploads)
         observed_s = self._constant_s + max(
-            block.upload_s
+            (
+                block.upload_s
+                if block.measured_upload_s is None
+                else block.measured_upload_s
+            )
             + (
                 block.compute_s
                 if block.reported_compute_s is None
@@ -364,7 +382,7 @@ class Coordinator:
             for block in records
         )
         self._wireless_s += observed_s
-        self._learn_from(plan, reports)
+        self._learn_from(plan, reports, uploads)
         losses = {
             d: report.loss for d, report in reports.items() if report.loss is not None
         }
@@ -475,13 +493,15 @@ class Coordinator:
     ) -> AllocationProblem:
         speed = np.array([profile.flops_per_s for profile in profiles])
         memory_bytes = np.array([profile.memory_bytes for profile in profiles])
-        snr = rayleigh_snr(
-            [profile.snr_db for profile in profiles],
+        rate_bps = self._rates.correct(
+            uplink_rates_bps(
+                profiles,
+                bandwidth_hz=self._bandwidth_hz,
+                server_round=server_round,
+                seed=self._seed,
+            ),
             [profile.name for profile in profiles],
-            server_round=server_round,
-            seed=self._seed,
         )
-        rate_bps = full_band_rate_bps(self._bandwidth_hz, snr)
         claimed_s = self._costs.flops[None, :] / speed[:, None]  # [K, N]
         return AllocationProblem(
             self._estimate.correct(claimed_s, [profile.name for profile in profiles]),
@@ -494,12 +514,30 @@ class Coordinator:
             mode=self._mode,
         )
 
-    def _learn_from(self, plan: RoundPlan, reports: Mapping[str, UpdateReport]) -> None:
+    def _learn_from(
+        self,
+        plan: RoundPlan,
+        reports: Mapping[str, UpdateReport],
+        uploads: Mapping[str, Upload],
+    ) -> None:
         """Take accepted updates into the profiles' correction and the rotation."""
         observations = []
+        rates = []
         for device, report in reports.items():
             profile = self._profiles[device]
             self._meetings[profile.name, report.block_index] += 1
+            upload_s = uploads[device].upload_s
+            if profile.uplink_bps is not None and upload_s is not None:
+                rates.append(
+                    RateObservation(
+                        device=profile.name,
+                        claimed_bps=profile.uplink_bps,
+                        payload_bits=uploads[device].payload_bits,
+                        upload_s=upload_s,
+                        share=plan.assignments[device].share,
+                        held=report.uplink_limit is not None,
+                    )
+                )
             if report.compute_s is None:
                 continue
             claimed_s = self._costs.flops[report.block_index] / profile.flops_per_s
@@ -510,13 +548,14 @@ class Coordinator:
             )
         if self._correct_profiles:
             self._estimate = self._estimate.update(observations)
+            self._rates = self._rates.update(rates)
 
     def _block_records(
         self,
         plan: RoundPlan,
         reports: Mapping[str, UpdateReport],
         refusals: Mapping[str, str],
-        ignored_arrays: Mapping[str, int],
+        uploads: Mapping[str, Upload],
     ) -> tuple[BlockRecord, ...]:
         records = []
         upload_s = plan.allocation.upload_s(plan.problem)
@@ -525,6 +564,7 @@ class Coordinator:
             if block < 0:
                 continue
             report = reports.get(device)
+            sent = uploads.get(device)
             status = "accepted" if report else refusals.get(device, "no reply")
             records.append(
                 BlockRecord(
@@ -538,7 +578,9 @@ class Coordinator:
                     compute_clock=report.compute_clock if report else "",
                     loss=report.loss if report else None,
                     status=status,
-                    ignored_arrays=ignored_arrays.get(device, 0),
+                    ignored_arrays=sent.ignored_arrays if sent else 0,
+                    measured_upload_s=sent.upload_s if sent else None,
+                    uplink_limit=report.uplink_limit if report else None,
                 )
             )
         return tuple(sorted(records, key=lambda record: record.block_index))

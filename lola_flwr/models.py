@@ -31,6 +31,16 @@ _RANDOM_SHAPES = {
         "type_vocab_size": 1,
         "vocab_size": 50265,
     },
+    # Few layers with many weights: a round is mostly upload.
+    "random:roberta-wide": {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "max_position_embeddings": 130,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 4,
+        "type_vocab_size": 1,
+        "vocab_size": 30522,
+    },
     "random:roberta-tiny": {
         "hidden_size": 32,
         "intermediate_size": 64,

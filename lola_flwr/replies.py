@@ -33,12 +33,43 @@ class DeviceReply:
     report
         Its ``UpdateReport``, as a flat record. A device that knows nothing of blocks
         reports none, and returns the weights of the whole model that it was sent.
+    upload_s
+        Seconds from the reply's announcement to its last byte, on the server's clock;
+        None where the transport does not tell.
     """
 
     device_id: str
     tensors: Sequence[bytes] | Mapping[str, bytes]
     num_examples: object
     report: Mapping[str, object]
+    upload_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What an accepted reply cost to send.
+
+    Parameters
+    ----------
+    payload_bits
+        Bits of its arrays, as they were serialised.
+    upload_s
+        Seconds it took; None where the transport does not tell.
+    ignored_arrays
+        Arrays beyond the block and the head.
+    """
+
+    payload_bits: float
+    upload_s: float | None
+    ignored_arrays: int
+
+    @classmethod
+    def of(cls, reply: DeviceReply, used_arrays: int) -> Upload:
+        """Measure a reply of which some arrays were used."""
+        tensors = reply.tensors
+        sent = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
+        bits = 8.0 * sum(len(tensor) for tensor in sent)
+        return cls(bits, reply.upload_s, len(sent) - used_arrays)
 
 
 # Beyond these a device's report is not believed: no mini-batch takes a day, and no loss
@@ -183,6 +214,9 @@ class UpdateReader:
         if report.compute_clock not in ("", "measured", "simulated"):
             clock = quoted(report.compute_clock)
             raise UpdateRefused("malformed-report", f"compute-clock={clock}")
+        if report.uplink_limit not in (None, "pacing", "tc"):
+            limit = quoted(report.uplink_limit)
+            raise UpdateRefused("malformed-report", f"uplink-limit={limit}")
         compute_s, loss = report.compute_s, report.loss
         if compute_s is not None and not 0 <= compute_s <= _LONGEST_COMPUTE_S:
             raise UpdateRefused("implausible", f"compute_s={compute_s:g}")

@@ -19,6 +19,8 @@ class BlockRecord:
     """One device's part in a round; seconds as planned unless ``reported``.
 
     ``ignored_arrays`` counts what the device sent beyond its block and the head.
+    ``measured_upload_s`` is on the server's clock, None where the transport does not
+    tell; ``uplink_limit`` is what held the upload to its share, None if nothing did.
     """
 
     block_index: int
@@ -32,6 +34,8 @@ class BlockRecord:
     loss: float | None
     status: str
     ignored_arrays: int = 0
+    measured_upload_s: float | None = None
+    uplink_limit: str | None = None
 
     @property
     def latency_s(self) -> float:
@@ -56,8 +60,9 @@ class RoundRecord:
     round_s
         Planned latency of the round.
     observed_s
-        Latency with the compute times that devices reported in place of the planned
-        ones; equals ``round_s`` where no device reported.
+        Latency with the compute times that devices reported, and the upload times that
+        were measured, in place of the planned ones; equals ``round_s`` where there are
+        none.
     bound_s
         Lower bound of the best possible latency; nan if the allocator gives none.
     train_loss
@@ -109,12 +114,18 @@ class RoundRecord:
                 if block.reported_compute_s is None
                 else f" ({block.reported_compute_s:.3f} s {block.compute_clock})"
             )
+            measured = (
+                ""
+                if block.measured_upload_s is None
+                else f" ({block.measured_upload_s:.3f} s measured, share is "
+                f"{block.uplink_limit or 'advice'})"
+            )
             status = "" if block.status == "accepted" else f" [{block.status}]"
             lines.append(
                 f"  block {block.block_index:2d} depth {block.depth:2d} "
                 f"{block.device}: share {block.share:.4f}, compute "
-                f"{block.compute_s:.3f} s{reported} + upload {block.upload_s:.3f} s = "
-                f"{block.latency_s:.3f} s{mark}{status}"
+                f"{block.compute_s:.3f} s{reported} + upload {block.upload_s:.3f} s"
+                f"{measured} = {block.latency_s:.3f} s{mark}{status}"
             )
         if self.num_excluded:
             lines.append(f"  {self.num_excluded} devices lack the memory for any block")

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from logging import WARNING
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.app.message_type import MessageType
 from flwr.common.logger import log
 from flwr.compat.common import recorddict_compat as compat
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import SECAGG_KEY, SECAGG_REFUSAL
+from lola_flwr.strategies.arrival_grid import ArrivalGrid
 
 
-class DeadlineGrid(Grid):
+class DeadlineGrid(ArrivalGrid):  # type: ignore[misc]
     """Wraps the Grid that the legacy workflow sends its rounds through.
 
     Flower's ``DefaultWorkflow`` waits for all replies, however long they take, and ends
@@ -32,42 +32,8 @@ class DeadlineGrid(Grid):
     """
 
     def __init__(self, grid: Grid, *, timeout_s: float) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._timeout_s = timeout_s
-
-    def set_run(self, run: Run) -> None:
-        """Set the run."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message, as the wrapped Grid does."""
-        return self._grid.create_message(
-            content, message_type, dst_node_id, group_id, ttl
-        )
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the connected nodes."""
-        return self._grid.get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages without waiting."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there."""
-        return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -82,7 +48,7 @@ class DeadlineGrid(Grid):
         messages = list(messages)
         if any(SECAGG_KEY in message.content.config_records for message in messages):
             raise UserError(SECAGG_REFUSAL)
-        replies = self._grid.send_and_receive(
+        replies = super().send_and_receive(
             messages, timeout=self._timeout_s if timeout is None else timeout
         )
         return [reply for reply in replies if _is_readable(reply)]

@@ -122,6 +122,8 @@ class LoLaDeft(FedAvg):
             for name, values in coordinator.constants().items()
         }
         self._returned = self._parameters()
+        # Seconds of each device's latest upload; ``run_rounds`` knows them.
+        self.upload_s: Callable[[], Mapping[str, float]] = dict
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
         """Return the coordinator's arrays, in its order."""
@@ -191,6 +193,7 @@ class LoLaDeft(FedAvg):
                 tensors=result.parameters.tensors,
                 num_examples=result.num_examples,
                 report=result.metrics,
+                upload_s=self.upload_s().get(proxy.cid),
             )
             for proxy, result in results
         )

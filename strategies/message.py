@@ -26,6 +26,7 @@ from lola_flwr.errors import quoted
 from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY, REPORT_KEY
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
+from lola_flwr.strategies.arrival_grid import ArrivalGrid
 from lola_flwr.strategies.rounds import Rounds, evaluation_weights
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 
@@ -110,6 +111,8 @@ class LoLaDeft(Strategy):
         self._returned: ArrayRecord | None = None
         self._sent = ArrayRecord()
         self._start_reports = False
+        # Under a wrapper, whose start sends through Flower's own Grid, there is none.
+        self._arrivals: ArrivalGrid | None = None
 
     def initial_arrays(self) -> ArrayRecord:
         """Return the coordinator's arrays, to be handed to ``start``."""
@@ -165,6 +168,7 @@ class LoLaDeft(Strategy):
 
         self._returned = None
         self._rounds.restart()
+        grid = self._arrivals = ArrivalGrid(grid)
         # Under a wrapper, which has a start of its own, evaluations stay unknown.
         self._start_reports = evaluate_fn is not None
         return super().start(
@@ -221,6 +225,7 @@ class LoLaDeft(Strategy):
                 tensors=_only_arrays(reply.content),
                 num_examples=_only_metrics(reply.content).get(self.weighted_by_key),
                 report=reply.content.config_records.get(REPORT_KEY, {}),
+                upload_s=self._upload_s(str(reply.metadata.src_node_id)),
             )
             for reply in _without_errors(replies, server_round)
         )
@@ -270,6 +275,9 @@ class LoLaDeft(Strategy):
         if not usable:
             return None
         return self.evaluate_metrics_aggr_fn(usable, self.weighted_by_key)
+
+    def _upload_s(self, device: str) -> float | None:
+        return None if self._arrivals is None else self._arrivals.upload_s.get(device)
 
     def _take_in(self, arrays: ArrayRecord) -> ArrayRecord:
         """Make the arrays of this round the coordinator's; return what to send."""

@@ -5,12 +5,17 @@ Notation: K devices, bandwidth in Hz, ``snr`` linear (``snr_db`` only at the bor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.randomness import rng_for
+
+if TYPE_CHECKING:
+    from lola_flwr.system.devices import DeviceProfile
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -63,3 +68,36 @@ def full_band_rate_bps(bandwidth_hz: float, snr: FloatArray) -> FloatArray:
     """
     # log1p keeps the rate of a device in a deep fade (snr near 0) above zero.
     return np.asarray(bandwidth_hz * np.log1p(snr) / np.log(2.0))
+
+
+def uplink_rates_bps(
+    profiles: Sequence[DeviceProfile],
+    *,
+    bandwidth_hz: float,
+    server_round: int,
+    seed: int,
+) -> FloatArray:
+    """Return each device's rate when it has the whole uplink, bit/s, shape [K].
+
+    A device whose profile states the rate of its link has that rate; for the others it
+    follows from their SNR and the fading of the round.
+
+    Parameters
+    ----------
+    profiles
+        The K devices.
+    bandwidth_hz, server_round, seed
+        As for ``full_band_rate_bps`` and ``rayleigh_snr``.
+    """
+    snr = rayleigh_snr(
+        [profile.snr_db for profile in profiles],
+        [profile.name for profile in profiles],
+        server_round=server_round,
+        seed=seed,
+    )
+    stated = [
+        math.nan if profile.uplink_bps is None else profile.uplink_bps
+        for profile in profiles
+    ]
+    drawn = full_band_rate_bps(bandwidth_hz, snr)
+    return np.where(np.isnan(stated), drawn, stated)

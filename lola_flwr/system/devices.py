@@ -37,7 +37,8 @@ class DeviceProfile:
     memory_bytes
         Memory that fine-tuning may use.
     snr_db
-        Mean uplink SNR at the server over uniform power per sub-carrier, dB.
+        Mean uplink SNR at the server over uniform power per sub-carrier, dB; without
+        meaning where ``uplink_bps`` is known.
     uplink_bps
         Rate of the uplink when this device has all of it, bit/s, as measured; None: it
         follows from ``snr_db`` and the fading of the round.
@@ -51,7 +52,7 @@ class DeviceProfile:
     name: str
     flops_per_s: float
     memory_bytes: float
-    snr_db: float
+    snr_db: float = 0.0
     uplink_bps: float | None = None
 
     def __post_init__(self) -> None:
@@ -98,7 +99,10 @@ class DeviceProfile:
             A property is missing or out of bounds. Other properties are ignored.
         """
         keys = {field.replace("_", "-"): field for field in cls.__dataclass_fields__}
-        missing = [k for k in keys if k not in properties and k != "uplink-bps"]
+        # Either of them tells the rate of the link.
+        link = {"snr-db", "uplink-bps"} & set(properties)
+        optional = {"snr-db", "uplink-bps"} if link else {"uplink-bps"}
+        missing = [k for k in keys if k not in properties and k not in optional]
         if missing:
             raise InvalidProfile(
                 f"The profile lacks {', '.join(missing)}; it must report "

@@ -5,6 +5,9 @@ compute time that the device needed, and the ratio of that to the predicted time
 explained by two factors: one per device (it is slower than its profile says, or got
 slower) and one per block, common to all devices (the depth curve is steeper than the
 cost model says). Both are tracked on a logarithmic scale.
+
+The rate of a device's uplink is a belief, too, and its uploads correct it in the same
+way, by one factor per device.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ _DEVICE_WEIGHT = 2 / 3
 # The depth curve belongs to the model, not to a moment: it moves slowly, so that a
 # device that stays on one block is not mistaken for a property of that block.
 _BLOCK_WEIGHT = 0.03
+# An upload that a limit held back shows no more than the limit, less what the transport
+# itself costs: headers, handshakes, the pause after the last byte.
+_HELD_BACK = 0.8
+# How much of a believed slow-down is taken back after an upload that ran at its limit.
+_RECOVERY = 1.1
 # No observation may move a prediction further than this factor: a device that reports
 # nonsense can make itself unattractive, but cannot break the arithmetic.
 _LARGEST_FACTOR = 1e3
@@ -97,3 +105,77 @@ class ComputeEstimate:
                 np.clip(old_device + _DEVICE_WEIGHT * residual, -limit, limit)
             )
         return replace(self, device_log_factor=by_device, block_log_factor=by_block)
+
+
+@dataclass(frozen=True)
+class RateObservation:
+    """One upload.
+
+    Parameters
+    ----------
+    device
+        Name of the device.
+    claimed_bps
+        Rate of its whole uplink, as its profile states it, bit/s.
+    payload_bits
+        What it sent.
+    upload_s
+        How long that took, on the server's clock.
+    share
+        Its share of the uplink.
+    held
+        Whether something held the upload to its share.
+    """
+
+    device: str
+    claimed_bps: float
+    payload_bits: float
+    upload_s: float
+    share: float
+    held: bool
+
+
+@dataclass(frozen=True)
+class RateEstimate:
+    """Running correction of the rates that profiles state.
+
+    Parameters
+    ----------
+    device_log_factor
+        Logarithm of each observed device's factor, by device name.
+    """
+
+    device_log_factor: Mapping[str, float] = field(default_factory=dict)
+
+    def correct(
+        self, claimed_bps: FloatArray, devices: Sequence[str]
+    ) -> npt.NDArray[np.float64]:
+        """Return corrected rates, bit/s, shape [K].
+
+        Parameters
+        ----------
+        claimed_bps
+            Rates that the profiles state, bit/s, shape [K].
+        devices
+            Names of the K devices.
+        """
+        factors = [self.device_log_factor.get(device, 0.0) for device in devices]
+        return np.asarray(claimed_bps * np.exp(factors))
+
+    def update(self, observations: Sequence[RateObservation]) -> RateEstimate:
+        """Return the estimate after one round's observations."""
+        by_device = dict(self.device_log_factor)
+        limit = float(np.log(_LARGEST_FACTOR))
+        for seen in observations:
+            known = by_device.get(seen.device, 0.0)
+            rate_bps = seen.payload_bits / max(seen.upload_s, 1e-9) / seen.share
+            ratio = max(rate_bps / seen.claimed_bps, 1e-300)
+            log_ratio = float(np.clip(np.log(ratio), -limit, limit))
+            if seen.held and log_ratio > known + np.log(_HELD_BACK):
+                # At its limit: the link may carry more, but how much more remains
+                # unseen. Believe the profile again, step by step, and no more than it.
+                known = max(known, min(known + float(np.log(_RECOVERY)), 0.0))
+            else:
+                known += _DEVICE_WEIGHT * (log_ratio - known)
+            by_device[seen.device] = known
+        return RateEstimate(by_device)

@@ -33,6 +33,31 @@ def _checked(text: str) -> str:
     return text
 
 
+def link_rates_bps(text: str) -> tuple[float, ...]:
+    """Read the devices' link rates, in Mbit/s: ``"8 4 2 1"``; bit/s come back.
+
+    Raises
+    ------
+    UserError
+        Something else is in the text.
+    """
+    try:
+        rates = tuple(1e6 * float(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        rates = (0.0,)
+    if not all(1e3 <= rate <= 1e12 for rate in rates):
+        raise UserError(
+            f"uplink-mbps={text!r}: write one rate in Mbit/s for each device, such as "
+            "'8 4 2 1'."
+        )
+    return rates
+
+
+def _checked_rates(text: str) -> str:
+    link_rates_bps(text)
+    return text
+
+
 # Run configurations hold scalars only, and this one is a key of caches.
 Options = Annotated[str, AfterValidator(_checked)]
 
@@ -67,6 +92,7 @@ class GlueConfig(RunConfig):
     bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
     snr_min_db: float = Field(ge=-60, le=80)
     snr_max_db: float = Field(ge=-60, le=80)
+    uplink_mbps: Annotated[str, AfterValidator(_checked_rates)]
     profile_error: float = Field(ge=0, le=3)
     compute_jitter: float = Field(ge=0, le=3)
     partitioning: Literal["iid", "dirichlet"]

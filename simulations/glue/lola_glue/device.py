@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from lola_flwr.system.devices import (
 )
 from lola_flwr.system.fleet import read_fleet
 from lola_flwr.truncated_backprop import Batch
-from lola_glue.config import GlueConfig
+from lola_glue.config import GlueConfig, link_rates_bps
 from lola_glue.costs import model_blocks, model_costs
 from lola_glue.partitions import partition_examples
 from lola_glue.tasks import Examples, Task, load_task
@@ -99,6 +99,9 @@ def device_fn(context: DeviceContext) -> BlockDevice:
     index = int(context.node_config["partition-id"])
     num_partitions = int(context.node_config["num-partitions"])
     profile = _profile(config, index)
+    rates_bps = link_rates_bps(config.uplink_mbps)
+    if rates_bps:
+        profile = replace(profile, uplink_bps=rates_bps[index % len(rates_bps)])
 
     def load_model() -> tuple[nn.Module, BlockPartition]:
         loaded = _worker_model(config)
