@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from lola_flwr.errors import UserError
@@ -59,11 +59,14 @@ class BlockPartition:
         gradient.
     frozen
         Names of the parameters that nobody trains.
+    layers
+        Where blocks are adapters: names of the frozen weights of each block's layer.
     """
 
     blocks: tuple[tuple[str, ...], ...]
     head: tuple[str, ...]
     frozen: tuple[str, ...]
+    layers: tuple[tuple[str, ...], ...] = ()
 
     @property
     def num_blocks(self) -> int:
@@ -82,7 +85,8 @@ class BlockPartition:
         back-propagates through everything and uploads everything.
         """
         stack = tuple(name for block in self.blocks for name in block)
-        return BlockPartition(blocks=(stack,), head=self.head, frozen=self.frozen)
+        layers = (tuple(name for layer in self.layers for name in layer),)
+        return replace(self, blocks=(stack,), layers=layers if self.layers else ())
 
     def depth(self, block_index: int) -> int:
         """Layers that back-propagation passes to finish a block: 1 (last) to N."""

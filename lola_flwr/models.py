@@ -140,12 +140,12 @@ def load_values(
 
 
 def fingerprint(model: nn.Module, names: Iterable[str]) -> str:
-    """Return a digest of some of a model's parameters, by which two hosts compare them.
+    """Return a digest of some of a model's arrays, by which two hosts compare them.
 
-    The digest is computed anew only when one of these parameters was changed or
-    replaced: it is meant for parameters that stay frozen.
+    The digest is computed anew only when one of these parameters or buffers was changed
+    or replaced: it is meant for those that stay frozen.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     # Every in-place change raises a tensor's version.
     state = tuple((n, parameters[n].data_ptr(), parameters[n]._version) for n in names)
     known = _fingerprints.get(model)

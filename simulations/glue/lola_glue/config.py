@@ -72,6 +72,8 @@ class GlueConfig(RunConfig):
     fleet: str
     interface: Literal["legacy", "message"]
     method: Literal["lola-deft", "fedavg-full"]
+    tuning: str
+    tuning_options: Options
     rounds: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     micro_batch_size: int = Field(ge=0)
@@ -102,6 +104,7 @@ class GlueConfig(RunConfig):
     round_timeout_s: float = Field(gt=0)
     output_dir: str
     save_model: bool
+    save_merged: bool
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> GlueConfig:

@@ -1,18 +1,31 @@
-"""The configured model's blocks and costs, for server and simulated devices alike."""
+"""The configured model with its blocks and costs, for server and devices alike."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from lola_flwr import model_setup
-from lola_flwr.blocks import BlockPartition, partition_parameters
+from lola_flwr.adapters import adapt, model_partition
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.models import load_classifier
 from lola_flwr.system.costs import BlockCosts
-from lola_glue.config import GlueConfig
+from lola_glue.config import GlueConfig, keyword_arguments
+
+
+def load_model(config: GlueConfig, num_labels: int) -> tuple[Any, Any]:
+    """Load the model, with adapters if they are what is tuned, and the tokenizer."""
+    model, tokenizer = load_classifier(
+        config.model, num_labels=num_labels, seed=config.seed
+    )
+    options = keyword_arguments(config.tuning_options)
+    return adapt(model, config.tuning, options, seed=config.seed), tokenizer
 
 
 def model_blocks(config: GlueConfig, model: nn.Module) -> BlockPartition:
     """Divide the model: layer by layer, or all of it as one block."""
-    layers = _layers(model)
+    layers = model_partition(model)
     return layers.merged() if config.method == "fedavg-full" else layers
 
 
@@ -20,14 +33,10 @@ def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
     """Estimate each block's costs under the run's batch, length and codec."""
     return model_setup.model_costs(
         model,
-        _layers(model),
+        model_partition(model),
         batch_size=config.batch_size,
         sequence_length=config.max_length,
         codec=config.codec,
         merged=config.method == "fedavg-full",
         micro_batch_size=config.micro_batch_size,
     )
-
-
-def _layers(model: nn.Module) -> BlockPartition:
-    return partition_parameters(name for name, _ in model.named_parameters())

@@ -15,7 +15,6 @@ from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients import BlockDevice
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.errors import UserError
-from lola_flwr.models import load_classifier
 from lola_flwr.protocol import Assignment
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.costs import BlockCosts
@@ -27,7 +26,7 @@ from lola_flwr.system.devices import (
 from lola_flwr.system.fleet import read_fleet
 from lola_flwr.truncated_backprop import Batch
 from lola_glue.config import GlueConfig, link_rates_bps
-from lola_glue.costs import model_blocks, model_costs
+from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.partitions import partition_examples
 from lola_glue.tasks import Examples, Task, load_task
 from lola_glue.text import make_batch
@@ -47,9 +46,7 @@ class _WorkerModel:
 @lru_cache(maxsize=1)
 def _worker_model(config: GlueConfig) -> _WorkerModel:
     task, _ = _training_data(config)
-    model, tokenizer = load_classifier(
-        config.model, num_labels=task.num_labels, seed=config.seed
-    )
+    model, tokenizer = load_model(config, task.num_labels)
     return _WorkerModel(
         model, tokenizer, model_blocks(config, model), model_costs(config, model)
     )

@@ -14,18 +14,19 @@ from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
+from lola_flwr.adapters import merge, save_model
 from lola_flwr.allocation import RoundMode
 from lola_flwr.apps import run_rounds
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for
-from lola_flwr.models import load_classifier, load_values
+from lola_flwr.models import load_values
 from lola_flwr.round_log import RoundLog, RoundRecord
 from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.strategies import LoLaDeft, message
 from lola_glue.config import GlueConfig, keyword_arguments
-from lola_glue.costs import model_blocks, model_costs
+from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.tasks import Examples, Task, load_task, score
 from lola_glue.text import make_batch
 
@@ -52,9 +53,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
     """Fine-tune the configured model on the configured task."""
     config = GlueConfig.from_run_config(context.run_config)
     task, _, dev = load_task(config.task, config.data_dir, seed=config.seed)
-    model, tokenizer = load_classifier(
-        config.model, num_labels=task.num_labels, seed=config.seed
-    )
+    model, tokenizer = load_model(config, task.num_labels)
     positions = getattr(model.config, "max_position_embeddings", config.max_length)
     if config.max_length > positions:
         raise UserError(
@@ -84,14 +83,18 @@ def fine_tune(grid: Grid, context: Context) -> None:
     run = run_legacy if config.interface == "legacy" else run_message
     run(grid, context, config, coordinator, evaluate, on_round)
     log(INFO, "rounds written to %s", log_file.path)
-    if config.save_model:
+    if config.save_model or config.save_merged:
         values = coordinator.state()
         load_values(
             model, partition.trainable, [values[n] for n in partition.trainable]
         )
-        model.save_pretrained(directory / "model")
+        save_model(model, directory / "model")
         tokenizer.save_pretrained(directory / "model")
         log(INFO, "model written to %s", directory / "model")
+        if config.save_merged:
+            merge(model).save_pretrained(directory / "merged")
+            tokenizer.save_pretrained(directory / "merged")
+            log(INFO, "merged model written to %s", directory / "merged")
     log(INFO, "%s", last[0].final_line())
 
 
