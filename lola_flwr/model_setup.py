@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from lola_flwr.adapter_costs import measured_costs
 from lola_flwr.blocks import BlockPartition, partition_parameters, passed_names
 from lola_flwr.codec import NPY_HEADER_BYTES, codec_named
 from lola_flwr.coordinator import Coordinator
@@ -63,6 +64,8 @@ def model_costs(
         return measure_costs(model, measured, example, batch_size=batch_size, **wire)
     shapes = {name: tuple(values.shape) for name, values in model.named_parameters()}
     _refuse_to_estimate(shapes, partition, sequence_length)
+    buffers = {name: tuple(values.shape) for name, values in model.named_buffers()}
+    shapes |= {name: buffers[name] for name in partition.frozen if name in buffers}
     return estimate_costs(
         shapes,
         partition,
@@ -72,6 +75,7 @@ def model_costs(
         merged=merged,
         micro_batch_size=micro_batch_size,
         **wire,
+        adapters=measured_costs(model, partition) if partition.layers else None,
     )
 
 

@@ -1,7 +1,8 @@
 """What training each block costs a device: operations, memory, payload.
 
-Analytic, from parameter shapes alone. Notation: N blocks, index 0 nearest the input,
-depth ``d = N - index``; h hidden size, i feed-forward size, S tokens of a sequence, B
+Analytic, from parameter shapes alone; what adapters add is counted in
+``lola_flwr.adapter_costs``. Notation: N blocks, index 0 nearest the input, depth
+``d = N - index``; h hidden size, i feed-forward size, S tokens of a sequence, B
 sequences of a batch.
 """
 
@@ -18,6 +19,43 @@ import numpy.typing as npt
 from lola_flwr.blocks import BlockPartition
 
 Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Costs that grow with the tokens of a pass: a fixed part, and one per token."""
+
+    fixed: npt.NDArray[np.float64]
+    per_token: npt.NDArray[np.float64]
+
+    def total(self, tokens: int, passes: int = 1) -> npt.NDArray[np.float64]:
+        """Return the costs of some tokens that go through in some passes."""
+        return passes * self.fixed + tokens * self.per_token
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterCosts:
+    """What the adapters of each layer cost besides the layer itself, each [N].
+
+    Parameters
+    ----------
+    forward_flops
+        Operations of the forward pass.
+    passed_flops
+        Operations of the backward pass to the layer's input.
+    trained_flops
+        Those, and the operations for the gradient of the adapters.
+    passed_bytes
+        What is kept for the backward pass to the layer's input.
+    trained_bytes
+        What is kept besides for the gradient of the adapters.
+    """
+
+    forward_flops: Affine
+    passed_flops: Affine
+    trained_flops: Affine
+    passed_bytes: Affine
+    trained_bytes: Affine
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +90,15 @@ def estimate_costs(
     dropout_heads: int = 0,
     merged: bool = False,
     micro_batch_size: int = 0,
+    adapters: AdapterCosts | None = None,
 ) -> BlockCosts:
     """Estimate what each block costs, from the shapes of the model's parameters.
 
     Parameters
     ----------
     shapes
-        Shape of every parameter of the model, frozen ones too.
+        Shape of every parameter of the model, frozen ones too, and of the buffers that
+        came with adapters.
     partition
         The model's blocks.
     batch_size
@@ -79,6 +119,9 @@ def estimate_costs(
         Sequences that are computed at a time, where activations are kept for fewer
         than the whole mini-batch; 0: all of them. Operations are those of the
         mini-batch.
+    adapters
+        Where blocks are adapters: what these cost. Of their layers' own weights no
+        gradient is computed, and nothing is kept for it.
 
     Returns
     -------
@@ -86,25 +129,35 @@ def estimate_costs(
         One entry per block; a single one if ``merged``.
     """
     tokens = batch_size * sequence_length
+    micro_batch_size = min(micro_batch_size or batch_size, batch_size)
     layers = [
-        _layer_costs([shapes[name] for name in block], sequence_length, dropout_heads)
-        for block in partition.blocks
+        _layer_costs([shapes[name] for name in layer], sequence_length, dropout_heads)
+        for layer in partition.layers or partition.blocks
     ]
-    forward = np.array([layer.forward_flops_per_token for layer in layers])  # [N]
-    head_forward = 2 * sum(_matrix_elements(shapes[name]) for name in partition.head)
     # Backward: through the layers nearer the loss, activation gradients only (as many
     # operations as their forward pass); inside the block weight gradients as well.
-    nearer_loss = np.cumsum(forward[::-1])[::-1] - forward  # [N]
-    flops = tokens * (forward.sum() + nearer_loss + 2 * forward)
-
+    forward = tokens * np.array([layer.forward_flops_per_token for layer in layers])
+    backward, with_weights = forward, 2 * forward  # [N], as all below
+    kept_tokens = micro_batch_size * sequence_length
     passed = np.array([layer.passed_floats_per_token for layer in layers])
+    passed = 4.0 * kept_tokens * passed
     trained = np.array([layer.trained_floats_per_token for layer in layers])
-    activations = np.cumsum(passed[::-1])[::-1] + trained  # [N], per token
+    trained = 4.0 * kept_tokens * trained
+    if adapters is not None:
+        passes = math.ceil(batch_size / micro_batch_size)
+        with_weights = backward + adapters.trained_flops.total(tokens, passes)
+        backward = backward + adapters.passed_flops.total(tokens, passes)
+        forward = forward + adapters.forward_flops.total(tokens, passes)
+        passed = passed + adapters.passed_bytes.total(kept_tokens)
+        trained = adapters.trained_bytes.total(kept_tokens)
 
+    nearer_loss = np.cumsum(backward[::-1])[::-1] - backward
+    flops = forward.sum() + nearer_loss + with_weights
+    activation_bytes = np.cumsum(passed[::-1])[::-1] + trained
     if merged:
         partition = partition.merged()
-        flops = np.array([tokens * 3 * forward.sum()])
-        activations = np.array([passed.sum() + trained.sum()])
+        flops = np.array([forward.sum() + with_weights.sum()])
+        activation_bytes = np.array([passed.sum() + trained.sum()])
 
     elements = {name: math.prod(shape) for name, shape in shapes.items()}
     updates = [partition.update_names(index) for index in range(partition.num_blocks)]
@@ -113,11 +166,11 @@ def estimate_costs(
     )
     tensors = np.array([len(update) for update in updates])
     weights = sum(elements.values())
-    kept_tokens = min(micro_batch_size or batch_size, batch_size) * sequence_length
+    head_forward = 2 * sum(_matrix_elements(shapes[name]) for name in partition.head)
     return BlockCosts(
         # The head reads one token of each sequence.
         flops=flops + batch_size * 3 * head_forward,
-        memory_bytes=4.0 * (weights + uploaded + kept_tokens * activations),
+        memory_bytes=4.0 * (weights + uploaded) + activation_bytes,
         payload_bits=bits_per_element * uploaded + header_bits_per_tensor * tensors,
     )
 
