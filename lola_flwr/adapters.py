@@ -266,9 +266,9 @@ def save_model(model: Any, directory: Path) -> None:
 
     values = _adapter_values(model)
     for name, start in initial.items():
-        if ".lora_A." in name:
+        if name.endswith(".lora_A.weight"):
             values[name] = torch.cat([values[name], start])  # [2r, inputs]
-        elif ".lora_B." in name:
+        elif name.endswith(".lora_B.weight"):
             values[name] = torch.cat([values[name], -start], dim=1)  # [outputs, 2r]
     save_file(values, directory / "adapter_model.safetensors", {"format": "pt"})
     config = copy.deepcopy(model.peft_config["default"])
@@ -294,14 +294,18 @@ def merge(model: Any) -> Any:
     """
     if not is_adapted(model):
         return model
+    kind = model.peft_config["default"].peft_type.value.lower()
     try:
-        return model.merge_and_unload()
+        merged = model.merge_and_unload()
+        left = next((n for n, _ in merged.named_parameters() if _WRAPPED.search(n)), "")
+        if left:
+            raise ValueError(f"peft leaves {left}")
     except (NotImplementedError, AttributeError, ValueError) as error:
-        kind = model.peft_config["default"].peft_type.value.lower()
         raise UserError(
             f"Adapters of tuning={kind!r} cannot be merged into the base ({error}); "
             "save them as adapters."
         ) from error
+    return merged
 
 
 def _config_class(tuning: str) -> Any:
