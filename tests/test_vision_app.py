@@ -24,6 +24,7 @@ from lola_vision.images import draw_textures, load_images  # noqa: E402
 from lola_vision.model import build  # noqa: E402
 
 RUN_CONFIG = {
+    "interface": "legacy",
     "data-dir": "",
     "image-size": 16,
     "patch-size": 4,
@@ -79,8 +80,23 @@ def test_images_of_a_folder(tmp_path, monkeypatch):
 
 def test_a_folder_without_images_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match="sub-folder of images for each class"):
+        with pytest.raises(UserError, match="sub-folder of images for each"):
             load_images(str(folder), 8, seed=0)
+
+
+def test_a_folder_of_one_class_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    for index in range(5):
+        image = PIL.Image.new("L", (8, 8), index)
+        image.save(tmp_path / "data" / "cat" / f"{index}.png")
+    with pytest.raises(UserError, match=r"images of one class\); .* of two classes"):
+        load_images(str(tmp_path / "data"), 8, seed=0)
+
+
+def test_an_unknown_interface_is_refused():
+    with pytest.raises(UserError, match="interface='rest'"):
+        config(interface="rest")
 
 
 def test_the_layers_of_the_model_are_its_blocks():
@@ -128,11 +144,19 @@ def test_all_mistakes_are_told_at_once():
 
 
 @pytest.mark.slow
-def test_a_run_learns_the_textures(tmp_path):
-    finished = run_app(APP, num_devices=4, run_config=["rounds=15"], home=tmp_path)
-    assert finished.completed, finished.output
-    assert finished.final is not None
-    accuracy = re.search(r"accuracy=([\d.]+) rounds=15 wireless_s=", finished.final)
+def test_runs_learn_the_textures_alike_under_both_interfaces(tmp_path):
+    finals = []
+    for interface in ("legacy", "message"):
+        finished = run_app(
+            APP,
+            num_devices=4,
+            run_config=["rounds=15", f'interface="{interface}"'],
+            home=tmp_path,
+        )
+        assert finished.completed, finished.output
+        finals.append(finished.final)
+    accuracy = re.search(r"accuracy=([\d.]+) rounds=15 wireless_s=", finals[0])
     assert accuracy is not None
     # Four classes: chance is 0.25.
     assert float(accuracy[1]) > 0.6
+    assert finals[0] == finals[1]

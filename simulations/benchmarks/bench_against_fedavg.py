@@ -1,14 +1,16 @@
 """Time per round and memory of plain FedAvg projects, and of the same on LoLa-DEFT.
 
 Run with ``pytest simulations/benchmarks/bench_against_fedavg.py``. The projects are
-those of ``tests/fedavg_apps``, switched as docs/migration.md says. As they stand, only
-FedAvg evaluates on devices: the third side has LoLa-DEFT do so as well.
+those of ``tests/fedavg_apps``, switched as docs/migration.md says: with their own small
+model, where all that counts is what a strategy needs itself, and with a wide one of
+50 MB. Without device evaluation LoLa-DEFT sends half the messages, so both evaluate.
 
 The time is the median of all rounds but the first, which starts the clients; start-up
 is left out, too. The simulation asks for replies every 0.1 s, so that times come in
 such steps; what hides in them shows in the CPU time of the server's process (the
 simulation's, all but Ray's workers), a median as well. Memory is the peak of the
-proportional set sizes of all processes of a run, start-up included.
+proportional set sizes of all processes of a run, start-up included. Both sides run
+several times in turn; the range of a figure is its noise.
 """
 
 from __future__ import annotations
@@ -29,15 +31,16 @@ from tests.fedavg_apps.test_migration import losses, switched
 psutil = pytest.importorskip("psutil")
 
 NUM_DEVICES = 3
-NUM_ROUNDS = 50
+NUM_ROUNDS = {"small model": 40, "wide model": 12}
 SAMPLE_S = 0.5
 
 # What the projects print on the server before the first round and after each.
 LOSS = 'print(f"held-out loss {loss:.4f}")'
 STAMP = 'print(f"stamp {time.time()} {time.process_time()}")'
 
-# The share of devices that evaluate in the plain project.
-FRACTION_EVALUATE = {"message": 0.5, "legacy": 1.0}
+# Width of the project's model, and of one whose weights weigh on every side.
+WIDTHS = {"small model": 16, "wide model": 2048}
+REPEATS = 3
 
 
 @dataclass
@@ -46,8 +49,7 @@ class Side:
 
     round_s: float
     server_cpu_s: float
-    peak_bytes: int
-    first_loss: float
+    peak_bytes: float
     last_loss: float
 
 
@@ -85,57 +87,69 @@ def replace_once(path: Path, old: str, new: str):
     path.write_text(text.replace(old, new))
 
 
-def measure(app: Path, home: Path) -> Side:
+def prepare(app: Path, width: int) -> Path:
+    """Let a project print times, and give its model a width."""
     server = app / "plain_app" / "server_app.py"
     replace_once(server, LOSS, f"{LOSS}\n        {STAMP}")
     replace_once(server, "import torch\n", "import time\n\nimport torch\n")
+    task = app / "plain_app" / "task.py"
+    lines = [
+        re.sub(r"\b16\b", str(width), line) if " nn." in line else line
+        for line in task.read_text().splitlines(keepends=True)
+    ]
+    task.write_text("".join(lines))
+    return app
+
+
+def measure(app: Path, home: Path, num_rounds: int) -> Side:
     with PeakMemory() as memory:
         finished = run_app(
             app,
             num_devices=NUM_DEVICES,
-            run_config=[f"num-server-rounds={NUM_ROUNDS}"],
+            run_config=[f"num-server-rounds={num_rounds}", "lr=0.02"],
             home=home,
         )
     assert finished.completed, finished.output
     found = re.findall(r"stamp ([\d.]+) ([\d.]+)", finished.output)
     stamps = np.array(found, dtype=float)
-    assert len(stamps) == NUM_ROUNDS + 1
+    assert len(stamps) == num_rounds + 1
     round_s, server_cpu_s = np.median(np.diff(stamps[1:], axis=0), axis=0)
-    values = losses(finished.output)
-    return Side(round_s, server_cpu_s, memory.peak_bytes, values[0], values[-1])
+    last_loss = losses(finished.output)[-1]
+    return Side(round_s, server_cpu_s, memory.peak_bytes, last_loss)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("size", WIDTHS)
 @pytest.mark.parametrize("kind", ["message", "legacy"])
-def test_against_fedavg(kind, tmp_path, capsys):
+def test_against_fedavg(kind, size, tmp_path, capsys):
     plain = shutil.copytree(PROJECTS / kind, tmp_path / "plain" / kind)
-    evaluating = switched(kind, tmp_path / "evaluating")
-    server = evaluating / "plain_app" / "server_app.py"
-    text = server.read_text()
-    server.write_text(
-        re.sub(
-            r"( strategy = LoLaDeft\(.*)\)\n",
-            rf"\1, fraction_evaluate={FRACTION_EVALUATE[kind]})\n",
-            text,
-        )
-    )
-    assert server.read_text() != text
-    apps = {
-        "FedAvg": plain,
-        "LoLa-DEFT": switched(kind, tmp_path / "switched"),
-        "LoLa-DEFT, evaluating": evaluating,
-    }
-    sides = {name: measure(app, tmp_path / "home") for name, app in apps.items()}
-    base = sides["FedAvg"]
+    apps = {"FedAvg": plain, "LoLa-DEFT": switched(kind, tmp_path / "switched")}
+    for app in apps.values():
+        prepare(app, WIDTHS[size])
+    rounds = NUM_ROUNDS[size]
+    sides = {name: [] for name in apps}
+    for _ in range(REPEATS):
+        for name, app in apps.items():
+            sides[name].append(measure(app, tmp_path / "home", rounds))
     with capsys.disabled():
-        print(f"\n{kind}: {NUM_DEVICES} SuperNodes, {NUM_ROUNDS} rounds (x: to FedAvg)")
-        for name, side in sides.items():
-            print(
-                f"  {name:<21} {side.round_s * 1e3:4.0f} ms per round "
-                f"({side.round_s / base.round_s:.2f}x), server CPU "
-                f"{side.server_cpu_s * 1e3:4.0f} ms per round "
-                f"({side.server_cpu_s / base.server_cpu_s:.2f}x), peak "
-                f"{side.peak_bytes / 2**20:5.0f} MiB "
-                f"({side.peak_bytes / base.peak_bytes:.2f}x), loss "
-                f"{side.first_loss:.3f} to {side.last_loss:.3f}"
-            )
+        print(
+            f"\n{kind}, {size}: {NUM_DEVICES} SuperNodes, {rounds} rounds, median of "
+            f"{REPEATS} runs (range; x: to FedAvg)"
+        )
+        for name, runs in sides.items():
+            figures = {
+                "ms per round": ("round_s", 1e3),
+                "ms server CPU": ("server_cpu_s", 1e3),
+                "MiB peak": ("peak_bytes", 2**-20),
+            }
+            parts = []
+            for unit, (field, scale) in figures.items():
+                own, base = (
+                    [scale * getattr(side, field) for side in side_runs]
+                    for side_runs in (runs, sides["FedAvg"])
+                )
+                parts.append(
+                    f"{np.median(own):.0f} {unit} ({min(own):.0f} to {max(own):.0f}; "
+                    f"{np.median(own) / np.median(base):.2f}x)"
+                )
+            print(f"  {name:<9} {', '.join(parts)}, loss {runs[-1].last_loss:.3f}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from flwr.client import Client, ClientApp
-from flwr.common import Context
+from flwr.app import Context, Message
+from flwr.client import Client
+from flwr.clientapp import ClientApp
 
-from lola_flwr.clients import BlockClient, BlockDevice
+from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.truncated_backprop import Batch
@@ -13,8 +14,8 @@ from lola_vision.config import VisionConfig
 from lola_vision.model import build, images
 
 
-def client_fn(context: Context) -> Client:
-    """Make the client of one simulated device."""
+def device_fn(context: Context) -> BlockDevice:
+    """Make one simulated device."""
     config = VisionConfig.from_run_config(context.run_config)
     index = int(context.node_config["partition-id"])
     num_parts = int(context.node_config["num-partitions"])
@@ -27,7 +28,7 @@ def client_fn(context: Context) -> Client:
         rng = rng_for(config.seed, "batch", server_round, index)
         return train.batch(rng.choice(part, min(batch_size, len(part)), replace=False))
 
-    device = BlockDevice(
+    return BlockDevice(
         profile=profile,
         load_model=lambda: build(config)[:2],
         batch_source=draw_batch,
@@ -36,8 +37,25 @@ def client_fn(context: Context) -> Client:
             build(config)[2].flops[assignment.block_index] / profile.flops_per_s
         ),
     )
-    client: Client = BlockClient(device).to_client()
+
+
+def client_fn(context: Context) -> Client:
+    """Make the legacy client of one simulated device."""
+    client: Client = BlockClient(device_fn(context)).to_client()
     return client
 
 
-app = ClientApp(client_fn)
+_APPS = {"legacy": ClientApp(client_fn), "message": LoLaClient(device_fn)}
+
+
+class VisionClient(ClientApp):
+    """The device under the interface that the run is configured for."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer one message."""
+        config = VisionConfig.from_run_config(context.run_config)
+        reply: Message = _APPS[config.interface](message, context)
+        return reply
+
+
+app = VisionClient()

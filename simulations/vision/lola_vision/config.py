@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from lola_flwr.run_config import RunConfig
@@ -13,6 +15,7 @@ NUM_HEADS = 4
 class VisionConfig(RunConfig):
     """Run configuration; the keys are those of ``[tool.flwr.app.config]``."""
 
+    interface: Literal["legacy", "message"]
     data_dir: str
     image_size: int = Field(ge=8)
     patch_size: int = Field(ge=1)

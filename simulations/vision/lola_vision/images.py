@@ -49,7 +49,7 @@ def load_images(data_dir: str, size: int, seed: int) -> tuple[Images, Images]:
     Raises
     ------
     UserError
-        The folder does not hold images in sub-folders.
+        The folder does not hold images in at least two sub-folders.
     """
     if not data_dir:
         rng = rng_for(seed, "textures")
@@ -59,6 +59,10 @@ def load_images(data_dir: str, size: int, seed: int) -> tuple[Images, Images]:
         folder = datasets.load_dataset(
             "imagefolder", data_dir=str(Path(data_dir).expanduser()), split="train"
         )
+        # A model of one class would be one of regression.
+        label = folder.features.get("label")
+        if label is None or len(label.names) < 2:
+            raise ValueError("images of one class")
         parts = folder.train_test_split(test_size=0.2, seed=seed)
         return _read(parts["train"], size), _read(parts["test"], size)
     # A missing folder, one without images or sub-folders, an image that is damaged.
@@ -66,7 +70,7 @@ def load_images(data_dir: str, size: int, seed: int) -> tuple[Images, Images]:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"data-dir={data_dir!r} cannot be read ({reason}); give a folder with a "
-            "sub-folder of images for each class."
+            "sub-folder of images for each of two classes or more."
         ) from error
 
 

@@ -32,6 +32,7 @@ def build(
             f"image-size={config.image_size} is no multiple of "
             f"patch-size={config.patch_size}."
         )
+    train, _ = images(config)
     vit = ViTConfig(
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -39,7 +40,7 @@ def build(
         intermediate_size=2 * config.hidden_size,
         num_hidden_layers=config.layers,
         num_attention_heads=NUM_HEADS,
-        num_labels=len(images(config)[0].classes),
+        num_labels=len(train.classes),
         # The embeddings stay as they are drawn: wide enough to tell patches apart.
         initializer_range=0.1,
     )

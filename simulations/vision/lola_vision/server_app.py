@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from logging import ERROR, INFO
 
 import numpy as np
 import torch
+from flwr.app import MetricRecord
 from flwr.common import Context, NDArrays, Scalar
 from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
+from numpy.typing import NDArray
 
 from lola_flwr.apps import run_rounds
 from lola_flwr.errors import UserError
@@ -16,7 +19,7 @@ from lola_flwr.model_setup import coordinator_for
 from lola_flwr.models import load_values
 from lola_flwr.round_log import RoundLog, RoundRecord
 from lola_flwr.run_files import describe_run, run_directory
-from lola_flwr.strategies import LoLaDeft
+from lola_flwr.strategies import LoLaDeft, message
 from lola_vision.config import VisionConfig
 from lola_vision.model import build, images
 
@@ -39,15 +42,13 @@ def train(grid: Grid, context: Context) -> None:
     held_out = images(config)[1]
     model, partition, costs = build(config)
 
-    def evaluate(
-        server_round: int, values: NDArrays, _: dict[str, Scalar]
-    ) -> tuple[float, dict[str, Scalar]]:
+    def evaluate(values: Sequence[NDArray[np.floating]]) -> dict[str, float]:
         load_values(model, partition.trainable, values)
         model.eval()
         with torch.inference_mode():
             output = model(**held_out.batch(np.arange(len(held_out.labels))))
         correct = output.logits.argmax(dim=1).numpy() == held_out.labels
-        return output.loss.item(), {"accuracy": float(correct.mean())}
+        return {"loss": output.loss.item(), "accuracy": float(correct.mean())}
 
     directory = run_directory(config.output_dir, context.run_id)
     log_file = RoundLog(directory / "rounds.jsonl")
@@ -68,6 +69,24 @@ def train(grid: Grid, context: Context) -> None:
         optimizer_options={"linear_decay_steps": config.rounds},
         seed=config.seed,
     )
-    strategy = LoLaDeft(coordinator, evaluate_fn=evaluate, on_round=on_round)
-    run_rounds(grid, context, strategy, num_rounds=config.rounds)
+    if config.interface == "legacy":
+
+        def legacy_evaluate(
+            server_round: int, values: NDArrays, _: dict[str, Scalar]
+        ) -> tuple[float, dict[str, Scalar]]:
+            metrics = evaluate(values)
+            return metrics.pop("loss"), {**metrics}
+
+        legacy = LoLaDeft(coordinator, evaluate_fn=legacy_evaluate, on_round=on_round)
+        run_rounds(grid, context, legacy, num_rounds=config.rounds)
+    else:
+        strategy = message.LoLaDeft(coordinator, on_round=on_round)
+        strategy.start(
+            grid,
+            strategy.initial_arrays(),
+            num_rounds=config.rounds,
+            evaluate_fn=lambda server_round, arrays: MetricRecord(
+                {**evaluate(arrays.to_numpy_ndarrays())}
+            ),
+        )
     log(INFO, "%s", last[0].final_line())
