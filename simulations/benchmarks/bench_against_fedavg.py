@@ -31,7 +31,7 @@ from tests.fedavg_apps.test_migration import losses, switched
 psutil = pytest.importorskip("psutil")
 
 NUM_DEVICES = 3
-NUM_ROUNDS = {"small model": 40, "wide model": 12}
+NUM_ROUNDS = {"small model": 30, "wide model": 12}
 SAMPLE_S = 0.5
 
 # What the projects print on the server before the first round and after each.
@@ -40,7 +40,7 @@ STAMP = 'print(f"stamp {time.time()} {time.process_time()}")'
 
 # Width of the project's model, and of one whose weights weigh on every side.
 WIDTHS = {"small model": 16, "wide model": 2048}
-REPEATS = 3
+REPEATS = 2
 
 
 @dataclass
