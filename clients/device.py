@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.clients.encoding import encode_update
+from lola_flwr.clients.store import LostCopy, Residuals, complete
 from lola_flwr.clients.update import LocalUpdate
-from lola_flwr.codec import codec_named
 from lola_flwr.errors import UserError
 from lola_flwr.models import fingerprint, load_values
-from lola_flwr.protocol import Assignment, UpdateReport
+from lola_flwr.protocol import Assignment, UpdateReport, nothing_report
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.truncated_backprop import (
@@ -26,6 +28,7 @@ from lola_flwr.truncated_backprop import (
     block_gradient,
     model_loss,
 )
+from lola_flwr.versions import Manifest
 
 # Gives the mini-batch of a round: (server_round, batch_size) -> arguments of the model.
 BatchSource = Callable[[int, int], Batch]
@@ -50,6 +53,11 @@ class BlockDevice:
     micro_batch_size
         Examples that are computed at a time; 0: all of the mini-batch. Fewer take less
         memory, for the same gradient.
+    store
+        Directory of this run (see `clients.store.device_directory`) in which the device
+        keeps its copy of the model and what its codecs leave out; devices on one host
+        may share it. None: it keeps nothing, is sent all values in every round, and
+        can use no codec that leaves something out.
     seed
         Seed of the run; dropout follows from it, the round and the device's name.
     simulated_compute_s
@@ -62,6 +70,7 @@ class BlockDevice:
     batch_source: BatchSource
     loss_function: LossFunction = model_loss
     micro_batch_size: int = 0
+    store: Path | None = None
     seed: int = 0
     simulated_compute_s: Callable[[Assignment], float] | None = None
 
@@ -78,19 +87,33 @@ class BlockDevice:
             What the server asks for.
         values
             The model's trainable values, by name or in the order of
-            ``partition.trainable``.
+            ``partition.trainable``: all, or those that the assignment's manifest says
+            were sent.
 
         Raises
         ------
         UserError
-            Server and device do not hold the same model.
+            Server and device do not hold the same model, or the codec needs a store.
+        MalformedManifest
+            The values are not those that the server sent.
         """
         start = time.perf_counter()
         model, partition = self.load_model()
         check_base(model, partition, assignment)
-        if isinstance(values, Mapping):
-            values = [values[name] for name in partition.trainable if name in values]
-        load_values(model, partition.trainable, values)
+        received = (
+            [values[name] for name in partition.trainable if name in values]
+            if isinstance(values, Mapping)
+            else values
+        )
+        held = None
+        if assignment.manifest is not None:
+            manifest = Manifest.from_text(assignment.manifest)
+            try:
+                received = complete(received, manifest, self.store)
+            except LostCopy:
+                return LocalUpdate({}, 0, nothing_report(assignment))
+            held = manifest.version if self.store else None
+        load_values(model, partition.trainable, received)
         batch = self.batch_source(assignment.server_round, assignment.batch_size)
         rng = rng_for(self.seed, "dropout", assignment.server_round, self.profile.name)
         _train_mode(model)
@@ -105,11 +128,12 @@ class BlockDevice:
                 loss_function=self.loss_function,
                 micro_batch_size=self.micro_batch_size,
             )
-        codec = codec_named(assignment.codec)
-        arrays = {
-            name: codec.encode(np.ascontiguousarray(gradient.numpy(force=True)))
+        gradients = {
+            name: np.asarray(gradient.numpy(force=True), order="C")
             for name, gradient in result.gradients.items()
         }
+        residuals = self.store and Residuals(self.store, self.profile.name)
+        arrays = encode_update(gradients, partition, assignment, residuals)
         simulated = self.simulated_compute_s
         report = UpdateReport(
             server_round=assignment.server_round,
@@ -122,6 +146,7 @@ class BlockDevice:
                 else simulated(assignment)
             ),
             compute_clock="measured" if simulated is None else "simulated",
+            held=held,
         )
         return LocalUpdate(arrays, result.num_examples, report)
 

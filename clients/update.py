@@ -20,7 +20,8 @@ class LocalUpdate:
     Parameters
     ----------
     arrays
-        Encoded gradient of each parameter of the block and of the head.
+        Encoded gradient of each parameter of the block and, if asked for, of the head;
+        none if the device could not train.
     num_examples
         Examples that they are over.
     report

@@ -92,9 +92,17 @@ class BlockPartition:
         """Layers that back-propagation passes to finish a block: 1 (last) to N."""
         return self.num_blocks - block_index
 
-    def update_names(self, block_index: int) -> tuple[str, ...]:
-        """Names of the gradients that a device with this block uploads, in order."""
-        return (*self.blocks[block_index], *self.head)
+    def update_names(self, block_index: int, *, head: bool = True) -> tuple[str, ...]:
+        """Names of the gradients that a device with this block uploads, in order.
+
+        Parameters
+        ----------
+        block_index
+            The block.
+        head
+            Whether the device uploads the head's gradient, too.
+        """
+        return (*self.blocks[block_index], *(self.head if head else ()))
 
 
 def partition_parameters(

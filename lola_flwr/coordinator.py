@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +23,13 @@ from lola_flwr.allocation import (
     RoundMode,
     allocate,
     find_allocator,
+    refine_payloads,
     rotate,
 )
 from lola_flwr.assembly import BlockUpdate, assemble_gradient
 from lola_flwr.blocks import BlockPartition
-from lola_flwr.codec import (
-    codec_named,
-)
 from lola_flwr.errors import UserError
+from lola_flwr.payload import HeadPolicy, Payloads, Uplink, array_bytes
 from lola_flwr.protocol import Assignment, UpdateReport
 from lola_flwr.randomness import rng_for
 from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused, Upload
@@ -52,6 +51,7 @@ from lola_flwr.system.estimation import (
     RateEstimate,
     RateObservation,
 )
+from lola_flwr.versions import HeldVersions, Manifest, model_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +70,13 @@ class RoundPlan:
         What was solved, and the solution.
     assignments
         Assignment of each active device, by device id.
+    payloads
+        What the devices may be told to upload.
+    codec_level
+        Codec of each device, an index into ``payloads.codecs``, shape (K,).
+    manifests
+        Which of the coordinator's arrays each active device is sent, by device id;
+        without one a device is sent all of them.
     """
 
     server_round: int
@@ -78,6 +85,18 @@ class RoundPlan:
     problem: AllocationProblem
     allocation: Allocation
     assignments: Mapping[str, Assignment]
+    payloads: Payloads
+    codec_level: npt.NDArray[np.int64]
+    manifests: Mapping[str, Manifest]
+
+    def sent_names(self, device_id: str, names: Sequence[str]) -> list[str]:
+        """Return the names, out of all in order, of what a device is sent."""
+        manifest = self.manifests.get(device_id)
+        return (
+            [*names]
+            if manifest is None
+            else [names[i] for i in manifest.sent_positions]
+        )
 
 
 class Coordinator:
@@ -118,7 +137,17 @@ class Coordinator:
         Every update whose Euclidean norm is larger is scaled down to this: one device
         cannot throw the optimizer's moments out for all.
     codec
-        Name of the codec that gradients travel in.
+        Name of the codec that gradients travel in; ``"auto"`` gives each device the
+        finest that costs the round little, see ``codec_slack``.
+    codec_slack
+        With ``codec="auto"``: relative latency that may be given up for finer codecs
+        than the coarsest; see `lola_flwr.allocation.payloads`.
+    head
+        Which devices send the head's gradient, which all have computed: ``"every"``
+        one, that of the ``"shallowest"`` block, or ``"rotating"`` from block to block.
+    downlink
+        ``"all"``: devices are sent all arrays in every round. ``"changed"``: those that
+        keep a copy are sent what has changed since.
     state_dict
         All arrays of the model in the order to send them in, where devices do not hold
         the frozen ones themselves (default: the trainable ones alone are sent). Only
@@ -149,6 +178,9 @@ class Coordinator:
         batch_size: int = 32,
         max_gradient_norm: float = 10.0,
         codec: str = "fp32",
+        codec_slack: float = 0.1,
+        head: HeadPolicy = "every",
+        downlink: Literal["all", "changed"] = "all",
         state_dict: Mapping[str, npt.NDArray[Any]] | None = None,
         assumed_profile: DeviceProfile | None = None,
         broadcast_s: float = 0.0,
@@ -174,7 +206,6 @@ class Coordinator:
         self._rotation_eps = rotation_eps
         self._correct_profiles = correct_profiles
         self._batch_size = batch_size
-        self._codec_name = codec
         self._sends_model = state_dict is not None
         self._state_dict = dict(optimizer.state() if state_dict is None else state_dict)
         missing = [name for name in partition.trainable if name not in self._state_dict]
@@ -184,8 +215,24 @@ class Coordinator:
                 "the whole model."
             )
         self._reader = UpdateReader(
-            partition, codec_named(codec), tuple(self._state_dict), max_gradient_norm
+            partition, tuple(self._state_dict), max_gradient_norm
         )
+        if not codec_slack >= 0:
+            raise UserError(f"codec_slack={codec_slack} must be at least 0.")
+        self._codec_slack = codec_slack
+        self._uplink = Uplink(
+            partition,
+            {name: values.shape for name, values in optimizer.state().items()},
+            codec,
+            head,
+            statistics_bytes=sum(
+                array_bytes(name, self._state_dict[name].nbytes)
+                for name in statistics_names(self._state_dict)
+            ),
+        )
+        if downlink not in ("all", "changed"):
+            raise UserError(f"downlink={downlink!r} must be 'all' or 'changed'.")
+        self._held = self._held_versions() if downlink == "changed" else None
         self._assumed_profile = assumed_profile
         self._constant_s = broadcast_s + server_s
         self._seed = seed
@@ -206,6 +253,8 @@ class Coordinator:
         """
         there = list(device_ids)
         self._profiles = {d: self._profiles[d] for d in there if d in self._profiles}
+        if self._held is not None:
+            self._held.keep_only(there)
         return [device for device in there if device not in self._profiles]
 
     def add_device(self, device_id: str, properties: Mapping[str, object]) -> None:
@@ -274,8 +323,12 @@ class Coordinator:
                 if known
                 else "No device has reported a usable profile; see the warnings above."
             )
-        problem = self._chooser.narrow(
-            self._problem(server_round, profiles), server_round, self._optimizer.state()
+        problem, rate_bps = self._problem(server_round, profiles)
+        problem = self._chooser.narrow(problem, server_round, self._optimizer.state())
+        # Who sends the head depends on which blocks are trained after all.
+        payloads = self._uplink.payloads(server_round, problem.demand > 0)
+        problem = replace(
+            problem, full_band_upload_s=payloads.bits[0] / rate_bps[:, None]
         )
         options: dict[str, Any] = {}
         if self._allocator in RANDOM_ALLOCATORS:
@@ -286,27 +339,35 @@ class Coordinator:
             blocks = range(self.partition.num_blocks)
             meetings = [[self._meetings[p.name, n] for n in blocks] for p in profiles]
             allocation = rotate(problem, allocation, meetings, eps=self._rotation_eps)
+        problem, allocation, codec_level = refine_payloads(
+            problem, allocation, payloads.bits, slack=self._codec_slack
+        )
         allocation.check(problem)
         upload_s = allocation.upload_s(problem)
-        assignments = {
-            able[row]: Assignment(
+        active = np.flatnonzero(allocation.block_of_device >= 0)
+        manifests = self._manifests([able[row] for row in active])
+        assignments = {}
+        for row in active:
+            device, block = able[row], int(allocation.block_of_device[row])
+            manifest = manifests.get(device)
+            sends_head = bool(payloads.sends_head[block])
+            assignments[device] = Assignment(
                 server_round=server_round,
-                block_index=int(block),
+                block_index=block,
                 share=float(allocation.share[row]),
                 batch_size=self._batch_size,
-                codec=self._codec_name,
+                codec=payloads.codecs[codec_level[row]],
                 base_fingerprint=self._base_fingerprint,
-                **self._names(int(block)),
+                sends_head=sends_head,
+                manifest=None if manifest is None else manifest.to_text(),
+                **self._names(block, sends_head),
                 # Only a link whose rate is known can be held to a part of it.
                 uplink_bps=(
                     None
                     if profiles[row].uplink_bps is None
-                    else float(self._costs.payload_bits[block] / upload_s[row])
+                    else float(payloads.bits[codec_level[row], block] / upload_s[row])
                 ),
             )
-            for row, block in enumerate(allocation.block_of_device)
-            if block >= 0
-        }
         return RoundPlan(
             server_round=server_round,
             device_ids=tuple(able),
@@ -314,6 +375,9 @@ class Coordinator:
             problem=problem,
             allocation=allocation,
             assignments=assignments,
+            payloads=payloads,
+            codec_level=codec_level,
+            manifests=manifests,
         )
 
     def complete_round(
@@ -350,6 +414,8 @@ class Coordinator:
                 )
             except UpdateRefused as refusal:
                 refused[refusal.reason] = refused.get(refusal.reason, 0) + 1
+                if refusal.reason == "lost-copy" and self._held is not None:
+                    self._held.forget(reply.device_id)
                 refusals.setdefault(reply.device_id, str(refusal))
                 continue
             updates[reply.device_id] = update
@@ -479,18 +545,23 @@ class Coordinator:
             or memory_bytes >= self._costs.memory_bytes.min()
         )
 
-    def _names(self, block_index: int) -> dict[str, str]:
+    def _names(self, block_index: int, sends_head: bool) -> dict[str, Any]:
         """Return what devices are told of the blocks, where they are sent the model."""
         if not self._sends_model:
             return {}
         return {
-            "update_names": "\n".join(self.partition.update_names(block_index)),
+            "update_names": "\n".join(
+                self.partition.update_names(block_index, head=sends_head)
+            ),
             "frozen_names": "\n".join(self.partition.frozen),
         }
 
     def _problem(
         self, server_round: int, profiles: Sequence[DeviceProfile]
-    ) -> AllocationProblem:
+    ) -> tuple[AllocationProblem, npt.NDArray[np.float64]]:
+        """State the problem of all wanted blocks; return the rates too, bit/s."""
+        wanted = np.ones(self.partition.num_blocks, bool)
+        payloads = self._uplink.payloads(server_round, wanted)
         speed = np.array([profile.flops_per_s for profile in profiles])
         memory_bytes = np.array([profile.memory_bytes for profile in profiles])
         rate_bps = self._rates.correct(
@@ -503,9 +574,9 @@ class Coordinator:
             [profile.name for profile in profiles],
         )
         claimed_s = self._costs.flops[None, :] / speed[:, None]  # [K, N]
-        return AllocationProblem(
+        problem = AllocationProblem(
             self._estimate.correct(claimed_s, [profile.name for profile in profiles]),
-            self._costs.payload_bits[None, :] / rate_bps[:, None],
+            payloads.bits[0] / rate_bps[:, None],
             self._costs.memory_bytes[None, :] <= memory_bytes[:, None],
             memory_bytes=memory_bytes,
             required_memory_bytes=self._costs.memory_bytes,
@@ -513,6 +584,20 @@ class Coordinator:
             constant_s=self._constant_s,
             mode=self._mode,
         )
+        return problem, rate_bps
+
+    def _held_versions(self) -> HeldVersions:
+        constants = self.constants()
+        names = tuple(self._state_dict)
+        return HeldVersions(
+            model_pieces(self.partition, names),
+            {i: constants[name] for i, name in enumerate(names) if name in constants},
+        )
+
+    def _manifests(self, device_ids: Sequence[str]) -> dict[str, Manifest]:
+        if self._held is None:
+            return {}
+        return self._held.manifests(device_ids, [*self.arrays().values()])
 
     def _learn_from(
         self,
@@ -524,6 +609,8 @@ class Coordinator:
         observations = []
         rates = []
         for device, report in reports.items():
+            if self._held is not None:
+                self._held.acknowledge(device, plan.manifests[device], report.held)
             profile = self._profiles[device]
             self._meetings[profile.name, report.block_index] += 1
             upload_s = uploads[device].upload_s
@@ -558,6 +645,8 @@ class Coordinator:
         uploads: Mapping[str, Upload],
     ) -> tuple[BlockRecord, ...]:
         records = []
+        payloads = plan.payloads
+        nbytes = {name: values.nbytes for name, values in self._state_dict.items()}
         upload_s = plan.allocation.upload_s(plan.problem)
         for row, device in enumerate(plan.device_ids):
             block = int(plan.allocation.block_of_device[row])
@@ -565,6 +654,7 @@ class Coordinator:
                 continue
             report = reports.get(device)
             sent = uploads.get(device)
+            level = plan.codec_level[row]
             status = "accepted" if report else refusals.get(device, "no reply")
             records.append(
                 BlockRecord(
@@ -581,6 +671,12 @@ class Coordinator:
                     ignored_arrays=sent.ignored_arrays if sent else 0,
                     measured_upload_s=sent.upload_s if sent else None,
                     uplink_limit=report.uplink_limit if report else None,
+                    codec=payloads.codecs[level],
+                    payload_bytes=int(payloads.bits[level, block]) // 8,
+                    received_bytes=int(sent.payload_bits) // 8 if sent else 0,
+                    sent_bytes=sum(
+                        nbytes[name] for name in plan.sent_names(device, [*nbytes])
+                    ),
                 )
             )
         return tuple(sorted(records, key=lambda record: record.block_index))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.codec import codec_named
+from lola_flwr.payload import payload_bits
 from lola_flwr.system.costs import BlockCosts
 from lola_flwr.truncated_backprop import only_block_trainable
 
@@ -29,8 +31,7 @@ def measure_costs(
     example: Example,
     *,
     batch_size: int,
-    bits_per_element: int = 32,
-    header_bits_per_tensor: int = 0,
+    codec: str = "fp32",
 ) -> BlockCosts:
     """Measure what each block costs, by passes forward and back for each.
 
@@ -45,8 +46,8 @@ def measure_costs(
         Input for some examples.
     batch_size
         Examples of a device's mini-batch, to which the costs are scaled.
-    bits_per_element, header_bits_per_tensor
-        As for ``estimate_costs``.
+    codec
+        Name of the codec that gradients travel in.
 
     Returns
     -------
@@ -60,8 +61,9 @@ def measure_costs(
     inputs = [example] if isinstance(example, Tensor) else list(example.values())
     batches = batch_size / len(inputs[0])
     sizes = {name: p.numel() for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     weights = sum(sizes.values())
-    flops, memory_bytes, payload_bits = [], [], []
+    flops, memory_bytes, gradient_bytes = [], [], []
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -82,16 +84,15 @@ def measure_costs(
                     )
             flops.append(batches * counter.get_total_flops())
             memory_bytes.append(4.0 * (weights + uploaded) + batches * kept_bytes)
-            payload_bits.append(
-                bits_per_element * uploaded + header_bits_per_tensor * len(update)
-            )
+            gradient_bytes.append(4.0 * uploaded)
     finally:
         for module, mode in modes.items():
             module.training = mode
     return BlockCosts(
         flops=np.array(flops, np.float64),
         memory_bytes=np.array(memory_bytes, np.float64),
-        payload_bits=np.array(payload_bits, np.float64),
+        payload_bits=payload_bits(partition, shapes, codec_named(codec)),
+        gradient_bytes=np.array(gradient_bytes, np.float64),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,10 @@ from torch import Tensor, nn
 
 from lola_flwr.adapter_costs import measured_costs
 from lola_flwr.blocks import BlockPartition, partition_parameters, passed_names
-from lola_flwr.codec import NPY_HEADER_BYTES, codec_named
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.measured_costs import Example, measure_costs
 from lola_flwr.models import fingerprint
-from lola_flwr.running_statistics import statistics_names
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.costs import BlockCosts, estimate_costs
 
@@ -55,13 +52,11 @@ def model_costs(
     UserError
         Without an example: the estimate knows no such model.
     """
-    wire = {
-        "bits_per_element": codec_named(codec).bits_per_element,
-        "header_bits_per_tensor": 8 * NPY_HEADER_BYTES,
-    }
     if example is not None:
         measured = partition.merged() if merged else partition
-        return measure_costs(model, measured, example, batch_size=batch_size, **wire)
+        return measure_costs(
+            model, measured, example, batch_size=batch_size, codec=codec
+        )
     shapes = {name: tuple(values.shape) for name, values in model.named_parameters()}
     _refuse_to_estimate(shapes, partition, sequence_length)
     buffers = {name: tuple(values.shape) for name, values in model.named_buffers()}
@@ -74,8 +69,8 @@ def model_costs(
         dropout_heads=_dropout_heads(model),
         merged=merged,
         micro_batch_size=micro_batch_size,
-        **wire,
         adapters=measured_costs(model, partition) if partition.layers else None,
+        codec=codec,
     )
 
 
@@ -184,13 +179,10 @@ def coordinator_for_weights(
         sequence_length=sequence_length,
         example=example,
     )
-    statistics = sum(
-        8 * (NPY_HEADER_BYTES + state[name].nbytes) for name in statistics_names(state)
-    )
     return coordinator_for(
         model,
         partition,
-        costs=replace(costs, payload_bits=costs.payload_bits + statistics),
+        costs=costs,
         bandwidth_hz=bandwidth_hz,
         optimizer=optimizer,
         lr=lr,

@@ -18,7 +18,6 @@ from lola_flwr.allocation import (
     allocate,
 )
 from lola_flwr.blocks import partition_parameters
-from lola_flwr.codec import NPY_HEADER_BYTES, codec_named
 from lola_flwr.system.channel import db_to_linear, full_band_rate_bps, rayleigh_snr
 from lola_flwr.system.costs import BlockCosts, estimate_costs
 from lola_flwr.system.devices import DeviceProfile
@@ -69,8 +68,7 @@ def named_model_costs(
         partition_parameters(known.shapes),
         batch_size=batch_size,
         sequence_length=sequence_length,
-        bits_per_element=codec_named(codec).bits_per_element,
-        header_bits_per_tensor=8 * NPY_HEADER_BYTES,
+        codec=codec,
         dropout_heads=known.dropout_heads,
     )
 

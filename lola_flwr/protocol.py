@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
 Scalar = bool | bytes | float | int | str
@@ -47,12 +47,15 @@ class _Record:
         Raises
         ------
         MalformedRecord
-            A field is missing that is not optional, has another type, or is not finite.
+            A field is missing that is not optional and has no default, has another
+            type, or is not finite.
         """
-        types = {"int": int, "float": float, "str": str}
+        types = {"bool": bool, "float": float, "int": int, "str": str}
         values: dict[str, Any] = {}
         for field in fields(cls):  # type: ignore[arg-type]
             key, required = _key(field.name), str(field.type).removesuffix(" | None")
+            if key not in record and field.default is not MISSING:
+                continue
             if key not in record and required != field.type:
                 values[field.name] = None
                 continue
@@ -93,6 +96,11 @@ class Assignment(_Record):
     update_names, frozen_names
         Where devices are sent the whole model and return weights: names of the
         parameters of block and head, and of those that nobody trains, one a line.
+    sends_head
+        Whether the update is to hold the head's gradient beside the block's.
+    manifest
+        What the message's arrays leave out since the device holds it: a `Manifest` as
+        text; None if the message holds all arrays.
     uplink_bps
         What the share is on this device's link, bit/s: the most that the upload may
         take. None where no link is known, as in a simulation.
@@ -107,6 +115,8 @@ class Assignment(_Record):
     update_names: str | None = None
     frozen_names: str | None = None
     uplink_bps: float | None = None
+    sends_head: bool = True
+    manifest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,8 @@ class UpdateReport(_Record):
     update_kind
         What the arrays are: the ``"gradient"``, in the assignment's codec, or the new
         ``"weights"`` after local training, in float32: a codec that rounds would round
-        most of a weight's small move away.
+        most of a weight's small move away; or ``"nothing"``, where the device does not
+        hold what the message left out.
     loss
         Mean training loss; None if unknown.
     compute_s
@@ -133,6 +144,10 @@ class UpdateReport(_Record):
     uplink_limit
         What holds the upload to ``uplink_bps``: ``"pacing"`` or ``"tc"``; None if
         nothing does, and the share is advice.
+    held
+        Version of the model that the device now holds, as `Manifest.version` names it,
+        so that the next message may leave out what has not changed since; None if it
+        keeps nothing.
     """
 
     server_round: int
@@ -142,6 +157,19 @@ class UpdateReport(_Record):
     compute_s: float | None
     compute_clock: str
     uplink_limit: str | None = None
+    held: str | None = None
+
+
+def nothing_report(assignment: Assignment) -> UpdateReport:
+    """Return the report of a device that lacks what the server believed it to hold."""
+    return UpdateReport(
+        server_round=assignment.server_round,
+        block_index=assignment.block_index,
+        update_kind="nothing",
+        loss=None,
+        compute_s=None,
+        compute_clock="",
+    )
 
 
 def _key(field_name: str) -> str:

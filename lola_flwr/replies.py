@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lola_flwr.assembly import BlockUpdate, FloatArrays
 from lola_flwr.blocks import BlockPartition
-from lola_flwr.codec import Codec, MalformedArray, read_npy
+from lola_flwr.codec import MalformedArray, codec_named, read_npy
 from lola_flwr.errors import quoted
 from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
 from lola_flwr.running_statistics import is_plausible, statistics_names
@@ -102,8 +102,6 @@ class UpdateReader:
     ----------
     partition
         Blocks of the model.
-    codec
-        What gradients travel in.
     sent_names
         Names of the arrays that devices are sent, in that order.
     max_gradient_norm
@@ -111,7 +109,6 @@ class UpdateReader:
     """
 
     partition: BlockPartition
-    codec: Codec
     sent_names: Sequence[str]
     max_gradient_norm: float
 
@@ -140,6 +137,8 @@ class UpdateReader:
         if assignment is None:
             raise UpdateRefused("not-asked", "the device has no block this round")
         report = self._read_report(assignment, reply.report)
+        if report.update_kind == "nothing":
+            raise UpdateRefused("lost-copy", "the device no longer holds its version")
         # A transport may carry a bool, a float or a list here.
         examples, most = reply.num_examples, assignment.batch_size
         if type(examples) is float and examples.is_integer():
@@ -152,15 +151,21 @@ class UpdateReader:
             examples = min(examples, most)
         elif examples > most:
             raise UpdateRefused("wrong-examples", f"claims {examples} of {most}")
-        names = self.partition.update_names(assignment.block_index)
+        codec = codec_named(assignment.codec)
+        names = self.partition.update_names(
+            assignment.block_index, head=assignment.sends_head
+        )
         tensors = self._named_tensors(reply, names)
         is_gradient = report.update_kind == "gradient"
         update: FloatArrays = {}
         for name in names:
             if is_gradient:
-                shape, dtype = sent[name].shape, self.codec.wire_dtype
-                wire = _read(name, tensors[name], shape, dtype)
-                received = self.codec.decode(wire)
+                shape = sent[name].shape
+                wire = _read(name, tensors[name], *codec.wire_type(shape))
+                try:
+                    received = codec.decode(wire, shape)
+                except MalformedArray as error:
+                    raise UpdateRefused("wrong-array", f"{name}: {error}") from None
             else:
                 # Weights come in the model's own type, or in float32.
                 dtypes = (sent[name].dtype, np.dtype(np.float32))
@@ -209,7 +214,7 @@ class UpdateReader:
             raise UpdateRefused("late", f"answers round {report.server_round}")
         if report.block_index != assignment.block_index:
             raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
-        if report.update_kind not in ("gradient", "weights"):
+        if report.update_kind not in ("gradient", "weights", "nothing"):
             raise UpdateRefused("wrong-kind", f"holds {quoted(report.update_kind)}")
         if report.compute_clock not in ("", "measured", "simulated"):
             clock = quoted(report.compute_clock)

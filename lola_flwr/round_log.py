@@ -21,6 +21,8 @@ class BlockRecord:
     ``ignored_arrays`` counts what the device sent beyond its block and the head.
     ``measured_upload_s`` is on the server's clock, None where the transport does not
     tell; ``uplink_limit`` is what held the upload to its share, None if nothing did.
+    ``payload_bytes`` is the message that the allocation counted on, ``received_bytes``
+    the arrays in the one that came, ``sent_bytes`` the arrays sent to the device.
     """
 
     block_index: int
@@ -36,6 +38,10 @@ class BlockRecord:
     ignored_arrays: int = 0
     measured_upload_s: float | None = None
     uplink_limit: str | None = None
+    codec: str = ""
+    payload_bytes: int = 0
+    received_bytes: int = 0
+    sent_bytes: int = 0
 
     @property
     def latency_s(self) -> float:

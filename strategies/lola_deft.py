@@ -150,6 +150,8 @@ class LoLaDeft(FedAvg):
             clients.update(there)
             return there
 
+        # The plan says which of these arrays each device is sent.
+        parameters = self._take_in(parameters)
         plan = self._rounds.plan(
             server_round,
             connected=connected,
@@ -159,14 +161,19 @@ class LoLaDeft(FedAvg):
         )
         if plan is None:
             return []
-        parameters = self._take_in(parameters)
         extra: Mapping[str, Scalar] = {}
         if self.on_fit_config_fn is not None:
             extra = self.on_fit_config_fn(server_round)
-        return [
-            (clients[device], FitIns(parameters, {**extra, **assignment.to_record()}))
-            for device, assignment in plan.assignments.items()
-        ]
+        tensors = dict(zip(self.coordinator.arrays(), parameters.tensors, strict=True))
+        instructions = []
+        for device, assignment in plan.assignments.items():
+            sent = [tensors[name] for name in plan.sent_names(device, [*tensors])]
+            fit = FitIns(
+                Parameters(sent, parameters.tensor_type),
+                {**extra, **assignment.to_record()},
+            )
+            instructions.append((clients[device], fit))
+        return instructions
 
     def aggregate_fit(
         self,

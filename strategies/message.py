@@ -209,7 +209,9 @@ class LoLaDeft(Strategy):
                 MessageType.TRAIN,
                 device,
                 server_round,
-                arrays,
+                ArrayRecord(
+                    {name: arrays[name] for name in plan.sent_names(device, [*arrays])}
+                ),
                 ConfigRecord({**config, **assignment.to_record()}),
             )
             for device, assignment in plan.assignments.items()

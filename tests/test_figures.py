@@ -85,7 +85,7 @@ class TestLatency:
 
     def test_devices_without_memory_for_the_whole_model_are_counted(self):
         setting = latency.Setting(sequence_length=128)
-        needed = latency.block_costs(128, 16, 16, merged=True).memory_bytes[0]
+        needed = latency.block_costs(128, 16, merged=True).memory_bytes[0]
         for row in latency.simulate([setting], DRAWS[:1]):
             fleet = latency.draw_fleet(row["fleet"], row["devices"])
             small = sum(device.memory_bytes < needed for device in fleet)
@@ -171,7 +171,7 @@ class TestDepth:
     def test_cooperation_needs_the_mean_block(self, tmp_path):
         rows = depth.memory_rows(DRAWS[:2], batch_sizes=(4, 16))
         assert [row["fine_tuning"] for row in rows] == ["alone", "cooperating"] * 2
-        costs = latency.block_costs(64, 16, 32, merged=False)
+        costs = latency.block_costs(64, 16, merged=False)
         # One device a block: the mean over active devices is that over blocks.
         assert rows[3]["mean_bytes"] == pytest.approx(costs.memory_bytes.mean())
         assert rows[3]["largest_bytes"] == costs.memory_bytes.max()

@@ -38,6 +38,8 @@ def test_wheel_contributes_one_import_name(tmp_path):
         "lola_flwr.system.devices",
         "lola_flwr.blocks",
         "lola_flwr.codec",
+        "lola_flwr.payload",
+        "lola_flwr.versions",
         "lola_flwr.protocol",
         "lola_flwr.assembly",
     ],

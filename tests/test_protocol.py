@@ -38,6 +38,7 @@ def test_keys_on_the_wire():
         "batch-size": 32,
         "codec": "fp32",
         "base-fingerprint": "ab",
+        "sends-head": True,
     }
     assert Assignment.from_record({**record, "user-key": 7}) == assignment
 

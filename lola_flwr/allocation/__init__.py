@@ -12,6 +12,7 @@ from lola_flwr.allocation.allocators import (
     allocate,
     find_allocator,
 )
+from lola_flwr.allocation.payloads import refine_payloads
 from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
 from lola_flwr.allocation.rotation import rotate
 from lola_flwr.allocation.solution import Allocation, InfeasibleAllocation
@@ -29,5 +30,6 @@ __all__ = [
     "RoundMode",
     "allocate",
     "find_allocator",
+    "refine_payloads",
     "rotate",
 ]

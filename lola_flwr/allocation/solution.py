@@ -37,8 +37,8 @@ class Allocation:
     iterations
         Iterations that the solver took, in its own unit; 0 where it has none.
     stop_reason
-        Why the solver stopped: "optimal", "gap", "iterations", "time", "rotation"
-        or "heuristic".
+        Why the solver stopped: "optimal", "gap", "iterations", "time", "rotation",
+        "payloads" or "heuristic".
     """
 
     block_of_device: IntArray

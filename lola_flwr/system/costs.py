@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.codec import codec_named
+from lola_flwr.payload import payload_bits
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -71,12 +73,16 @@ class BlockCosts:
         Weights, the gradients of block and head, and the activations that
         back-propagation to the block keeps, shape [N].
     payload_bits
-        Bits that the device uploads: gradients of block and head, shape [N].
+        Bits that the device uploads where every one sends the head's gradient beside
+        its block's, shape [N].
+    gradient_bytes
+        Part of ``memory_bytes``: the float32 gradients of block and head, shape [N].
     """
 
     flops: npt.NDArray[np.float64]
     memory_bytes: npt.NDArray[np.float64]
     payload_bits: npt.NDArray[np.float64]
+    gradient_bytes: npt.NDArray[np.float64]
 
 
 def estimate_costs(
@@ -85,8 +91,7 @@ def estimate_costs(
     *,
     batch_size: int,
     sequence_length: int,
-    bits_per_element: int = 32,
-    header_bits_per_tensor: int = 0,
+    codec: str = "fp32",
     dropout_heads: int = 0,
     merged: bool = False,
     micro_batch_size: int = 0,
@@ -105,10 +110,8 @@ def estimate_costs(
         Sequences of a mini-batch, B.
     sequence_length
         Tokens of a sequence after padding, S.
-    bits_per_element
-        Bits that the payload codec spends on one gradient element.
-    header_bits_per_tensor
-        Bits that the payload's encoding adds to each tensor.
+    codec
+        Name of the codec that gradients travel in.
     dropout_heads
         Attention heads, where training drops attention weights out: then each layer
         also keeps its attention maps and the masks. 0: no dropout.
@@ -164,14 +167,14 @@ def estimate_costs(
     uploaded = np.array(
         [sum(elements[name] for name in update) for update in updates], np.float64
     )
-    tensors = np.array([len(update) for update in updates])
     weights = sum(elements.values())
     head_forward = 2 * sum(_matrix_elements(shapes[name]) for name in partition.head)
     return BlockCosts(
         # The head reads one token of each sequence.
         flops=flops + batch_size * 3 * head_forward,
         memory_bytes=4.0 * (weights + uploaded) + activation_bytes,
-        payload_bits=bits_per_element * uploaded + header_bits_per_tensor * tensors,
+        payload_bits=payload_bits(partition, shapes, codec_named(codec)),
+        gradient_bytes=4.0 * uploaded,
     )
 
 

@@ -105,7 +105,7 @@ def depth_rows(
             sequence_length=sequence_length,
             merged=whole,
         )
-        kept = costs.memory_bytes - _weights_bytes(shapes) - costs.payload_bits / 8
+        kept = costs.memory_bytes - _weights_bytes(shapes) - costs.gradient_bytes
         flops += costs.flops[::-1].tolist()
         model_bytes += kept[::-1].tolist()
     measured = [
@@ -218,7 +218,6 @@ def _memory_of_batch(setting: Setting, draws: Sequence[Draw]) -> list[Row]:
         costs = block_costs(
             setting.sequence_length,
             setting.batch_size,
-            bits_per_element=8 * _FLOAT_BYTES,
             merged=merged,
         )
         if merged:
@@ -231,7 +230,7 @@ def _memory_of_batch(setting: Setting, draws: Sequence[Draw]) -> list[Row]:
             active = np.concatenate(
                 [a.block_of_device[a.block_of_device >= 0] for a in blocks]
             )
-        gradient_bytes = costs.payload_bits / 8
+        gradient_bytes = costs.gradient_bytes
         rows.append(
             {
                 "batch_size": setting.batch_size,

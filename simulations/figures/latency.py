@@ -54,8 +54,8 @@ class Setting:
         Mean receive SNR of all devices, dB; None for the fleet's own, which differ.
     batch_size
         Sequences of a device's mini-batch.
-    bits_per_element
-        Bits of one uploaded gradient element.
+    codec
+        What gradients travel in.
     """
 
     sequence_length: int = 64
@@ -63,7 +63,7 @@ class Setting:
     bandwidth_hz: float = 20e6
     transmit_snr_db: float | None = None
     batch_size: int = 16
-    bits_per_element: int = 16
+    codec: str = "bf16"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def parameter_shapes(model_name: str) -> Mapping[str, tuple[int, ...]]:
 
 @lru_cache
 def block_costs(
-    sequence_length: int, batch_size: int, bits_per_element: int, *, merged: bool
+    sequence_length: int, batch_size: int, codec: str = "fp32", *, merged: bool
 ) -> BlockCosts:
     """Return what each block of the model costs, or (merged) the whole of it."""
     shapes = parameter_shapes(MODEL)
@@ -103,7 +103,7 @@ def block_costs(
         partition_parameters(shapes),
         batch_size=batch_size,
         sequence_length=sequence_length,
-        bits_per_element=bits_per_element,
+        codec=codec,
         merged=merged,
     )
 
@@ -192,7 +192,7 @@ def allocation_problem(
     costs = block_costs(
         setting.sequence_length,
         setting.batch_size,
-        setting.bits_per_element,
+        setting.codec,
         merged=merged,
     )
     fleet = draw_fleet(draw.fleet, setting.num_devices)

@@ -101,7 +101,7 @@ def test_codec_is_the_one_asked_for(client, roberta):
     for exact, wire in zip(plain, packed, strict=True):
         assert wire.dtype == np.uint16
         np.testing.assert_allclose(
-            CODECS["bf16"].decode(wire), exact, rtol=2**-8, atol=1e-30
+            CODECS["bf16"].decode(wire, exact.shape), exact, rtol=2**-8, atol=1e-30
         )
 
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from lola_flwr.codec import CODECS
+from lola_flwr.codec import codec_ladder
 from lola_flwr.errors import UserError
+from lola_flwr.payload import HeadPolicy
 from lola_flwr.run_config import RunConfig
 
 
@@ -58,6 +59,11 @@ def _checked_rates(text: str) -> str:
     return text
 
 
+def _codec(name: str) -> str:
+    codec_ladder(name)
+    return name
+
+
 # Run configurations hold scalars only, and this one is a key of caches.
 Options = Annotated[str, AfterValidator(_checked)]
 
@@ -90,7 +96,10 @@ class GlueConfig(RunConfig):
     backups: int = Field(ge=0)
     correct_profiles: bool
     rotation_eps: float = Field(ge=0, allow_inf_nan=False)
-    codec: Literal[tuple(CODECS)]  # type: ignore[valid-type]
+    codec: Annotated[str, AfterValidator(_codec)]
+    codec_slack: float = Field(ge=0, allow_inf_nan=False)
+    head: HeadPolicy
+    downlink: Literal["all", "changed"]
     bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
     snr_min_db: float = Field(ge=-60, le=80)
     snr_max_db: float = Field(ge=-60, le=80)

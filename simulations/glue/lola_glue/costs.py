@@ -30,13 +30,12 @@ def model_blocks(config: GlueConfig, model: nn.Module) -> BlockPartition:
 
 
 def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
-    """Estimate each block's costs under the run's batch, length and codec."""
+    """Estimate each block's costs under the run's batch and length."""
     return model_setup.model_costs(
         model,
         model_partition(model),
         batch_size=config.batch_size,
         sequence_length=config.max_length,
-        codec=config.codec,
         merged=config.method == "fedavg-full",
         micro_batch_size=config.micro_batch_size,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from logging import ERROR, INFO
 from typing import Any
@@ -27,6 +28,7 @@ from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.strategies import LoLaDeft, message
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.costs import load_model, model_blocks, model_costs
+from lola_glue.paths import devices_directory
 from lola_glue.tasks import Examples, Task, load_task, score
 from lola_glue.text import make_batch
 
@@ -47,6 +49,9 @@ def main(grid: Grid, context: Context) -> None:
     except UserError as error:
         log(ERROR, "error: %s", error)
         raise
+    finally:
+        # Simulated devices are on this host; no other run has a use for what they kept.
+        shutil.rmtree(devices_directory(context.run_id), ignore_errors=True)
 
 
 def fine_tune(grid: Grid, context: Context) -> None:
@@ -183,6 +188,9 @@ def make_coordinator(
         rotation_eps=config.rotation_eps,
         batch_size=config.batch_size,
         codec=config.codec,
+        codec_slack=config.codec_slack,
+        head=config.head,
+        downlink=config.downlink,
         seed=config.seed,
     )
 

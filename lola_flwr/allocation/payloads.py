@@ -1,0 +1,101 @@
+"""Finer payloads where they cost the round little: the codec of each device.
+
+A round is shortest if every device sends the coarsest payload: all share one band, and
+any finer payload makes it longer. But a device with a fast uplink needs little of the
+band for a payload twice as large. So the round is allocated for the coarsest payload,
+and may then become longer by a given factor; within that deadline devices are given
+finer payloads, those first that need least more of the band for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lola_flwr.allocation.problem import AllocationProblem, IntArray
+from lola_flwr.allocation.shares import with_best_shares
+from lola_flwr.allocation.solution import Allocation
+from lola_flwr.allocation.uplink import least_share
+
+
+def refine_payloads(
+    problem: AllocationProblem,
+    coarsest: Allocation,
+    payload_bits: ArrayLike,
+    *,
+    slack: float,
+) -> tuple[AllocationProblem, Allocation, IntArray]:
+    """Give devices finer payloads than the coarsest within a bound on the latency.
+
+    Parameters
+    ----------
+    problem
+        The instance, with the upload times of the coarsest payload.
+    coarsest
+        An allocation of it.
+    payload_bits
+        Bits of each block's payload at each level, coarsest first, shape (L, N).
+    slack
+        Relative latency that may be given up.
+
+    Returns
+    -------
+    The problem with the upload times of the payloads chosen; an allocation of it with
+    the same matching and the best shares, whose round_s is at most
+    ``(1 + slack) * coarsest.round_s``; and each device's level, shape (K,), 0 where
+    idle. If no device gets a finer payload, problem and allocation are those given.
+
+    Raises
+    ------
+    ValueError
+        If the slack is negative.
+
+    Notes
+    -----
+    Level by level, so that no device has its second refinement before each that can
+    have its first within what is left of the band has it. Within a level the order by
+    band needed gives most devices the finer payload.
+    """
+    if not slack >= 0.0:
+        raise ValueError(f"slack must be at least 0, but is {slack}.")
+    bits = np.asarray(payload_bits, dtype=np.float64)
+    factor = bits / bits[0]  # [L, N]
+    devices = np.flatnonzero(coarsest.block_of_device >= 0)
+    blocks = coarsest.block_of_device[devices]
+    upload_s = problem.full_band_upload_s[devices, blocks]
+    time_s = (
+        (1.0 + slack) * coarsest.round_s
+        - problem.constant_s
+        - problem.compute_s[devices, blocks]
+    )
+    level = np.zeros(problem.num_devices, dtype=np.int64)
+    snr = problem.snr_of(devices)
+    needed = least_share(upload_s, time_s, snr)
+    for finer in range(1, len(bits)):
+        share = least_share(upload_s * factor[finer, blocks], time_s, snr)
+        for index in np.argsort(share - needed, kind="stable"):
+            changed = needed.copy()
+            changed[index] = share[index]
+            # At the cap of 1 the whole band may not be enough.
+            if (
+                level[devices[index]] == finer - 1
+                and share[index] < 1.0
+                and changed.sum() <= 1.0
+            ):
+                level[devices[index]], needed = finer, changed
+    if not level.any():
+        return problem, coarsest, level
+    problem = replace(
+        problem, full_band_upload_s=problem.full_band_upload_s * factor[level]
+    )
+    refined = with_best_shares(
+        problem,
+        devices,
+        blocks,
+        bound_s=coarsest.bound_s,
+        iterations=coarsest.iterations,
+        stop_reason="payloads",
+    )
+    return problem, refined, level
