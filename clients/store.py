@@ -234,5 +234,5 @@ class Residuals:
 def _write(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, unfinished)
+    save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, unfinished)
     unfinished.replace(path)

@@ -187,9 +187,9 @@ class Manifest:
                     run.partition("-") for run in match[3].split(",")
                 )
             ]
-            total += sum(max(0, last - first + 1) for first, last in runs)
-            if total > _MOST_ARRAYS:
-                raise MalformedManifest(f"More than {_MOST_ARRAYS} arrays.")
+            total += sum(last - first + 1 for first, last in runs)
+            if total > _MOST_ARRAYS or any(first > last for first, last in runs):
+                raise MalformedManifest(f"{quoted(word)} has impossible positions.")
             positions = chain.from_iterable(range(a, b + 1) for a, b in runs)
             pieces.append(Piece(match[2], tuple(positions), sent=bool(match[1])))
         all_positions = sorted(chain.from_iterable(p.positions for p in pieces))

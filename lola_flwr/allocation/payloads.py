@@ -65,26 +65,25 @@ def refine_payloads(
     devices = np.flatnonzero(coarsest.block_of_device >= 0)
     blocks = coarsest.block_of_device[devices]
     upload_s = problem.full_band_upload_s[devices, blocks]
-    time_s = (
+    time_s = (  # what is left for the upload
         (1.0 + slack) * coarsest.round_s
         - problem.constant_s
         - problem.compute_s[devices, blocks]
     )
-    level = np.zeros(problem.num_devices, dtype=np.int64)
     snr = problem.snr_of(devices)
     needed = least_share(upload_s, time_s, snr)
+    level = np.zeros(problem.num_devices, dtype=np.int64)
+    candidates = np.arange(devices.size)  # those that have the level before
     for finer in range(1, len(bits)):
         share = least_share(upload_s * factor[finer, blocks], time_s, snr)
-        for index in np.argsort(share - needed, kind="stable"):
-            changed = needed.copy()
-            changed[index] = share[index]
-            # At the cap of 1 the whole band may not be enough.
-            if (
-                level[devices[index]] == finer - 1
-                and share[index] < 1.0
-                and changed.sum() <= 1.0
-            ):
-                level[devices[index]], needed = finer, changed
+        # A share of 1 is a cap: the whole band may not be enough.
+        candidates = candidates[share[candidates] < 1.0]
+        more = share[candidates] - needed[candidates]
+        order = np.argsort(more, kind="stable")
+        fitting = needed.sum() + np.cumsum(more[order]) <= 1.0
+        candidates = candidates[order][fitting]
+        level[devices[candidates]] = finer
+        needed[candidates] = share[candidates]
     if not level.any():
         return problem, coarsest, level
     problem = replace(
