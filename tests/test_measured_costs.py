@@ -32,7 +32,7 @@ def test_convolutions_by_hand():
     # block that of its weights; and both for the head.
     expected = [3 * convolution + (2 - n) * convolution + convolution for n in range(3)]
     np.testing.assert_allclose(costs.flops, np.array(expected) + 3 * head)
-    np.testing.assert_array_equal(costs.payload_bits, [32 * (4 * 4 * 9 + 10)] * 3)
+    np.testing.assert_array_equal(costs.gradient_bytes, [4 * (4 * 4 * 9 + 10)] * 3)
     # A convolution keeps its input: in block 2 its own, in block 0 those of all three;
     # so does the pooling, and the head keeps 4 numbers of each image.
     kept = [4 * 6 * (4 * 64 * (layers + 1) + 4) for layers in (3, 2, 1)]
