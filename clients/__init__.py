@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lola_flwr.clients.block_client import BlockClient
     from lola_flwr.clients.client_app import LoLaClient
     from lola_flwr.clients.device import BlockDevice
+    from lola_flwr.clients.held_copies import held_mod
     from lola_flwr.clients.profiles import node_profile, profile_mod, report_profile
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "BlockDevice",
     "LoLaClient",
     "block_mod",
+    "held_mod",
     "node_profile",
     "profile_mod",
     "report_profile",
@@ -34,6 +36,7 @@ _MODULES = {
     "BlockDevice": "device",
     "LoLaClient": "client_app",
     "block_mod": "assigned_block",
+    "held_mod": "held_copies",
     "node_profile": "profiles",
     "profile_mod": "profiles",
     "report_profile": "profiles",

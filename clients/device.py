@@ -54,7 +54,7 @@ class BlockDevice:
         Examples that are computed at a time; 0: all of the mini-batch. Fewer take less
         memory, for the same gradient.
     store
-        Directory of this run (see `clients.store.device_directory`) in which the device
+        Directory of this run (see `clients.store.run_store`) in which the device
         keeps its copy of the model and what its codecs leave out; devices on one host
         may share it. None: it keeps nothing, is sent all values in every round, and
         can use no codec that leaves something out.

@@ -34,7 +34,7 @@ class LostCopy(Exception):
     """A device does not hold what a message left out."""
 
 
-def device_directory(root: Path, run_id: int) -> Path:
+def run_store(run_id: int, root: Path | None = None) -> Path:
     """Return a device's directory for one run, and remove those of earlier runs.
 
     What is in them has a use in their run only. Another run's directory counts as
@@ -43,11 +43,15 @@ def device_directory(root: Path, run_id: int) -> Path:
 
     Parameters
     ----------
-    root
-        Directory of the device, or of all devices of a simulation.
     run_id
         The run, as ``Context.run_id`` tells it.
+    root
+        Directory of the device, or of all devices of a simulation (default:
+        ``lola-flwr/devices`` under FLWR_HOME).
     """
+    if root is None:
+        home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+        root = home / "lola-flwr" / "devices"
     directory = root / str(run_id)
     if not directory.is_dir():
         directory.mkdir(parents=True, exist_ok=True)
@@ -182,7 +186,7 @@ class Residuals:
     Parameters
     ----------
     directory
-        Where the files are; each run has its own, see `device_directory`.
+        Where the files are; each run has its own, see `run_store`.
     device
         The device's name: in a simulation several share the directory.
     max_rounds

@@ -18,11 +18,12 @@ from lola_flwr import adapters
 from lola_flwr.adapters import adapt, merge, model_partition, save_model
 from lola_flwr.blocks import BlocksNotFound
 from lola_flwr.clients import BlockDevice
-from lola_flwr.codec import NPY_HEADER_BYTES
+from lola_flwr.codec import NPY_HEADER_BYTES, codec_named
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for, model_costs
 from lola_flwr.models import fingerprint, load_classifier
 from lola_flwr.replies import DeviceReply
+from lola_flwr.payload import payload_bits
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.truncated_backprop import block_gradient, only_block_trainable
@@ -432,13 +433,14 @@ class TestCosts:
             replace(partition, head=()),
             batch_size=1,
             sequence_length=1,
-            bits_per_element=16,
-            header_bits_per_tensor=8 * NPY_HEADER_BYTES,
+            codec="bf16",
         )
         # A and B of two matrices: 4 tensors of 8 x 768 values of 2 bytes.
-        per_block = 4 * (8 * 768 * 2 + 128)
-        np.testing.assert_array_equal(costs.payload_bits, [8 * per_block] * 12)
+        per_block = 4 * (8 * 768 * 2 + NPY_HEADER_BYTES)
         assert 12 * per_block < 0.6e6
+        # Names and Flower's records around them: some 2.5 kB a message.
+        records = costs.payload_bits / 8 - per_block
+        assert np.all((records > 2_000) & (records < 3_000))
         head = sum(model.get_parameter(name).numel() for name in partition.head)
         assert head == 768 * 768 + 768 + 2 * 768 + 2
 
@@ -507,9 +509,10 @@ class TestCosts:
         assert merged.flops.shape == (1,)
         assert merged.flops[0] > blocks.flops.max()
         uploaded = sum(model.get_parameter(n).numel() for n in partition.trainable)
-        tensors = len(partition.trainable)
-        bits = 32 * uploaded + 8 * NPY_HEADER_BYTES * tensors
-        np.testing.assert_array_equal(merged.payload_bits, [bits])
+        np.testing.assert_array_equal(merged.gradient_bytes, [4 * uploaded])
+        shapes = {n: p.shape for n, p in model.named_parameters()}
+        expected = payload_bits(partition.merged(), shapes, codec_named("fp32"))
+        np.testing.assert_array_equal(merged.payload_bits, expected)
 
 
 def test_a_saved_merged_model_can_be_tuned_further(tmp_path):

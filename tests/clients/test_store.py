@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from lola_flwr.clients.store import PieceStore, Residuals, device_directory
+from lola_flwr.clients.store import PieceStore, Residuals, run_store
 from lola_flwr.versions import digest
 
 KINDS = [
@@ -67,7 +67,7 @@ def test_another_run_s_directory_goes_when_a_day_old(tmp_path):
         (tmp_path / run).mkdir()
         then = time.time() - age_s
         os.utime(tmp_path / run, (then, then))
-    assert device_directory(tmp_path, 3) == tmp_path / "3"
+    assert run_store(3, tmp_path) == tmp_path / "3"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients import BlockDevice
+from lola_flwr.clients.store import run_store
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import Assignment
@@ -28,7 +29,6 @@ from lola_flwr.truncated_backprop import Batch
 from lola_glue.config import GlueConfig, link_rates_bps
 from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.partitions import partition_examples
-from lola_glue.paths import devices_directory
 from lola_glue.tasks import Examples, Task, load_task
 from lola_glue.text import make_batch
 
@@ -131,7 +131,7 @@ def device_fn(context: DeviceContext) -> BlockDevice:
         load_model=load_model,
         batch_source=draw_batch,
         micro_batch_size=config.micro_batch_size,
-        store=devices_directory(context.run_id),
+        store=run_store(context.run_id),
         seed=config.seed,
         simulated_compute_s=simulated_compute_s,
     )

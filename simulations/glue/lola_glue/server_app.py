@@ -19,6 +19,7 @@ from lola_flwr.adapters import merge, save_model
 from lola_flwr.allocation import RoundMode
 from lola_flwr.apps import run_rounds
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.clients.store import run_store
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for
@@ -28,7 +29,6 @@ from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.strategies import LoLaDeft, message
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.costs import load_model, model_blocks, model_costs
-from lola_glue.paths import devices_directory
 from lola_glue.tasks import Examples, Task, load_task, score
 from lola_glue.text import make_batch
 
@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
         raise
     finally:
         # Simulated devices are on this host; no other run has a use for what they kept.
-        shutil.rmtree(devices_directory(context.run_id), ignore_errors=True)
+        shutil.rmtree(run_store(context.run_id), ignore_errors=True)
 
 
 def fine_tune(grid: Grid, context: Context) -> None:

@@ -1,0 +1,121 @@
+"""Let a project's own training code be sent what has changed, and no more."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common import Code, FitRes, Parameters, Status
+from flwr.compat.common.recorddict_compat import fitres_to_recorddict
+
+from lola_flwr.clients.received import assignment_in
+from lola_flwr.clients.store import LostCopy, complete, run_store
+from lola_flwr.protocol import REPORT_KEY, Assignment, nothing_report
+from lola_flwr.versions import Manifest
+
+_NAMES_FILE = "names.json"
+# Where Flower's legacy interface puts what FitIns and FitRes hold.
+_LEGACY_METRICS = "fitres.metrics"
+
+
+def held_mod(
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
+    *,
+    directory: Path | None = None,
+) -> Message:
+    """Complete a message from the device's own copies before it is handed on.
+
+    For projects that are sent the whole state dict, whose larger part never changes,
+    from a coordinator with ``downlink="changed"``. The first of the mods:
+    ``@app.train(mods=[held_mod, block_mod])``, or ``ClientApp(client_fn,
+    mods=[held_mod, profile_mod])`` around a client that uses ``AssignedBlock``. Without
+    either of these the reply has no report to say in what the device holds, and
+    everything is sent in each round, as it is without this mod.
+
+    Parameters
+    ----------
+    message, context, call_next
+        As Flower hands them to a mod.
+    directory
+        Where the device keeps its copies (default: a directory of this run under
+        FLWR_HOME, which a simulation's devices share); give it with
+        ``functools.partial``.
+
+    Raises
+    ------
+    MalformedManifest
+        The arrays are not those that the server sent.
+    """
+    if message.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
+        return call_next(message, context)
+    assignment = assignment_in(message.content)
+    if assignment.manifest is None:
+        return call_next(message, context)
+    manifest = Manifest.from_text(assignment.manifest)
+    directory = run_store(context.run_id) if directory is None else directory
+    ((key, record),) = message.content.array_records.items()
+    # Under the legacy interface arrays are numbered, in each message from 0.
+    is_legacy = list(record) == [str(number) for number in range(len(record))]
+    try:
+        arrays = complete([a.numpy() for a in record.values()], manifest, directory)
+        names = (
+            [str(number) for number in range(len(arrays))]
+            if is_legacy
+            else _all_names(list(record), manifest, directory / _NAMES_FILE)
+        )
+    except LostCopy:
+        content = _nothing(assignment, key, is_legacy=is_legacy)
+        return Message(content, reply_to=message)
+    message.content[key] = ArrayRecord(
+        {name: Array(values) for name, values in zip(names, arrays, strict=True)}
+    )
+    reply = call_next(message, context)
+    if not reply.has_error():
+        report = _LEGACY_METRICS if is_legacy else REPORT_KEY
+        if report in reply.content.config_records:
+            reply.content.config_records[report]["held"] = manifest.version
+    return reply
+
+
+def _all_names(received: list[str], manifest: Manifest, path: Path) -> list[str]:
+    """Return the names of all arrays, which a message that holds all of them told."""
+    if len(received) == manifest.num_arrays:
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(received), encoding="utf-8")
+        unfinished.replace(path)
+        return received
+    names: list[str] = []
+    with suppress(FileNotFoundError, ValueError):
+        names = json.loads(path.read_text(encoding="utf-8"))
+    if [names[i] for i in manifest.sent_positions if i < len(names)] != received:
+        raise LostCopy(f"{path} does not hold this model's names.")
+    return names
+
+
+def _nothing(assignment: Assignment, key: str, *, is_legacy: bool) -> RecordDict:
+    report = nothing_report(assignment).to_record()
+    if is_legacy:
+        empty = Parameters(tensors=[], tensor_type="numpy.ndarray")
+        result = FitRes(Status(Code.OK, ""), empty, 0, report)
+        return fitres_to_recorddict(result, keep_input=False)
+    return RecordDict(
+        {
+            key: ArrayRecord({}),
+            "metrics": MetricRecord({"num-examples": 0}),
+            REPORT_KEY: ConfigRecord({**report}),
+        }
+    )
