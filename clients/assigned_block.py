@@ -72,7 +72,7 @@ class AssignedBlock:
             else Assignment.from_record(received)
         )
         update_names, frozen_names = _names_in(self.assignment)
-        known = {name for name, _ in model.named_parameters()}
+        known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
         unknown = [n for n in (*update_names, *frozen_names) if n not in known]
         if unknown:
             raise UserError(

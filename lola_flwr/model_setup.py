@@ -11,7 +11,8 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from lola_flwr.adapter_costs import measured_costs
-from lola_flwr.blocks import BlockPartition, partition_parameters, passed_names
+from lola_flwr.adapters import model_partition
+from lola_flwr.blocks import BlockPartition, passed_names
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.measured_costs import Example, measure_costs
@@ -161,7 +162,7 @@ def coordinator_for_weights(
         NumPy lacks.
     """
     parameters = dict(model.named_parameters())
-    partition = partition_parameters(parameters, stack=stack, blocks=blocks)
+    partition = model_partition(model, stack=stack, blocks=blocks)
     trained = {id(parameters[name]): name for name in partition.trainable}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if trained.get(id(parameter), name) != name:

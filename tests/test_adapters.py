@@ -22,8 +22,8 @@ from lola_flwr.codec import NPY_HEADER_BYTES, codec_named
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for, model_costs
 from lola_flwr.models import fingerprint, load_classifier
-from lola_flwr.replies import DeviceReply
 from lola_flwr.payload import payload_bits
+from lola_flwr.replies import DeviceReply
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.truncated_backprop import block_gradient, only_block_trainable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -112,6 +113,32 @@ def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("initialisation", ["true", "'pissa'"])
+def test_adapters_are_saved_as_such_and_merged(initialisation, tmp_path):
+    options = f"r=4, init_lora_weights={initialisation}"
+    finished = run(
+        tmp_path,
+        *('tuning="lora"', f'tuning-options="{options}"', "lr=1e-2"),
+        *('codec="bf16"', "save-model=true", "save-merged=true"),
+    )
+    assert finished.completed, finished.output
+    assert {
+        block["status"] for record in rounds_of(tmp_path) for block in record["blocks"]
+    } == {"accepted"}
+    initial, _ = load_classifier("random:roberta-tiny", num_labels=2)
+    merged, tokenizer = load_classifier(str(tmp_path / "out" / "merged"), num_labels=2)
+    for name, values in merged.named_parameters():
+        changed = not torch.equal(values, initial.get_parameter(name))
+        assert changed == ("query.w" in name or "value.w" in name or "class" in name)
+    adapted = peft.PeftModel.from_pretrained(initial, tmp_path / "out" / "model").eval()
+    sentences = tokenizer(["one", "two words"], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            adapted(**sentences).logits, merged(**sentences).logits
+        )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -124,6 +151,8 @@ def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
         (['schedule="Cosine"'], "is not a schedule"),
         (['optimizer-options="eps"'], "optimizer-options='eps'"),
         (["rounds=0", 'codec="zip"'], "rounds=0: Input should be greater"),
+        (['tuning="prompt-tuning"'], "does not adapt layers one by one"),
+        (['tuning="lora"', 'tuning-options="rank=8"'], "keyword argument 'rank'"),
     ],
 )
 def test_more_mistakes(tmp_path, overrides, message, monkeypatch):

@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import (
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
+from lola_flwr.adapters import adapt
 from lola_flwr.clients import AssignedBlock, block_mod, node_profile, report_profile
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for_weights
@@ -194,6 +195,27 @@ def test_blocks_move_and_the_rest_stays(model, kind):
         assert not any(ignored)
         assert records[0].train_loss is not None
         assert all(b.compute_clock == "measured" for b in records[0].blocks)
+
+
+def test_a_projects_own_adapters():
+    def adapted():
+        options = {"target_modules": ["linear"], "modules_to_save": ["head"]}
+        return adapt(Net(), "lora", options)
+
+    def train(message, context):
+        model = adapted()
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        block = AssignedBlock(model, message)
+        loss = fit(model, message.content["config"])
+        return Message(block.finish(reply_content(model, loss), loss), reply_to=message)
+
+    torch.manual_seed(3)
+    model = adapted()
+    records, result, replies = federate(model, make_app(train), rounds=2)
+    assert [record.refused for record in records] == [{}, {}]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved(model, result) == trained
+    assert {len(reply.content["arrays"]) for reply in replies} == {2 + 2}
 
 
 def test_the_move_is_the_devices_own_over_the_number_of_blocks(model):
