@@ -12,7 +12,8 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ def adapt(
         classifier), apart from a language model's output layer.
     seed
         Seed of the adapters' initial values: a function of it, of the options and of
-        the model. The caller's random numbers stay as they were.
+        the model, whatever the number of threads. (Where they come from a decomposition
+        of the base weights, as PiSSA's, another kind of processor may round otherwise,
+        and the fingerprints of the frozen weights tell.) The caller's random numbers
+        stay as they were.
 
     Returns
     -------
@@ -99,7 +103,7 @@ def adapt(
             "server does not have; use 'pissa', 'olora', 'orthogonal' or 'gaussian'."
         )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _one_thread():
             torch.default_generator.manual_seed(seed)
             adapted = _inject(model, config_class, arguments)
     # What peft and torch raise where options and layers do not fit is of all types.
@@ -379,6 +383,17 @@ def _inject(model: nn.Module, config_class: Any, arguments: dict[str, Any]) -> A
         return get_peft_model(
             model, config_class(**{**arguments, "target_modules": "all-linear"})
         )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Decompose matrices alike in all processes: their last bits depend on threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _adapter_values(model: nn.Module) -> dict[str, Tensor]:

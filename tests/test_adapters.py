@@ -343,6 +343,26 @@ def test_the_callers_random_numbers_are_left_alone():
     torch.testing.assert_close(torch.rand(2), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("initialisation", ["pissa", "olora"])
+def test_threads_do_not_change_the_initialised_base(initialisation):
+    config = transformers.RobertaConfig(
+        **{**SMALL, "hidden_size": 256, "intermediate_size": 256}
+    )
+    digests = set()
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        model = built(transformers.RobertaForSequenceClassification, config)
+        torch.set_num_threads(count)
+        try:
+            options = {"init_lora_weights": initialisation}
+            model = adapt(model, "lora", options)
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(threads)
+        digests.add(fingerprint(model, model_partition(model).frozen))
+    assert len(digests) == 1
+
+
 class WithStatistics(nn.Module):
     """A stack whose layers and head keep running statistics."""
 
