@@ -211,9 +211,8 @@ def adapter_partition(
                 owners.setdefault(path, set()).add(group)
 
     def owner(name: str) -> int | None:
-        found = next(
-            (owners[p] for p in _paths(_base_name(name)) if p in owners), set()
-        )
+        known = (owners[p] for p in _paths(_base_name(name)) if p in owners)
+        found = next(known, set())
         return min(found) if len(found) == 1 else None
 
     divided: list[list[str]] = [[] for _ in range(head + 1)]
@@ -356,7 +355,7 @@ def _new_modules(model: nn.Module) -> list[str]:
     By the modules that hold the weights: peft can merge most tuners only so.
     """
     base = getattr(model, "base_model_prefix", "")
-    if not hasattr(model, base or " "):
+    if not base or not hasattr(model, base):
         return []
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return [
@@ -374,15 +373,11 @@ def _inject(model: nn.Module, config_class: Any, arguments: dict[str, Any]) -> A
     try:
         return get_peft_model(model, config_class(**arguments))
     except ValueError as error:
-        # Raised before anything has changed, for a type of model that peft has no
-        # targets for.
-        if arguments.get("target_modules") or "specify `target_modules`" not in str(
-            error
-        ):
+        # peft knows no targets for this type of model; nothing has changed yet.
+        if "specify `target_modules`" not in str(error):
             raise
-        return get_peft_model(
-            model, config_class(**{**arguments, "target_modules": "all-linear"})
-        )
+    arguments = {**arguments, "target_modules": "all-linear"}
+    return get_peft_model(model, config_class(**arguments))
 
 
 @contextmanager
