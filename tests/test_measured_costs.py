@@ -82,7 +82,6 @@ def test_the_model_stays_as_it_is():
 
 _CONV1 = r"What (conv1|layer1\.0\.conv1)\.weight of shape"
 REFUSED = {
-    "deberta-v2 with convolution": r"What deberta\.encoder\.conv\.conv\.weight",
     "resnet by layers": r"What resnet\.encoder\.stages\.0\..* of shape",
     "torchvision's resnet by stages": _CONV1,
     "resnet by stages": r"What resnet\.encoder\.stages\.0\..* of shape \(8, 8, 3, 3\)",

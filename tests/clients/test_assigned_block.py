@@ -28,7 +28,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 from lola_flwr.adapters import adapt
-from lola_flwr.clients import AssignedBlock, block_mod, node_profile, report_profile
+from lola_flwr.clients import (
+    AssignedBlock,
+    block_mod,
+    node_profile,
+    profile_mod,
+    report_profile,
+)
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for_weights
 from lola_flwr.protocol import SECAGG_KEY, MalformedRecord
@@ -467,6 +473,9 @@ def test_secure_aggregation_is_refused(model):
         AssignedBlock(model, message)
     with pytest.raises(UserError, match="a block comes from one device"):
         block_mod(message, None, plain_train)
+    # Of a legacy app's own client nothing shows which messages brought its config.
+    with pytest.raises(UserError, match="a block comes from one device"):
+        profile_mod(message, None, plain_train)
 
 
 def test_another_strategys_message(model):

@@ -73,8 +73,9 @@ def test_the_page_applies(kind, tmp_path):
         assert "FedAvg" not in source
 
 
-def test_a_switched_project_runs(tmp_path):
-    output = run(switched("message", tmp_path), tmp_path, "num-server-rounds=1")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_switched_project_runs(kind, tmp_path):
+    output = run(switched(kind, tmp_path), tmp_path, "num-server-rounds=1")
     assert "3 of 3 devices active" in output
     assert len(losses(output)) == 2
 
