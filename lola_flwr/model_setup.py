@@ -205,23 +205,27 @@ def _refuse_to_estimate(
         "pass example=, the model's input for an example or more, such as "
         "torch.zeros(1, 3, 224, 224), and costs are measured"
     )
-    trained = set(partition.trainable)
+    # With adapters, a layer's frozen weights are known as its own.
+    own = {*partition.trainable, *(n for layer in partition.layers for n in layer)}
     for name in passed_names(shapes, partition):
         # A single module between the layers, as DeBERTa's convolution, costs little
         # beside them; a layer of another stack does not.
-        if name not in trained and not re.search(r"\.\d+\.", name):
+        if name not in own and not re.search(r"\.\d+\.", name):
             continue
         if len(shapes[name]) > 2:
             raise UserError(
                 f"What {name} of shape {tuple(shapes[name])} costs depends on the size "
                 f"of its input: {remedy}."
             )
-        if len(shapes[name]) == 2 and name not in trained:
+        if len(shapes[name]) == 2 and name not in own:
             raise UserError(
                 f"Back-propagation passes {name}, which belongs to no block, so that "
                 f"its costs are not estimated: {remedy}."
             )
-    widths = {_width([shapes[name] for name in block]) for block in partition.blocks}
+    widths = {
+        _width([shapes[name] for name in layer if name in shapes])
+        for layer in partition.layers or partition.blocks
+    }
     if sequence_length > 1 and len(widths) > 1:
         raise UserError(
             f"The blocks have different widths ({', '.join(map(str, sorted(widths)))}),"
