@@ -677,6 +677,8 @@ class Coordinator:
                     sent_bytes=sum(
                         nbytes[name] for name in plan.sent_names(device, [*nbytes])
                     ),
+                    required_memory_bytes=float(self._costs.memory_bytes[block]),
+                    memory_bytes=self._profiles[device].memory_bytes,
                 )
             )
         return tuple(sorted(records, key=lambda record: record.block_index))

@@ -1,4 +1,4 @@
-"""Plan one round for a fleet without a model, Flower or torch, under any allocators."""
+"""Plan rounds for a fleet without a model, Flower or torch, under any allocators."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lola_flwr.allocation import (
     allocate,
 )
 from lola_flwr.blocks import partition_parameters
+from lola_flwr.round_log import BlockRecord, RoundRecord
 from lola_flwr.system.channel import db_to_linear, full_band_rate_bps, rayleigh_snr
 from lola_flwr.system.costs import BlockCosts, estimate_costs
 from lola_flwr.system.devices import DeviceProfile
@@ -156,3 +157,85 @@ def compare(
         allocation = allocate(problem, name, **options)
         plans.append(Plan(name, allocation, time.perf_counter() - start))
     return plans
+
+
+def plan_rounds(
+    fleet: Sequence[DeviceProfile],
+    costs: BlockCosts,
+    *,
+    rounds: int,
+    allocator: str = "exact",
+    bandwidth_hz: float = 20e6,
+    seed: int = 0,
+    mode: RoundMode | None = None,
+) -> list[RoundRecord]:
+    """Plan a run's rounds, as its records: what it will take if profiles hold.
+
+    Parameters
+    ----------
+    fleet, costs, bandwidth_hz, seed, mode
+        As for `round_problem`; every round draws the channel anew.
+    rounds
+        How many rounds.
+    allocator
+        Name as for `allocate`.
+
+    Returns
+    -------
+    Records without losses and metrics; each device's part has the status "planned".
+    """
+    records: list[RoundRecord] = []
+    wireless_s = 0.0
+    for server_round in range(1, rounds + 1):
+        problem = round_problem(
+            fleet,
+            costs,
+            bandwidth_hz=bandwidth_hz,
+            server_round=server_round,
+            seed=seed,
+            mode=mode,
+        )
+        (plan,) = compare(problem, [allocator], seed=seed + server_round)
+        wireless_s += plan.allocation.round_s
+        records.append(
+            RoundRecord(
+                server_round=server_round,
+                num_devices=problem.num_devices,
+                wireless_s=wireless_s,
+                round_s=plan.allocation.round_s,
+                observed_s=plan.allocation.round_s,
+                bound_s=plan.allocation.bound_s,
+                blocks=planned_blocks(problem, plan.allocation, fleet, costs),
+                measured_strategy_s=plan.solve_s,
+            )
+        )
+    return records
+
+
+def planned_blocks(
+    problem: AllocationProblem,
+    allocation: Allocation,
+    fleet: Sequence[DeviceProfile],
+    costs: BlockCosts,
+) -> tuple[BlockRecord, ...]:
+    """Return each active device's part of a plan, from the first block on."""
+    upload_s = allocation.upload_s(problem)
+    parts = [
+        BlockRecord(
+            block_index=block,
+            depth=problem.num_blocks - block,
+            device=fleet[row].name,
+            share=float(allocation.share[row]),
+            compute_s=float(problem.compute_s[row, block]),
+            upload_s=float(upload_s[row]),
+            reported_compute_s=None,
+            compute_clock="",
+            loss=None,
+            status="planned",
+            required_memory_bytes=float(costs.memory_bytes[block]),
+            memory_bytes=fleet[row].memory_bytes,
+        )
+        for row, block in enumerate(allocation.block_of_device.tolist())
+        if block >= 0
+    ]
+    return tuple(sorted(parts, key=lambda part: (part.block_index, part.device)))

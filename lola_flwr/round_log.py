@@ -23,6 +23,7 @@ class BlockRecord:
     tell; ``uplink_limit`` is what held the upload to its share, None if nothing did.
     ``payload_bytes`` is the message that the allocation counted on, ``received_bytes``
     the arrays in the one that came, ``sent_bytes`` the arrays sent to the device.
+    Memory is what the block needs by the cost model, and what the device offers.
     """
 
     block_index: int
@@ -42,6 +43,8 @@ class BlockRecord:
     payload_bytes: int = 0
     received_bytes: int = 0
     sent_bytes: int = 0
+    required_memory_bytes: float | None = None
+    memory_bytes: float | None = None
 
     @property
     def latency_s(self) -> float:

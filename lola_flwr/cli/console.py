@@ -35,14 +35,6 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def si(value: float, unit: str) -> str:
-    """Write a quantity with three digits and an SI prefix: ``2.5 GB``."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor * 0.9995:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
-
-
 def bars(compute_s: float, upload_s: float, round_s: float) -> Text:
     """Draw a device's round as two bars on the scale of the whole round."""
     compute = round(_BAR_WIDTH * compute_s / round_s)

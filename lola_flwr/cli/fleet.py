@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lola_flwr.cli.console import console, print_json, si, table
+from lola_flwr.cli.console import console, print_json, table
 from lola_flwr.errors import UserError
+from lola_flwr.quantities import si
 
 if TYPE_CHECKING:
     from lola_flwr.system.fleet import Fleet

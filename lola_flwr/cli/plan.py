@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lola_flwr.cli.console import bars, console, print_json, si, table
+from lola_flwr.cli.console import bars, console, print_json, table
 from lola_flwr.cli.fleet import fleet_of
 from lola_flwr.errors import UserError
+from lola_flwr.quantities import si
 
 if TYPE_CHECKING:
     from lola_flwr.allocation import AllocationProblem
     from lola_flwr.planning import Plan
+    from lola_flwr.round_log import BlockRecord
     from lola_flwr.system.costs import BlockCosts
-    from lola_flwr.system.fleet import Fleet
 
 
 def plan(
@@ -63,7 +64,12 @@ def plan(
     there = fleet_of(fleet, 20 if devices is None else devices, seed)
 
     from lola_flwr.allocation import ALLOCATORS, find_allocator
-    from lola_flwr.planning import compare, named_model_costs, round_problem
+    from lola_flwr.planning import (
+        compare,
+        named_model_costs,
+        planned_blocks,
+        round_problem,
+    )
 
     find_allocator(allocator)
     costs = named_model_costs(
@@ -78,45 +84,18 @@ def plan(
         fading=fading,
     )
     plans = compare(problem, list(dict.fromkeys([allocator, *ALLOCATORS])), seed=seed)
+    parts = planned_blocks(problem, plans[0].allocation, there, costs)
     if as_json:
-        print_json(_as_json(problem, costs, plans, there, model))
+        print_json(_as_json(problem, costs, plans, parts, model))
     else:
-        _print(problem, costs, plans, there, model)
-
-
-def _parts(
-    problem: AllocationProblem, costs: BlockCosts, plan: Plan, fleet: Fleet
-) -> list[dict[str, Any]]:
-    """Describe each active device's part, from the first block on."""
-    allocation = plan.allocation
-    upload_s = allocation.upload_s(problem)
-    parts = []
-    for row, block in enumerate(allocation.block_of_device.tolist()):
-        if block < 0:
-            continue
-        compute_s = float(problem.compute_s[row, block])
-        parts.append(
-            {
-                "block": block,
-                "depth": problem.num_blocks - block,
-                "device": fleet[row].name,
-                "share": float(allocation.share[row]),
-                "compute_s": compute_s,
-                "upload_s": float(upload_s[row]),
-                "total_s": compute_s + float(upload_s[row]),
-                "payload_bits": float(costs.payload_bits[block]),
-                "required_memory_bytes": float(costs.memory_bytes[block]),
-                "memory_bytes": fleet[row].memory_bytes,
-            }
-        )
-    return sorted(parts, key=lambda part: (part["block"], part["device"]))
+        _print(problem, plans, parts, model)
 
 
 def _as_json(
     problem: AllocationProblem,
     costs: BlockCosts,
     plans: Sequence[Plan],
-    fleet: Fleet,
+    parts: Sequence[BlockRecord],
     model: str,
 ) -> dict[str, Any]:
     def finite(value: float) -> float | None:
@@ -128,7 +107,21 @@ def _as_json(
         "num_blocks": problem.num_blocks,
         "allocator": plans[0].allocator,
         "round_s": finite(plans[0].allocation.round_s),
-        "blocks": _parts(problem, costs, plans[0], fleet),
+        "blocks": [
+            {
+                "block": part.block_index,
+                "depth": part.depth,
+                "device": part.device,
+                "share": part.share,
+                "compute_s": part.compute_s,
+                "upload_s": part.upload_s,
+                "total_s": part.latency_s,
+                "payload_bits": float(costs.payload_bits[part.block_index]),
+                "required_memory_bytes": part.required_memory_bytes,
+                "memory_bytes": part.memory_bytes,
+            }
+            for part in parts
+        ],
         "allocators": [
             {
                 "allocator": plan.allocator,
@@ -143,14 +136,12 @@ def _as_json(
 
 def _print(
     problem: AllocationProblem,
-    costs: BlockCosts,
     plans: Sequence[Plan],
-    fleet: Fleet,
+    parts: Sequence[BlockRecord],
     model: str,
 ) -> None:
     shown = plans[0]
     round_s = shown.allocation.round_s
-    parts = _parts(problem, costs, shown, fleet)
     rows = table(
         f"{model}: {len(parts)} of {problem.num_devices} devices train "
         f"{problem.num_blocks} blocks in {round_s:.3f} s ({shown.allocator})",
@@ -159,15 +150,15 @@ def _print(
     rows.add_column("▒ compute  █ upload", justify="left")
     for part in parts:
         rows.add_row(
-            part["device"],
-            str(part["block"]),
-            str(part["depth"]),
-            f"{part['share']:.2%}",
-            f"{part['compute_s']:.2f} s",
-            f"{part['upload_s']:.2f} s",
-            f"{si(part['required_memory_bytes'], 'B')} of "
-            f"{si(part['memory_bytes'], 'B')}",
-            bars(part["compute_s"], part["upload_s"], round_s),
+            part.device,
+            str(part.block_index),
+            str(part.depth),
+            f"{part.share:.2%}",
+            f"{part.compute_s:.2f} s",
+            f"{part.upload_s:.2f} s",
+            f"{si(part.required_memory_bytes or 0, 'B')} of "
+            f"{si(part.memory_bytes or 0, 'B')}",
+            bars(part.compute_s, part.upload_s, round_s),
         )
     best_s = min(plan.allocation.round_s for plan in plans)
     side = table("\nAllocators", "allocator", "latency", "above best", "solved in")

@@ -187,9 +187,19 @@ def _write(line: str) -> None:
     sys.stdout.flush()
 
 
+def _write_report(directory: Path | None) -> Path | None:
+    """Write the run's report, if the app has written rounds."""
+    if directory is None or not (directory / "rounds.jsonl").is_file():
+        return None
+    from lola_flwr.report import Report, Run
+
+    return Report([Run.read(directory)]).save(directory / "report.html")
+
+
 def _report_end(
     finished: FinishedRun, directory: Path | None, *, as_json: bool
 ) -> None:
+    report = _write_report(directory)
     if as_json:
         print_json(
             {
@@ -197,6 +207,7 @@ def _report_end(
                 "final": finished.final,
                 "error": finished.error,
                 "directory": None if directory is None else str(directory),
+                "report": None if report is None else str(report),
             }
         )
     if not finished.completed:
@@ -205,4 +216,6 @@ def _report_end(
         return
     if directory is not None:
         print(f"files: {directory}")
+    if report is not None:
+        print(f"report: {report}")
     print(finished.final or "completed")

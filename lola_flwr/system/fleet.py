@@ -112,7 +112,12 @@ def fleet_toml(fleet: Sequence[DeviceProfile]) -> str:
         "# A fleet for lola-flwr. Of each device: training speed (floating-point\n"
         "# operations a second), memory that fine-tuning may use (bytes), and mean\n"
         "# uplink SNR over the whole band (dB).\n\n"
-    ) + tomli_w.dumps({"device": [device.to_properties() for device in fleet]})
+    ) + tomli_w.dumps({"device": [_stated(device) for device in fleet]})
+
+
+def _stated(device: DeviceProfile) -> dict[str, str | float]:
+    # TOML has no word for what is not known.
+    return {k: v for k, v in device.to_properties().items() if v is not None}
 
 
 def _device(number: int, table: Any) -> DeviceProfile:

@@ -1,0 +1,148 @@
+"""The page: template, style, script and data, put into one file."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lola_flwr.errors import UserError
+from lola_flwr.quantities import si
+from lola_flwr.report.runs import Run
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_HERE = files("lola_flwr.report")
+_NOTEBOOK_HEIGHT = 900
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report of one run, or of several side by side.
+
+    Parameters
+    ----------
+    runs
+        The runs; their names are made different.
+    title
+        Heading of the page.
+
+    Raises
+    ------
+    UserError
+        There is no run.
+    """
+
+    runs: Sequence[Run]
+    title: str = "lola-flwr report"
+
+    def __post_init__(self) -> None:
+        """Check that there is something to report."""
+        if not self.runs:
+            raise UserError("A report needs at least one run.")
+
+    def html(self) -> str:
+        """Return the page."""
+        names = _different([run.name for run in self.runs])
+        columns = [
+            {**run.columns(), "name": name}
+            for run, name in zip(self.runs, names, strict=True)
+        ]
+        return _template().render(
+            title=self.title,
+            runs=list(zip(names, self.runs, strict=True)),
+            metrics=_union(run.metric_names for run in self.runs),
+            config=_side_by_side([run.config for run in self.runs]),
+            versions=_side_by_side(
+                [run.description.get("versions", {}) for run in self.runs]
+            ),
+            data=_script_safe(json.dumps(columns, separators=(",", ":"))),
+            style=_asset("vendor/uplot-1.6.32.min.css") + _asset("report.css"),
+            charts=_asset("vendor/uplot-1.6.32.min.js"),
+            charts_licence=_asset("vendor/LICENSE.uplot"),
+            script=_asset("report.js"),
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page.
+
+        Raises
+        ------
+        UserError
+            The file cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.html(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        return path
+
+    def _repr_html_(self) -> str:
+        """Show the page in a notebook, apart from the notebook's own style."""
+        return (
+            f'<iframe srcdoc="{html.escape(self.html())}" style="width:100%;'
+            f'height:{_NOTEBOOK_HEIGHT}px;border:0" title="{html.escape(self.title)}">'
+            "</iframe>"
+        )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
+    environment.filters["size"] = _size
+    return environment.from_string(_asset("page.html.j2"))
+
+
+@cache
+def _asset(name: str) -> str:
+    return _HERE.joinpath(name).read_text(encoding="utf-8")
+
+
+def _script_safe(text: str) -> str:
+    """Escape JSON so that no string in it can end the script that holds it."""
+    return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
+def _size(value: int | None) -> str:
+    return "–" if value is None else si(value, "B")
+
+
+def _different(names: Sequence[str]) -> list[str]:
+    """Return the names with a number after those that come more than once."""
+    count, seen = Counter(names), Counter[str]()
+    different = []
+    for name in names:
+        seen[name] += 1
+        different.append(f"{name} ({seen[name]})" if count[name] > 1 else name)
+    return different
+
+
+def _union(lists: Any) -> list[str]:
+    return list(dict.fromkeys(name for names in lists for name in names))
+
+
+def _side_by_side(
+    tables: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, list[Any], bool]]:
+    """Return each key with its value in every run, and whether these differ."""
+    rows = []
+    for key in _union(tables):
+        values = [table.get(key) for table in tables]
+        rows.append((key, values, any(value != values[0] for value in values)))
+    return rows

@@ -1,0 +1,180 @@
+"""Runs as a report shows them: read from a directory, summed up, put into columns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lola_flwr.errors import UserError
+from lola_flwr.round_log import BlockRecord, RoundRecord, read_rounds
+
+# Bytes up as the allocation counted on them, as received, and bytes down.
+_COUNTS = ("payload_bytes", "received_bytes", "sent_bytes")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Parameters
+    ----------
+    name
+        What the report calls it.
+    rounds
+        Its rounds.
+    description
+        What `lola_flwr.run_files.describe_run` writes; empty if it is not known.
+    """
+
+    name: str
+    rounds: Sequence[RoundRecord]
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path, name: str | None = None) -> Run:
+        """Read a run's directory, or its ``rounds.jsonl``.
+
+        Raises
+        ------
+        UserError
+            There are no rounds, or a file of the run cannot be read.
+        """
+        directory = Path(path)
+        if directory.is_file():
+            rounds_path, directory = directory, directory.parent
+        else:
+            rounds_path = directory / "rounds.jsonl"
+        if not rounds_path.is_file():
+            raise UserError(
+                f"{path} has no rounds.jsonl; give the directory of a run, which "
+                "`lola-flwr simulate` names at its end."
+            )
+        rounds = read_rounds(rounds_path)
+        if not rounds:
+            raise UserError(f"{rounds_path} holds no round yet.")
+        return cls(
+            name=name or directory.resolve().name,
+            rounds=rounds,
+            description=_read_description(directory / "run.json"),
+        )
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The run's configuration."""
+        config: Mapping[str, Any] = self.description.get("config", {})
+        return config
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of the metrics that any round has, in their order."""
+        return list(dict.fromkeys(name for r in self.rounds for name in r.metrics))
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Refused updates of all rounds, counted by reason."""
+        total: Counter[str] = Counter()
+        for record in self.rounds:
+            total.update(record.refused)
+        return total
+
+    def total_bytes(self, name: str) -> int | None:
+        """Sum a count of bytes over all rounds; None if the log does not hold it."""
+        counts = [_count(block, name) for r in self.rounds for block in r.blocks]
+        known = [count for count in counts if count is not None]
+        return round(sum(known)) if known else None
+
+    def best(self, metric: str) -> float | None:
+        """Return the last value of a metric; None if the run has none."""
+        values = [r.metrics[metric] for r in self.rounds if metric in r.metrics]
+        return values[-1] if values else None
+
+    def mean_observed_s(self) -> float | None:
+        """Return the mean latency of the rounds that took place."""
+        latencies = [r.observed_s for r in self.rounds if r.skipped is None]
+        return sum(latencies) / len(latencies) if latencies else None
+
+    def columns(self) -> dict[str, Any]:
+        """Return the run as columns of numbers, rounded to six digits.
+
+        The active devices' parts of all rounds stand one after the other; ``first``
+        tells with which of them a round begins.
+        """
+        blocks = [block for record in self.rounds for block in record.blocks]
+        devices = sorted({block.device for block in blocks})
+        row_of = {device: row for row, device in enumerate(devices)}
+        statuses = sorted({block.status for block in blocks})
+        first = [0]
+        for record in self.rounds:
+            first.append(first[-1] + len(record.blocks))
+        return {
+            "name": self.name,
+            "round": [record.server_round for record in self.rounds],
+            "wireless_s": _rounded(record.wireless_s for record in self.rounds),
+            "planned_s": _latencies(self.rounds, "round_s"),
+            "observed_s": _latencies(self.rounds, "observed_s"),
+            "bound_s": _latencies(self.rounds, "bound_s"),
+            "skipped": [record.skipped for record in self.rounds],
+            "metrics": {
+                "train loss": _rounded(record.train_loss for record in self.rounds),
+                **{
+                    name: _rounded(r.metrics.get(name) for r in self.rounds)
+                    for name in self.metric_names
+                },
+            },
+            "refused": [sum(record.refused.values()) for record in self.rounds],
+            "devices": devices,
+            "statuses": statuses,
+            "num_blocks": max((b.block_index + b.depth for b in blocks), default=0),
+            "first": first,
+            "device": [row_of[block.device] for block in blocks],
+            "block": [block.block_index for block in blocks],
+            "share": _rounded(block.share for block in blocks),
+            "compute_s": _rounded(block.compute_s for block in blocks),
+            "upload_s": _rounded(block.upload_s for block in blocks),
+            "reported_s": _rounded(block.reported_compute_s for block in blocks),
+            "status": [statuses.index(block.status) for block in blocks],
+            "needed_bytes": _rounded(b.required_memory_bytes for b in blocks),
+            "memory_bytes": _rounded(b.memory_bytes for b in blocks),
+            "measured_upload_s": _rounded(block.measured_upload_s for block in blocks),
+            **{
+                name: _rounded(_count(block, name) for block in blocks)
+                for name in _COUNTS
+            },
+        }
+
+
+def _count(block: BlockRecord, name: str) -> float | None:
+    """Return a count of bytes; None where the record holds none."""
+    return getattr(block, name, 0) or None
+
+
+def _latencies(rounds: Iterable[RoundRecord], name: str) -> list[float | None]:
+    """Return a latency of each round; None where it was skipped."""
+    return _rounded(
+        None if record.skipped is not None else getattr(record, name)
+        for record in rounds
+    )
+
+
+def _rounded(values: Iterable[float | None]) -> list[float | None]:
+    return [
+        None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+        for value in values
+    ]
+
+
+def _read_description(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(description, dict):
+        raise UserError(f"{path} describes no run.")
+    return description

@@ -1,0 +1,67 @@
+"""What a user waits for: ``lola-flwr plan`` from the shell, and a report to open.
+
+Run with ``pytest simulations/benchmarks/bench_user.py``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lola_flwr.allocation import RoundMode
+from lola_flwr.report import Report
+from tests.report.chromium import chromium
+from tests.report.sample_runs import sample_run
+
+PROGRAMS = {
+    "bare Python": "pass",
+    "numpy and scipy.optimize": "import numpy, scipy.optimize",
+    "lola-flwr plan, 20 devices": (
+        "from lola_flwr.cli.main import main; main(['plan', '--devices', '20'])"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_start_up(benchmark, name):
+    command = [sys.executable, "-c", PROGRAMS[name]]
+    benchmark.pedantic(
+        lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
+        rounds=5,
+        warmup_rounds=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def run():
+    """One hundred rounds in which all of 50 devices take part."""
+    everyone = RoundMode(participation="all")
+    return sample_run("big", num_devices=50, num_rounds=100, mode=everyone)
+
+
+def test_write_report(benchmark, run, tmp_path):
+    path = benchmark.pedantic(
+        Report([run]).save, args=(tmp_path / "report.html",), rounds=5
+    )
+    benchmark.extra_info["bytes"] = path.stat().st_size
+    print(f"\nreport: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def test_open_report(run, tmp_path):
+    path = Report([run]).save(tmp_path / "report.html")
+    with chromium(tmp_path / "profile") as browser:
+        ready_ms = []
+        for _ in range(5):
+            browser.get(path.as_uri())
+            assert browser.execute_script(
+                "return document.documentElement.dataset.ready"
+            )
+            ready_ms.append(
+                browser.execute_script(
+                    "return performance.timing.loadEventEnd"
+                    " - performance.timing.navigationStart"
+                )
+            )
+    print(f"\ninteractive after {sorted(ready_ms)[2]} ms (median of 5)")

@@ -1,0 +1,196 @@
+"""The report's data and page; `test_browser` opens it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from lola_flwr.allocation import RoundMode
+from lola_flwr.cli.main import main
+from lola_flwr.errors import UserError
+from lola_flwr.report import Report, Run
+from lola_flwr.round_log import RoundLog
+from lola_flwr.run_files import describe_run
+from tests.report.sample_runs import HOSTILE, LOST, sample_run
+
+
+class Page(HTMLParser):
+    """What of a page matters here: attributes by tag, and each script's text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements = []
+        self.scripts = []
+        self.words = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.words.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return [sample_run("exact"), sample_run("crunch")]
+
+
+@pytest.fixture(scope="module")
+def text(runs):
+    return Report(runs).html()
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def write_run(directory, run):
+    log = RoundLog(directory / "rounds.jsonl")
+    for record in run.rounds:
+        log.append(record)
+    describe_run(directory, app="app", config=run.config)
+    return directory
+
+
+def test_nothing_is_fetched(page, text):
+    for tag, attributes in page.elements:
+        assert "src" not in attributes, tag
+        if tag == "link":
+            assert attributes["href"].startswith("data:")
+    assert "@import" not in text
+    assert "default-src 'none'" in text
+
+
+def test_what_a_device_calls_itself_is_no_markup(page):
+    assert len(page.scripts) == 3
+    assert not any("onclick" in attributes for _, attributes in page.elements)
+    (exact, _) = json.loads(page.scripts[0])
+    assert HOSTILE[:64] in exact["devices"]
+    assert HOSTILE in page.words
+
+
+def test_data_are_the_rounds(page, runs):
+    for shown, run in zip(json.loads(page.scripts[0]), runs, strict=True):
+        assert shown["round"] == [record.server_round for record in run.rounds]
+        assert shown["planned_s"] == [
+            None if r.skipped else pytest.approx(r.round_s, rel=1e-5)
+            for r in run.rounds
+        ]
+        assert shown["metrics"]["accuracy"] == [
+            pytest.approx(r.metrics["accuracy"], rel=1e-5) if r.metrics else None
+            for r in run.rounds
+        ]
+        for index, record in enumerate(run.rounds):
+            parts = range(shown["first"][index], shown["first"][index + 1])
+            assert [
+                (shown["devices"][shown["device"][p]], shown["block"][p]) for p in parts
+            ] == [(block.device, block.block_index) for block in record.blocks]
+            assert [shown["statuses"][shown["status"][p]] == LOST for p in parts] == [
+                block.status == LOST for block in record.blocks
+            ]
+            assert [shown["needed_bytes"][p] for p in parts] == [
+                pytest.approx(block.required_memory_bytes, rel=1e-5)
+                for block in record.blocks
+            ]
+
+
+def test_tables_can_be_read_without_charts(page, runs):
+    refused = sum(runs[0].refused.values())
+    assert refused > 0
+    assert str(refused) in page.words
+    assert "not finite" in page.words
+    assert "too few devices" not in page.words  # said where the round is chosen
+
+
+def test_configurations_stand_side_by_side(text):
+    before_allocator = text[: text.index('<th scope="row">allocator')]
+    assert before_allocator.endswith('<tr class="differs">')
+    before_rounds = text[: text.index('<th scope="row">rounds')]
+    assert before_rounds.endswith("<tr>")
+
+
+def test_runs_of_one_name_are_numbered(runs):
+    page = Page(Report([runs[0], runs[0]]).html())
+    assert [run["name"] for run in json.loads(page.scripts[0])] == [
+        "exact (1)",
+        "exact (2)",
+    ]
+
+
+def test_a_hundred_rounds_of_fifty_devices_stay_small():
+    everyone = RoundMode(participation="all")
+    run = sample_run("big", num_devices=50, num_rounds=100, mode=everyone)
+    assert sum(len(record.blocks) for record in run.rounds) == 99 * 50
+    assert len(Report([run]).html().encode()) < 5e6
+
+
+def test_no_run_is_no_report():
+    with pytest.raises(UserError, match="at least one run"):
+        Report([])
+
+
+def test_a_notebook_shows_it_apart_from_its_own_page(runs):
+    ((tag, attributes),) = Page(Report(runs[:1])._repr_html_()).elements
+    assert tag == "iframe"
+    assert attributes["srcdoc"] == Report(runs[:1]).html()
+
+
+class TestCommand:
+    def test_one_run(self, tmp_path, runs, capsys):
+        directory = write_run(tmp_path / "a", runs[0])
+        assert main(["report", str(directory)]) == 0
+        page = Page((directory / "report.html").read_text())
+        (shown,) = json.loads(page.scripts[0])
+        assert shown["name"] == "a"
+        assert "Python" not in page.words
+        assert "allocator" in page.words
+        assert f"{directory}/report.html" in capsys.readouterr().out
+
+    def test_several_runs(self, tmp_path, runs):
+        directories = [str(write_run(tmp_path / run.name, run)) for run in runs]
+        out = tmp_path / "there" / "report.html"
+        assert main(["report", *directories, "--out", str(out)]) == 0
+        assert len(json.loads(Page(out.read_text()).scripts[0])) == 2
+
+    def test_the_latest_run(self, tmp_path, runs, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert main(["report"]) == 1
+        assert "There is no run in runs/" in capsys.readouterr().err
+        write_run(tmp_path / "runs" / "one", runs[0])
+        assert main(["report"]) == 0
+        assert (tmp_path / "runs" / "one" / "report.html").exists()
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            ({}, "has no rounds.jsonl"),
+            ({"rounds.jsonl": ""}, "holds no round yet"),
+            ({"rounds.jsonl": "x\n"}, "line 1 is no record"),
+            ({"rounds.jsonl": "", "run.json": "x"}, "holds no round"),
+        ],
+    )
+    def test_what_is_no_run(self, tmp_path, files, message, capsys):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        assert main(["report", str(tmp_path)]) == 1
+        assert message in capsys.readouterr().err
+
+    def test_a_damaged_description(self, tmp_path, runs):
+        write_run(tmp_path, runs[0])
+        (tmp_path / "run.json").write_text("{")
+        with pytest.raises(UserError, match=r"run\.json cannot be read"):
+            Run.read(tmp_path)
