@@ -105,44 +105,82 @@ def run_app(
             f"{app} is no Flower app, it has no pyproject.toml; give the app's "
             "directory, such as simulations/glue."
         )
-    superlink, superexec, flwr = map(
-        _program, ("flower-superlink", "flower-superexec", "flwr")
-    )
+    superexec, flwr = map(_program, ("flower-superexec", "flwr"))
+    with own_superlink(home) as link:
+        # The SuperLink could start a SuperExec itself, but stopping both would leave
+        # the simulation running. All that this one starts is in its process group.
+        superexec_command = [
+            *(superexec, "--insecure", "--runtime-api-address", link.address),
+            *("--parent-pid", str(os.getpid())),
+        ]
+        run_command = [
+            *(flwr, "run", str(app), "own", "--stream", "--federation-config"),
+            f"num-supernodes={num_devices} client-resources-num-cpus={cpus_per_client}",
+        ]
+        for override in run_config:
+            run_command += ["--run-config", override]
+        with (
+            link.log.open("ab") as log_file,
+            _running(superexec_command, link.environment, log_file, own_group=True),
+        ):
+            output = _stream(run_command, link.environment, echo)
+            return FinishedRun(_status(flwr, output, link.environment), output)
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A SuperLink that is up.
+
+    Parameters
+    ----------
+    address
+        Where it listens, on this machine only.
+    environment
+        Environment of programs that are to use it; they call it ``own``.
+    log
+        What it says.
+    """
+
+    address: str
+    environment: dict[str, str]
+    log: Path
+
+
+@contextmanager
+def own_superlink(home: Path) -> Iterator[SuperLink]:
+    """Start a SuperLink with an FLWR_HOME of its own, and stop it in the end.
+
+    Parameters
+    ----------
+    home
+        Directory for the FLWR_HOME.
+
+    Raises
+    ------
+    UserError
+        Flower's program is missing, or did not start.
+    """
+    program = _program("flower-superlink")
     port = _free_port()
     flwr_home = home.absolute() / f"run-{port}"
     flwr_home.mkdir(parents=True, exist_ok=True)
-    environment = _environment(flwr_home)
     address = f"127.0.0.1:{port}"
     (flwr_home / "config.toml").write_text(
         '[superlink]\ndefault = "own"\n\n[superlink.own]\n'
         f'address = "{address}"\ninsecure = true\n',
         encoding="utf-8",
     )
-    log = flwr_home / "superlink.log"
-    superlink_command = [
-        *(superlink, "--insecure", "--simulation", "--isolation", "process"),
+    link = SuperLink(address, _environment(flwr_home), flwr_home / "superlink.log")
+    command = [
+        *(program, "--insecure", "--simulation", "--isolation", "process"),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
-    # The SuperLink could start a SuperExec itself, but stopping both would leave the
-    # simulation running. All that this SuperExec starts is in its process group.
-    superexec_command = [
-        *(superexec, "--insecure", "--runtime-api-address", address),
-        *("--parent-pid", str(os.getpid())),
-    ]
-    run_command = [
-        *(flwr, "run", str(app), "own", "--stream", "--federation-config"),
-        f"num-supernodes={num_devices} client-resources-num-cpus={cpus_per_client}",
-    ]
-    for override in run_config:
-        run_command += ["--run-config", override]
     with (
-        log.open("ab") as log_file,
-        _running(superlink_command, environment, log_file) as process,
+        link.log.open("ab") as log_file,
+        _running(command, link.environment, log_file) as process,
     ):
-        _wait_for_port(process, port, log)
-        with _running(superexec_command, environment, log_file, own_group=True):
-            output = _stream(run_command, environment, echo)
-            return FinishedRun(_status(flwr, output, environment), output)
+        _wait_for_port(process, port, link.log)
+        yield link
 
 
 def _program(name: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 import typer
 
-from lola_flwr.cli import fleet, plan, report, simulate
+from lola_flwr.cli import doctor, fleet, plan, report, simulate
 from lola_flwr.errors import UserError
 
 # Exit codes besides 0: the run failed, the command was not understood, Ctrl-C.
@@ -24,6 +24,7 @@ def _add_commands(app: typer.Typer) -> None:
     app.command()(plan.plan)
     app.command()(simulate.simulate)
     app.command()(report.report)
+    app.command()(doctor.doctor)
     app.add_typer(fleet.app)
 
 
