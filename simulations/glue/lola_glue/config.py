@@ -12,6 +12,7 @@ from lola_flwr.codec import codec_ladder
 from lola_flwr.errors import UserError
 from lola_flwr.payload import HeadPolicy
 from lola_flwr.run_config import RunConfig
+from lola_flwr.tracking import check_trackers
 
 
 def keyword_arguments(text: str) -> dict[str, Any]:
@@ -68,6 +69,14 @@ def _codec(name: str) -> str:
 Options = Annotated[str, AfterValidator(_checked)]
 
 
+def _known_trackers(text: str) -> str:
+    check_trackers(text.split())
+    return text
+
+
+Trackers = Annotated[str, AfterValidator(_known_trackers)]
+
+
 class GlueConfig(RunConfig):
     """Run configuration; the keys are those of ``[tool.flwr.app.config]``."""
 
@@ -114,6 +123,7 @@ class GlueConfig(RunConfig):
     output_dir: str
     save_model: bool
     save_merged: bool
+    trackers: Trackers
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> GlueConfig:

@@ -27,6 +27,7 @@ from lola_flwr.models import load_values
 from lola_flwr.round_log import RoundLog, RoundRecord
 from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.strategies import LoLaDeft, message
+from lola_flwr.tracking import tracking
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.tasks import Examples, Task, load_task, score
@@ -81,12 +82,16 @@ def fine_tune(grid: Grid, context: Context) -> None:
     describe_run(directory, app="lola-glue", config=config.to_run_config())
     last: list[RoundRecord] = []
 
-    def on_round(record: RoundRecord) -> None:
-        log_file.append(record)
-        last[:] = [record]
-
     run = run_legacy if config.interface == "legacy" else run_message
-    run(grid, context, config, coordinator, evaluate, on_round)
+    trackers = config.trackers.split()
+    with tracking(trackers, directory, config.to_run_config()) as track:
+
+        def on_round(record: RoundRecord) -> None:
+            log_file.append(record)
+            track(record)
+            last[:] = [record]
+
+        run(grid, context, config, coordinator, evaluate, on_round)
     log(INFO, "rounds written to %s", log_file.path)
     if config.save_model or config.save_merged:
         values = coordinator.state()
