@@ -38,7 +38,8 @@ class RunConfig(BaseModel):
         except ValidationError as error:
             known = [field.alias or name for name, field in cls.model_fields.items()]
             faults = "; ".join(_fault_line(fault, known) for fault in error.errors())
-            raise UserError(f"Run configuration: {faults}.") from None
+            end = "" if faults.endswith("?") else "."
+            raise UserError(f"Run configuration: {faults}{end}") from None
 
     def to_run_config(self) -> dict[str, Any]:
         """Return the configuration under its run-config keys."""
@@ -47,11 +48,12 @@ class RunConfig(BaseModel):
 
 def _fault_line(fault: ErrorDetails, known: Collection[str]) -> str:
     key = ".".join(map(str, fault["loc"]))
-    if not key:
-        # What a validator of the whole configuration says.
-        return fault["msg"].removeprefix("Value error, ")
+    says = fault["msg"].removeprefix("Value error, ").removesuffix(".")
     if fault["type"] == "missing":
         return f"{key} is missing"
     if fault["type"] == "extra_forbidden":
-        return f"there is no key {key!r}.{nearest(key, known)}".rstrip(".")
-    return f"{key}={fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"
+        return f"there is no key {key!r}.{nearest(key, known)}".removesuffix(".")
+    # A validator of the package's own, or of the whole configuration, says it all.
+    if not key or repr(fault["input"]) in says:
+        return says
+    return f"{key}={fault['input']!r}: {says}"

@@ -104,29 +104,3 @@ def test_depth_costs_more(model):
     costs = named_model_costs(model)
     assert np.all(np.diff(costs.flops) < 0)
     assert np.all(np.diff(costs.memory_bytes) < 0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--devices", "3"], 1, "Too few devices: 3 for 12 blocks"),
-        (["--devices", "0"], 1, "at least 1 device, not 0"),
-        (["--devces", "3"], 2, "--devices"),
-        (["--devices", "many"], 2, "'many' is not a valid int"),
-        (["--fleet", "/nowhere.toml"], 1, "No such file"),
-        (["--fleet", "f.toml", "--devices", "3"], 1, "drop one"),
-        (["--model", "robrta-base"], 1, "Did you mean 'roberta-base'?"),
-        (["--allocator", "exct"], 1, "Did you mean 'exact'?"),
-        (["--codec", "zip"], 1, "zip"),
-        (["--bandwidth-hz", "-1"], 1, "positive number of hertz"),
-        (["--bandwidth-hz", "nan"], 1, "positive number of hertz"),
-        (["--batch-size", "100000"], 1, "required_memory_bytes"),
-    ],
-)
-def test_a_mistake_is_one_line(arguments, code, message, capsys):
-    assert main(["plan", *arguments]) == code
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("error: ")
-    assert message in shown.err
-    assert shown.err.count("\n") == 1

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from lola_flwr.allocation import find_allocator
 from lola_flwr.codec import codec_ladder
 from lola_flwr.errors import UserError
 from lola_flwr.payload import HeadPolicy
 from lola_flwr.run_config import RunConfig
 from lola_flwr.tracking import check_trackers
+from lola_glue.tasks import find_task
 
 
 def keyword_arguments(text: str) -> dict[str, Any]:
@@ -69,18 +71,27 @@ def _codec(name: str) -> str:
 Options = Annotated[str, AfterValidator(_checked)]
 
 
+def _known_allocator(name: str) -> str:
+    # One of the user's own is looked for where the app runs.
+    if ":" not in name:
+        find_allocator(name)
+    return name
+
+
+def _known_task(name: str) -> str:
+    find_task(name)
+    return name
+
+
 def _known_trackers(text: str) -> str:
     check_trackers(text.split())
     return text
 
 
-Trackers = Annotated[str, AfterValidator(_known_trackers)]
-
-
 class GlueConfig(RunConfig):
     """Run configuration; the keys are those of ``[tool.flwr.app.config]``."""
 
-    task: str
+    task: Annotated[str, AfterValidator(_known_task)]
     data_dir: str
     model: str
     num_devices: int = Field(ge=0)
@@ -99,7 +110,7 @@ class GlueConfig(RunConfig):
     schedule: str
     schedule_options: Options
     max_gradient_norm: float = Field(gt=0)
-    allocator: str
+    allocator: Annotated[str, AfterValidator(_known_allocator)]
     participation: Literal["needed", "all"]
     devices_per_block: int = Field(ge=1)
     backups: int = Field(ge=0)
@@ -123,7 +134,7 @@ class GlueConfig(RunConfig):
     output_dir: str
     save_model: bool
     save_merged: bool
-    trackers: Trackers
+    trackers: Annotated[str, AfterValidator(_known_trackers)]
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> GlueConfig:
