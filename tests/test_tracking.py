@@ -94,13 +94,16 @@ def test_mlflow(tmp_path, monkeypatch):
 
 
 def test_wandb(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     with tracking(["wandb"], tmp_path, CONFIG) as track:
         for record in RECORDS:
             track(record)
-    (log,) = tmp_path.rglob("*.wandb")
-    assert b"train_loss" in log.read_bytes()
+        assert wandb.run.config["task"] == "cola"
+        assert wandb.run.summary["train_loss"] == 0.5
+        assert wandb.run.step == 2
+    assert wandb.run is None
+    assert list(tmp_path.rglob("*.wandb"))
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog):
