@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lola_flwr.clients.client_app import LoLaClient
     from lola_flwr.clients.device import BlockDevice
     from lola_flwr.clients.held_copies import held_mod
-    from lola_flwr.clients.profiles import node_profile, profile_mod, report_profile
+    from lola_flwr.clients.node import node_profile
+    from lola_flwr.clients.profiles import profile_mod, report_profile
 
 __all__ = [
     "AssignedBlock",
@@ -37,7 +38,7 @@ _MODULES = {
     "LoLaClient": "client_app",
     "block_mod": "assigned_block",
     "held_mod": "held_copies",
-    "node_profile": "profiles",
+    "node_profile": "node",
     "profile_mod": "profiles",
     "report_profile": "profiles",
 }

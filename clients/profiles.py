@@ -11,6 +11,7 @@ from flwr.common import Code, Config, GetPropertiesRes, Status
 from flwr.common.constant import MessageTypeLegacy
 from flwr.compat.common.recorddict_compat import getpropertiesres_to_recorddict
 
+from lola_flwr.clients.node import node_profile
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import (
     PROFILE_ACTION,
@@ -18,34 +19,7 @@ from lola_flwr.protocol import (
     SECAGG_KEY,
     SECAGG_REFUSAL,
 )
-from lola_flwr.system.devices import DeviceProfile, simulated_device
-
-
-def node_profile(context: Context) -> DeviceProfile:
-    """Return the profile that a node's configuration states; in a simulation, draw one.
-
-    A SuperNode is started with its profile: ``flower-supernode --node-config
-    'name="phone-7" flops-per-s=2e11 memory-bytes=4e9 snr-db=12.0'``.
-
-    Raises
-    ------
-    UserError
-        The node's configuration states no profile, and this is no simulation.
-    InvalidProfile
-        It states an impossible one.
-    """
-    stated = context.node_config
-    if "flops-per-s" in stated:
-        return DeviceProfile.from_properties(
-            {"name": f"node {context.node_id}", **stated}
-        )
-    if "partition-id" in stated:
-        seed = int(context.run_config.get("seed", 0))
-        return simulated_device(int(stated["partition-id"]), seed=seed)
-    raise UserError(
-        "This node states no profile; start its SuperNode with --node-config "
-        "'flops-per-s=2e11 memory-bytes=4e9 snr-db=12.0'."
-    )
+from lola_flwr.system.devices import DeviceProfile
 
 
 def report_profile(

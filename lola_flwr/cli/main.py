@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 import typer
 
-from lola_flwr.cli import doctor, fleet, plan, report, simulate
+from lola_flwr.cli import doctor, fleet, plan, profile, report, simulate, worker
 from lola_flwr.errors import UserError
 
 # Exit codes besides 0: the run failed, the command was not understood, Ctrl-C.
@@ -22,9 +22,11 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 def _add_commands(app: typer.Typer) -> None:
     app.command()(plan.plan)
+    app.command()(profile.profile)
     app.command()(simulate.simulate)
     app.command()(report.report)
     app.command()(doctor.doctor)
+    app.command()(worker.worker)
     app.add_typer(fleet.app)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients import BlockDevice
+from lola_flwr.clients.node import node_profile, states_profile
 from lola_flwr.clients.store import run_store
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.errors import UserError
@@ -92,11 +93,12 @@ def lognormal(sigma: float, rng: np.random.Generator) -> float:
 
 
 def device_fn(context: DeviceContext) -> BlockDevice:
-    """Make one simulated device."""
+    """Make one device: a simulated one, unless the node states a profile of its own."""
     config = GlueConfig.from_run_config(context.run_config)
     index = int(context.node_config["partition-id"])
     num_partitions = int(context.node_config["num-partitions"])
-    profile = _profile(config, index)
+    measured = states_profile(context.node_config)
+    profile = node_profile(context) if measured else _profile(config, index)
     rates_bps = link_rates_bps(config.uplink_mbps)
     if rates_bps:
         profile = replace(profile, uplink_bps=rates_bps[index % len(rates_bps)])
@@ -133,5 +135,5 @@ def device_fn(context: DeviceContext) -> BlockDevice:
         micro_batch_size=config.micro_batch_size,
         store=run_store(context.run_id),
         seed=config.seed,
-        simulated_compute_s=simulated_compute_s,
+        simulated_compute_s=None if measured else simulated_compute_s,
     )
