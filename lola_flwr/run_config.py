@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from lola_flwr.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    # A worker may live in Python 3.10, whose typing lacks it.
+    from typing import Self
 
 
 class RunConfig(BaseModel):

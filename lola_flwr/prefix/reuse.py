@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -26,6 +26,10 @@ from torch import Tensor, nn
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.errors import UserError
 from lola_flwr.prefix.cache import ActivationCache
+
+if TYPE_CHECKING:
+    # A worker may live in Python 3.10, whose typing lacks it.
+    from typing import Self
 
 Arguments = dict[int | str, Any]
 

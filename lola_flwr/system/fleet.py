@@ -13,7 +13,7 @@ The keys of a device are those that it reports as its profile.
 
 from __future__ import annotations
 
-import tomllib
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +28,11 @@ from lola_flwr.system.devices import (
     InvalidProfile,
     simulated_device,
 )
+
+if sys.version_info >= (3, 11):  # noqa: UP036
+    import tomllib
+else:  # the worker of a device whose system has Python 3.10
+    import tomli as tomllib
 
 Fleet = tuple[DeviceProfile, ...]
 

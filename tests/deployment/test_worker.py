@@ -21,6 +21,7 @@ from lola_flwr.deployment.worker_link import Frame, connect, send_frame, token_p
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import Assignment
 
+ROOT = Path(__file__).parents[2]
 TOY = "toy_app.device:device_fn"
 
 
@@ -246,3 +247,44 @@ def test_worker_needs_no_flower_and_the_client_no_torch():
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_the_worker_runs_in_python_310(tmp_path, path):
+    """As on a Jetson, whose PyTorch is for the Python of its system."""
+    candidates = [
+        shutil.which("python3.10") or "",
+        *map(str, Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10")),
+    ]
+    python = next(filter(_is_python_310, candidates), None)
+    if python is None:
+        pytest.skip("there is no Python 3.10 here")
+    if subprocess.run([python, "-m", "venv", tmp_path / "venv"]).returncode:
+        pytest.skip("this Python 3.10 makes no environments")
+    python = str(tmp_path / "venv" / "bin" / "python")
+    installed = subprocess.run([python, "-m", "pip", "install", "-q", "numpy<3"])
+    if installed.returncode:
+        pytest.skip("numpy cannot be installed here")
+    # The package as it is installed, without what it depends on.
+    packages = tmp_path / "packages"
+    shutil.copytree(ROOT / "lola_flwr", packages / "lola_flwr")
+    shutil.copytree(ROOT / "clients", packages / "lola_flwr" / "clients")
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {python} "$@"\n')
+    wrapper.chmod(0o700)
+    node_config = {"worker": str(path), "worker-python": str(wrapper)}
+    flower = SimpleNamespace(
+        run_id=1, node_id=7, node_config=node_config, run_config={}
+    )
+    values = {"w": np.ones(3, "f4")}
+    update = resident(TOY)(flower).train(assignment(), values)
+    np.testing.assert_array_equal(update.arrays["w"], np.full(3, 2, "f4"))
+    exe = Path(f"/proc/{update.num_examples}/exe").resolve()
+    assert "3.10" in exe.name
+    ask_worker(path, "stop")
+    wait_until(lambda: not path.exists())
+
+
+def _is_python_310(python):
+    # pyenv's own `python3.10` is there without such a Python.
+    return python and not subprocess.run([python, "-c", ""]).returncode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,11 @@ from lola_flwr.payload import HeadPolicy
 from lola_flwr.run_config import RunConfig
 from lola_flwr.tracking import check_trackers
 from lola_glue.tasks import find_task
+
+if sys.version_info >= (3, 11):  # noqa: UP036
+    import tomllib
+else:  # the worker of a device whose system has Python 3.10
+    import tomli as tomllib
 
 
 def keyword_arguments(text: str) -> dict[str, Any]:
