@@ -1,0 +1,316 @@
+"""A SuperLink and SuperNodes with TLS and keys of their own, on a testbed's network."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simulations.testbed.network import SERVER_ADDRESS, Network, inside
+
+_ROOT = Path(__file__).parents[2]
+_PORT = 8000
+_RELAY = "127.0.0.1:9095"
+_START_S = 60.0
+_STOP_S = 20.0
+
+
+class TestbedError(RuntimeError):
+    """Something on the testbed did not come up; the message names its log."""
+
+    __test__ = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a testbed's devices do.
+
+    Parameters
+    ----------
+    limit
+        What holds uploads to their shares: ``"pacing"``, ``"tc"`` or ``"none"``.
+    worker
+        Whether a resident worker trains, or each message's own process.
+    environment
+        Further environment of all programs.
+    """
+
+    limit: str = "pacing"
+    worker: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Federation:
+    """A running federation.
+
+    Parameters
+    ----------
+    network
+        What it runs on.
+    directory
+        Its keys, logs and state.
+    options
+        What its devices do.
+    """
+
+    network: Network
+    directory: Path
+    options: Options
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Make keys, and start the SuperLink, the workers and the SuperNodes."""
+        names = [f"node-{index}" for index in range(len(self.network.devices))]
+        make_keys(self.directory / "keys", names)
+        self._start_superlink()
+        for name in names:
+            self.flwr("supernode", "register", str(self._key(name)) + ".pub", "testbed")
+        for index in range(len(names)):
+            self.start_device(index)
+
+    def start_device(self, index: int) -> None:
+        """Start a device's worker and its SuperNode."""
+        device, number = self.network.devices[index], str(index)
+        superlink = f"{SERVER_ADDRESS}:{_PORT}"
+        home = self.directory / f"device-{number}"
+        home.mkdir(exist_ok=True)
+        socket_path = home / "worker.sock"
+        count = len(self.network.devices)
+        node_config = f"partition-id={number} num-partitions={count}"
+        if self.options.worker:
+            command = [
+                *(sys.executable, "-m", "lola_flwr.deployment.serve_worker"),
+                *("--socket", str(socket_path), "--superlink", superlink),
+            ]
+            if self.options.limit == "pacing":
+                command += ["--relay", _RELAY]
+                superlink = _RELAY
+            elif self.options.limit == "tc":
+                command += ["--tc", "uplink"]
+            self._start(f"worker-{number}", device, command, home)
+            _wait_for(socket_path.exists, f"worker-{number}", self.directory)
+            node_config += f' worker="{socket_path}"'
+        command = [
+            *(_program("flower-supernode"), "--superlink", superlink),
+            *("--root-certificates", str(self.directory / "keys" / "ca.crt")),
+            *("--auth-supernode-private-key", str(self._key(f"node-{number}"))),
+            *("--node-config", node_config),
+        ]
+        self._start(f"supernode-{number}", device, command, home)
+
+    def kill(self, name: str) -> None:
+        """Kill a program without warning."""
+        process = self._processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def stop_device(self, index: int) -> None:
+        """Stop a device's SuperNode and worker in good order."""
+        for name in (f"supernode-{index}", f"worker-{index}"):
+            process = self._processes.pop(name, None)
+            if process is not None:
+                _stop(process)
+
+    def flwr(self, *arguments: str) -> str:
+        """Run a command of ``flwr`` on the server; return what it prints.
+
+        Raises
+        ------
+        TestbedError
+            It failed.
+        """
+        done = subprocess.run(
+            inside(self.network.server, [_program("flwr"), *arguments]),
+            env=self._environment(self.directory / "server"),
+            capture_output=True,
+            text=True,
+            timeout=_START_S,
+            check=False,
+        )
+        if done.returncode:
+            said = " ".join((done.stdout + done.stderr).split())[-500:]
+            raise TestbedError(f"flwr {' '.join(arguments)}: {said}")
+        return done.stdout
+
+    def run(
+        self,
+        app: Path,
+        overrides: Sequence[str],
+        *,
+        echo: Callable[[str], object] = lambda line: None,
+    ) -> dict[str, Any]:
+        """Run an app to its end; return what ``flwr list`` says of it.
+
+        Parameters
+        ----------
+        app
+            Directory of the app.
+        overrides
+            Overrides of its configuration.
+        echo
+            Called with each line of output as it comes.
+        """
+        command = [_program("flwr"), "run", str(app), "testbed", "--stream"]
+        for override in overrides:
+            command += ["--run-config", override]
+        process = subprocess.Popen(
+            inside(self.network.server, command),
+            env=self._environment(self.directory / "server"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._processes["run"] = process  # type: ignore[assignment]
+        lines = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            echo(line)
+        process.wait()
+        del self._processes["run"]
+        output = "".join(lines)
+        found = re.search(r"Successfully started run (\d+)", output)
+        if found is None:
+            raise TestbedError(f"The run did not start: {output[-1000:]}")
+        return self.listed(found[1])
+
+    def listed(self, run_id: str) -> dict[str, Any]:
+        """Return what ``flwr list`` says of a run, once it has ended."""
+        deadline = time.monotonic() + _START_S
+        while True:
+            printed = self.flwr(
+                "list", "testbed", "--run-id", run_id, "--format", "json"
+            )
+            run: dict[str, Any] = json.loads(printed)["runs"][0]
+            if run["status"].startswith("finished") or time.monotonic() > deadline:
+                return run
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        """Stop all, SuperNodes before the SuperLink."""
+        for name in sorted(self._processes, key=lambda name: name == "superlink"):
+            _stop(self._processes[name])
+        self._processes.clear()
+
+    # --- parts -----------------------------------------------------------------------
+
+    def _start_superlink(self) -> None:
+        keys, home = self.directory / "keys", self.directory / "server"
+        home.mkdir(exist_ok=True)
+        (home / "config.toml").write_text(
+            '[superlink]\ndefault = "testbed"\n\n[superlink.testbed]\n'
+            f'address = "{SERVER_ADDRESS}:{_PORT}"\n'
+            f'root-certificates = "{keys / "ca.crt"}"\n',
+            encoding="utf-8",
+        )
+        command = [
+            *(_program("flower-superlink"), "--host", "0.0.0.0", "--port", str(_PORT)),
+            *("--ssl-ca-certfile", str(keys / "ca.crt")),
+            *("--ssl-certfile", str(keys / "server.crt")),
+            *("--ssl-keyfile", str(keys / "server.key")),
+            "--enable-supernode-auth",
+        ]
+        self._start("superlink", self.network.server, command, home)
+        probe = inside(
+            self.network.server,
+            [sys.executable, "-c", _PROBE, SERVER_ADDRESS, str(_PORT)],
+        )
+        _wait_for(
+            lambda: subprocess.run(probe, capture_output=True).returncode == 0,
+            "superlink",
+            self.directory,
+        )
+
+    def _start(
+        self, name: str, namespace: str, command: Sequence[str], home: Path
+    ) -> None:
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                inside(namespace, command),
+                env=self._environment(home),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _key(self, name: str) -> Path:
+        return self.directory / "keys" / "nodes" / name
+
+    def _environment(self, home: Path) -> dict[str, str]:
+        return {
+            **os.environ,
+            "FLWR_HOME": str(home),
+            "LOLA_STATE_DIR": str(home),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            **self.options.environment,
+        }
+
+
+_PROBE = (
+    "import socket, sys; "
+    "socket.create_connection((sys.argv[1], int(sys.argv[2])), 2).close()"
+)
+
+
+@contextmanager
+def federation(
+    network: Network, directory: Path, options: Options
+) -> Iterator[Federation]:
+    """Start a federation, and stop it in the end."""
+    started = Federation(network, directory, options)
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
+
+
+def make_keys(directory: Path, nodes: Sequence[str]) -> None:
+    """Make an authority, the SuperLink's certificate and a key for each node."""
+    script = str(_ROOT / "clients" / "linux" / "make-keys.sh")
+    for arguments in (("server", SERVER_ADDRESS), ("node", *nodes)):
+        done = subprocess.run(
+            [script, str(directory), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise TestbedError(done.stderr.strip())
+
+
+def _program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def _wait_for(ready: Callable[[], bool], name: str, directory: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while not ready():
+        if time.monotonic() > deadline:
+            log = directory / f"{name}.log"
+            raise TestbedError(f"{name} did not start; {log} says why.")
+        time.sleep(0.2)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
