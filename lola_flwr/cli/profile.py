@@ -87,3 +87,8 @@ def profile(
         f"speed {si(measured.flops_per_s, 'flop/s')}, memory "
         f"{si(measured.memory_bytes, 'B')} to use; written to {out}"
     )
+
+
+if __name__ == "__main__":
+    # Where a worker's Python has no Flower, and so no `lola-flwr`.
+    typer.run(profile)

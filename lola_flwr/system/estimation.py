@@ -27,8 +27,9 @@ _DEVICE_WEIGHT = 2 / 3
 # device that stays on one block is not mistaken for a property of that block.
 _BLOCK_WEIGHT = 0.03
 # An upload that a limit held back shows no more than the limit, less what the transport
-# itself costs: headers, handshakes, the pause after the last byte.
-_HELD_BACK = 0.8
+# itself costs: headers of a few percent, and handshakes and pauses of half a second.
+_HEADERS = 1.1
+_PAUSES_S = 0.5
 # How much of a believed slow-down is taken back after an upload that ran at its limit.
 _RECOVERY = 1.1
 # No observation may move a prediction further than this factor: a device that reports
@@ -171,7 +172,9 @@ class RateEstimate:
             rate_bps = seen.payload_bits / max(seen.upload_s, 1e-9) / seen.share
             ratio = max(rate_bps / seen.claimed_bps, 1e-300)
             log_ratio = float(np.clip(np.log(ratio), -limit, limit))
-            if seen.held and log_ratio > known + np.log(_HELD_BACK):
+            limit_bps = seen.share * seen.claimed_bps * float(np.exp(known))
+            in_time_s = _HEADERS * seen.payload_bits / limit_bps + _PAUSES_S
+            if seen.held and seen.upload_s <= in_time_s:
                 # At its limit: the link may carry more, but how much more remains
                 # unseen. Believe the profile again, step by step, and no more than it.
                 known = max(known, min(known + float(np.log(_RECOVERY)), 0.0))

@@ -91,6 +91,8 @@ class Federation:
             command = [
                 *(sys.executable, "-m", "lola_flwr.deployment.serve_worker"),
                 *("--socket", str(socket_path), "--superlink", superlink),
+                # One run follows the other at once.
+                *("--hold-s", "0"),
             ]
             if self.options.limit == "pacing":
                 command += ["--relay", _RELAY]

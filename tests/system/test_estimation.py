@@ -3,7 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lola_flwr.system.estimation import ComputeEstimate, Observation
+from lola_flwr.system.estimation import (
+    ComputeEstimate,
+    Observation,
+    RateEstimate,
+    RateObservation,
+)
 
 CLAIMED_S = np.array([[3.0, 2.0, 1.0], [6.0, 4.0, 2.0], [3.0, 2.0, 1.0]])  # [K, N]
 DEVICES = ["a", "b", "c"]
@@ -49,3 +54,69 @@ def test_nonsense_stays_bounded(observed_s):
     assert np.all(corrected > 0)
     assert corrected[0, 0] <= 3.0 * 1e3 * 1.01 * 1e3
     np.testing.assert_array_equal(corrected[1, 1:], CLAIMED_S[1, 1:])
+
+
+def upload(rate_bps, *, share=0.5, held=True, claimed_bps=8e6, bits=8e6):
+    """An upload that shows a rate of the whole uplink."""
+    return RateObservation(
+        "a", claimed_bps, bits, bits / (rate_bps * share), share, held
+    )
+
+
+def rate_after(*observations):
+    estimate = RateEstimate()
+    for seen in observations:
+        estimate = estimate.update([seen])
+    return float(estimate.correct(np.array([8e6]), ["a"])[0])
+
+
+def test_a_link_that_is_slower_than_its_profile_is_found_out():
+    for held, rel in ((False, 0.02), (True, 0.12)):
+        uploads = [upload(2e6, held=held)] * 6
+        assert rate_after(*uploads) == pytest.approx(2e6, rel=rel)
+
+
+def test_a_short_upload_may_pause():
+    """A handshake of 0.3 s is most of an upload of 0.1 s."""
+    short = RateObservation("a", 8e6, 4e5, 0.4, share=0.5, held=True)
+    assert rate_after(*[short] * 5) == 8e6
+
+
+def test_an_upload_at_its_limit_does_not_lower_the_rate():
+    """Headers and handshakes take a few percent: no reason to send still less."""
+    estimate = RateEstimate()
+    for _ in range(50):
+        believed_bps = float(estimate.correct(np.array([8e6]), ["a"])[0])
+        estimate = estimate.update([upload(0.93 * believed_bps)])
+    assert float(estimate.correct(np.array([8e6]), ["a"])[0]) == 8e6
+
+
+def test_a_limited_link_that_recovers_is_believed_again_up_to_its_profile():
+    estimate = RateEstimate()
+    for _ in range(5):
+        estimate = estimate.update([upload(2e6)])
+    believed = []
+    for _ in range(30):
+        believed_bps = float(estimate.correct(np.array([8e6]), ["a"])[0])
+        believed.append(believed_bps)
+        estimate = estimate.update([upload(0.97 * believed_bps)])
+    assert believed == sorted(believed)
+    assert believed[-1] == pytest.approx(8e6)
+
+
+def test_without_a_limit_a_link_can_turn_out_faster():
+    assert rate_after(*[upload(2e7, held=False)] * 6) == pytest.approx(2e7, rel=0.02)
+
+
+def test_an_absurd_upload_moves_a_rate_by_a_bounded_factor():
+    absurd = [upload(1e30, held=False), upload(1e-30, held=False)]
+    for seen in absurd:
+        rate = rate_after(*[seen] * 20)
+        assert 8e3 * 0.99 <= rate <= 8e9 * 1.01
+    instant = RateObservation("a", 8e6, 8e6, 0.0, 0.5, False)
+    assert np.isfinite(rate_after(instant))
+
+
+def test_other_devices_keep_their_rates():
+    estimate = RateEstimate().update([upload(2e6)])
+    np.testing.assert_array_equal(estimate.correct(np.array([5.0]), ["b"]), [5.0])

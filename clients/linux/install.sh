@@ -1,0 +1,91 @@
+#!/bin/sh
+# Install a lola-flwr device on a Linux board or PC (systemd, Python 3.11 or later).
+#
+#   install.sh SUPERLINK CA_CRT NODE_KEY [PACKAGE]
+#
+# SUPERLINK   host:port, as the SuperLink's certificate names it
+# CA_CRT      the authority's certificate, and
+# NODE_KEY    this device's private key: both from make-keys.sh
+# PACKAGE     what to install: a wheel, a checkout, or a requirement
+#             (default: this checkout)
+#
+# Run as root. It makes the user lola, /opt/lola-flwr (programs), /etc/lola-flwr (keys and
+# configuration), and two services; it overwrites no key and no configuration.
+# LOLA_BASE_PYTHON names the Python for /opt/lola-flwr (default: python3).
+set -eu
+umask 022
+
+here=$(cd "$(dirname "$0")" && pwd)
+prefix=/opt/lola-flwr
+etc=/etc/lola-flwr
+# SuperLink and SuperNodes are of one minor version: others are refused or untested.
+flwr="flwr>=1.41,<1.42"
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+case ${1:-} in
+    -h | --help)
+        sed -n '2,15s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+esac
+[ $# -ge 3 ] || fail "give SUPERLINK CA_CRT NODE_KEY; --help says more."
+[ "$(id -u)" = 0 ] || fail "run this as root."
+command -v systemctl >/dev/null || fail "there is no systemd here; see docs/deployment.md."
+superlink=$1
+ca=$2
+key=$3
+package=${4:-$here/../..}
+python=${LOLA_BASE_PYTHON:-python3}
+case $superlink in *:[0-9]*) ;; *) fail "SUPERLINK '$superlink' has no port." ;; esac
+[ -r "$ca" ] || fail "$ca cannot be read."
+[ -r "$key" ] || fail "$key cannot be read."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$python is older than 3.11, which Flower needs; set LOLA_BASE_PYTHON."
+
+id lola >/dev/null 2>&1 ||
+    useradd --system --home-dir /var/lib/lola-flwr --shell /usr/sbin/nologin lola
+[ -x "$prefix/bin/python" ] || "$python" -m venv "$prefix"
+if [ -n "${LOLA_WORKER_PYTHON:-}" ]; then
+    # The worker's own Python has PyTorch; this one carries messages.
+    "$prefix/bin/pip" install --quiet "$flwr" "numpy>=1.26,<3"
+    "$prefix/bin/pip" install --quiet --no-deps "$package"
+else
+    "$prefix/bin/pip" install --quiet "$flwr" "$package"
+fi
+install -D -m 755 -t "$prefix/libexec" "$here/worker.sh" "$here/supernode.sh"
+
+install -d -m 750 -g lola "$etc"
+keep() {
+    if [ -e "$2" ]; then
+        echo "kept $2"
+    else
+        install -m 640 -g lola "$1" "$2"
+    fi
+}
+keep "$ca" "$etc/ca.crt"
+keep "$key" "$etc/node.key"
+if [ -e "$etc/device.env" ]; then
+    echo "kept $etc/device.env"
+else
+    sed -e "s|^LOLA_SUPERLINK=.*|LOLA_SUPERLINK=$superlink|" \
+        -e "s|^LOLA_WORKER_PYTHON=.*|LOLA_WORKER_PYTHON=${LOLA_WORKER_PYTHON:-}|" \
+        "$here/device.env.example" >"$etc/device.env"
+    chmod 640 "$etc/device.env"
+    chgrp lola "$etc/device.env"
+fi
+install -m 644 -t /etc/systemd/system \
+    "$here/lola-worker.service" "$here/lola-supernode.service"
+systemctl daemon-reload
+
+cat <<DONE
+Installed. Measure the device (2 minutes at most) and start it:
+
+  ${LOLA_WORKER_PYTHON:-$prefix/bin/python} -m lola_flwr.cli.profile \\
+      --model MODEL --uplink-mbps RATE --out $etc/device.json
+  systemctl enable --now lola-worker lola-supernode
+  journalctl -fu lola-supernode
+DONE

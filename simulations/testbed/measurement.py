@@ -1,0 +1,163 @@
+"""Put what the server planned beside what the wire showed."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simulations.testbed.traffic import Burst, bursts
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One device's upload in one round.
+
+    Parameters
+    ----------
+    server_round
+        Round, from 1.
+    device
+        Its name.
+    share
+        Its share of the uplink.
+    predicted_s
+        How long the server expected the upload to take.
+    wire_s
+        From its first to its last byte on the link.
+    server_s
+        As the server measured it, from the reply's announcement to its last byte; None
+        if it was not.
+    ended_s
+        When the last byte was there, Unix time.
+    """
+
+    server_round: int
+    device: str
+    share: float
+    predicted_s: float
+    wire_s: float
+    server_s: float | None
+    ended_s: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction, signed."""
+        return self.predicted_s / self.wire_s - 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one allocator came to.
+
+    Parameters
+    ----------
+    allocator
+        Its name.
+    uploads
+        All uploads.
+    planned_s
+        Latency of each round by the server's plan.
+    wall_s
+        Time from one round's last byte to the next one's; the first round, which loads
+        the model, has none.
+    """
+
+    allocator: str
+    uploads: Sequence[Upload]
+    planned_s: Mapping[int, float]
+    wall_s: Mapping[int, float]
+
+    @property
+    def median_error(self) -> float:
+        """Median of the predictions' relative errors, without sign."""
+        return statistics.median(abs(upload.error) for upload in self.uploads)
+
+    @property
+    def mean_wall_s(self) -> float:
+        """Mean time of a round."""
+        return statistics.mean(self.wall_s.values())
+
+
+def read_samples(text: str) -> tuple[list[float], list[list[int]]]:
+    """Return the times of a traffic log, and each interface's counter."""
+    rows = [line.split() for line in text.splitlines() if line.strip()]
+    width = max(map(len, rows), default=1)
+    rows = [row for row in rows if len(row) == width]  # the last one may be cut off
+    times = [float(row[0]) for row in rows]
+    return times, [[int(row[1 + i]) for row in rows] for i in range(width - 1)]
+
+
+def outcome(
+    allocator: str,
+    rounds: Path,
+    samples: tuple[Sequence[float], Sequence[Sequence[int]]],
+    payload_bytes: float,
+) -> Outcome:
+    """Match the uploads on the wire with the rounds of a run.
+
+    Parameters
+    ----------
+    allocator
+        Name of the allocator.
+    rounds
+        The run's ``rounds.jsonl``.
+    samples
+        Times, and the bytes that the server received from each device.
+    payload_bytes
+        What an upload has at least; less is none.
+
+    Raises
+    ------
+    ValueError
+        The wire shows fewer uploads of a device than the rounds do.
+    """
+    records = [json.loads(line) for line in rounds.read_text().splitlines()]
+    times_s, received = samples
+    on_wire = {
+        index: iter(bursts(times_s, counter, smallest_bytes=0.8 * payload_bytes))
+        for index, counter in enumerate(received)
+    }
+    uploads = [upload for record in records for upload in _uploads(record, on_wire)]
+    ends = {
+        record["server_round"]: max(
+            upload.ended_s
+            for upload in uploads
+            if upload.server_round == record["server_round"]
+        )
+        for record in records
+    }
+    return Outcome(
+        allocator,
+        uploads,
+        {record["server_round"]: record["round_s"] for record in records},
+        {n: end - ends[n - 1] for n, end in ends.items() if n - 1 in ends},
+    )
+
+
+def _uploads(
+    record: Mapping[str, Any], on_wire: Mapping[int, Iterator[Burst]]
+) -> Iterator[Upload]:
+    for block in record["blocks"]:
+        if block["status"] != "accepted":
+            continue
+        # Simulated devices are called device-0000 and so on.
+        index = int(block["device"].rpartition("-")[2])
+        burst = next(on_wire[index], None)
+        if burst is None:
+            raise ValueError(
+                f"The wire shows no upload of {block['device']} in round "
+                f"{record['server_round']}."
+            )
+        yield Upload(
+            record["server_round"],
+            block["device"],
+            block["share"],
+            block["upload_s"],
+            burst.end_s - burst.start_s,
+            block["measured_upload_s"],
+            burst.end_s,
+        )

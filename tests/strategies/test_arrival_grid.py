@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from lola_flwr.strategies.arrival_grid import ArrivalGrid
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch):
+    """Flower makes messages only within a task."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class Slow(HttpGrid):
+    """A deployment's Grid whose fetches last as long as an upload does.
+
+    ``announced_s`` says when each node announces its reply, ``upload_s`` how long its
+    arrays take from then on; None is never.
+    """
+
+    def __init__(self, announced_s, upload_s):
+        self.announced_s, self.upload_s = announced_s, upload_s
+        self.messages = {}
+        self.fetching = []
+        self.lock = threading.Lock()
+
+    def push_messages(self, messages):
+        self.start = time.monotonic()
+        for message in messages:
+            node = message.metadata.dst_node_id
+            message.metadata.__dict__["_message_id"] = f"id-{node}"
+            self.messages[f"id-{node}"] = message
+        return list(self.messages)
+
+    def pull_messages(self, message_ids):
+        replies = []
+        for message_id in list(message_ids):
+            message = self.messages[message_id]
+            node = message.metadata.dst_node_id
+            announced_s = self.announced_s[node]
+            if announced_s is None or time.monotonic() - self.start < announced_s:
+                continue
+            with self.lock:
+                self.fetching.append(node)
+            time.sleep(self.upload_s[node])
+            reply = Message(RecordDict(), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = node
+            replies.append(reply)
+        return replies
+
+
+def ask(nodes):
+    return [
+        Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes
+    ]
+
+
+def test_uploads_are_timed_from_their_announcement_side_by_side():
+    slow = Slow({1: 0.0, 2: 0.3, 3: 0.0}, {1: 1.0, 2: 0.5, 3: 0.1})
+    grid = ArrivalGrid(slow)
+    start = time.monotonic()
+    replies = grid.send_and_receive(ask([1, 2, 3]), timeout=20)
+    took = time.monotonic() - start
+    # In the order sent, whoever came first.
+    assert [reply.metadata.src_node_id for reply in replies] == [1, 2, 3]
+    assert sorted(slow.fetching) == [1, 2, 3]
+    assert grid.upload_s.keys() == {"1", "2", "3"}
+    for node, seconds in slow.upload_s.items():
+        assert grid.upload_s[str(node)] >= seconds
+    # One after the other, the fetches alone would take 1.6 s.
+    assert sum(grid.upload_s.values()) > took or took < 1.5
+
+
+def test_what_is_late_is_not_waited_for():
+    grid = ArrivalGrid(Slow({1: 0.0, 2: None, 3: 0.0}, {1: 0.0, 3: 30.0}))
+    start = time.monotonic()
+    replies = grid.send_and_receive(ask([1, 2, 3]), timeout=1)
+    assert time.monotonic() - start < 20
+    assert [reply.metadata.src_node_id for reply in replies] == [1]
+    assert grid.upload_s.keys() == {"1"}
+
+
+def test_what_flower_raises_ends_the_round():
+    class Broken(Slow):
+        def pull_messages(self, message_ids):
+            raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError, match="gone"):
+        ArrivalGrid(Broken({}, {})).send_and_receive(ask([1]), timeout=5)
