@@ -2,5 +2,18 @@
 
 from lola_flwr.prefix.cache import ActivationCache
 from lola_flwr.prefix.reuse import reused_prefix
+from lola_flwr.prefix.streaming import (
+    LayeredWeights,
+    StreamedModel,
+    save_base,
+    skeleton_of,
+)
 
-__all__ = ["ActivationCache", "reused_prefix"]
+__all__ = [
+    "ActivationCache",
+    "LayeredWeights",
+    "StreamedModel",
+    "reused_prefix",
+    "save_base",
+    "skeleton_of",
+]
