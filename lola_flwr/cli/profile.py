@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lola_flwr.cli.console import console, print_json, si, table
+from lola_flwr.cli.console import console, print_json, table
+from lola_flwr.quantities import si
 
 
 def profile(

@@ -221,7 +221,8 @@ def test_a_projects_own_adapters():
     assert [record.refused for record in records] == [{}, {}]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert moved(model, result) == trained
-    assert {len(reply.content["arrays"]) for reply in replies} == {2 + 2}
+    sent = 2 + 2 + len(statistics(model))
+    assert {len(reply.content["arrays"]) for reply in replies} == {sent}
 
 
 def test_the_move_is_the_devices_own_over_the_number_of_blocks(model):
