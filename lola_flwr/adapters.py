@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,8 @@ FULL = "full"
 # module that it wraps one level deeper than they were.
 _PREFIX = "base_model.model."
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
+# In place of this one peft uses the copy that is trained.
+_REPLACED = ".original_module."
 
 # peft can build these, but their training needs more than gradients of parameters.
 _REFUSED_TUNERS = {
@@ -193,15 +195,10 @@ def adapter_partition(
         A layer without an adapter, or a trained parameter outside of blocks and head
         or shared by several of them.
     """
-    hosts = {
-        name[: match.start()] for name in names for match in _WRAPPED.finditer(name)
-    }
-    base = {
-        _base_name(name): name
-        for name in names
-        if name.startswith(_PREFIX) and not _is_added(name, hosts)
-    }
+    hosts = _hosts(names)
+    base = {_base_name(name): name for name in names if not _is_added(name, hosts)}
     partition = partition_parameters(base, stack=stack, blocks=blocks)
+    in_use = base_weights(names)
     head = partition.num_blocks
     groups = [*partition.blocks, partition.head, partition.frozen]
     owners: dict[str, set[int]] = {}
@@ -250,7 +247,19 @@ def adapter_partition(
             tuple(base[name] for name in block if base[name] not in taken)
             for block in partition.blocks
         ),
+        frozen_head=tuple(
+            base[name]
+            for name in partition.head
+            if base[name] in in_use and base[name] not in taken
+        ),
     )
+
+
+def base_weights(names: Iterable[str]) -> list[str]:
+    """Return which of a model's weights are those of its base and still in use."""
+    names = list(names)
+    hosts = _hosts(names)
+    return [n for n in names if not _is_added(n, hosts) and _REPLACED not in n]
 
 
 def save_model(model: Any, directory: Path) -> None:
@@ -403,6 +412,13 @@ def _adapter_values(model: nn.Module) -> dict[str, Tensor]:
 def _base_name(name: str) -> str:
     """Spell a name as in the model without adapters."""
     return _WRAPPED.sub("", name.removeprefix(_PREFIX))
+
+
+def _hosts(names: Iterable[str]) -> set[str]:
+    """Find the modules that peft has wrapped."""
+    return {
+        name[: match.start()] for name in names for match in _WRAPPED.finditer(name)
+    }
 
 
 def _paths(name: str) -> list[str]:

@@ -61,12 +61,16 @@ class BlockPartition:
         Names of the parameters that nobody trains.
     layers
         Where blocks are adapters: names of the frozen weights of each block's layer.
+    frozen_head
+        Where blocks are adapters: names of the weights behind the last layer that
+        back-propagation passes and nobody trains.
     """
 
     blocks: tuple[tuple[str, ...], ...]
     head: tuple[str, ...]
     frozen: tuple[str, ...]
     layers: tuple[tuple[str, ...], ...] = ()
+    frozen_head: tuple[str, ...] = ()
 
     @property
     def num_blocks(self) -> int:

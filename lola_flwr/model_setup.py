@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from lola_flwr.adapter_costs import measured_costs
-from lola_flwr.adapters import model_partition
+from lola_flwr.adapters import base_weights, model_partition
 from lola_flwr.blocks import BlockPartition, passed_names
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
@@ -60,7 +60,14 @@ def model_costs(
             model, measured, example, batch_size=batch_size, codec=codec
         )
     shapes = {name: tuple(values.shape) for name, values in model.named_parameters()}
-    _refuse_to_estimate(shapes, partition, sequence_length)
+    if partition.layers:
+        plain = BlockPartition(
+            blocks=partition.layers, head=partition.frozen_head, frozen=()
+        )
+        weights = {name: shapes[name] for name in base_weights(shapes)}
+        _refuse_to_estimate(weights, plain, sequence_length)
+    else:
+        _refuse_to_estimate(shapes, partition, sequence_length)
     buffers = {name: tuple(values.shape) for name, values in model.named_buffers()}
     shapes |= {name: buffers[name] for name in partition.frozen if name in buffers}
     return estimate_costs(

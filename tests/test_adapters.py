@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lola_flwr import adapters
+from lola_flwr.adapter_costs import measured_costs
 from lola_flwr.adapters import adapt, merge, model_partition, save_model
 from lola_flwr.blocks import BlocksNotFound
 from lola_flwr.clients import BlockDevice
@@ -489,6 +490,34 @@ class TestCosts:
                 block_gradient(model, partition, index, batch)
             counted = counter.get_total_flops()
             assert costs.flops[index] == pytest.approx(counted, rel=0.1)
+
+    def test_a_frozen_pooler_is_passed(self):
+        config = transformers.BertConfig(**SMALL)
+        model = adapt(built(transformers.BertForSequenceClassification, config), "lora")
+        partition = model_partition(model)
+        assert partition.frozen_head == (
+            "base_model.model.bert.pooler.dense.weight",
+            "base_model.model.bert.pooler.dense.bias",
+        )
+        options = {"batch_size": 8, "sequence_length": 16}
+        costs = model_costs(model, partition, **options)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        without = estimate_costs(
+            shapes,
+            replace(partition, frozen_head=()),
+            adapters=measured_costs(model, partition),
+            dropout_heads=2,
+            **options,
+        )
+        # Forward and back through it, for one token of each sequence.
+        np.testing.assert_allclose(costs.flops - without.flops, 8 * 2 * 2 * 16 * 16)
+
+    def test_a_stack_behind_the_blocks_needs_an_example(self):
+        options = {"target_modules": r"encoder\..*\.(q|v)"}
+        model = adapt(FAMILIES["t5"](), "lora", options)
+        partition = model_partition(model, stack="encoder.block")
+        with pytest.raises(UserError, match=r"passes .*decoder.*example="):
+            model_costs(model, partition, batch_size=1, sequence_length=4)
 
     def test_adapters_cost_less_than_their_layers(self):
         model, partition = adapted_roberta("lora")

@@ -168,10 +168,13 @@ def estimate_costs(
         [sum(elements[name] for name in update) for update in updates], np.float64
     )
     weights = sum(elements.values())
-    head_forward = 2 * sum(_matrix_elements(shapes[name]) for name in partition.head)
+    head, frozen_head = (
+        sum(_matrix_elements(shapes[name]) for name in names)
+        for names in (partition.head, partition.frozen_head)
+    )
     return BlockCosts(
         # The head reads one token of each sequence.
-        flops=flops + batch_size * 3 * head_forward,
+        flops=flops + batch_size * 2 * (3 * head + 2 * frozen_head),
         memory_bytes=4.0 * (weights + uploaded) + activation_bytes,
         payload_bits=payload_bits(partition, shapes, codec_named(codec)),
         gradient_bytes=4.0 * uploaded,
