@@ -61,6 +61,7 @@ def model_costs(
         )
     shapes = {name: tuple(values.shape) for name, values in model.named_parameters()}
     if partition.layers:
+        # What adapters cost is measured.
         plain = BlockPartition(
             blocks=partition.layers, head=partition.frozen_head, frozen=()
         )
@@ -212,8 +213,7 @@ def _refuse_to_estimate(
         "pass example=, the model's input for an example or more, such as "
         "torch.zeros(1, 3, 224, 224), and costs are measured"
     )
-    # With adapters, a layer's frozen weights are known as its own.
-    own = {*partition.trainable, *(n for layer in partition.layers for n in layer)}
+    own = set(partition.trainable)
     for name in passed_names(shapes, partition):
         # A single module between the layers, as DeBERTa's convolution, costs little
         # beside them; a layer of another stack does not.
@@ -229,10 +229,7 @@ def _refuse_to_estimate(
                 f"Back-propagation passes {name}, which belongs to no block, so that "
                 f"its costs are not estimated: {remedy}."
             )
-    widths = {
-        _width([shapes[name] for name in layer if name in shapes])
-        for layer in partition.layers or partition.blocks
-    }
+    widths = {_width([shapes[name] for name in block]) for block in partition.blocks}
     if sequence_length > 1 and len(widths) > 1:
         raise UserError(
             f"The blocks have different widths ({', '.join(map(str, sorted(widths)))}),"

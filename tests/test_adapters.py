@@ -512,6 +512,19 @@ class TestCosts:
         # Forward and back through it, for one token of each sequence.
         np.testing.assert_allclose(costs.flops - without.flops, 8 * 2 * 2 * 16 * 16)
 
+    @pytest.mark.parametrize(
+        ("tuning", "options"),
+        [
+            ("boft", {"boft_block_size": 4}),  # [1, 4, 4, 4]
+            ("lora", {**LORA, "init_lora_weights": "orthogonal", "bias": "lora_only"}),
+        ],
+    )
+    def test_tuners_with_values_of_other_shapes(self, tuning, options):
+        model = adapt(small_roberta(), tuning, options)
+        partition = model_partition(model)
+        costs = model_costs(model, partition, batch_size=8, sequence_length=16)
+        assert np.all(np.diff(costs.flops) < 0)
+
     def test_a_stack_behind_the_blocks_needs_an_example(self):
         options = {"target_modules": r"encoder\..*\.(q|v)"}
         model = adapt(FAMILIES["t5"](), "lora", options)
