@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -237,6 +238,6 @@ class Residuals:
 
 def _write(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished = path.with_suffix(f".{os.getpid()}-{get_ident()}")
     save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, unfinished)
     unfinished.replace(path)

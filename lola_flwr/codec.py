@@ -10,7 +10,7 @@ unpickled.
 "int8" and "topk" lose so much that what they leave out must not be lost: the device
 adds it to its next gradient of the same block (*error feedback*; Seide et al.,
 Interspeech 2014; Stich, Cordonnier, Jaggi, NeurIPS 2018). See
-`lola_flwr.clients.residuals` for how long that residual is kept.
+`lola_flwr.clients.store.Residuals` for how long it is kept.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def codec_named(name: str) -> Codec:
         return TopK(fraction)
     raise UserError(
         f"codec={name!r} is unknown; choose from {', '.join(CODECS)}, 'topk:0.01' "
-        f"(any fraction) and {AUTO!r}."
+        f"(any fraction) and, where each device may have its own, {AUTO!r}."
     )
 
 
