@@ -9,19 +9,24 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from flwr.app import Context, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.simulation import run_app
 from lola_flwr.truncated_backprop import block_gradient
+from tests.strategies.in_process import InProcessGrid
 
 APP = Path(__file__).parent.parent / "simulations" / "vision"
 sys.path.append(str(APP))  # Flower puts the app's directory there, too
 
+from lola_vision.client_app import app  # noqa: E402
 from lola_vision.config import VisionConfig  # noqa: E402
 from lola_vision.images import draw_textures, load_images  # noqa: E402
 from lola_vision.model import build  # noqa: E402
+from lola_vision.server_app import train  # noqa: E402
 
 RUN_CONFIG = {
     "interface": "legacy",
@@ -141,6 +146,27 @@ def test_a_patch_size_that_does_not_divide_is_refused():
 def test_all_mistakes_are_told_at_once():
     with pytest.raises(UserError, match=r"layers=1: .*; lr=0"):
         config(layers=1, lr=0)
+
+
+def test_rounds_under_the_message_api(monkeypatch, caplog, tmp_path):
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    changes = {"interface": "message", "output-dir": str(tmp_path)}
+    run_config = RUN_CONFIG | changes
+
+    def answer(message, context):
+        node_id, node_config = context.node_id, context.node_config
+        return app(message, Context(1, node_id, node_config, RecordDict(), run_config))
+
+    nodes = range(100, 104)
+    grid = InProcessGrid(
+        dict.fromkeys(nodes, answer),
+        {node: {"partition-id": node - 100, "num-partitions": 4} for node in nodes},
+    )
+    with caplog.at_level("INFO", logger="flwr"):
+        train(grid, Context(1, 0, {}, RecordDict(), run_config))
+    assert grid.batches[1]["train"] == 3
+    assert re.search(r"final: accuracy=[\d.]+ rounds=2 wireless_s=", caplog.text)
 
 
 @pytest.mark.slow
