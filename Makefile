@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all check bench figures clean
+.PHONY: venv demo test test-all test-testbed check bench figures testbed clean
 
 venv: $(VENV)/.installed
 
@@ -27,8 +27,12 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# As root, with network namespaces: real SuperNodes over shaped links.
+test-testbed: venv
+	$(BIN)/python -m pytest -m testbed tests/testbed
+
 test-all: venv
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m 'not testbed'
 
 check: venv
 	$(BIN)/ruff check .
@@ -41,6 +45,10 @@ bench: venv
 # The paper's figures. GLUE=DIR adds learning curves on SST-2 and CoLA.
 figures: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.figures --out runs/figures $(if $(GLUE),--glue $(GLUE))
+
+# Measured beside predicted uploads under several allocators; skips where it cannot run.
+testbed: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.testbed --out runs/testbed
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -150,6 +150,10 @@ class PacedRelay:
             f"{self.sent_bytes} B up and {self.received_bytes} B down so far"
         )
 
+    def counters(self) -> dict[str, int]:
+        """Return the bytes that went up and came down, those of TLS included."""
+        return {"sent_bytes": self.sent_bytes, "received_bytes": self.received_bytes}
+
     def close(self) -> None:
         """End all connections and the relay."""
         with suppress(RuntimeError):

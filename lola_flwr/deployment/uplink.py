@@ -26,6 +26,9 @@ class UplinkLimit(Protocol):
     def describe(self) -> str:
         """Return one line for a person."""
 
+    def counters(self) -> dict[str, int]:
+        """Return the bytes that went up and came down, if they are counted."""
+
     def close(self) -> None:
         """Take the limit away."""
 
@@ -39,6 +42,10 @@ class NoLimit:
     def describe(self) -> str:
         """Return one line for a person."""
         return "none: the share of the uplink is advice"
+
+    def counters(self) -> dict[str, int]:
+        """Return nothing."""
+        return {}
 
     def close(self) -> None:
         """Do nothing."""

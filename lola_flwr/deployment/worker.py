@@ -260,6 +260,7 @@ class Worker:
             "messages": self._messages,
             "training": self._busy.locked(),
             "uplink": self._uplink.describe(),
+            **self._uplink.counters(),
         }
 
 

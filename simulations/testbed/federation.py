@@ -19,6 +19,7 @@ from simulations.testbed.network import SERVER_ADDRESS, Network, inside
 
 _ROOT = Path(__file__).parents[2]
 _PORT = 8000
+_SUPERLINK = f"{SERVER_ADDRESS}:{_PORT}"
 _RELAY = "127.0.0.1:9095"
 _START_S = 60.0
 _STOP_S = 20.0
@@ -80,48 +81,30 @@ class Federation:
 
     def start_device(self, index: int) -> None:
         """Start a device's worker and its SuperNode."""
-        device, number = self.network.devices[index], str(index)
-        superlink = f"{SERVER_ADDRESS}:{_PORT}"
-        home = self.directory / f"device-{number}"
-        home.mkdir(exist_ok=True)
-        socket_path = home / "worker.sock"
-        count = len(self.network.devices)
-        node_config = f"partition-id={number} num-partitions={count}"
         if self.options.worker:
-            command = [
-                *(sys.executable, "-m", "lola_flwr.deployment.serve_worker"),
-                *("--socket", str(socket_path), "--superlink", superlink),
-                # One run follows the other at once.
-                *("--hold-s", "0"),
-            ]
-            if self.options.limit == "pacing":
-                command += ["--relay", _RELAY]
-                superlink = _RELAY
-            elif self.options.limit == "tc":
-                command += ["--tc", "uplink"]
-            self._start(f"worker-{number}", device, command, home)
-            _wait_for(socket_path.exists, f"worker-{number}", self.directory)
-            node_config += f' worker="{socket_path}"'
+            self._start_worker(index)
+        self.start_supernode(index)
+
+    def start_supernode(self, index: int) -> None:
+        """Start a device's SuperNode."""
+        home, relayed = self._home(index), self.options.limit == "pacing"
+        node_config = f"partition-id={index} num-partitions={len(self.network.devices)}"
+        if self.options.worker:
+            node_config += f' worker="{home / "worker.sock"}"'
         command = [
-            *(_program("flower-supernode"), "--superlink", superlink),
+            *(_program("flower-supernode"), "--superlink"),
+            _RELAY if relayed and self.options.worker else _SUPERLINK,
             *("--root-certificates", str(self.directory / "keys" / "ca.crt")),
-            *("--auth-supernode-private-key", str(self._key(f"node-{number}"))),
+            *("--auth-supernode-private-key", str(self._key(f"node-{index}"))),
             *("--node-config", node_config),
         ]
-        self._start(f"supernode-{number}", device, command, home)
+        self._start(f"supernode-{index}", self.network.devices[index], command, home)
 
     def kill(self, name: str) -> None:
         """Kill a program without warning."""
         process = self._processes.pop(name)
         process.kill()
         process.wait()
-
-    def stop_device(self, index: int) -> None:
-        """Stop a device's SuperNode and worker in good order."""
-        for name in (f"supernode-{index}", f"worker-{index}"):
-            process = self._processes.pop(name, None)
-            if process is not None:
-                _stop(process)
 
     def flwr(self, *arguments: str) -> str:
         """Run a command of ``flwr`` on the server; return what it prints.
@@ -133,7 +116,7 @@ class Federation:
         """
         done = subprocess.run(
             inside(self.network.server, [_program("flwr"), *arguments]),
-            env=self._environment(self.directory / "server"),
+            env=self.environment(self.directory / "server"),
             capture_output=True,
             text=True,
             timeout=_START_S,
@@ -167,7 +150,7 @@ class Federation:
             command += ["--run-config", override]
         process = subprocess.Popen(
             inside(self.network.server, command),
-            env=self._environment(self.directory / "server"),
+            env=self.environment(self.directory / "server"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -206,12 +189,28 @@ class Federation:
 
     # --- parts -----------------------------------------------------------------------
 
+    def _start_worker(self, index: int) -> None:
+        home, name = self._home(index), f"worker-{index}"
+        command = [
+            *(sys.executable, "-m", "lola_flwr.deployment.serve_worker"),
+            *("--socket", str(home / "worker.sock"), "--superlink", _SUPERLINK),
+            # One run follows the other at once.
+            *("--hold-s", "0"),
+            *{
+                "pacing": ("--relay", _RELAY),
+                "tc": ("--tc", "uplink"),
+                "none": (),
+            }[self.options.limit],
+        ]
+        self._start(name, self.network.devices[index], command, home)
+        _wait_for((home / "worker.sock").exists, name, self.directory)
+
     def _start_superlink(self) -> None:
         keys, home = self.directory / "keys", self.directory / "server"
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
             '[superlink]\ndefault = "testbed"\n\n[superlink.testbed]\n'
-            f'address = "{SERVER_ADDRESS}:{_PORT}"\n'
+            f'address = "{_SUPERLINK}"\n'
             f'root-certificates = "{keys / "ca.crt"}"\n',
             encoding="utf-8",
         )
@@ -239,16 +238,22 @@ class Federation:
         with (self.directory / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 inside(namespace, command),
-                env=self._environment(home),
+                env=self.environment(home),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
+    def _home(self, index: int) -> Path:
+        home = self.directory / f"device-{index}"
+        home.mkdir(exist_ok=True)
+        return home
+
     def _key(self, name: str) -> Path:
         return self.directory / "keys" / "nodes" / name
 
-    def _environment(self, home: Path) -> dict[str, str]:
+    def environment(self, home: Path) -> dict[str, str]:
+        """Return the environment of a program whose state is in a directory."""
         return {
             **os.environ,
             "FLWR_HOME": str(home),

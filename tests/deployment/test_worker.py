@@ -64,6 +64,9 @@ class Limit:
     def describe(self):
         return "toy"
 
+    def counters(self):
+        return {"sent_bytes": 7}
+
     def close(self):
         self.held.append("closed")
 
@@ -104,6 +107,7 @@ def test_profile_and_update_come_from_the_worker(served, path):
     assert update.report.server_round == 3
     assert update.report.uplink_limit == "pacing"
     assert served.held == [(1e6, 28)]
+    assert ask_worker(path, "status")["sent_bytes"] == 7
     named = device.train(assignment(), {"w": np.ones(1, "f4")})
     assert list(named.arrays) == ["w"]
     # One device for the run, however many messages.

@@ -1,0 +1,80 @@
+"""What a message costs a device: empty, with this package's client, with its worker.
+
+    python -m simulations.testbed.overhead
+
+One device and a tiny model, so that neither the link nor training counts. The seconds
+are Flower's own: from a message's arrival at the SuperNode to its reply
+(``flwr list``, compute-time). A run of one round is subtracted from one of six, which
+leaves the messages from the second on.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from simulations.testbed.federation import Federation, Options, federation
+from simulations.testbed.network import network, why_unavailable
+
+_HERE = Path(__file__).parent
+_EMPTY = _HERE / "empty"
+_GLUE = _HERE.parent / "glue"
+_ROUNDS = 6
+# One device trains all blocks: a federation of one.
+_TINY = (
+    'model="random:roberta-tiny"',
+    'method="fedavg-full"',
+    "num-devices=1",
+    "batch-size=4",
+    "max-length=16",
+    "eval-every=100",
+    'interface="message"',
+)
+
+
+def seconds_per_message(
+    running: Federation, app: Path, overrides: Sequence[str]
+) -> tuple[float, float]:
+    """Return the seconds of a run's first message, and of each later one."""
+    total = []
+    for rounds in (1, _ROUNDS):
+        ended = running.run(app, [*overrides, f"rounds={rounds}"])
+        if ended["status"] != "finished:completed":
+            raise RuntimeError(f"The run of {app.name} is {ended['status']}.")
+        total.append(float(ended["compute-time"]["clientapp-seconds"]))
+    return total[0], (total[1] - total[0]) / (_ROUNDS - 1)
+
+
+def main() -> int:
+    """Measure, and print a table; return the exit code."""
+    reason = why_unavailable()
+    if reason is not None:
+        print(f"skipped: {reason}")
+        return 0
+    rows = []
+    for title, options, app, overrides in (
+        ("empty message", Options(worker=False), _EMPTY, ()),
+        ("in the client's process", Options(worker=False), _GLUE, _TINY),
+        ("with the worker", Options(limit="none"), _GLUE, _TINY),
+    ):
+        directory = Path(tempfile.mkdtemp(prefix="lola-overhead-"))
+        with (
+            network([1e9]) as links,
+            federation(links, directory, options) as running,
+        ):
+            rows.append((title, *seconds_per_message(running, app, overrides)))
+        print(f"{title}: {rows[-1][1]:.2f} s, then {rows[-1][2]:.2f} s", flush=True)
+    empty_s = rows[0][2]
+    print(
+        "| a message | first run's, s | each from the second on, s | beyond empty, s |"
+    )
+    print("|---|---:|---:|---:|")
+    for title, first_s, later_s in rows:
+        print(f"| {title} | {first_s:.2f} | {later_s:.2f} | {later_s - empty_s:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The device kits: scripts and units are checked as far as they can be without one."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KITS = Path(__file__).parents[2] / "clients"
+MAKE_KEYS = KITS / "linux" / "make-keys.sh"
+SCRIPTS = sorted(KITS.glob("*/*.sh"))
+UNITS = sorted(KITS.glob("*/*.service"))
+
+
+def make_keys(*arguments):
+    for program in ("openssl", "ssh-keygen"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    return subprocess.run(
+        [MAKE_KEYS, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("keys") / "private"
+    made = make_keys(directory, "server", "superlink.lan", "10.0.0.7", "fe80::7")
+    assert made.returncode == 0, made.stderr
+    made = make_keys(directory, "node", "board-1", "phone.2")
+    assert made.returncode == 0, made.stderr
+    return directory
+
+
+def test_there_are_kits():
+    assert {path.parent.name for path in SCRIPTS} == {"android", "jetson", "linux"}
+    assert len(UNITS) == 2
+
+
+@pytest.mark.parametrize(
+    "script", SCRIPTS, ids=lambda path: path.parent.name + path.name
+)
+def test_scripts_are_plain_shell(script):
+    beside = Path(sys.executable).with_name("shellcheck")
+    checker = beside if beside.exists() else shutil.which("shellcheck")
+    if checker is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([checker, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert script.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+def test_units_are_what_systemd_expects(unit, tmp_path):
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not installed")
+    # What they start is on a device only.
+    text = unit.read_text().replace("/opt/lola-flwr/libexec/", f"{KITS}/linux/")
+    copy = tmp_path / unit.name
+    copy.write_text(text)
+    for other in UNITS:
+        (tmp_path / other.name).touch()
+    done = subprocess.run([program, "verify", copy], capture_output=True, text=True)
+    if "Failed to initialize manager" in done.stderr:
+        pytest.skip("systemd-analyze does not work here")
+    complaints = [line for line in done.stderr.splitlines() if unit.name in line]
+    assert complaints == []
+
+
+def test_private_files_are_the_owners_alone(keys):
+    private = ["ca.key", "server.key", "nodes/board-1", "nodes/phone.2"]
+    for name in private:
+        assert stat.S_IMODE((keys / name).stat().st_mode) == 0o600, name
+    assert stat.S_IMODE((keys / "ca.crt").stat().st_mode) == 0o644
+
+
+def test_the_certificate_names_the_superlink_and_the_relay(keys):
+    command = ["openssl", "x509", "-in", keys / "server.crt", "-noout", "-ext"]
+    shown = subprocess.run(
+        [*command, "subjectAltName"], capture_output=True, text=True, check=True
+    ).stdout
+    for name in ("DNS:superlink.lan", "IP Address:10.0.0.7", "IP Address:127.0.0.1"):
+        assert name in shown
+    assert "IP Address:FE80" in shown
+    verify = ["openssl", "verify", "-CAfile", keys / "ca.crt", keys / "server.crt"]
+    assert subprocess.run(verify, capture_output=True).returncode == 0
+
+
+def test_flower_can_read_a_nodes_key(keys):
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    key = load_ssh_private_key((keys / "nodes" / "board-1").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+
+
+def test_nothing_is_overwritten(keys):
+    before = {path: path.read_bytes() for path in keys.rglob("*") if path.is_file()}
+    for arguments in (("server", "other.lan"), ("node", "board-1")):
+        done = make_keys(keys, *arguments)
+        assert done.returncode == 1
+        assert "nothing is overwritten" in done.stderr
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize("name", ["../x", "-x", ".x", "a b", "a/b"])
+def test_a_nodes_name_is_a_file_name(tmp_path, name):
+    done = make_keys(tmp_path, "node", name)
+    assert done.returncode == 1
+    assert "use letters" in done.stderr
+
+
+def test_usage_is_shown(tmp_path):
+    assert "make-keys.sh DIR server HOST" in make_keys("--help").stdout
+    assert make_keys(tmp_path, "server").returncode == 2
+    assert make_keys(tmp_path, "other", "x").returncode == 2
