@@ -61,6 +61,8 @@ make_server() {
     {
         echo "subjectAltName=$names"
         echo "basicConstraints=critical,CA:FALSE"
+        echo "subjectKeyIdentifier=hash"
+        echo "authorityKeyIdentifier=keyid"
         echo "keyUsage=critical,digitalSignature"
         echo "extendedKeyUsage=serverAuth"
     } >"$extensions"

@@ -27,11 +27,12 @@ _DEVICE_WEIGHT = 2 / 3
 # device that stays on one block is not mistaken for a property of that block.
 _BLOCK_WEIGHT = 0.03
 # An upload that a limit held back shows no more than the limit, less what the transport
-# itself costs: headers of a few percent, and handshakes and pauses of half a second.
-_HEADERS = 1.1
-_PAUSES_S = 0.5
+# itself costs: headers of a few percent, handshakes, and up to two seconds in which
+# Flower does not look whether the last bytes are there.
+_HEADERS = 1.08
+_PAUSES_S = 2.0
 # How much of a believed slow-down is taken back after an upload that ran at its limit.
-_RECOVERY = 1.1
+_RECOVERY = 1.05
 # No observation may move a prediction further than this factor: a device that reports
 # nonsense can make itself unattractive, but cannot break the arithmetic.
 _LARGEST_FACTOR = 1e3

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lola_flwr.deployment.pacing import chunk_bytes
 from simulations.testbed.network import SERVER_ADDRESS, Network, inside
 
 _ROOT = Path(__file__).parents[2]
@@ -98,7 +99,16 @@ class Federation:
             *("--auth-supernode-private-key", str(self._key(f"node-{index}"))),
             *("--node-config", node_config),
         ]
-        self._start(f"supernode-{index}", self.network.devices[index], command, home)
+        self._start(
+            f"supernode-{index}",
+            self.network.devices[index],
+            command,
+            home,
+            FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=str(
+                chunk_bytes(self.network.rates_bps[index])
+            ),
+            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.1",
+        )
 
     def kill(self, name: str) -> None:
         """Kill a program without warning."""
@@ -233,12 +243,17 @@ class Federation:
         )
 
     def _start(
-        self, name: str, namespace: str, command: Sequence[str], home: Path
+        self,
+        name: str,
+        namespace: str,
+        command: Sequence[str],
+        home: Path,
+        **environment: str,
     ) -> None:
         with (self.directory / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 inside(namespace, command),
-                env=self.environment(home),
+                env={**self.environment(home), **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -261,6 +276,7 @@ class Federation:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
+            "NO_PROXY": "*",
             "TOKENIZERS_PARALLELISM": "false",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             **self.options.environment,

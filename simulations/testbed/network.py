@@ -34,10 +34,13 @@ class Network:
         Namespace of the server; ``d0``, ``d1``, ... in it lead to the devices.
     devices
         Namespace of each device; ``uplink`` in it leads to the server.
+    rates_bps
+        Rate of each device's uplink, bit/s.
     """
 
     server: str
     devices: tuple[str, ...]
+    rates_bps: tuple[float, ...]
 
 
 def why_unavailable() -> str | None:
@@ -73,9 +76,8 @@ def network(rates_bps: Sequence[float]) -> Iterator[Network]:
     """
     sweep()
     prefix = f"lola-{os.getpid()}-"
-    made = Network(
-        f"{prefix}s", tuple(f"{prefix}{index}" for index in range(len(rates_bps)))
-    )
+    devices = tuple(f"{prefix}{index}" for index in range(len(rates_bps)))
+    made = Network(f"{prefix}s", devices, tuple(rates_bps))
     try:
         _add_namespace(made.server)
         address = f"{SERVER_ADDRESS}/32"
