@@ -9,6 +9,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: venv demo test test-all test-testbed check bench figures testbed clean
+.PHONY: venv demo test test-all check bench figures docs clean
 
 venv: $(VENV)/.installed
 
@@ -49,6 +50,9 @@ figures: venv
 # Measured beside predicted uploads under several allocators; skips where it cannot run.
 testbed: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.testbed --out runs/testbed
+# The documentation as a site: build/site/index.html.
+docs: venv
+	$(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -72,3 +72,7 @@ def _say(message: str, code: int) -> int:
     line = " ".join(message.split())
     print(line if code == INTERRUPTED else f"error: {line}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
