@@ -207,7 +207,12 @@ class Coordinator:
         self._correct_profiles = correct_profiles
         self._batch_size = batch_size
         self._sends_model = state_dict is not None
-        self._state_dict = dict(optimizer.state() if state_dict is None else state_dict)
+        # The optimizer holds the trainable values: no second copy of them is kept.
+        state = optimizer.state()
+        self._state_dict = {
+            name: state[name] if name in state and own.dtype == np.float32 else own
+            for name, own in (state if state_dict is None else state_dict).items()
+        }
         missing = [name for name in partition.trainable if name not in self._state_dict]
         if missing:
             raise UserError(

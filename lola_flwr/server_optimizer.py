@@ -85,10 +85,17 @@ class ServerOptimizer:
             )
 
     def step(self, gradient: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """Take one step; parameters without a gradient keep their values."""
+        """Take one step; parameters without a gradient keep their values.
+
+        The gradients are not copied: an optimizer may change them.
+        """
         for name, parameter in self._parameters.items():
             values = gradient.get(name)
-            parameter.grad = None if values is None else torch.tensor(values)
+            parameter.grad = (
+                None
+                if values is None
+                else torch.from_numpy(np.asarray(values, np.float32))
+            )
         with torch.no_grad():
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
