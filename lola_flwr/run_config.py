@@ -58,6 +58,7 @@ def _fault_line(fault: ErrorDetails, known: Collection[str]) -> str:
     if fault["type"] == "extra_forbidden":
         return f"there is no key {key!r}.{nearest(key, known)}".removesuffix(".")
     # A validator of the package's own, or of the whole configuration, says it all.
-    if not key or repr(fault["input"]) in says:
+    own = fault["type"] == "value_error"
+    if not key or (own and repr(fault["input"]) in says):
         return says
     return f"{key}={fault['input']!r}: {says}"

@@ -220,7 +220,7 @@ def test_a_projects_own_adapters():
     records, result, replies = federate(model, make_app(train), rounds=2)
     assert [record.refused for record in records] == [{}, {}]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert moved(model, result) == trained
+    assert moved(model, result) == trained | statistics(model)
     # The adapter, the head, and the statistics of three layers.
     assert {len(reply.content["arrays"]) for reply in replies} == {2 + 2 + 3 * 3}
 
