@@ -7,13 +7,6 @@ slots, copies of its column, so that each slot takes one device.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from functools import cache
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
-from pathlib import Path
-
 import numpy as np
 
 from lola_flwr.allocation.problem import BoolArray, IntArray
@@ -81,6 +74,9 @@ def cheapest_matching(
 
 def _assign(cost: FloatArray) -> Matching | None:
     """Cheapest assignment of every column to a row; None if there is none."""
+    # scipy.optimize takes longer to import than the rest of the package together.
+    from scipy.optimize import linear_sum_assignment
+
     num_rows, num_slots = cost.shape
     near: IntArray | None = None
     if num_rows > _ROWS_PER_SLOT * num_slots:
@@ -89,37 +85,12 @@ def _assign(cost: FloatArray) -> Matching | None:
         near = np.unique(np.argpartition(cost, num_slots - 1, axis=0)[:num_slots])
         cost = cost[near]
     try:
-        rows, columns = _solver()(cost)
+        rows, columns = linear_sum_assignment(cost)
     except ValueError as error:
         if "infeasible" not in str(error):
             raise
         return None
     return (rows if near is None else near[rows]), columns
-
-
-@cache
-def _solver() -> Callable[[FloatArray], Matching]:
-    """Return ``scipy.optimize.linear_sum_assignment``, without its package if possible.
-
-    The package loads 300 modules, 25 MiB, more than all else that a server of ours
-    needs beside its model. The function is in an extension that depends on none of
-    them, and is loaded alone; where SciPy has it elsewhere, the package is loaded.
-    """
-    import scipy
-
-    directory = Path(scipy.__file__).with_name("optimize")
-    spec = PathFinder.find_spec("_lsap", [str(directory)])
-    if "scipy.optimize" not in sys.modules and spec and spec.loader:
-        try:
-            extension = module_from_spec(spec)
-            spec.loader.exec_module(extension)
-            solver: Callable[[FloatArray], Matching] = extension.linear_sum_assignment
-            return solver
-        except (ImportError, AttributeError):
-            pass
-    from scipy.optimize import linear_sum_assignment
-
-    return linear_sum_assignment
 
 
 def any_matching(edges: BoolArray, demand: IntArray) -> IntArray:
