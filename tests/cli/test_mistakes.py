@@ -55,7 +55,7 @@ MISTAKES = [
     ("simulate GLUE --devices 6 rounds", FAILED, "write key=value"),
     ("simulate GLUE --devices 6 rounds=ten", FAILED, "as in rounds=40"),
     ("simulate GLUE --devices 6 rounds=0", FAILED, "greater than or equal to 1"),
-    ("simulate GLUE --devices 6 codec=zip", FAILED, "'fp32'"),
+    ("simulate GLUE --devices 6 codec=zip", FAILED, "choose from fp32"),
     ("simulate GLUE --devices 6 trackers=wandbb", FAILED, "Did you mean 'wandb'?"),
     (
         "simulate GLUE --devices 6 backups=1 participation=all",
