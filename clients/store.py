@@ -184,6 +184,11 @@ class Residuals:
     while another device has the block, and is added when the block comes back. By then
     the weights have moved, and after `max_rounds` rounds it is dropped.
 
+    How long is long enough depends on the codec. Measured on a residual MLP of 6 blocks
+    and 6 devices that meet at random (80 AdamW steps, mean loss of 3 seeds): with
+    "topk:0.01" no residual 1.00, kept for 3 rounds 0.96, for 10 rounds 0.94, for ever
+    0.93; with "int8" no difference; "topk:0.1" learns as well without (0.82).
+
     Parameters
     ----------
     directory
