@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt \
-	  --editable '.[simulation,glue,adapters,offline,figures,dev]'
+	  --editable '.[simulation,glue,adapters,offline,figures,docs,dev]'
 	touch $@
 
 demo: venv

@@ -19,7 +19,7 @@ from lola_flwr.allocation import (
 )
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.round_log import BlockRecord, RoundRecord
-from lola_flwr.system.channel import db_to_linear, full_band_rate_bps, rayleigh_snr
+from lola_flwr.system.channel import uplink_rates_bps
 from lola_flwr.system.costs import BlockCosts, estimate_costs
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.model_shapes import model_shapes
@@ -101,14 +101,13 @@ def round_problem(
     mode
         Which blocks need how many devices (default: every block one).
     """
-    names = [device.name for device in fleet]
-    snr_db = [device.snr_db for device in fleet]
-    snr = (
-        rayleigh_snr(snr_db, names, server_round=server_round, seed=seed)
-        if fading
-        else db_to_linear(snr_db)
+    rate_bps = uplink_rates_bps(
+        fleet,
+        bandwidth_hz=bandwidth_hz,
+        server_round=server_round,
+        seed=seed,
+        fading=fading,
     )
-    rate_bps = full_band_rate_bps(bandwidth_hz, snr)
     speed = np.array([device.flops_per_s for device in fleet])
     memory_bytes = np.array([device.memory_bytes for device in fleet])
     return AllocationProblem(
@@ -117,7 +116,7 @@ def round_problem(
         costs.memory_bytes[None, :] <= memory_bytes[:, None],
         memory_bytes=memory_bytes,
         required_memory_bytes=costs.memory_bytes,
-        device_names=names,
+        device_names=[device.name for device in fleet],
         mode=RoundMode() if mode is None else mode,
     )
 

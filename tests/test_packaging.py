@@ -27,6 +27,11 @@ def test_wheel_contributes_one_import_name(tmp_path):
     for module in ("clients/block_client", "strategies/lola_deft", "allocation/crunch"):
         assert f"lola_flwr/{module}.py" in files
     assert "lola_flwr/py.typed" in files
+    own = {
+        path.name for path in (ROOT / "lola_flwr/report").iterdir() if path.is_file()
+    }
+    assert {f"lola_flwr/report/{name}" for name in own} <= set(files)
+    assert "lola_flwr/report/vendor/LICENSE.uplot" in files
 
 
 @pytest.mark.parametrize(

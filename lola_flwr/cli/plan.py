@@ -56,6 +56,11 @@ def plan(
     """
     if fleet is not None and devices is not None:
         raise UserError("--devices generates a fleet and --fleet reads one; drop one.")
+    if codec == "auto":
+        raise UserError(
+            "--codec=auto chooses for each device as a run goes on; plan with one, "
+            "such as bf16."
+        )
     if not 0 < bandwidth_hz < float("inf"):
         raise UserError(
             f"--bandwidth-hz={bandwidth_hz:g} must be a positive number of hertz, such "

@@ -88,7 +88,7 @@ class Run:
         known = [count for count in counts if count is not None]
         return round(sum(known)) if known else None
 
-    def best(self, metric: str) -> float | None:
+    def last(self, metric: str) -> float | None:
         """Return the last value of a metric; None if the run has none."""
         values = [r.metrics[metric] for r in self.rounds if metric in r.metrics]
         return values[-1] if values else None

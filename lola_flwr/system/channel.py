@@ -76,6 +76,7 @@ def uplink_rates_bps(
     bandwidth_hz: float,
     server_round: int,
     seed: int,
+    fading: bool = True,
 ) -> FloatArray:
     """Return each device's rate when it has the whole uplink, bit/s, shape [K].
 
@@ -88,12 +89,19 @@ def uplink_rates_bps(
         The K devices.
     bandwidth_hz, server_round, seed
         As for ``full_band_rate_bps`` and ``rayleigh_snr``.
+    fading
+        Whether the channel fades, or every device has its mean SNR.
     """
-    snr = rayleigh_snr(
-        [profile.snr_db for profile in profiles],
-        [profile.name for profile in profiles],
-        server_round=server_round,
-        seed=seed,
+    snr_db = [profile.snr_db for profile in profiles]
+    snr = (
+        rayleigh_snr(
+            snr_db,
+            [profile.name for profile in profiles],
+            server_round=server_round,
+            seed=seed,
+        )
+        if fading
+        else db_to_linear(snr_db)
     )
     stated = [
         math.nan if profile.uplink_bps is None else profile.uplink_bps

@@ -8,11 +8,17 @@ import sys
 
 import numpy as np
 import pytest
-from transformers import AutoConfig, AutoModelForSequenceClassification
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from lola_flwr.allocation import ALLOCATORS, allocate
 from lola_flwr.cli.main import main
-from lola_flwr.models import load_classifier
+from lola_flwr.models import _RANDOM_SHAPES, load_classifier
 from lola_flwr.planning import named_model_costs, round_problem
 from lola_flwr.system.fleet import generate_fleet
 from lola_flwr.system.model_shapes import KNOWN_MODELS, model_shapes
@@ -76,10 +82,20 @@ def test_planning_needs_neither_torch_nor_flower():
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("model", ["minilm-l6", "random:roberta-base"])
-def test_known_shapes_are_those_of_the_model(model):
-    loaded, _ = load_classifier(model, num_labels=3)
-    known = model_shapes(model, num_labels=3)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("roberta-base", RobertaConfig(**_RANDOM_SHAPES["random:roberta-base"])),
+        ("minilm-l6", None),
+    ],
+)
+def test_known_shapes_are_those_of_the_model(name, config):
+    if config is None:
+        loaded, _ = load_classifier(name, num_labels=2)
+    else:
+        with torch.device("meta"):
+            loaded = RobertaForSequenceClassification(config)
+    known = model_shapes(name)
     assert dict(known.shapes) == {
         name: tuple(values.shape) for name, values in loaded.named_parameters()
     }
