@@ -25,6 +25,8 @@ from lola_flwr.errors import UserError
 
 # A piece is what may go out at once: short against a round, long against a wake-up.
 _PIECE_S = 0.02
+# What a late wake-up lost is made up for, as long as it was no longer than this.
+SLACK_S = 0.1
 _SMALLEST_PIECE_BYTES = 1448
 _LARGEST_PIECE_BYTES = 64 * 1024
 # What waits in the relay is little: a SuperNode gives a request up 30 s after it has
@@ -88,14 +90,14 @@ class Pace:
 
         Returns
         -------
-        The pace afterwards, and how many seconds the piece has to wait. Idle time is
-        not saved up: a pause allows no burst.
+        The pace afterwards, and how many seconds the piece has to wait. No more than
+        ``SLACK_S`` of idle time is saved up: a pause allows no burst.
         """
         if self.rate_bps is None:
             return self, 0.0
-        start_s = max(self.free_at_s, now_s)
+        start_s = max(self.free_at_s, now_s - SLACK_S)
         end_s = start_s + 8 * count / self.rate_bps
-        return Pace(self.rate_bps, end_s), end_s - now_s
+        return Pace(self.rate_bps, end_s), max(end_s - now_s, 0.0)
 
     def piece_bytes(self) -> int:
         """Return how much to take on at once."""
@@ -210,6 +212,10 @@ class PacedRelay:
                 self._pump(reader, up_writer, paced=True),
                 self._pump(up_reader, writer, paced=False),
             )
+            for stream in streams:
+                # What is still in its buffer goes out first.
+                stream.close()
+                await stream.wait_closed()
         # Either end may go at any time; Flower connects again.
         except (OSError, TimeoutError):
             pass

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lola_flwr.deployment.pacing import Pace, PacedRelay, chunk_bytes
+from lola_flwr.deployment.pacing import SLACK_S, Pace, PacedRelay, chunk_bytes
 from lola_flwr.deployment.serve_worker import main, uplink_limit
 from lola_flwr.deployment.uplink import NoLimit
 from lola_flwr.errors import UserError
@@ -25,7 +25,7 @@ def test_no_stretch_of_time_carries_more_than_the_rate(rate_bps, pieces, pauses)
     departures = []
     for piece, pause in zip(pieces, pauses, strict=False):
         pace, wait_s = pace.send(piece, now)
-        assert wait_s > 0
+        assert wait_s >= 0
         departures.append((now + wait_s, piece))
         now += pause
     # A piece has passed when it departs: after the bits before it and its own.
@@ -33,7 +33,15 @@ def test_no_stretch_of_time_carries_more_than_the_rate(rate_bps, pieces, pauses)
         for last in range(first + 1, len(departures)):
             bits = 8 * sum(piece for _, piece in departures[first + 1 : last + 1])
             took = departures[last][0] - departures[first][0]
-            assert took * rate_bps >= bits * (1 - 1e-9) - 1e-3
+            assert (took + SLACK_S) * rate_bps >= bits * (1 - 1e-9) - 1e-3
+
+
+def test_late_wake_ups_do_not_lower_the_rate():
+    pace, now = Pace(1e6), 0.0
+    for _ in range(1000):
+        pace, wait_s = pace.send(1250, now)  # 10 ms
+        now += wait_s + 0.004
+    assert now == pytest.approx(10, rel=0.02)
 
 
 def test_without_a_rate_nothing_waits():
@@ -99,15 +107,15 @@ def test_everything_passes_both_ways(relay):
 
 
 def test_uploads_share_one_rate_and_do_not_exceed_it(relay):
-    assert relay.hold_to(4e6, 100_000) == "pacing"
+    assert relay.hold_to(4e6, 400_000) == "pacing"
     start = time.monotonic()
-    threads = [threading.Thread(target=upload, args=(relay, 50_000)) for _ in range(2)]
+    threads = [threading.Thread(target=upload, args=(relay, 200_000)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    # 100 kB at 4 Mbit/s; how much longer it takes is the machine's business.
-    assert time.monotonic() - start >= 0.2 * 0.95
+    # 400 kB at 4 Mbit/s; how much longer it takes is the machine's business.
+    assert time.monotonic() - start >= 0.8 - SLACK_S
     assert relay.hold_to(None, 0) is None
 
 
