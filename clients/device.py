@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients.encoding import encode_update
 from lola_flwr.clients.store import LostCopy, Residuals, complete
 from lola_flwr.clients.update import LocalUpdate
 from lola_flwr.errors import UserError
-from lola_flwr.models import fingerprint, load_values
+from lola_flwr.execution import Accelerator, Precision, autocast, find_device
+from lola_flwr.memory import keep_no_freed_memory, measured_peak
+from lola_flwr.models import fingerprint
+from lola_flwr.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.protocol import Assignment, UpdateReport, nothing_report
 from lola_flwr.randomness import rng_for
+from lola_flwr.system.costs import BlockCosts
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.levers import Levers
 from lola_flwr.truncated_backprop import (
     Batch,
     LossFunction,
@@ -43,9 +49,10 @@ class BlockDevice:
     profile
         What this device offers.
     load_model
-        Gives the device's model and its blocks; called when there is something to
-        train, and not to report the profile. Every round overwrites the model's
-        trainable values, so the virtual clients of one simulation worker can share it.
+        Gives the device's model and its blocks, or a model that stays on disk; called
+        when there is something to train, and not to report the profile. Every round
+        overwrites the model's trainable values, so the virtual clients of one
+        simulation worker can share it.
     batch_source
         Draws the round's mini-batch from the device's data.
     loss_function
@@ -58,6 +65,19 @@ class BlockDevice:
         keeps its copy of the model and what its codecs leave out; devices on one host
         may share it. None: it keeps nothing, is sent all values in every round, and
         can use no codec that leaves something out.
+    costs
+        Gives what the blocks cost. By them a device whose profile says that it splits
+        its batches, or streams the layers below the block, does so where the memory of
+        its profile asks for it (default: it does not look at its memory, and streams a
+        model that stays on disk).
+    prefix_cache
+        Where the outputs of the layers below the block are kept, for as long as these
+        do not change; they run without dropout then. What it may hold in memory is
+        taken off the memory that the profile offers.
+    accelerator
+        "cpu", "cuda" or "mps"; "auto" takes a GPU if there is one.
+    precision
+        "fp32", or "bf16" for matrix products in bfloat16.
     seed
         Seed of the run; dropout follows from it, the round and the device's name.
     simulated_compute_s
@@ -66,13 +86,24 @@ class BlockDevice:
     """
 
     profile: DeviceProfile
-    load_model: Callable[[], tuple[nn.Module, BlockPartition]]
+    load_model: Callable[[], tuple[nn.Module, BlockPartition] | StreamedModel]
     batch_source: BatchSource
     loss_function: LossFunction = model_loss
     micro_batch_size: int = 0
     store: Path | None = None
+    costs: Callable[[], BlockCosts] | None = None
+    prefix_cache: ActivationCache | None = None
+    accelerator: Accelerator = "cpu"
+    precision: Precision = "fp32"
     seed: int = 0
     simulated_compute_s: Callable[[Assignment], float] | None = None
+
+    def __post_init__(self) -> None:
+        cache = self.prefix_cache
+        if cache is not None and cache.in_memory:
+            left = self.profile.memory_bytes - cache.max_bytes
+            profile = replace(self.profile, memory_bytes=left)
+            object.__setattr__(self, "profile", profile)
 
     def train(
         self,
@@ -98,8 +129,11 @@ class BlockDevice:
             The values are not those that the server sent.
         """
         start = time.perf_counter()
-        model, partition = self.load_model()
-        check_base(model, partition, assignment)
+        device = find_device(self.accelerator)
+        loaded = self.load_model()
+        local = LoadedModel(*loaded, device) if isinstance(loaded, tuple) else loaded
+        partition = local.partition
+        check_fingerprint(local.fingerprint(), assignment)
         received = (
             [values[name] for name in partition.trainable if name in values]
             if isinstance(values, Mapping)
@@ -113,20 +147,35 @@ class BlockDevice:
             except LostCopy:
                 return LocalUpdate({}, 0, nothing_report(assignment))
             held = manifest.version if self.store else None
-        load_values(model, partition.trainable, received)
+        local.load(partition.trainable, received)
         batch = self.batch_source(assignment.server_round, assignment.batch_size)
         rng = rng_for(self.seed, "dropout", assignment.server_round, self.profile.name)
-        _train_mode(model)
-        # The device's own random state is left as it was.
-        with torch.random.fork_rng():
+        levers = self._levers(assignment, streams=local.streams)
+        measures = self.simulated_compute_s is None
+        if measures:
+            keep_no_freed_memory()
+
+        def loss_function(model: nn.Module, batch: Batch) -> Tensor:
+            with autocast(self.precision, device):
+                return self.loss_function(model, batch)
+
+        with (
+            measured_peak(device) if measures else nullcontext() as peak,
+            local.at_block(
+                assignment.block_index, self.prefix_cache, stream=levers.stream_prefix
+            ) as model,
+            # The device's own random state is left as it was.
+            torch.random.fork_rng(),
+        ):
+            _train_mode(model)
             torch.manual_seed(int(rng.integers(2**63)))
             result = block_gradient(
                 model,
                 partition,
                 assignment.block_index,
-                batch,
-                loss_function=self.loss_function,
-                micro_batch_size=self.micro_batch_size,
+                {name: tensor.to(device) for name, tensor in batch.items()},
+                loss_function=loss_function,
+                micro_batch_size=levers.micro_batch_size,
             )
         gradients = {
             name: np.asarray(gradient.numpy(force=True), order="C")
@@ -147,8 +196,24 @@ class BlockDevice:
             ),
             compute_clock="measured" if simulated is None else "simulated",
             held=held,
+            peak_memory_bytes=(
+                None if peak is None else float(local.held_bytes + peak.peak_bytes)
+            ),
         )
         return LocalUpdate(arrays, result.num_examples, report)
+
+    def _levers(self, assignment: Assignment, *, streams: bool) -> Levers:
+        """Return how this device computes the gradient: what the server expects."""
+        step = None if self.costs is None else self.costs().step
+        if step is None:
+            return Levers(self.micro_batch_size, stream_prefix=streams)
+        chosen = step.choose(self.profile)[assignment.block_index]
+        return replace(
+            chosen,
+            micro_batch_size=min(
+                chosen.micro_batch_size, self.micro_batch_size or assignment.batch_size
+            ),
+        )
 
 
 def _train_mode(model: nn.Module) -> None:
@@ -173,7 +238,18 @@ def check_base(
     UserError
         They are not.
     """
-    if fingerprint(model, partition.frozen) != assignment.base_fingerprint:
+    check_fingerprint(fingerprint(model, partition.frozen), assignment)
+
+
+def check_fingerprint(own: str, assignment: Assignment) -> None:
+    """Make sure that a device's frozen weights, of this digest, are the server's.
+
+    Raises
+    ------
+    UserError
+        They are not.
+    """
+    if own != assignment.base_fingerprint:
         raise UserError(
             "The frozen base weights of this device differ from the server's; use "
             "the same model, revision and seed on both, or load what the server sends."

@@ -544,10 +544,10 @@ class Coordinator:
 
     def _can_take_part(self, device_id: str) -> bool:
         """Tell whether a device counts, where every device has to take part."""
-        memory_bytes = self._profiles[device_id].memory_bytes
+        profile = self._profiles[device_id]
         return (
             self._mode.participation == "needed"
-            or memory_bytes >= self._costs.memory_bytes.min()
+            or profile.memory_bytes >= self._costs.required_bytes([profile]).min()
         )
 
     def _names(self, block_index: int, sends_head: bool) -> dict[str, Any]:
@@ -579,12 +579,13 @@ class Coordinator:
             [profile.name for profile in profiles],
         )
         claimed_s = self._costs.flops[None, :] / speed[:, None]  # [K, N]
+        required_bytes = self._costs.required_bytes(profiles)  # [K, N]
         problem = AllocationProblem(
             self._estimate.correct(claimed_s, [profile.name for profile in profiles]),
             payloads.bits[0] / rate_bps[:, None],
-            self._costs.memory_bytes[None, :] <= memory_bytes[:, None],
+            required_bytes <= memory_bytes[:, None],
             memory_bytes=memory_bytes,
-            required_memory_bytes=self._costs.memory_bytes,
+            required_memory_bytes=required_bytes.min(axis=0),
             device_names=[profile.name for profile in profiles],
             constant_s=self._constant_s,
             mode=self._mode,
@@ -657,6 +658,7 @@ class Coordinator:
             block = int(plan.allocation.block_of_device[row])
             if block < 0:
                 continue
+            profile = self._profiles[device]
             report = reports.get(device)
             sent = uploads.get(device)
             level = plan.codec_level[row]
@@ -665,7 +667,7 @@ class Coordinator:
                 BlockRecord(
                     block_index=block,
                     depth=self.partition.depth(block),
-                    device=self._profiles[device].name,
+                    device=profile.name,
                     share=float(plan.allocation.share[row]),
                     compute_s=float(plan.problem.compute_s[row, block]),
                     upload_s=float(upload_s[row]),
@@ -682,8 +684,11 @@ class Coordinator:
                     sent_bytes=sum(
                         nbytes[name] for name in plan.sent_names(device, [*nbytes])
                     ),
-                    required_memory_bytes=float(self._costs.memory_bytes[block]),
-                    memory_bytes=self._profiles[device].memory_bytes,
+                    required_memory_bytes=float(
+                        self._costs.required_bytes([profile])[0, block]
+                    ),
+                    memory_bytes=profile.memory_bytes,
+                    peak_memory_bytes=report.peak_memory_bytes if report else None,
                 )
             )
         return tuple(sorted(records, key=lambda record: record.block_index))

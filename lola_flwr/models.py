@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from lola_flwr.errors import UserError
 
@@ -117,12 +117,30 @@ def load_values(
     UserError
         The arrays are those of another model; this one is left as it was.
     """
+    parameters = dict(model.named_parameters())
+    check_values(parameters, names, values)
+    with torch.no_grad():
+        for name, array in zip(names, values, strict=True):
+            parameters[name].copy_(torch.from_numpy(array))
+
+
+def check_values(
+    parameters: Mapping[str, Tensor],
+    names: Sequence[str],
+    values: Sequence[NDArray[np.floating]],
+) -> None:
+    """Check that arrays fit the parameters of these names.
+
+    Raises
+    ------
+    UserError
+        The arrays are those of another model.
+    """
     if len(values) != len(names):
         raise UserError(
             f"{len(values)} arrays received; this model has {len(names)} trainable "
             "ones. Server and device use different models."
         )
-    parameters = dict(model.named_parameters())
     for name, array in zip(names, values, strict=True):
         shape = tuple(parameters[name].shape)
         if array.shape != shape:
@@ -134,9 +152,6 @@ def load_values(
             raise UserError(
                 f"{name} received as {array.dtype}; send float16, float32 or float64."
             )
-    with torch.no_grad():
-        for name, array in zip(names, values, strict=True):
-            parameters[name].copy_(torch.from_numpy(array))
 
 
 def fingerprint(model: nn.Module, names: Iterable[str]) -> str:

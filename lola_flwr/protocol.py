@@ -152,6 +152,9 @@ class UpdateReport(_Record):
         Version of the model that the device now holds, as `Manifest.version` names it,
         so that the next message may leave out what has not changed since; None if it
         keeps nothing.
+    peak_memory_bytes
+        Memory that the training step took at its peak, weights included, as measured;
+        None if it was not.
     """
 
     server_round: int
@@ -162,6 +165,7 @@ class UpdateReport(_Record):
     compute_clock: str
     uplink_limit: str | None = None
     held: str | None = None
+    peak_memory_bytes: float | None = None
 
 
 def nothing_report(assignment: Assignment) -> UpdateReport:

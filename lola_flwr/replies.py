@@ -76,6 +76,7 @@ class Upload:
 # that can still be trained on is this large.
 _LONGEST_COMPUTE_S = 86_400.0
 _LARGEST_LOSS = 1e6
+_LARGEST_PEAK_BYTES = 1e15
 
 
 class UpdateRefused(Exception):
@@ -227,6 +228,9 @@ class UpdateReader:
             raise UpdateRefused("implausible", f"compute_s={compute_s:g}")
         if loss is not None and not abs(loss) <= _LARGEST_LOSS:
             raise UpdateRefused("implausible", f"loss={loss:g}")
+        peak_bytes = report.peak_memory_bytes
+        if peak_bytes is not None and not 0 <= peak_bytes <= _LARGEST_PEAK_BYTES:
+            raise UpdateRefused("implausible", f"peak_memory_bytes={peak_bytes:g}")
         return report
 
     def _statistics(

@@ -23,7 +23,8 @@ class BlockRecord:
     tell; ``uplink_limit`` is what held the upload to its share, None if nothing did.
     ``payload_bytes`` is the message that the allocation counted on, ``received_bytes``
     the arrays in the one that came, ``sent_bytes`` the arrays sent to the device.
-    Memory is what the block needs by the cost model, and what the device offers.
+    Memory is what the block needs by the cost model, what the device offers, and at its
+    peak what the device measured, None if it did not.
     """
 
     block_index: int
@@ -45,6 +46,16 @@ class BlockRecord:
     sent_bytes: int = 0
     required_memory_bytes: float | None = None
     memory_bytes: float | None = None
+    peak_memory_bytes: float | None = None
+
+    @property
+    def exceeds_memory(self) -> bool:
+        """Whether the device took more memory than it offers: the cost model erred."""
+        return (
+            self.peak_memory_bytes is not None
+            and self.memory_bytes is not None
+            and self.peak_memory_bytes > self.memory_bytes
+        )
 
     @property
     def latency_s(self) -> float:
@@ -136,6 +147,21 @@ class RoundRecord:
                 f"{block.compute_s:.3f} s{reported} + upload {block.upload_s:.3f} s"
                 f"{measured} = {block.latency_s:.3f} s{mark}{status}"
             )
+        for block in self.blocks:
+            if block.exceeds_memory:
+                peak, expected, offered = (
+                    f"{(value or 0) / 1e6:.1f} MB"
+                    for value in (
+                        block.peak_memory_bytes,
+                        block.required_memory_bytes,
+                        block.memory_bytes,
+                    )
+                )
+                lines.append(
+                    f"  fault of the cost model: {block.device} took {peak} of memory "
+                    f"for block {block.block_index} and offers {offered}; expected "
+                    f"{expected}"
+                )
         if self.num_excluded:
             lines.append(f"  {self.num_excluded} devices lack the memory for any block")
         ignored = [b.ignored_arrays for b in self.blocks if b.ignored_arrays]

@@ -135,29 +135,24 @@ def block_gradient(
     """
     num_examples = len(next(iter(batch.values())))
     mean_loss = 0.0
-    gradients: list[Tensor] = []
     with only_block_trainable(model, partition, block_index) as trainable:
-        for size, micro_batch in _micro_batches(batch, num_examples, micro_batch_size):
-            loss = loss_function(model, micro_batch) * (size / num_examples)
-            summands = torch.autograd.grad(
-                loss,
-                list(trainable.values()),
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            mean_loss += loss.item()
-            if gradients:
-                for gradient, summand in zip(gradients, summands, strict=True):
-                    gradient.add_(summand)
-            else:
-                gradients = [summand.detach() for summand in summands]
-            # The next micro-batch runs without these in memory.
-            del loss, summands
-    return BlockGradient(
-        gradients=dict(zip(trainable, gradients, strict=True)),
-        loss=mean_loss,
-        num_examples=num_examples,
-    )
+        found = {name: parameter.grad for name, parameter in trainable.items()}
+        try:
+            for parameter in trainable.values():
+                parameter.grad = None
+            for size, part in _micro_batches(batch, num_examples, micro_batch_size):
+                loss = loss_function(model, part) * (size / num_examples)
+                # Adds each gradient to the sum as soon as it is known.
+                torch.autograd.backward(loss, inputs=list(trainable.values()))
+                mean_loss += loss.item()
+            gradients = {
+                name: torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in trainable.items()
+            }
+        finally:
+            for name, gradient in found.items():
+                trainable[name].grad = gradient
+    return BlockGradient(gradients=gradients, loss=mean_loss, num_examples=num_examples)
 
 
 def _micro_batches(

@@ -1,6 +1,7 @@
 """The frozen layers below a block: run once per sample, or one after the other."""
 
 from lola_flwr.prefix.cache import ActivationCache
+from lola_flwr.prefix.loaded import LoadedModel
 from lola_flwr.prefix.reuse import reused_prefix
 from lola_flwr.prefix.streaming import (
     LayeredWeights,
@@ -12,6 +13,7 @@ from lola_flwr.prefix.streaming import (
 __all__ = [
     "ActivationCache",
     "LayeredWeights",
+    "LoadedModel",
     "StreamedModel",
     "reused_prefix",
     "save_base",

@@ -54,6 +54,11 @@ class ActivationCache:
                 self.num_bytes += status.st_size
             self._evict()
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether it takes memory, and not room on a disk."""
+        return self._directory is None
+
     def get(self, key: str) -> Tensor | None:
         """Return what is kept under a key; None if nothing is."""
         tensor = self._load(key)

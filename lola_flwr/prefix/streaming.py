@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.errors import UserError
+from lola_flwr.models import check_values
 from lola_flwr.prefix.cache import ActivationCache
-from lola_flwr.prefix.reuse import digest, reused_prefix
+from lola_flwr.prefix.reuse import block_modules, digest, reused_prefix
 
 # Rows of a large tensor are hashed in pieces of this size.
 _PIECE_BYTES = 1 << 24
@@ -128,6 +130,8 @@ class StreamedModel:
         Its blocks.
     weights
         Its weights.
+    device
+        Where it computes.
 
     Raises
     ------
@@ -135,11 +139,23 @@ class StreamedModel:
         ``weights`` lacks a frozen parameter.
     """
 
+    streams = True
+    held_bytes = 0  # between two steps
+
     def __init__(
-        self, model: nn.Module, partition: BlockPartition, weights: LayeredWeights
+        self,
+        model: nn.Module,
+        partition: BlockPartition,
+        weights: LayeredWeights,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.model = model
         self.partition = partition
+        self._device = torch.device(device)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
         self._weights = weights
         self._empty = dict(model.named_parameters())
         # A tied parameter has several places.
@@ -150,6 +166,12 @@ class StreamedModel:
                 if parameter is not None:
                     places = self._places.setdefault(names[id(parameter)], [])
                     places.append((module, attribute))
+        # Of each layer all weights, frozen ones too.
+        own = {id(parameter): name for name, parameter in self._empty.items()}
+        self._layer_names = [
+            [own[id(parameter)] for parameter in layer.parameters()]
+            for layer in block_modules(model, partition)
+        ]
         # A checkpoint of the bare model does not name it.
         bare = f"{getattr(model, 'base_model_prefix', '')}."
         self._stored = {
@@ -172,11 +194,13 @@ class StreamedModel:
                 shape, dtype = self._empty[name].shape, self._empty[name].dtype
                 total.update(f"{name} {tuple(shape)} {dtype}".encode())
                 for piece in self._pieces(name):
-                    total.update(piece.reshape(-1).view(torch.uint8).numpy().data)
+                    total.update(piece.cpu().reshape(-1).view(torch.uint8).numpy().data)
             self._fingerprint = total.hexdigest()
         return self._fingerprint
 
-    def load(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load(
+        self, names: Sequence[str], arrays: Sequence[npt.NDArray[np.floating]]
+    ) -> None:
         """Take in values that the server sent; the others stay as they are.
 
         Raises
@@ -184,13 +208,8 @@ class StreamedModel:
         UserError
             They are those of another model; nothing is taken in.
         """
-        for name, array in values.items():
-            if name not in self._empty or array.shape != tuple(self._empty[name].shape):
-                shape = tuple(self._empty[name].shape) if name in self._empty else None
-                raise UserError(
-                    f"{name} has shape {shape} here but {array.shape} at the server; "
-                    "use the same model on both."
-                )
+        check_values(self._empty, names, arrays)
+        values = dict(zip(names, arrays, strict=True))
         blocks = {f"block-{n:04d}": b for n, b in enumerate(self.partition.blocks)}
         for group, names in {**blocks, "head": self.partition.head}.items():
             received = {name: values[name] for name in names if name in values}
@@ -220,8 +239,9 @@ class StreamedModel:
             Whether the layers below are in memory one at a time, or all.
         """
         partition = self.partition
-        below = [name for block in partition.blocks[:block_index] for name in block]
-        in_memory = [n for n in self._empty if not stream or n not in {*below}]
+        layers = self._layer_names[:block_index] if stream else []
+        below = {name for layer in layers for name in layer}
+        in_memory = [name for name in self._empty if name not in below]
         with ExitStack() as stack:
             stack.enter_context(self._mapped(in_memory))
             if stream:
@@ -230,9 +250,6 @@ class StreamedModel:
                     if name in partition.frozen and isinstance(module, nn.Embedding):
                         stack.enter_context(self._mapped_on_call(module, name))
             if stream or cache is not None:
-                layers = (
-                    (lambda n: self._mapped(partition.blocks[n])) if stream else None
-                )
                 stack.enter_context(
                     reused_prefix(
                         self.model,
@@ -240,7 +257,11 @@ class StreamedModel:
                         block_index,
                         cache,
                         version=None if cache is None else self._version(block_index),
-                        layer_in_memory=layers,
+                        layer_in_memory=(
+                            (lambda index: self._mapped(layers[index]))
+                            if stream
+                            else None
+                        ),
                     )
                 )
             yield self.model
@@ -248,8 +269,8 @@ class StreamedModel:
     def _version(self, block_index: int) -> str:
         below = (
             (name, tensor)
-            for block in self.partition.blocks[:block_index]
-            for name, tensor in self._read(block).items()
+            for layer in self._layer_names[:block_index]
+            for name, tensor in self._read(layer).items()
         )
         about = f"{type(self.model)} {self.fingerprint()} {block_index}"
         return f"{about} {digest(below)}"
@@ -263,7 +284,7 @@ class StreamedModel:
             )
         tensors = self._weights.read(self._stored[name] for name in names)
         return {
-            name: tensors[self._stored[name]].to(self._empty[name].dtype)
+            name: tensors[self._stored[name]].to(self._device, self._empty[name].dtype)
             for name in names
         }
 

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import codec_named
 from lola_flwr.payload import payload_bits
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.levers import Levers, StepMemory
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -70,19 +72,31 @@ class BlockCosts:
         Floating-point operations of the forward pass through the whole model and the
         backward pass from the loss to the block, shape [N].
     memory_bytes
-        Weights, the gradients of block and head, and the activations that
-        back-propagation to the block keeps, shape [N].
+        Weights, the gradients of block and head, the activations that back-propagation
+        to the block keeps, and what the layer at work takes besides, shape [N].
     payload_bits
         Bits that the device uploads where every one sends the head's gradient beside
         its block's, shape [N].
     gradient_bytes
         Part of ``memory_bytes``: the float32 gradients of block and head, shape [N].
+    step
+        Parts of the memory, by which a device that is short of it can do with less;
+        None where they are not known.
     """
 
     flops: npt.NDArray[np.float64]
     memory_bytes: npt.NDArray[np.float64]
     payload_bits: npt.NDArray[np.float64]
     gradient_bytes: npt.NDArray[np.float64]
+    step: StepMemory | None = None
+
+    def required_bytes(
+        self, profiles: Sequence[DeviceProfile]
+    ) -> npt.NDArray[np.float64]:
+        """Return the memory that each device takes for each block, shape [K, N]."""
+        if self.step is None:
+            return np.tile(self.memory_bytes, (len(profiles), 1))
+        return self.step.required_bytes(profiles)
 
 
 def estimate_costs(
@@ -162,12 +176,33 @@ def estimate_costs(
         flops = np.array([forward.sum() + with_weights.sum()])
         activation_bytes = np.array([passed.sum() + trained.sum()])
 
+    # The head reads a part of the last layer's output, and keeps all of it.
+    activation_bytes = activation_bytes + 4.0 * kept_tokens * layers[-1].hidden_size
+
     elements = {name: math.prod(shape) for name, shape in shapes.items()}
     updates = [partition.update_names(index) for index in range(partition.num_blocks)]
     uploaded = np.array(
         [sum(elements[name] for name in update) for update in updates], np.float64
     )
-    weights = sum(elements.values())
+    head_names = (*partition.head, *partition.frozen_head)
+    head_bytes = 4.0 * sum(elements[name] for name in head_names)
+    inside = [*map(set, partition.layers)] or [set()] * partition.num_blocks
+    layer_bytes = 4.0 * np.array(
+        [
+            sum(elements[name] for name in {*block, *layer})
+            for block, layer in zip(partition.blocks, inside, strict=True)
+        ]
+    )
+    working = max(layer.working_floats_per_token for layer in layers)
+    step = StepMemory(
+        batch_size=batch_size,
+        layer_bytes=layer_bytes,
+        rest_bytes=4.0 * sum(elements.values()) - layer_bytes.sum() - head_bytes,
+        head_bytes=head_bytes,
+        update_bytes=4.0 * uploaded,
+        kept_bytes=activation_bytes / micro_batch_size,
+        working_bytes=4.0 * sequence_length * working,
+    )
     head, frozen_head = (
         sum(_matrix_elements(shapes[name]) for name in names)
         for names in (partition.head, partition.frozen_head)
@@ -175,9 +210,10 @@ def estimate_costs(
     return BlockCosts(
         # The head reads one token of each sequence.
         flops=flops + batch_size * 2 * (3 * head + 2 * frozen_head),
-        memory_bytes=4.0 * (weights + uploaded) + activation_bytes,
+        memory_bytes=step.peak_bytes(Levers(micro_batch_size)),
         payload_bits=payload_bits(partition, shapes, codec_named(codec)),
         gradient_bytes=4.0 * uploaded,
+        step=step,
     )
 
 
@@ -186,6 +222,8 @@ class _LayerCosts:
     forward_flops_per_token: float
     passed_floats_per_token: float
     trained_floats_per_token: float
+    working_floats_per_token: float
+    hidden_size: int
 
 
 def _layer_costs(
@@ -198,10 +236,13 @@ def _layer_costs(
     feed-forward non-linearity (i; 3i where it is gated). Saved for the gradient of its
     weights besides: the inputs of its linear maps that are not among these, 2h + i.
 
-    With dropout PyTorch's fused attention gives way to plain products: queries are kept
-    a second time, scaled (h), and of each head the S attention weights of a token
-    before and after dropout, and the mask of one byte; two more masks are those of the
-    layer's outputs. (Measured so on CPUs; a GPU's fused kernels keep less.)
+    With dropout PyTorch's fused attention gives way to plain products: of each head the
+    S attention weights of a token are kept before and after dropout, and what dropout
+    multiplies them by; so are the factors of two more dropouts, in place of one of the
+    inputs above (h in all). (Counted on CPUs; a GPU's fused kernels keep less.)
+
+    While it runs a layer takes about i + 2h besides, at most in its backward pass: the
+    gradients inside the feed-forward part and of two hidden states.
     """
     sizes = Counter(size for shape in shapes for size in shape)
     hidden = sizes.most_common(1)[0][0]
@@ -213,11 +254,13 @@ def _layer_costs(
     attention = 2 * sequence_length * hidden  # multiply-adds of QK^T and of AV
     dropped = 0.0
     if dropout_heads:
-        dropped = 2.25 * dropout_heads * sequence_length + 1.5 * hidden
+        dropped = 3.0 * dropout_heads * sequence_length + hidden
     return _LayerCosts(
         forward_flops_per_token=2.0 * (elements + attention),
         passed_floats_per_token=6.0 * hidden + gate * feed_forward + dropped,
         trained_floats_per_token=2.0 * hidden + feed_forward,
+        working_floats_per_token=2.0 * hidden + feed_forward,
+        hidden_size=hidden,
     )
 
 

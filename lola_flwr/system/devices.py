@@ -42,11 +42,16 @@ class DeviceProfile:
     uplink_bps
         Rate of the uplink when this device has all of it, bit/s, as measured; None: it
         follows from ``snr_db`` and the fading of the round.
+    splits_batch
+        Whether it computes in micro-batches where its memory asks for it.
+    streams_prefix
+        Whether it leaves the layers below its block on disk where its memory asks for
+        it.
 
     Raises
     ------
     InvalidProfile
-        A value is not a finite number inside the bounds of this module.
+        A value is not a finite number inside the bounds of this module, or not a bool.
     """
 
     name: str
@@ -54,6 +59,8 @@ class DeviceProfile:
     memory_bytes: float
     snr_db: float = 0.0
     uplink_bps: float | None = None
+    splits_batch: bool = False
+    streams_prefix: bool = False
 
     def __post_init__(self) -> None:
         # The name goes into logs: no line breaks, no control characters.
@@ -80,13 +87,19 @@ class DeviceProfile:
                     f"{field}={reprlib.repr(value)} of device {self.name!r} must be a "
                     f"number from {low:g} to {high:g}."
                 )
+        for field in ("splits_batch", "streams_prefix"):
+            if not isinstance(getattr(self, field), bool):
+                raise InvalidProfile(
+                    f"{field}={reprlib.repr(getattr(self, field))} of device "
+                    f"{self.name!r} must be true or false."
+                )
 
     def to_properties(self) -> dict[str, str | float]:
-        """Return the profile as flat properties, as a client reports them."""
+        """Return the profile as flat properties, without what is not known or so."""
         return {
             key.replace("_", "-"): value
             for key, value in asdict(self).items()
-            if value is not None
+            if value is not None and value is not False
         }
 
     @classmethod
@@ -102,6 +115,7 @@ class DeviceProfile:
         # Either of them tells the rate of the link.
         link = {"snr-db", "uplink-bps"} & set(properties)
         optional = {"snr-db", "uplink-bps"} if link else {"uplink-bps"}
+        optional |= {"splits-batch", "streams-prefix"}
         missing = [k for k in keys if k not in properties and k not in optional]
         if missing:
             raise InvalidProfile(

@@ -105,7 +105,8 @@ def depth_rows(
             sequence_length=sequence_length,
             merged=whole,
         )
-        kept = costs.memory_bytes - _weights_bytes(shapes) - costs.gradient_bytes
+        assert costs.step is not None
+        kept = batch_size * costs.step.kept_bytes
         flops += costs.flops[::-1].tolist()
         model_bytes += kept[::-1].tolist()
     measured = [

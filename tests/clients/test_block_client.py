@@ -9,8 +9,18 @@ from lola_flwr.clients import BlockClient, BlockDevice
 from lola_flwr.codec import CODECS
 from lola_flwr.errors import UserError
 from lola_flwr.models import fingerprint
+from lola_flwr.prefix import (
+    ActivationCache,
+    LayeredWeights,
+    StreamedModel,
+    save_base,
+    skeleton_of,
+)
 from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
-from lola_flwr.system.devices import DeviceProfile, simulated_device
+from lola_flwr.system.costs import estimate_costs
+from lola_flwr.system.devices import DeviceProfile, InvalidProfile, simulated_device
+from lola_flwr.system.levers import Levers
+from lola_flwr.truncated_backprop import model_loss
 
 
 @pytest.fixture
@@ -123,3 +133,123 @@ def test_another_model_is_noticed(client, roberta):
 def test_config_without_an_assignment(client):
     with pytest.raises(MalformedRecord, match="server-round=None"):
         client.fit([], {})
+
+
+def device_for(roberta, batch, **options):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    options = {"profile": simulated_device(3, seed=0), **options}
+    return BlockDevice(
+        load_model=lambda: (roberta, partition),
+        batch_source=lambda server_round, batch_size: {
+            name: values[:batch_size] for name, values in batch.items()
+        },
+        **options,
+    )
+
+
+def train(device, roberta, **changes):
+    assignment = Assignment.from_record(assignment_for(roberta, **changes))
+    return device.train(assignment, trainable_values(roberta))
+
+
+def without_dropout(roberta):
+    for module in roberta.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    roberta.set_attn_implementation("eager")
+
+
+def assert_same(update, expected, rtol=1e-4, atol=1e-6):
+    assert list(update.arrays) == list(expected.arrays)
+    for name, gradient in expected.arrays.items():
+        np.testing.assert_allclose(update.arrays[name], gradient, rtol=rtol, atol=atol)
+
+
+def costs_of(roberta):
+    shapes = {name: tuple(p.shape) for name, p in roberta.named_parameters()}
+    return estimate_costs(
+        shapes, partition_parameters(shapes), batch_size=6, sequence_length=10
+    )
+
+
+def test_a_device_short_of_memory_does_what_the_server_expects(
+    roberta, batch, tmp_path
+):
+    without_dropout(roberta)
+    costs = costs_of(roberta)
+    expected = train(device_for(roberta, batch), roberta, batch_size=6)
+    save_base(roberta, tmp_path / "base")
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    sizes = []
+
+    def loss_function(model, batch):
+        resident = {n for n, p in model.named_parameters() if not p.is_meta}
+        sizes.append((len(batch["labels"]), set(partition.blocks[0]) <= resident))
+        return model_loss(model, batch)
+
+    chosen = []
+    for memory_bytes in (1e9, costs.memory_bytes[1] - 1, 1e5):
+        profile = DeviceProfile(
+            name="a",
+            flops_per_s=1e9,
+            memory_bytes=memory_bytes,
+            splits_batch=True,
+            streams_prefix=True,
+        )
+        weights = LayeredWeights(tmp_path / "base", tmp_path / "changed")
+        held = StreamedModel(
+            skeleton_of(lambda: type(roberta)(roberta.config)), partition, weights
+        )
+        device = BlockDevice(
+            profile=profile,
+            load_model=lambda held=held: held,
+            batch_source=lambda *_: batch,
+            loss_function=loss_function,
+            costs=lambda: costs,
+        )
+        sizes.clear()
+        for module in held.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        update = train(device, roberta, batch_size=6)
+        assert_same(update, expected)
+        levers = costs.step.choose(profile)[1]
+        size = levers.micro_batch_size
+        assert sizes == [(size, not levers.stream_prefix)] * (6 // size)
+        chosen.append(levers)
+        assert update.report.peak_memory_bytes is not None
+    assert chosen[0] == Levers(6)
+    assert chosen[1] == Levers(6, stream_prefix=True)
+    assert chosen[2].micro_batch_size < 6
+
+
+def test_peak_memory_counts_the_weights(roberta, batch):
+    update = train(device_for(roberta, batch), roberta)
+    weights = sum(p.nbytes for p in roberta.parameters())
+    assert update.report.peak_memory_bytes >= weights
+    simulated = device_for(roberta, batch, simulated_compute_s=lambda _: 1.0)
+    assert train(simulated, roberta).report.peak_memory_bytes is None
+
+
+def test_outputs_below_the_block_are_kept_over_rounds(roberta, batch):
+    without_dropout(roberta)
+    expected = train(device_for(roberta, batch), roberta)
+    cache = ActivationCache(10**6)
+    device = device_for(roberta, batch, prefix_cache=cache)
+    offered = simulated_device(3, seed=0).memory_bytes
+    assert device.profile.memory_bytes == offered - 10**6
+    for server_round in (2, 3):
+        assert_same(train(device, roberta, server_round=server_round), expected)
+    assert (cache.hits, cache.misses) == (4, 4)
+    with pytest.raises(InvalidProfile, match="memory_bytes=-"):
+        device_for(roberta, batch, prefix_cache=ActivationCache(10**13))
+
+
+def test_lower_precision(roberta, batch):
+    without_dropout(roberta)
+    exact = train(device_for(roberta, batch), roberta)
+    rounded = train(device_for(roberta, batch, precision="bf16"), roberta)
+    name = next(n for n in exact.arrays if n.endswith("output.dense.weight"))
+    error = np.abs(rounded.arrays[name] - exact.arrays[name]).max()
+    assert 0 < error < 0.05 * np.abs(exact.arrays[name]).max()
+    assert rounded.arrays[name].dtype == np.float32

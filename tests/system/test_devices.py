@@ -21,9 +21,12 @@ PROPERTIES = {
 }
 
 
-def test_round_trip():
-    profile = DeviceProfile.from_properties({**PROPERTIES, "other": "ignored"})
-    assert profile.to_properties() == PROPERTIES
+@pytest.mark.parametrize("more", [{}, {"splits-batch": True, "streams-prefix": True}])
+def test_round_trip(more):
+    properties = {**PROPERTIES, **more}
+    profile = DeviceProfile.from_properties({**properties, "other": "ignored"})
+    assert (profile.splits_batch, profile.streams_prefix) == (bool(more), bool(more))
+    assert profile.to_properties() == properties
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,8 @@ def test_round_trip():
         ({"snr-db": "x" * 10**6}, r"snr_db='x+\.\.\.x+' of"),
         ({"memory-bytes": 10**400}, "memory_bytes=1000"),
         ({"name": 3}, "name=3"),
+        ({"splits-batch": 1}, "splits_batch=1 of device 'jetson-1' must be true"),
+        ({"streams-prefix": "yes"}, "streams_prefix='yes'"),
     ],
 )
 def test_claims_that_cannot_be_believed(change, message):

@@ -1,0 +1,124 @@
+"""What a training step takes of a device's memory, and what can be done about it.
+
+A device that is short of memory can compute the same gradient in several micro-batches,
+and keep the weights below its block on disk. Server and device choose from the same
+list by the same rule, so that the server knows what the device will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.system.devices import DeviceProfile
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Levers:
+    """How a device computes a block's gradient.
+
+    Parameters
+    ----------
+    micro_batch_size
+        Sequences that are computed at a time; at least 1.
+    stream_prefix
+        Whether the layers below the block are in memory one at a time.
+    """
+
+    micro_batch_size: int
+    stream_prefix: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class StepMemory:
+    """What a step's parts take at its peak, bytes.
+
+    Parameters
+    ----------
+    batch_size
+        Sequences of a mini-batch.
+    layer_bytes
+        Weights of each layer, shape [N].
+    rest_bytes
+        Weights outside the layers and the head: embeddings.
+    head_bytes
+        Weights of the head.
+    update_bytes
+        Gradients of each block and of the head, shape [N].
+    kept_bytes
+        What back-propagation to each block keeps of one sequence, shape [N].
+    working_bytes
+        What a layer takes of one sequence besides, while it runs or back-propagates.
+    """
+
+    batch_size: int
+    layer_bytes: FloatArray
+    rest_bytes: float
+    head_bytes: float
+    update_bytes: FloatArray
+    kept_bytes: FloatArray
+    working_bytes: float
+
+    def peak_bytes(self, levers: Levers) -> FloatArray:
+        """Return the peak for each block, shape [N]."""
+        size = min(levers.micro_batch_size, self.batch_size)
+        step = self.update_bytes + size * (self.kept_bytes + self.working_bytes)
+        if not levers.stream_prefix:
+            weights = self.layer_bytes.sum() + self.rest_bytes + self.head_bytes
+            return np.asarray(weights + step)
+        above = np.cumsum(self.layer_bytes[::-1])[::-1] + self.head_bytes
+        # Before the step: a layer below at a time, or an embedding, of which a batch may
+        # touch every row. From the second micro-batch on the weights above are in
+        # memory as well.
+        one = max(self.layer_bytes.max(), self.rest_bytes)
+        below = np.full(len(above), one + size * self.working_bytes)
+        return np.asarray(above + np.maximum(step, below))
+
+    def options(self, *, splits: bool, streams: bool) -> list[Levers]:
+        """Return what a device can do, the fastest first.
+
+        Parameters
+        ----------
+        splits
+            Whether it can compute in micro-batches.
+        streams
+            Whether it can stream the layers below its block.
+        """
+        sizes = [self.batch_size]
+        while splits and sizes[-1] > 1:
+            sizes.append(-(-sizes[-1] // 2))
+        # Mapping a layer anew costs less than halving what a layer computes at a time.
+        ways = (False, True) if streams else (False,)
+        return [Levers(size, stream) for size in sizes for stream in ways]
+
+    def choose(self, profile: DeviceProfile) -> list[Levers]:
+        """Return what a device does for each block: the first that its memory holds.
+
+        Where none does it is the one that needs least.
+        """
+        options = self.options(
+            splits=profile.splits_batch, streams=profile.streams_prefix
+        )
+        peaks = np.stack([self.peak_bytes(levers) for levers in options])
+        fits = peaks <= profile.memory_bytes
+        chosen = np.where(fits.any(axis=0), fits.argmax(axis=0), peaks.argmin(axis=0))
+        return [options[index] for index in chosen]
+
+    def required_bytes(self, profiles: Sequence[DeviceProfile]) -> FloatArray:
+        """Return the peak of each device on each block, shape [K, N]."""
+        required = np.empty((len(profiles), len(self.layer_bytes)))
+        abilities = [(p.splits_batch, p.streams_prefix) for p in profiles]
+        memory_bytes = np.array([profile.memory_bytes for profile in profiles])
+        for splits, streams in set(abilities):
+            options = self.options(splits=splits, streams=streams)
+            peaks = np.stack([self.peak_bytes(levers) for levers in options])  # [L, N]
+            rows = [k for k, able in enumerate(abilities) if able == (splits, streams)]
+            fits = peaks[:, None] <= memory_bytes[rows][None, :, None]  # [L, k, N]
+            first = np.take_along_axis(peaks, fits.argmax(axis=0), axis=0)
+            required[rows] = np.where(fits.any(axis=0), first, peaks.min(axis=0))
+        return required

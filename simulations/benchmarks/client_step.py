@@ -1,0 +1,172 @@
+"""One device's training steps in a process of its own; prints one line of JSON.
+
+Run with ``python -m simulations.benchmarks.client_step KIND``, as bench_client does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.memory import keep_no_freed_memory, measured_peak
+from lola_flwr.models import load_classifier
+from lola_flwr.prefix import (
+    LayeredWeights,
+    LoadedModel,
+    StreamedModel,
+    save_base,
+    skeleton_of,
+)
+from lola_flwr.truncated_backprop import block_gradient
+
+MODEL = "random:roberta-base"
+BATCH_SIZE, SEQUENCE_LENGTH = 16, 64
+
+
+def make_batch(batch_size=BATCH_SIZE):
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, SEQUENCE_LENGTH)
+    input_ids = torch.randint(5, 30_000, shape, generator=generator)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": torch.zeros(batch_size, dtype=torch.long),
+    }
+
+
+def load(name=MODEL):
+    return load_classifier(name, num_labels=2)[0]
+
+
+def partition_of(model):
+    return partition_parameters(n for n, _ in model.named_parameters())
+
+
+def timed(step):
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def write_base(args):
+    """Write the base checkpoint and its configuration."""
+    model = load()
+    save_base(model, args.base)
+    model.config.save_pretrained(args.base)
+    return []
+
+
+def block_steps(args):
+    """Compute a block's gradient, as a device does."""
+    stream = args.kind == "streamed"
+    if stream:
+        config = transformers.AutoConfig.from_pretrained(args.base)
+        model = skeleton_of(
+            lambda: transformers.AutoModelForSequenceClassification.from_config(config)
+        )
+        changed = Path(tempfile.mkdtemp())
+        weights = LayeredWeights(args.base, changed)
+        held = StreamedModel(model, partition_of(model), weights)
+    else:
+        model = load()
+        held = LoadedModel(model, partition_of(model))
+    index = held.partition.num_blocks - args.depth
+    batch = make_batch()
+
+    def step():
+        with held.at_block(index, stream=stream) as ready:
+            ready.train()
+            size = args.micro_batch_size
+            block_gradient(ready, held.partition, index, batch, micro_batch_size=size)
+
+    return [timed(step) for _ in range(args.steps)]
+
+
+class StepTimes(transformers.TrainerCallback):
+    """Notes the seconds of each step."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, *_, **__):
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def trainer_steps(args):
+    """Fine-tune with ``transformers.Trainer``: the model, or an adapter by ``peft``."""
+    model = load()
+    if args.kind == "lora":
+        import peft
+
+        # Of attention's queries and values, as peft chooses for RoBERTa by itself.
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16)
+        model = peft.get_peft_model(model, config)
+    batch = make_batch()
+    rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values())]
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as directory:
+        options = transformers.TrainingArguments(
+            directory,
+            per_device_train_batch_size=BATCH_SIZE,
+            max_steps=args.steps,
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = transformers.Trainer(
+            model, options, train_dataset=rows * args.steps, callbacks=[times]
+        )
+        trainer.train()
+    return times.seconds
+
+
+KINDS = {
+    "base": write_base,
+    "block": block_steps,
+    "streamed": block_steps,
+    "trainer": trainer_steps,
+    "lora": trainer_steps,
+}
+
+
+def warm_up():
+    """Load what a process loads in its first step."""
+    model = load("random:roberta-tiny").train()
+    block_gradient(model, partition_of(model), 0, make_batch(2))
+    skeleton_of(lambda: load("random:roberta-tiny"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--depth", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--micro-batch-size", type=int, default=0)
+    parser.add_argument("--base", type=Path)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    # As devices do; the peers' peaks are lower by it, too.
+    keep_no_freed_memory()
+    warm_up()
+    with measured_peak() as peak:
+        seconds = KINDS[args.kind](args)
+    print(json.dumps({"peak_bytes": peak.peak_bytes, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.levers import Levers, StepMemory
+
+
+def step_memory(batch_size=8):
+    return StepMemory(
+        batch_size=batch_size,
+        layer_bytes=np.array([1e6, 1e6, 2e6]),
+        rest_bytes=3e6,
+        head_bytes=1e5,
+        update_bytes=np.array([1.1e6, 1.1e6, 2.1e6]),
+        kept_bytes=np.array([6e5, 4e5, 2e5]),
+        working_bytes=1e5,
+    )
+
+
+def profile(memory_bytes, splits=False, streams=False):
+    return DeviceProfile(
+        name="a",
+        flops_per_s=1e9,
+        memory_bytes=memory_bytes,
+        splits_batch=splits,
+        streams_prefix=streams,
+    )
+
+
+def test_parts_add_up():
+    step = step_memory()
+    weights = 7.1e6
+    np.testing.assert_allclose(
+        step.peak_bytes(Levers(8)),
+        [weights + 1.1e6 + 8 * 7e5, weights + 1.1e6 + 8 * 5e5, weights + 2.1e6 + 24e5],
+    )
+    np.testing.assert_allclose(step.peak_bytes(Levers(2))[0], weights + 1.1e6 + 2 * 7e5)
+    # Above the block, and the step itself or, before it, the embedding.
+    np.testing.assert_allclose(
+        step.peak_bytes(Levers(8, stream_prefix=True)),
+        [4.1e6 + 1.1e6 + 8 * 7e5, 3.1e6 + 1.1e6 + 8 * 5e5, 2.1e6 + 2.1e6 + 24e5],
+    )
+    np.testing.assert_allclose(
+        step.peak_bytes(Levers(1, stream_prefix=True))[1], 3.1e6 + 3e6 + 1e5
+    )
+
+
+def test_the_fastest_that_fits_is_chosen():
+    step = step_memory()
+    assert step.choose(profile(20e6, True, True)) == [Levers(8)] * 3
+    assert step.choose(profile(11e6, True, True))[0] == Levers(8, stream_prefix=True)
+    assert step.choose(profile(9e6, True, True))[0] == Levers(4, stream_prefix=True)
+    assert step.choose(profile(10e6, splits=True))[0] == Levers(2)
+    assert step.choose(profile(10.8e6, streams=True))[0] == Levers(8, True)
+    # Without a way to fit it does what needs least.
+    assert step.choose(profile(1e5, True, True))[0] == Levers(1, True)
+    assert step.choose(profile(1e5)) == [Levers(8)] * 3
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(1e5, 2e7), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(1, 9),
+)
+def test_the_server_expects_what_the_devices_choose(fleet, batch_size):
+    step = step_memory(batch_size)
+    profiles = [profile(*device) for device in fleet]
+    required = step.required_bytes(profiles)
+    for row, device in zip(required, profiles, strict=True):
+        for block, levers in enumerate(step.choose(device)):
+            assert row[block] == step.peak_bytes(levers)[block]
+            # By brute force: if anything fits, what is chosen does.
+            sizes = range(1, batch_size + 1) if device.splits_batch else [batch_size]
+            ways = (False, True) if device.streams_prefix else (False,)
+            peaks = [step.peak_bytes(Levers(s, w))[block] for s in sizes for w in ways]
+            assert row[block] <= device.memory_bytes or row[block] == min(peaks)
