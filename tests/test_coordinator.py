@@ -250,6 +250,37 @@ def test_too_few_devices_say_so():
         make_coordinator().plan_round(1, ["id-0", "id-1", "unknown"])
 
 
+def test_memory_is_that_of_what_each_device_will_do():
+    coordinator = make_coordinator(num_devices=0, batch_size=4000)
+    small = {"flops-per-s": 1e9, "memory-bytes": 1e5, "snr-db": 10.0}
+    for index in range(3):
+        able = {"splits-batch": True} if index else {}
+        coordinator.add_device(str(index), {"name": f"d{index}", **small, **able})
+    with pytest.raises(InfeasibleAllocation, match="memory"):
+        coordinator.plan_round(1, ["0", "1", "2"])
+    coordinator.add_device("3", {"name": "d3", **small, "splits-batch": True})
+    plan = coordinator.plan_round(1, ["0", "1", "2", "3"])
+    assert set(plan.assignments) == {"1", "2", "3"}
+    assert not plan.problem.feasible[0].any()
+
+
+@pytest.mark.parametrize(("peak", "fault"), [(None, False), (8e8, False), (9e9, True)])
+def test_more_memory_than_a_device_offers_is_a_fault(peak, fault):
+    coordinator = make_coordinator()
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    reply = honest_reply(plan, next(iter(plan.assignments)))
+    if peak is not None:
+        reply = replace(reply, report={**reply.report, "peak-memory-bytes": peak})
+    record = coordinator.complete_round(plan, [reply])
+    part = next(b for b in record.blocks if b.status == "accepted")
+    assert part.peak_memory_bytes == peak
+    assert part.exceeds_memory == fault
+    lines = [line for line in record.lines() if "fault of the cost model" in line]
+    assert len(lines) == fault
+    if fault:
+        assert f"{part.device} took 9000.0 MB of memory" in lines[0]
+
+
 def test_memory_that_does_not_suffice_is_named():
     coordinator = make_coordinator(num_devices=0, batch_size=4000)
     small = {"flops-per-s": 1e9, "memory-bytes": 1e5, "snr-db": 10.0}

@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from lola_flwr.system.devices import DeviceProfile
 
+# What Linux maps of a file where one row is read.
+_MAPPED_AT_ONCE_BYTES = 1 << 16
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -41,11 +44,14 @@ class StepMemory:
     Parameters
     ----------
     batch_size
-        Sequences of a mini-batch.
+        Sequences that are computed at a time where the memory allows it.
+    sequence_length
+        Tokens of a sequence.
     layer_bytes
         Weights of each layer, shape [N].
     rest_bytes
-        Weights outside the layers and the head: embeddings.
+        Weights outside the layers and the head: embeddings, of which streaming touches
+        some rows.
     head_bytes
         Weights of the head.
     update_bytes
@@ -57,6 +63,7 @@ class StepMemory:
     """
 
     batch_size: int
+    sequence_length: int
     layer_bytes: FloatArray
     rest_bytes: float
     head_bytes: float
@@ -67,16 +74,18 @@ class StepMemory:
     def peak_bytes(self, levers: Levers) -> FloatArray:
         """Return the peak for each block, shape [N]."""
         size = min(levers.micro_batch_size, self.batch_size)
-        step = self.update_bytes + size * (self.kept_bytes + self.working_bytes)
+        per_sequence = self.kept_bytes + self.working_bytes
+        step = self.update_bytes + size * per_sequence
         if not levers.stream_prefix:
             weights = self.layer_bytes.sum() + self.rest_bytes + self.head_bytes
             return np.asarray(weights + step)
         above = np.cumsum(self.layer_bytes[::-1])[::-1] + self.head_bytes
-        # Before the step: a layer below at a time, or an embedding, of which a batch may
-        # touch every row. From the second micro-batch on the weights above are in
-        # memory as well.
-        one = max(self.layer_bytes.max(), self.rest_bytes)
-        below = np.full(len(above), one + size * self.working_bytes)
+        # Before its own layers run: the sum of gradients so far, and one layer below or
+        # the rows of an embedding.
+        tokens = size * self.sequence_length
+        share = 1 - np.exp(-tokens * _MAPPED_AT_ONCE_BYTES / self.rest_bytes)
+        one = max(self.layer_bytes.max(), share * self.rest_bytes)
+        below = self.update_bytes + one + size * self.working_bytes
         return np.asarray(above + np.maximum(step, below))
 
     def options(self, *, splits: bool, streams: bool) -> list[Levers]:

@@ -114,7 +114,9 @@ def trainer_steps(args):
         config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16)
         model = peft.get_peft_model(model, config)
     batch = make_batch()
-    rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values())]
+    rows = [
+        dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)
+    ]
     times = StepTimes()
     with tempfile.TemporaryDirectory() as directory:
         options = transformers.TrainingArguments(

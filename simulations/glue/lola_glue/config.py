@@ -108,6 +108,9 @@ class GlueConfig(RunConfig):
     rounds: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     micro_batch_size: int = Field(ge=0)
+    fit_memory: bool
+    accelerator: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["fp32", "bf16"]
     max_length: int = Field(ge=8)
     optimizer: str
     lr: float = Field(gt=0, le=100)

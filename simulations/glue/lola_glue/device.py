@@ -102,6 +102,8 @@ def device_fn(context: DeviceContext) -> BlockDevice:
     rates_bps = link_rates_bps(config.uplink_mbps)
     if rates_bps:
         profile = replace(profile, uplink_bps=rates_bps[index % len(rates_bps)])
+    if config.fit_memory:
+        profile = replace(profile, splits_batch=True)
 
     def load_model() -> tuple[nn.Module, BlockPartition]:
         loaded = _worker_model(config)
@@ -134,6 +136,9 @@ def device_fn(context: DeviceContext) -> BlockDevice:
         batch_source=draw_batch,
         micro_batch_size=config.micro_batch_size,
         store=run_store(context.run_id),
+        costs=lambda: _worker_model(config).costs,
+        accelerator=config.accelerator,
+        precision=config.precision,
         seed=config.seed,
         simulated_compute_s=None if measured else simulated_compute_s,
     )
