@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
-from lola_flwr.clients.update import Device
+from lola_flwr.clients.update import Device, OutOfMemory
 from lola_flwr.protocol import Assignment
 
 
@@ -40,7 +40,8 @@ class BlockClient(NumPyClient):
         Returns
         -------
         Encoded gradients of block and head, the number of examples, and the
-        ``UpdateReport`` as a flat record.
+        ``UpdateReport`` as a flat record. Without the memory for it: no gradients, and
+        a record that says so.
 
         Raises
         ------
@@ -49,5 +50,8 @@ class BlockClient(NumPyClient):
         UserError
             Server and device do not hold the same model.
         """
-        update = self._device.train(Assignment.from_record(config), parameters)
+        try:
+            update = self._device.train(Assignment.from_record(config), parameters)
+        except OutOfMemory as failure:
+            return [], 0, failure.to_record()
         return [*update.arrays.values()], update.num_examples, update.report.to_record()

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 
 from lola_flwr.clients.profiles import report_profile
 from lola_flwr.clients.received import assignment_in
-from lola_flwr.clients.update import Device
+from lola_flwr.clients.update import Device, OutOfMemory
 from lola_flwr.protocol import REPORT_KEY
 
 
@@ -39,14 +39,22 @@ class LoLaClient(ClientApp):
             assignment = assignment_in(message.content)
             ((key, record),) = message.content.array_records.items()
             values = {name: array.numpy() for name, array in record.items()}
-            update = device_fn(context).train(assignment, values)
-            arrays = {name: Array(values) for name, values in update.arrays.items()}
+            arrays: dict[str, Array] = {}
+            num_examples = 0
+            try:
+                update = device_fn(context).train(assignment, values)
+            except OutOfMemory as failure:
+                report = failure.to_record()
+            else:
+                arrays = {name: Array(values) for name, values in update.arrays.items()}
+                num_examples = update.num_examples
+                report = update.report.to_record()
             return Message(
                 RecordDict(
                     {
                         key: ArrayRecord(arrays),
-                        "metrics": MetricRecord({"num-examples": update.num_examples}),
-                        REPORT_KEY: ConfigRecord({**update.report.to_record()}),
+                        "metrics": MetricRecord({"num-examples": num_examples}),
+                        REPORT_KEY: ConfigRecord({**report}),
                     }
                 ),
                 reply_to=message,

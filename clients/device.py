@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients.encoding import encode_update
+from lola_flwr.clients.out_of_memory import reports_out_of_memory
 from lola_flwr.clients.store import LostCopy, Residuals, complete
 from lola_flwr.clients.update import LocalUpdate
 from lola_flwr.errors import UserError
@@ -105,6 +106,7 @@ class BlockDevice:
             profile = replace(self.profile, memory_bytes=left)
             object.__setattr__(self, "profile", profile)
 
+    @reports_out_of_memory  # type: ignore[untyped-decorator]
     def train(
         self,
         assignment: Assignment,
@@ -127,6 +129,9 @@ class BlockDevice:
             Server and device do not hold the same model, or the codec needs a store.
         MalformedManifest
             The values are not those that the server sent.
+        OutOfMemory
+            The memory does not suffice. A device that is not simulated first looks
+            whether there is as much as the assignment says.
         """
         start = time.perf_counter()
         device = find_device(self.accelerator)

@@ -9,7 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.protocol import Assignment, UpdateReport
+from lola_flwr.protocol import (
+    FAILURE_DETAIL_KEY,
+    FAILURE_KEY,
+    OUT_OF_MEMORY,
+    Assignment,
+    Scalar,
+    UpdateReport,
+)
 from lola_flwr.system.devices import DeviceProfile
 
 
@@ -33,6 +40,14 @@ class LocalUpdate:
     report: UpdateReport
 
 
+class OutOfMemory(Exception):
+    """A device's memory does not suffice for what it was asked for."""
+
+    def to_record(self) -> dict[str, Scalar]:
+        """Return the report that takes the place of an update's."""
+        return {FAILURE_KEY: OUT_OF_MEMORY, FAILURE_DETAIL_KEY: str(self)}
+
+
 class Device(Protocol):
     """A device that trains blocks."""
 
@@ -45,4 +60,10 @@ class Device(Protocol):
         assignment: Assignment,
         values: Mapping[str, npt.NDArray[Any]] | Sequence[npt.NDArray[Any]],
     ) -> LocalUpdate:
-        """Compute the mean gradient of the assigned block on one mini-batch."""
+        """Compute the mean gradient of the assigned block on one mini-batch.
+
+        Raises
+        ------
+        OutOfMemory
+            The device's memory does not suffice.
+        """

@@ -6,7 +6,7 @@ from flwr.common import Context
 from flwr.server import Grid, LegacyContext, ServerConfig
 from flwr.server.workflow import DefaultWorkflow
 
-from lola_flwr.strategies import DeadlineGrid, LoLaDeft
+from lola_flwr.strategies import LegacyGrid, LoLaDeft
 
 
 def run_rounds(
@@ -26,15 +26,19 @@ def run_rounds(
     strategy
         The strategy.
     num_rounds
-        How many rounds.
+        The run's rounds, of which a resumed run has done some before.
     round_timeout_s
-        How long to wait for the devices of a round.
+        How long to wait at most for the devices of a round.
     """
-    arrivals = DeadlineGrid(grid, timeout_s=round_timeout_s)
+    arrivals = LegacyGrid(grid, wait_s=lambda: min(round_timeout_s, strategy.wait_s()))
     strategy.upload_s = lambda: arrivals.upload_s
     DefaultWorkflow()(
         arrivals,
         LegacyContext(
-            context, config=ServerConfig(num_rounds=num_rounds), strategy=strategy
+            context,
+            config=ServerConfig(
+                num_rounds=num_rounds - strategy.coordinator.server_round
+            ),
+            strategy=strategy,
         ),
     )

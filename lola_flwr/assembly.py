@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from lola_flwr.errors import UserError
 
 FloatArrays = dict[str, npt.NDArray[np.float32]]
 
@@ -24,27 +27,61 @@ class BlockUpdate:
         Examples that the mean is over; the update's weight.
     statistics
         The device's running statistics, if it sent any.
+    norm
+        Euclidean norm of the gradients as they were received, before any clipping.
     """
 
     gradients: Mapping[str, npt.NDArray[np.float32]]
     num_examples: int
     statistics: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    norm: float = math.nan
 
 
-def assemble_gradient(updates: Sequence[BlockUpdate]) -> FloatArrays:
+def assemble_gradient(
+    updates: Sequence[BlockUpdate], block_mean: str = "mean"
+) -> FloatArrays:
     """Average, per parameter, the gradients of the devices that computed it.
 
     Parameters
     ----------
     updates
         Updates of one round, each of at least one example.
+    block_mean
+        Name of the mean. ``"mean"`` is weighted by examples. The others are robust, and
+        coordinate-wise: ``"median"``, and ``"trimmed"``, which leaves out the largest
+        and the smallest third (Yin et al., "Byzantine-Robust Distributed Learning:
+        Towards Optimal Statistical Rates", ICML 2018). They do not believe the devices'
+        examples, and they are the plain mean of two updates.
 
     Returns
     -------
-    Gradient of every parameter that some update holds: the mean over those updates,
-    weighted by examples. A parameter that nobody computed has no entry, so that the
-    optimizer leaves it alone.
+    Gradient of every parameter that some update holds. A parameter that nobody computed
+    has no entry, so that the optimizer leaves it alone.
+
+    Raises
+    ------
+    UserError
+        Unknown ``block_mean``.
     """
+    return block_mean_named(block_mean)(updates)
+
+
+def block_mean_named(name: str) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
+    """Return the mean of that name.
+
+    Raises
+    ------
+    UserError
+        Unknown name; the message lists the known ones.
+    """
+    if name not in _MEANS:
+        raise UserError(
+            f"block_mean={name!r} is unknown; choose from {', '.join(_MEANS)}."
+        )
+    return _MEANS[name]
+
+
+def _weighted_mean(updates: Sequence[BlockUpdate]) -> FloatArrays:
     examples: dict[str, int] = {}
     for update in updates:
         for name in update.gradients:
@@ -58,3 +95,35 @@ def assemble_gradient(updates: Sequence[BlockUpdate]) -> FloatArrays:
             else:
                 total[name] = weight * gradient
     return total
+
+
+def _coordinate_wise(
+    mean: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.floating]],
+) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
+    """Return the mean of updates that is ``mean`` of each parameter's stack."""
+
+    def assemble(updates: Sequence[BlockUpdate]) -> FloatArrays:
+        names = dict.fromkeys(name for update in updates for name in update.gradients)
+        return {
+            name: mean(
+                np.stack([u.gradients[name] for u in updates if name in u.gradients])
+            ).astype(np.float32)
+            for name in names
+        }
+
+    return assemble
+
+
+def _trimmed_mean(stack: npt.NDArray[np.float32]) -> npt.NDArray[np.floating]:
+    # scipy.stats takes longer to import than the rest of the package together.
+    from scipy.stats import trim_mean
+
+    return np.asarray(trim_mean(stack, 1 / 3, axis=0))
+
+
+_MEANS: dict[str, Callable[[Sequence[BlockUpdate]], FloatArrays]] = {
+    "mean": _weighted_mean,
+    "median": _coordinate_wise(lambda stack: np.median(stack, axis=0)),
+    "trimmed": _coordinate_wise(_trimmed_mean),
+}
+BLOCK_MEANS = tuple(_MEANS)

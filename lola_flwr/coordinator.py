@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.absences import Absences
 from lola_flwr.allocation import (
     RANDOM_ALLOCATORS,
     Allocation,
@@ -26,14 +27,18 @@ from lola_flwr.allocation import (
     refine_payloads,
     rotate,
 )
-from lola_flwr.assembly import BlockUpdate, assemble_gradient
+from lola_flwr.assembly import BlockUpdate, block_mean_named
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.candidates import narrowed
+from lola_flwr.checkpoint import Snapshot
 from lola_flwr.errors import UserError
+from lola_flwr.norm_limits import NormHistory
 from lola_flwr.payload import HeadPolicy, Payloads, Uplink, array_bytes
-from lola_flwr.protocol import Assignment, UpdateReport
+from lola_flwr.protocol import OUT_OF_MEMORY, Assignment, UpdateReport
 from lola_flwr.randomness import rng_for
 from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused, Upload
 from lola_flwr.round_log import BlockRecord, RoundRecord
+from lola_flwr.run_state import RunState
 from lola_flwr.running_statistics import (
     average_statistics,
     statistics_names,
@@ -65,7 +70,8 @@ class RoundPlan:
     device_ids
         The K devices in the order of the problem's rows.
     num_excluded
-        Devices that had to be left out for want of memory.
+        Devices that were left out where all others take part: they have not the memory
+        for a block, or rest after failures.
     problem, allocation
         What was solved, and the solution.
     assignments
@@ -136,6 +142,15 @@ class Coordinator:
     max_gradient_norm
         Every update whose Euclidean norm is larger is scaled down to this: one device
         cannot throw the optimizer's moments out for all.
+    norm_factor
+        So is, to this many times the median of its block's latest norms, every update
+        that is larger than that; infinite turns it off.
+    block_mean
+        How the updates of one block, and of the head, are put together: "mean", or one
+        that a few hostile devices cannot move, "median" or "trimmed".
+    longest_round_s
+        A device that would need longer for a block, had it the whole band to itself, is
+        not given that block.
     codec
         Name of the codec that gradients travel in; ``"auto"`` gives each device the
         finest that costs the round little, see ``codec_slack``.
@@ -177,6 +192,9 @@ class Coordinator:
         correct_profiles: bool = True,
         batch_size: int = 32,
         max_gradient_norm: float = 10.0,
+        norm_factor: float = 10.0,
+        block_mean: str = "mean",
+        longest_round_s: float = 3600.0,
         codec: str = "fp32",
         codec_slack: float = 0.1,
         head: HeadPolicy = "every",
@@ -220,7 +238,7 @@ class Coordinator:
                 "the whole model."
             )
         self._reader = UpdateReader(
-            partition, tuple(self._state_dict), max_gradient_norm
+            partition, tuple(self._state_dict), max_gradient_norm, norm_factor
         )
         if not codec_slack >= 0:
             raise UserError(f"codec_slack={codec_slack} must be at least 0.")
@@ -238,6 +256,8 @@ class Coordinator:
         if downlink not in ("all", "changed"):
             raise UserError(f"downlink={downlink!r} must be 'all' or 'changed'.")
         self._held = self._held_versions() if downlink == "changed" else None
+        self._assemble = block_mean_named(block_mean)
+        self._longest_round_s = longest_round_s
         self._assumed_profile = assumed_profile
         self._constant_s = broadcast_s + server_s
         self._seed = seed
@@ -247,6 +267,9 @@ class Coordinator:
         self._rates = RateEstimate()
         # How often a device's update of a block was accepted, by name and block.
         self._meetings: Counter[tuple[str, int]] = Counter()
+        self._absences = Absences()
+        self._norms = NormHistory()
+        self.server_round = 0  # the last complete one
 
     # --- devices ---------------------------------------------------------------------
 
@@ -309,7 +332,8 @@ class Coordinator:
             Round, from 1.
         device_ids
             Devices that are there. Those without a known profile are left out, and so
-            are, where all others must take part, those that can hold no block.
+            are, where all others must take part, those that can hold no block. Once a
+            round has been completed, blocks are left out that there is no device for.
 
         Raises
         ------
@@ -317,24 +341,33 @@ class Coordinator:
             The devices cannot compute all blocks, or none has a usable profile.
         """
         known = [device for device in device_ids if device in self._profiles]
-        able = [device for device in known if self._can_take_part(device)]
         # Ids differ from run to run; names do not, and make runs repeatable.
-        able.sort(key=lambda device: self._profiles[device].name)
-        profiles = [self._profiles[device] for device in able]
-        if not profiles:
+        known.sort(key=lambda device: self._profiles[device].name)
+        if not known:
             raise InfeasibleAllocation(
-                f"None of the {len(known)} devices with a profile has the memory for a "
-                "block. Lower the batch size or add devices."
-                if known
-                else "No device has reported a usable profile; see the warnings above."
+                "No device has reported a usable profile; see the warnings above."
             )
-        problem, rate_bps = self._problem(server_round, profiles)
-        problem = self._chooser.narrow(problem, server_round, self._optimizer.state())
-        # Who sends the head depends on which blocks are trained after all.
-        payloads = self._uplink.payloads(server_round, problem.demand > 0)
-        problem = replace(
-            problem, full_band_upload_s=payloads.bits[0] / rate_bps[:, None]
+        profiles = [self._profiles[device] for device in known]
+        names = [profile.name for profile in profiles]
+        required_bytes = self._costs.required_bytes(profiles)
+        wanted, rate_bps = self._problem(server_round, profiles)
+        wanted = self._chooser.narrow(wanted, server_round, self._optimizer.state())
+        wanted, _ = self._with_payloads(server_round, wanted, rate_bps)
+        rows, problem = narrowed(
+            wanted,
+            longest_s=self._longest_round_s,
+            required_bytes=required_bytes,
+            memory_limit_bytes=np.array(
+                [self._absences.memory_limit(server_round, name) for name in names]
+            ),
+            failures=[self._absences.failures(name) for name in names],
+            block_updates=self._block_updates(),
+            partial=self.server_round > 0,
         )
+        able = [known[row] for row in rows]
+        names = [names[row] for row in rows]
+        # Who sends the head depends on which blocks are trained after all.
+        problem, payloads = self._with_payloads(server_round, problem, rate_bps[rows])
         options: dict[str, Any] = {}
         if self._allocator in RANDOM_ALLOCATORS:
             rng = rng_for(self._seed, "matching", server_round)
@@ -342,7 +375,7 @@ class Coordinator:
         allocation = allocate(problem, self._allocator, **options)
         if self._rotation_eps > 0:
             blocks = range(self.partition.num_blocks)
-            meetings = [[self._meetings[p.name, n] for n in blocks] for p in profiles]
+            meetings = [[self._meetings[name, n] for n in blocks] for name in names]
             allocation = rotate(problem, allocation, meetings, eps=self._rotation_eps)
         problem, allocation, codec_level = refine_payloads(
             problem, allocation, payloads.bits, slack=self._codec_slack
@@ -369,9 +402,10 @@ class Coordinator:
                 # Only a link whose rate is known can be held to a part of it.
                 uplink_bps=(
                     None
-                    if profiles[row].uplink_bps is None
+                    if self._profiles[device].uplink_bps is None
                     else float(payloads.bits[codec_level[row], block] / upload_s[row])
                 ),
+                memory_bytes=float(required_bytes[rows[row], block]),
             )
         return RoundPlan(
             server_round=server_round,
@@ -408,6 +442,8 @@ class Coordinator:
         refusals: dict[str, str] = {}
         refused: dict[str, int] = {}
         sent = self.arrays()
+        # Of each device that was asked: None, or the memory that it turned out to lack.
+        outcomes: dict[str, float | None] = dict.fromkeys(plan.assignments, 0.0)
         for reply in replies:
             try:
                 if reply.device_id in updates:
@@ -416,13 +452,18 @@ class Coordinator:
                     reply,
                     plan.assignments.get(reply.device_id),
                     sent,
+                    self._norms,
                 )
             except UpdateRefused as refusal:
                 refused[refusal.reason] = refused.get(refusal.reason, 0) + 1
                 if refusal.reason == "lost-copy" and self._held is not None:
                     self._held.forget(reply.device_id)
                 refusals.setdefault(reply.device_id, str(refusal))
+                if refusal.reason == OUT_OF_MEMORY:
+                    asked = plan.assignments[reply.device_id]
+                    outcomes[reply.device_id] = asked.memory_bytes
                 continue
+            outcomes[reply.device_id] = None
             updates[reply.device_id] = update
             reports[reply.device_id] = report
             uploads[reply.device_id] = Upload.of(
@@ -431,7 +472,7 @@ class Coordinator:
         if updates:
             # In the plan's order, so that the sum does not depend on who came first.
             in_order = [updates[d] for d in plan.device_ids if d in updates]
-            gradient = assemble_gradient(in_order)
+            gradient = self._assemble(in_order)
             state = self._optimizer.state()
             self._chooser.before_step({name: state[name] for name in gradient})
             self._optimizer.step(gradient)
@@ -454,6 +495,16 @@ class Coordinator:
         )
         self._wireless_s += observed_s
         self._learn_from(plan, reports, uploads)
+        self._absences = self._absences.after(
+            plan.server_round,
+            {self._profiles[d].name: lacked for d, lacked in outcomes.items()},
+        )
+        self._norms = self._norms.after(
+            (plan.assignments[d].block_index, updates[d].norm)
+            for d in plan.device_ids
+            if d in updates
+        )
+        self.server_round = plan.server_round
         losses = {
             d: report.loss for d, report in reports.items() if report.loss is not None
         }
@@ -477,6 +528,7 @@ class Coordinator:
 
     def skip_round(self, server_round: int, reason: str) -> RoundRecord:
         """Return the record of a round that nobody was asked to take part in."""
+        self.server_round = server_round
         return RoundRecord(
             server_round=server_round,
             num_devices=len(self._profiles),
@@ -540,15 +592,79 @@ class Coordinator:
             own = self._state_dict[name]
             self._state_dict[name] = within_bounds(name, arrays[name], own.dtype)
 
+    def snapshot(self) -> Snapshot:
+        """Return all that the rounds to come depend on, to be saved between rounds."""
+        state = RunState(
+            server_round=self.server_round,
+            wireless_s=self._wireless_s,
+            profiles=self._profiles,
+            estimate=self._estimate,
+            rates=self._rates,
+            meetings=self._meetings,
+            history=self._chooser.history,
+            absences=self._absences,
+            norms=self._norms,
+        )
+        model = self._optimizer.snapshot()
+        statistics = {
+            f"statistics/{name}": self._state_dict[name]
+            for name in statistics_names(self._state_dict)
+        }
+        return Snapshot(
+            {**model.arrays, **statistics},
+            {
+                "base_fingerprint": self._base_fingerprint,
+                "optimizer": model.values,
+                "state": state.to_values(),
+            },
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot, in a coordinator made with the same arguments.
+
+        Raises
+        ------
+        UserError
+            The snapshot is of another model.
+        """
+        if snapshot.values["base_fingerprint"] != self._base_fingerprint:
+            raise UserError(
+                "The checkpoint is of a model with other frozen weights; use the "
+                "model, revision and seed that it was made with."
+            )
+        self._optimizer.restore(Snapshot(snapshot.arrays, snapshot.values["optimizer"]))
+        for name in statistics_names(self._state_dict):
+            self._state_dict[name] = snapshot.arrays[f"statistics/{name}"]
+        state = RunState.from_values(snapshot.values["state"])
+        self.server_round = state.server_round
+        self._wireless_s = state.wireless_s
+        self._profiles = dict(state.profiles)
+        self._estimate = state.estimate
+        self._rates = state.rates
+        self._meetings = state.meetings
+        self._chooser.history = state.history
+        self._absences = state.absences
+        self._norms = state.norms
+
     # --- parts -----------------------------------------------------------------------
 
-    def _can_take_part(self, device_id: str) -> bool:
-        """Tell whether a device counts, where every device has to take part."""
-        profile = self._profiles[device_id]
-        return (
-            self._mode.participation == "needed"
-            or profile.memory_bytes >= self._costs.required_bytes([profile]).min()
-        )
+    def _with_payloads(
+        self,
+        server_round: int,
+        problem: AllocationProblem,
+        rate_bps: npt.NDArray[np.float64],
+    ) -> tuple[AllocationProblem, Payloads]:
+        """Return the problem with the times that its blocks' payloads take."""
+        payloads = self._uplink.payloads(server_round, problem.demand > 0)
+        upload_s = payloads.bits[0] / rate_bps[:, None]  # [K, N]
+        return replace(problem, full_band_upload_s=upload_s), payloads
+
+    def _block_updates(self) -> list[int]:
+        """Return how many updates of each block have been accepted, [N]."""
+        updates: Counter[int] = Counter()
+        for (_, block), count in self._meetings.items():
+            updates[block] += count
+        return [updates[block] for block in range(self.partition.num_blocks)]
 
     def _names(self, block_index: int, sends_head: bool) -> dict[str, Any]:
         """Return what devices are told of the blocks, where they are sent the model."""

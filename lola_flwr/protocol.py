@@ -24,6 +24,12 @@ PROFILE_ACTION = "lola_profile"
 PROFILE_KEY = "lola-profile"
 REPORT_KEY = "lola-report"
 
+# A report that says why there is no update has this key; the one failure that the
+# server learns more from than that there is none; and what was wrong in words.
+FAILURE_KEY = "failure"
+FAILURE_DETAIL_KEY = "detail"
+OUT_OF_MEMORY = "out-of-memory"
+
 # The record by which both sides recognise Flower's secure aggregation.
 SECAGG_KEY = "secaggplus_configs"
 SECAGG_REFUSAL = (
@@ -108,6 +114,8 @@ class Assignment(_Record):
     uplink_bps
         What the share is on this device's link, bit/s: the most that the upload may
         take. None where no link is known, as in a simulation.
+    memory_bytes
+        Memory that the block should need; None if unknown.
     """
 
     server_round: int
@@ -121,6 +129,7 @@ class Assignment(_Record):
     uplink_bps: float | None = None
     sends_head: bool = True
     manifest: str | None = None
+    memory_bytes: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ from lola_flwr.assembly import BlockUpdate, FloatArrays
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import MalformedArray, codec_named, read_npy
 from lola_flwr.errors import quoted
-from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
+from lola_flwr.norm_limits import NormHistory
+from lola_flwr.protocol import (
+    FAILURE_DETAIL_KEY,
+    FAILURE_KEY,
+    OUT_OF_MEMORY,
+    Assignment,
+    MalformedRecord,
+    UpdateReport,
+)
 from lola_flwr.running_statistics import is_plausible, statistics_names
 
 
@@ -95,6 +103,13 @@ class UpdateRefused(Exception):
         self.reason = reason
 
 
+def _failure(record: Mapping[str, object]) -> UpdateRefused:
+    """Return what a device says that kept it from training."""
+    kind = record[FAILURE_KEY]
+    reason = kind if kind == OUT_OF_MEMORY else "device-failure"
+    return UpdateRefused(str(reason), quoted(record.get(FAILURE_DETAIL_KEY, kind)))
+
+
 @dataclass(frozen=True, eq=False)
 class UpdateReader:
     """Reads devices' updates.
@@ -107,17 +122,21 @@ class UpdateReader:
         Names of the arrays that devices are sent, in that order.
     max_gradient_norm
         Every update whose Euclidean norm is larger is scaled down to this.
+    norm_factor
+        So is, to this many times the usual norm of its block, every one beyond that.
     """
 
     partition: BlockPartition
     sent_names: Sequence[str]
     max_gradient_norm: float
+    norm_factor: float
 
     def read(
         self,
         reply: DeviceReply,
         assignment: Assignment | None,
         sent: Mapping[str, npt.NDArray[Any]],
+        norms: NormHistory,
     ) -> tuple[BlockUpdate, UpdateReport]:
         """Return what a reply holds.
 
@@ -129,6 +148,8 @@ class UpdateReader:
             What its device was asked for; None if for nothing.
         sent
             The arrays that were sent, by name.
+        norms
+            What is usual for each block.
 
         Raises
         ------
@@ -180,7 +201,8 @@ class UpdateReader:
             if not np.isfinite(received).all():
                 raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
             update[name] = received
-        update = self._clipped(update)
+        limit = norms.limit(assignment.block_index, self.norm_factor)
+        update, norm = _clipped(update, min(limit, self.max_gradient_norm))
         if not is_gradient:
             # A move is taken as a gradient. All N blocks move at once, each trained as
             # if the others stood still: whole moves overshoot. 1/N is the share that a
@@ -192,12 +214,14 @@ class UpdateReader:
             for name in self.partition.blocks[assignment.block_index]:
                 update[name] = scale * update[name]
         statistics = {} if is_gradient else self._statistics(tensors, sent)
-        return BlockUpdate(update, examples, statistics), report
+        return BlockUpdate(update, examples, statistics, norm), report
 
     def _read_report(
         self, assignment: Assignment, record: Mapping[str, object]
     ) -> UpdateReport:
         """Return a checked report: for a device that gives none, what goes unsaid."""
+        if FAILURE_KEY in record:
+            raise _failure(record)
         if "update-kind" not in record:
             return UpdateReport(
                 server_round=assignment.server_round,
@@ -271,15 +295,6 @@ class UpdateReader:
             )
         return tensors
 
-    def _clipped(self, gradients: FloatArrays) -> FloatArrays:
-        """Scale an update down to the largest norm that one device may have."""
-        squares = [np.square(g, dtype=np.float64).sum() for g in gradients.values()]
-        norm = float(np.sqrt(sum(squares)))
-        if norm <= self.max_gradient_norm:
-            return gradients
-        scale = self.max_gradient_norm / norm
-        return {name: (g * scale).astype(np.float32) for name, g in gradients.items()}
-
 
 def _read(
     name: str, data: bytes, shape: Sequence[int], *dtypes: np.dtype[np.generic]
@@ -292,3 +307,17 @@ def _read(
         except MalformedArray as error:
             refusals.append(str(error))
     raise UpdateRefused("wrong-array", f"{name}: {refusals[0]}")
+
+
+def _clipped(gradients: FloatArrays, limit: float) -> tuple[FloatArrays, float]:
+    """Scale an update down to the largest norm that it may have; return the norm too.
+
+    A device of whom all that is known is that it sends too much loses its size, and
+    keeps its direction.
+    """
+    squares = [np.square(g, dtype=np.float64).sum() for g in gradients.values()]
+    norm = float(np.sqrt(sum(squares)))
+    if norm <= limit:
+        return gradients, norm
+    scale = limit / norm
+    return {name: (g * scale).astype(np.float32) for name, g in gradients.items()}, norm

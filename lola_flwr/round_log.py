@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -213,8 +214,9 @@ def _read_record(line: str, where: str) -> RoundRecord:
     try:
         values = json.loads(line)
         blocks = tuple(_known(BlockRecord, block) for block in values.pop("blocks", ()))
-        if values.get("bound_s") is None:
-            values["bound_s"] = math.nan
+        values["bound_s"] = _or_nan(values.get("bound_s"))
+        metrics = values.get("metrics", {})
+        values["metrics"] = {name: _or_nan(value) for name, value in metrics.items()}
         return _known(RoundRecord, {**values, "blocks": blocks})
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where} is no record of a round: {error}.") from None
@@ -230,6 +232,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 class RoundLog:
     """Appends records to a JSON-lines file.
 
@@ -237,25 +243,45 @@ class RoundLog:
     ----------
     path
         The file; its directory is made.
+    num_bytes
+        To go on with a run: the file's length after its last complete round. What is
+        beyond, of a round that was cut off, is dropped. (Default: start a file.)
 
     Raises
     ------
     UserError
-        There is such a file already: nothing is overwritten.
+        There is such a file already, nothing is overwritten; or the one to go on with
+        is shorter.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, num_bytes: int | None = None) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
+        if num_bytes:
+            if not path.is_file() or path.stat().st_size < num_bytes:
+                raise UserError(
+                    f"{path} lacks rounds that the checkpoint beside it counts; put it "
+                    "back, or give this run another output directory."
+                )
+            os.truncate(path, num_bytes)
+            return
+        path.touch()
+        if num_bytes is None and path.stat().st_size:
             raise UserError(
                 f"{path} holds the rounds of an earlier run; give this run another "
                 "output directory, or move that file away."
-            ) from None
+            )
+        os.truncate(path, 0)
 
-    def append(self, record: RoundRecord) -> None:
-        """Write one record."""
+    def append(self, record: RoundRecord) -> int:
+        """Write one record, down to the disk; return the file's length."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(record.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def last(self) -> RoundRecord | None:
+        """Return the last record; None if there is none yet."""
+        records = read_rounds(self.path)
+        return records[-1] if records else None

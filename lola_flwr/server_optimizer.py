@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lola_flwr.checkpoint import Snapshot
 from lola_flwr.errors import UserError
 
 
@@ -112,6 +115,62 @@ class ServerOptimizer:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(torch.tensor(values[name]))
+
+    def snapshot(self) -> Snapshot:
+        """Return values, moments and the schedule's place, as views."""
+        held = self._optimizer.state_dict()
+        arrays = {f"model/{name}": values for name, values in self.state().items()}
+        scalars = []
+        for index, entries in held["state"].items():
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    arrays[f"optimizer/{index}/{key}"] = value.numpy(force=True)
+                else:
+                    scalars.append([index, key, value])
+        return Snapshot(
+            arrays,
+            {
+                "steps": self._schedule.last_epoch,
+                "groups": held["param_groups"],
+                "scalars": scalars,
+            },
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot, in an optimizer made with the same arguments.
+
+        Raises
+        ------
+        UserError
+            The snapshot is of other parameters.
+        """
+        values, state = {}, defaultdict[int, dict[str, Any]](dict)
+        for name, array in snapshot.arrays.items():
+            owner, _, rest = name.partition("/")
+            if owner == "model":
+                values[rest] = array
+            elif owner == "optimizer":
+                index, _, key = rest.partition("/")
+                state[int(index)][key] = torch.tensor(array)
+        for index, key, scalar in snapshot.values["scalars"]:
+            state[index][key] = scalar
+        own = {name: v.shape for name, v in self.state().items()}
+        if own != {name: v.shape for name, v in values.items()}:
+            raise UserError(
+                "The checkpoint holds other parameters than this model trains; use the "
+                "model and the method that it was made with."
+            )
+        self.load(values)
+        # A schedule is a function of the steps taken, so they are taken again: what it
+        # keeps between them is not all fit for JSON.
+        with warnings.catch_warnings():
+            # It would like the optimizer to be stepped between its own steps.
+            warnings.simplefilter("ignore")
+            for _ in range(snapshot.values["steps"]):
+                self._schedule.step()
+        self._optimizer.load_state_dict(
+            {"state": state, "param_groups": snapshot.values["groups"]}
+        )
 
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the current values by name, as views: the next step changes them."""

@@ -1,8 +1,9 @@
-"""A Grid that waits no longer than it is told, and lets nothing unreadable through."""
+"""Grids that wait no longer than a round may take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from logging import WARNING
 
 from flwr.app import Message
@@ -17,23 +18,38 @@ from lola_flwr.strategies.arrival_grid import ArrivalGrid
 
 
 class DeadlineGrid(ArrivalGrid):  # type: ignore[misc]
-    """Wraps the Grid that the legacy workflow sends its rounds through.
-
-    Flower's ``DefaultWorkflow`` waits for all replies, however long they take, and ends
-    the run when one of them lacks a record that it expects. Through this Grid a reply
-    that is late, or that is no FitRes or EvaluateRes, is simply not there.
+    """Wraps the Grid that a strategy sends its rounds through.
 
     Parameters
     ----------
     grid
         The Grid to send through.
-    timeout_s
-        How long to wait for the replies to one batch of messages.
+    wait_s
+        Gives how long to wait for the replies to the messages that are sent now.
     """
 
-    def __init__(self, grid: Grid, *, timeout_s: float) -> None:
+    def __init__(self, grid: Grid, *, wait_s: Callable[[], float]) -> None:
         super().__init__(grid)
-        self._timeout_s = timeout_s
+        self._wait_s = wait_s
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages; return the replies that come in time."""
+        wait_s = min(self._wait_s(), math.inf if timeout is None else timeout)
+        # Flower adds the timeout to the present time, which infinity has no place in.
+        replies: Iterable[Message] = super().send_and_receive(
+            messages, timeout=None if math.isinf(wait_s) else wait_s
+        )
+        return replies
+
+
+class LegacyGrid(DeadlineGrid):
+    """Also lets nothing through that Flower's legacy workflow cannot read.
+
+    ``DefaultWorkflow`` ends the run when a reply lacks a record that it expects.
+    Through this Grid a reply that is no FitRes or EvaluateRes is simply not there.
+    """
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -48,9 +64,7 @@ class DeadlineGrid(ArrivalGrid):  # type: ignore[misc]
         messages = list(messages)
         if any(SECAGG_KEY in message.content.config_records for message in messages):
             raise UserError(SECAGG_REFUSAL)
-        replies = super().send_and_receive(
-            messages, timeout=self._timeout_s if timeout is None else timeout
-        )
+        replies = super().send_and_receive(messages, timeout=timeout)
         return [reply for reply in replies if _is_readable(reply)]
 
 

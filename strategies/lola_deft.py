@@ -55,8 +55,8 @@ class LoLaDeft(FedAvg):
     coordinator
         Plans rounds and holds the model's trainable values.
     min_available_clients
-        Devices that must be connected before a round is planned (default: as many as
-        the model has blocks).
+        Devices that must be connected before the first round is planned (default: as
+        many as the model has blocks). Later rounds go on with those that are there.
     wait_s
         How long to wait for them before the run ends with an error.
     profile_wait_s
@@ -64,6 +64,10 @@ class LoLaDeft(FedAvg):
         program.
     on_round
         Called with each round's record, after its evaluation.
+    deadline_factor, deadline_floor_s
+        A round's replies are waited for no longer than the factor times what the round
+        should take, by the clock of rounds before, and the floor in seconds. Factor 0:
+        as long as the round's time-out says.
     evaluate_fn, on_evaluate_config_fn, evaluate_metrics_aggregation_fn
         As in ``flwr.server.strategy.FedAvg``.
     fraction_evaluate
@@ -88,6 +92,8 @@ class LoLaDeft(FedAvg):
         wait_s: float = 60.0,
         profile_wait_s: float = 300.0,
         on_round: Callable[[RoundRecord], None] | None = None,
+        deadline_factor: float = 4.0,
+        deadline_floor_s: float = 60.0,
         evaluate_fn: EvaluateFunction | None = None,
         fraction_evaluate: float = 0.0,
         min_evaluate_clients: int = 2,
@@ -101,6 +107,8 @@ class LoLaDeft(FedAvg):
             min_available=min_available_clients,
             wait_s=wait_s,
             on_round=on_round,
+            deadline_factor=deadline_factor,
+            deadline_floor_s=deadline_floor_s,
         )
         min_available = self._rounds.min_available
         super().__init__(
@@ -125,6 +133,11 @@ class LoLaDeft(FedAvg):
         # Seconds of each device's latest upload; ``run_rounds`` knows them.
         self.upload_s: Callable[[], Mapping[str, float]] = dict
 
+    def wait_s(self) -> float:
+        """Return how long the present round's replies may take, in seconds."""
+        seconds: float = self._rounds.wait_s()
+        return seconds
+
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
         """Return the coordinator's arrays, in its order."""
         return self._parameters()
@@ -138,10 +151,11 @@ class LoLaDeft(FedAvg):
         ------
         UserError
             In the first round: too few devices connected, or the devices cannot
-            compute all blocks. Later rounds without enough devices are skipped. In any:
-            a wrapper clips on the server.
+            compute all blocks. Later rounds without any device are skipped. In any: a
+            wrapper clips on the server.
         """
         refuse_clipping_on_server()
+        server_round += self._rounds.rounds_before
         clients: dict[str, ClientProxy] = {}
 
         def connected() -> Mapping[str, ClientProxy]:
@@ -191,6 +205,7 @@ class LoLaDeft(FedAvg):
         # Flower's workflow for it gives every device's result the sum of all.
         if len(results) > 1 and len({id(r.parameters) for _, r in results}) == 1:
             raise UserError(SECAGG_REFUSAL)
+        server_round += self._rounds.rounds_before
         for failure in failures:
             reason = failure[1].status if isinstance(failure, tuple) else failure
             log(WARNING, "round %s: device failed: %s", server_round, quoted(reason))
@@ -214,6 +229,7 @@ class LoLaDeft(FedAvg):
         """Have devices evaluate, drawn from the run's seed."""
         if self.fraction_evaluate == 0.0:
             return []
+        server_round += self._rounds.rounds_before
         config: Mapping[str, Scalar] = {}
         if self.on_evaluate_config_fn is not None:
             config = self.on_evaluate_config_fn(server_round)
@@ -233,6 +249,7 @@ class LoLaDeft(FedAvg):
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Aggregate the evaluations that can be; others are left out."""
+        server_round += self._rounds.rounds_before
         usable = [
             (client, result)
             for client, result in results
@@ -255,6 +272,7 @@ class LoLaDeft(FedAvg):
     ) -> tuple[float, dict[str, Scalar]] | None:
         """Evaluate on the server, if an ``evaluate_fn`` was given; report the round."""
         parameters = self._with_constants(parameters)
+        server_round += self._rounds.rounds_before
         result = super().evaluate(server_round, parameters)
         metrics: dict[str, Scalar] = {}
         if result is not None:

@@ -26,7 +26,7 @@ from lola_flwr.errors import quoted
 from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY, REPORT_KEY
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
-from lola_flwr.strategies.arrival_grid import ArrivalGrid
+from lola_flwr.strategies.deadline_grid import DeadlineGrid
 from lola_flwr.strategies.rounds import Rounds, evaluation_weights
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 
@@ -46,8 +46,8 @@ class LoLaDeft(Strategy):
     coordinator
         Plans rounds and holds the model's trainable values.
     min_available_nodes
-        Devices that must be connected before a round is planned (default: as many as
-        the model has blocks).
+        Devices that must be connected before the first round is planned (default: as
+        many as the model has blocks). Later rounds go on with those that are there.
     wait_s
         How long to wait for them before the run ends with an error.
     profile_wait_s
@@ -55,6 +55,10 @@ class LoLaDeft(Strategy):
         program.
     on_round
         Called with each round's record, after its evaluation.
+    deadline_factor, deadline_floor_s
+        A round's replies are waited for no longer than the factor times what the round
+        should take, by the clock of rounds before, and the floor in seconds. Factor 0:
+        as long as the ``timeout`` of ``start`` says.
     fraction_evaluate
         Share of the devices that evaluate the model on their own data (default: none,
         since every message costs a device seconds).
@@ -81,6 +85,8 @@ class LoLaDeft(Strategy):
         wait_s: float = 60.0,
         profile_wait_s: float = 300.0,
         on_round: Callable[[RoundRecord], None] | None = None,
+        deadline_factor: float = 4.0,
+        deadline_floor_s: float = 60.0,
         fraction_evaluate: float = 0.0,
         min_evaluate_nodes: int = 2,
         weighted_by_key: str = "num-examples",
@@ -102,6 +108,8 @@ class LoLaDeft(Strategy):
             min_available=min_available_nodes,
             wait_s=wait_s,
             on_round=on_round,
+            deadline_factor=deadline_factor,
+            deadline_floor_s=deadline_floor_s,
         )
         self._profile_wait_s = profile_wait_s
         # Frozen arrays are encoded once.
@@ -112,7 +120,7 @@ class LoLaDeft(Strategy):
         self._sent = ArrayRecord()
         self._start_reports = False
         # Under a wrapper, whose start sends through Flower's own Grid, there is none.
-        self._arrivals: ArrivalGrid | None = None
+        self._arrivals: DeadlineGrid | None = None
 
     def initial_arrays(self) -> ArrayRecord:
         """Return the coordinator's arrays, to be handed to ``start``."""
@@ -147,12 +155,14 @@ class LoLaDeft(Strategy):
 
         Parameters
         ----------
-        grid, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+        grid, timeout, train_config, evaluate_config, evaluate_fn
             As in ``flwr.serverapp.strategy.Strategy``; ``timeout``, in seconds, bounds
-            the wait for each round's replies.
+            the wait for each round's replies from above.
         initial_arrays
             The coordinator's arrays, by name: the model's state dict, if it was made
-            with one.
+            with one. A resumed run goes on from its own arrays.
+        num_rounds
+            The run's rounds, of which a resumed run has done some before.
 
         Raises
         ------
@@ -160,21 +170,23 @@ class LoLaDeft(Strategy):
             ``initial_arrays`` is of another model, or the first round cannot be
             planned.
         """
+        self._returned = None
+        self._rounds.restart()
+        before = self._rounds.rounds_before
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            server_round += before
             metrics = None if evaluate_fn is None else evaluate_fn(server_round, arrays)
             self._rounds.report(server_round, {} if metrics is None else dict(metrics))
             return metrics
 
-        self._returned = None
-        self._rounds.restart()
-        grid = self._arrivals = ArrivalGrid(grid)
+        grid = self._arrivals = DeadlineGrid(grid, wait_s=self._rounds.wait_s)
         # Under a wrapper, which has a start of its own, evaluations stay unknown.
         self._start_reports = evaluate_fn is not None
         return super().start(
             grid,
-            initial_arrays,
-            num_rounds,
+            self.initial_arrays() if before else initial_arrays,
+            num_rounds - before,
             timeout,
             train_config,
             evaluate_config,
@@ -190,10 +202,11 @@ class LoLaDeft(Strategy):
         ------
         UserError
             In the first round: too few devices connected, the devices cannot compute
-            all blocks, or ``arrays`` is of another model. Later rounds without enough
-            devices are skipped. In any: a wrapper clips on the server.
+            all blocks, or ``arrays`` is of another model. Later rounds without any
+            device are skipped. In any: a wrapper clips on the server.
         """
         refuse_clipping_on_server()
+        server_round += self._rounds.rounds_before
         arrays = self._take_in(arrays)
         plan = self._rounds.plan(
             server_round,
@@ -221,6 +234,7 @@ class LoLaDeft(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Assemble the block updates and take one server step."""
+        server_round += self._rounds.rounds_before
         metrics = self._rounds.complete(
             DeviceReply(
                 device_id=str(reply.metadata.src_node_id),
@@ -247,6 +261,7 @@ class LoLaDeft(Strategy):
                 arrays[name] = array
         if self.fraction_evaluate == 0.0:
             return []
+        server_round += self._rounds.rounds_before
         devices = [str(node) for node in grid.get_node_ids()]
         count = max(int(len(devices) * self.fraction_evaluate), self.min_evaluate_nodes)
         return [
@@ -264,6 +279,7 @@ class LoLaDeft(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Aggregate the evaluations that can be; others are left out."""
+        server_round += self._rounds.rounds_before
         contents = [r.content for r in _without_errors(replies, server_round)]
         usable = _alike([c for c in contents if self._is_evaluation(c)])
         claims = [float(_only_metrics(c)[self.weighted_by_key]) for c in usable]  # type: ignore[arg-type]
@@ -286,7 +302,8 @@ class LoLaDeft(Strategy):
         if arrays is not self._returned:
             values = {name: array.numpy() for name, array in arrays.items()}
             if self._returned is None:
-                self.coordinator.start_from(values)
+                if not self._rounds.rounds_before:
+                    self.coordinator.start_from(values)
             else:
                 # A wrapper has changed what was returned, for instance by adding noise.
                 # Frozen arrays stay as devices know them.

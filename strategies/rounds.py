@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from lola_flwr.coordinator import Coordinator, RoundPlan
 from lola_flwr.errors import UserError
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
+from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.system.devices import InvalidProfile
 
 # Asks devices for their profiles: device ids -> what those that answered said.
@@ -31,12 +33,15 @@ class Rounds:
     coordinator
         Plans and completes the rounds.
     min_available
-        Devices that must be connected before a round is planned (default: as many as
-        the model has blocks).
+        Devices that must be connected before the first round is planned (default: as
+        many as the model has blocks). Later rounds go on with those that are there.
     wait_s
-        How long to wait for them.
+        How long to wait for them; in later rounds, for any device at all.
     on_round
         Called with each round's record, after its evaluation.
+    deadline_factor, deadline_floor_s
+        How long to wait for a round's replies: the factor times what the round should
+        take by the clock, and the floor. A factor of 0: as long as Flower waits.
     """
 
     def __init__(
@@ -46,19 +51,31 @@ class Rounds:
         min_available: int | None,
         wait_s: float,
         on_round: Callable[[RoundRecord], None] | None,
+        deadline_factor: float,
+        deadline_floor_s: float,
     ) -> None:
         self.min_available = (
             coordinator.partition.num_blocks if min_available is None else min_available
         )
         self.on_round = on_round
+        # Flower counts each start's rounds from 1; a resumed run has done some before.
+        self.rounds_before = coordinator.server_round
         self._coordinator = coordinator
         self._wait_s = wait_s
         self._plan: RoundPlan | None = None
         self._record: RoundRecord | None = None
         self._plan_s = 0.0
+        self._deadline = (
+            RoundDeadline(deadline_factor, deadline_floor_s)
+            if deadline_factor
+            else None
+        )
+        self._sent_at = 0.0
 
     def restart(self) -> None:
         """Begin a run: its first round has to succeed, whatever went before."""
+        if self._record is not None:
+            self.rounds_before = 0
         self._plan = self._record = None
 
     def plan(
@@ -69,6 +86,8 @@ class Rounds:
         ask_profiles: AskProfiles,
     ) -> RoundPlan | None:
         """Wait for devices, ask new ones for their profiles, and plan the round.
+
+        Rounds are the run's here, not those of Flower's loop: ``rounds_before`` more.
 
         Parameters
         ----------
@@ -86,7 +105,7 @@ class Rounds:
         Raises
         ------
         UserError
-            In the first round: too few devices connected, or the devices cannot
+            In the run's first round: too few devices connected, or the devices cannot
             compute all blocks.
         """
         self._plan = None
@@ -96,20 +115,37 @@ class Rounds:
             start = time.perf_counter()
             self._plan = self._coordinator.plan_round(server_round, devices)
         except UserError as error:
-            if self._record is None:
+            if self._record is None and not self.rounds_before:
                 raise
             self._record = self._coordinator.skip_round(server_round, str(error))
             log(WARNING, "%s", self._record.lines()[0])
         else:
             self._plan_s = time.perf_counter() - start
+            self._sent_at = time.monotonic()
         return self._plan
+
+    def wait_s(self) -> float:
+        """Return how long the replies to the present round may take; else infinity."""
+        if self._plan is None or self._deadline is None:
+            return math.inf
+        seconds: float = self._deadline.wait_s(self._plan.allocation.round_s)
+        return seconds
 
     def complete(self, replies: Iterable[DeviceReply]) -> dict[str, int | float] | None:
         """Take the round's replies in; return its metrics, or None if skipped."""
-        if self._plan is None:
+        plan, self._plan = self._plan, None
+        if plan is None:
             return None
+        replies = list(replies)
+        if self._deadline is not None:
+            self._deadline.learn(
+                plan.allocation.round_s,
+                time.monotonic() - self._sent_at,
+                asked=len(plan.assignments),
+                answered=len({reply.device_id for reply in replies}),
+            )
         start = time.perf_counter()
-        record = self._coordinator.complete_round(self._plan, replies)
+        record = self._coordinator.complete_round(plan, replies)
         self._record = replace(
             record, measured_strategy_s=self._plan_s + time.perf_counter() - start
         )
@@ -141,11 +177,12 @@ class Rounds:
     ) -> Collection[str]:
         # Flower's own helpers wait without end, or sleep through their 5 s updates.
         deadline = time.monotonic() + self._wait_s
-        while len(devices := connected()) < self.min_available:
+        needed = self.min_available if self._record is None else 1
+        while len(devices := connected()) < needed:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{len(devices)} devices are connected after {self._wait_s:g} s; "
-                    f"{self.min_available} are needed (the model has "
+                    f"{needed} are needed (the model has "
                     f"{self._coordinator.partition.num_blocks} blocks). Start more "
                     "SuperNodes, or in a simulation pass --federation-config "
                     f"'num-supernodes={self.min_available}'."

@@ -211,6 +211,8 @@ def finished_run(
     if not finished.completed or records is None:
         reason = finished.error or f"the run is {finished.status}"
         raise RunFailed(f"{directory.name}: {reason}")
+    # There is nothing left to resume, and many runs' checkpoints fill a disk.
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     report(f"{directory.name}: {finished.final}")
     return config, records
 

@@ -194,23 +194,26 @@ def test_too_few_devices_end_the_run_with_what_to_do(federation):
         server.fit(num_rounds=1, timeout=None)
 
 
-def test_later_rounds_without_enough_devices_are_skipped_and_recorded(federation):
+def test_later_rounds_go_on_with_who_is_there_and_are_skipped_without_anybody(
+    federation,
+):
     records = []
     server, devices = federation(num_devices=3, wait_s=0.2, on_round=records.append)
     manager = server.client_manager()
 
     def leave_and_come_back(record):
         records.append(record)
-        if record.server_round == 1:
-            manager.unregister(devices[0])
-        if record.server_round == 2:
-            manager.register(devices[0])
+        for device in {1: devices[:1], 2: devices[1:]}.get(record.server_round, []):
+            manager.unregister(device)
+        for device in devices if record.server_round == 3 else []:
+            manager.register(device)
 
     server.strategy._rounds.on_round = leave_and_come_back
-    server.fit(num_rounds=3, timeout=None)
-    assert [record.skipped is None for record in records] == [True, False, True]
-    assert records[1].wireless_s == records[0].wireless_s < records[2].wireless_s
-    assert "2 devices are connected" in records[1].skipped
+    server.fit(num_rounds=4, timeout=None)
+    assert [record.skipped is None for record in records] == [True, True, False, True]
+    assert [len(record.blocks) for record in records] == [3, 2, 0, 3]
+    assert records[1].wireless_s == records[2].wireless_s < records[3].wireless_s
+    assert "0 devices are connected" in records[2].skipped
 
 
 def test_evaluation_belongs_to_the_round(federation):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from lola_flwr.allocation import find_allocator
+from lola_flwr.assembly import BLOCK_MEANS
 from lola_flwr.codec import codec_ladder
 from lola_flwr.errors import UserError
 from lola_flwr.payload import HeadPolicy
@@ -118,6 +119,9 @@ class GlueConfig(RunConfig):
     schedule: str
     schedule_options: Options
     max_gradient_norm: float = Field(gt=0)
+    norm_factor: float = Field(ge=0)
+    block_mean: Literal[BLOCK_MEANS]  # type: ignore[valid-type]
+    longest_round_s: float = Field(gt=0)
     allocator: Annotated[str, AfterValidator(_known_allocator)]
     participation: Literal["needed", "all"]
     devices_per_block: int = Field(ge=1)
@@ -140,6 +144,8 @@ class GlueConfig(RunConfig):
     eval_every: int = Field(ge=1)
     round_timeout_s: float = Field(gt=0)
     output_dir: str
+    checkpoint_every: int = Field(ge=1)
+    keep_checkpoints: int = Field(ge=1)
     save_model: bool
     save_merged: bool
     trackers: Annotated[str, AfterValidator(_known_trackers)]

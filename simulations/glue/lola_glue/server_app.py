@@ -24,7 +24,8 @@ from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for
 from lola_flwr.models import load_values
-from lola_flwr.round_log import RoundLog, RoundRecord
+from lola_flwr.round_log import RoundRecord
+from lola_flwr.run_directory import RunDirectory
 from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.tracking import tracking
@@ -78,21 +79,26 @@ def fine_tune(grid: Grid, context: Context) -> None:
         return evaluate_model(model, tokenizer, task, dev, config.max_length)
 
     directory = run_directory(config.output_dir, context.run_id)
-    log_file = RoundLog(directory / "rounds.jsonl")
-    describe_run(directory, app="lola-glue", config=config.to_run_config())
-    last: list[RoundRecord] = []
-
     run = run_legacy if config.interface == "legacy" else run_message
     trackers = config.trackers.split()
-    with tracking(trackers, directory, config.to_run_config()) as track:
+    with (
+        RunDirectory(
+            directory,
+            coordinator,
+            configuration=results_depend_on(config),
+            keep=config.keep_checkpoints,
+            every=config.checkpoint_every,
+        ) as files,
+        tracking(trackers, directory, config.to_run_config()) as track,
+    ):
+        describe_run(directory, app="lola-glue", config=config.to_run_config())
 
         def on_round(record: RoundRecord) -> None:
-            log_file.append(record)
+            files.on_round(record)
             track(record)
-            last[:] = [record]
 
         run(grid, context, config, coordinator, evaluate, on_round)
-    log(INFO, "rounds written to %s", log_file.path)
+    log(INFO, "rounds written to %s", files.log.path)
     if config.save_model or config.save_merged:
         values = coordinator.state()
         load_values(
@@ -105,7 +111,9 @@ def fine_tune(grid: Grid, context: Context) -> None:
             merge(model).save_pretrained(directory / "merged")
             tokenizer.save_pretrained(directory / "merged")
             log(INFO, "merged model written to %s", directory / "merged")
-    log(INFO, "%s", last[0].final_line())
+    last = files.log.last()
+    if last is not None:
+        log(INFO, "%s", last.final_line())
 
 
 def run_legacy(
@@ -196,6 +204,9 @@ def make_coordinator(
         codec_slack=config.codec_slack,
         head=config.head,
         downlink=config.downlink,
+        norm_factor=config.norm_factor or np.inf,
+        block_mean=config.block_mean,
+        longest_round_s=config.longest_round_s,
         seed=config.seed,
     )
 
@@ -229,3 +240,22 @@ def evaluate_model(
             logits[indices] = output.logits.numpy()
             total_loss += output.loss.item() * len(indices)
     return {"loss": total_loss / len(order), **score(task, logits, examples.labels)}
+
+
+def results_depend_on(config: GlueConfig) -> dict[str, bool | float | int | str]:
+    """Return the part of a configuration that a run can only be resumed with.
+
+    The number of rounds is in it only where the learning rate depends on it.
+    """
+    free = {
+        "interface",
+        "round_timeout_s",
+        "output_dir",
+        "save_model",
+        "save_merged",
+        "trackers",
+    }
+    free |= {"eval_every", "keep_checkpoints", "checkpoint_every"}
+    if config.schedule != "linear":
+        free.add("rounds")
+    return config.model_dump(by_alias=True, exclude=free)

@@ -1,0 +1,152 @@
+"""Checkpoints: a run's whole state in one file, written so that no crash can harm it.
+
+A checkpoint is one safetensors file: arrays as tensors, everything else as JSON in its
+header, and a SHA-256 over both. It is written beside its place, flushed to the disk and
+renamed into it, so that a name like ``round-000017.safetensors`` always stands for a
+complete file; the digest finds what a disk or an editor did to it later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lola_flwr.errors import UserError, quoted
+
+_PATTERN = "round-*.safetensors"
+
+
+class CheckpointDamaged(ValueError):
+    """A file is no checkpoint, or is not as it was written."""
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The state of something at one moment.
+
+    Parameters
+    ----------
+    arrays
+        Arrays by name.
+    values
+        Everything else, as JSON knows it.
+    """
+
+    arrays: Mapping[str, npt.NDArray[Any]]
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Parameters
+    ----------
+    directory
+        Where they are; made when the first is saved.
+    keep
+        How many of the latest to keep, at least 1.
+
+    Raises
+    ------
+    UserError
+        ``keep`` is less.
+    """
+
+    directory: Path
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UserError(f"keep={self.keep} checkpoints; keep at least 1.")
+
+    def save(self, server_round: int, snapshot: Snapshot) -> Path:
+        """Write the state after a round, and remove checkpoints beyond ``keep``."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"round-{server_round:06d}.safetensors"
+        partial = path.with_suffix(".partial")
+        _write(partial, snapshot)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        # The rename itself is safe only when the directory is on the disk.
+        _sync_directory(self.directory)
+        for old in self._paths()[self.keep :]:
+            old.unlink()
+        return path
+
+    def latest(self) -> tuple[Snapshot | None, list[str]]:
+        """Read the latest checkpoint that is whole.
+
+        Returns
+        -------
+        The snapshot, None if there is none; and one line for each later checkpoint
+        that had to be passed over.
+        """
+        damaged: list[str] = []
+        for path in self._paths():
+            try:
+                return read(path), damaged
+            except CheckpointDamaged as error:
+                damaged.append(f"{path}: {error}")
+        return None, damaged
+
+    def _paths(self) -> list[Path]:
+        """Return the checkpoints' files, latest first."""
+        return sorted(self.directory.glob(_PATTERN), reverse=True)
+
+
+def read(path: Path) -> Snapshot:
+    """Read one checkpoint.
+
+    Raises
+    ------
+    CheckpointDamaged
+        The file is truncated, changed, or something else altogether.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointDamaged(f"not readable ({quoted(error)})") from None
+    text = metadata.get("state", "")
+    if metadata.get("sha256") != _digest(arrays, text):
+        raise CheckpointDamaged("its content does not match its checksum")
+    return Snapshot(arrays, json.loads(text))
+
+
+def _write(path: Path, snapshot: Snapshot) -> None:
+    text = json.dumps(snapshot.values)
+    arrays = {name: np.ascontiguousarray(a) for name, a in snapshot.arrays.items()}
+    # ascontiguousarray makes scalars one-dimensional.
+    arrays = {n: a.reshape(snapshot.arrays[n].shape) for n, a in arrays.items()}
+    save_file(arrays, path, {"state": text, "sha256": _digest(arrays, text)})
+
+
+def _digest(arrays: Mapping[str, npt.NDArray[Any]], text: str) -> str:
+    """Return the SHA-256 of names, types, shapes and values, and of the text."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,127 @@
+"""A run's directory: its rounds, its checkpoints, and going on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Mapping
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Self
+
+from flwr.common.logger import log
+
+from lola_flwr.checkpoint import Checkpoints, Snapshot
+from lola_flwr.coordinator import Coordinator
+from lola_flwr.errors import UserError
+from lola_flwr.round_log import RoundLog, RoundRecord
+
+Scalar = bool | float | int | str
+
+
+class RunDirectory:
+    """Keeps a run's records and checkpoints; a run started in it again goes on.
+
+    Where there is a checkpoint, the coordinator is set to it, and the run does the
+    rounds that are left: with the same seed and devices, and compute times that are
+    simulated, it ends with the values, bit for bit, of a run that was never stopped::
+
+        with RunDirectory(path, coordinator, configuration=config) as files:
+            strategy = LoLaDeft(coordinator, on_round=files.on_round)
+            ...
+
+    Parameters
+    ----------
+    path
+        The directory; it is made. One process at a time can run in it.
+    coordinator
+        The run's coordinator, before its first round.
+    configuration
+        What the run's results depend on. A run is only resumed with the same.
+    keep
+        Checkpoints to keep, at least 1; older ones are removed.
+    every
+        Rounds from one checkpoint to the next: as many are repeated after a crash.
+
+    Raises
+    ------
+    UserError
+        The directory holds a run of another configuration, is in use, or holds no
+        checkpoint that can be read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        coordinator: Coordinator,
+        *,
+        configuration: Mapping[str, Scalar],
+        keep: int = 3,
+        every: int = 1,
+    ) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / "lock").open("a")
+        self._coordinator = coordinator
+        self._configuration = dict(configuration)
+        self._every = every
+        self._checkpoints = Checkpoints(path / "checkpoints", keep)
+        try:
+            # The system gives it back when the process ends, however it ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another process runs in {path}; wait for it, or give this run "
+                "another output directory."
+            ) from None
+        found, damaged = self._checkpoints.latest()
+        for line in damaged:
+            log(WARNING, "checkpoint passed over: %s", line)
+        if found is None:
+            if damaged:
+                raise UserError(
+                    f"None of the {len(damaged)} checkpoints in {path} can be read; "
+                    "give this run another output directory to start anew."
+                )
+            self.log = RoundLog(path / "rounds.jsonl")
+            self._save(0)
+            return
+        self._require_same_configuration(path, found)
+        coordinator.restore(found)
+        self.log = RoundLog(path / "rounds.jsonl", found.values["log_bytes"])
+        log(INFO, "going on after round %s in %s", coordinator.server_round, path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Write a round's record, and a checkpoint if it is time for one."""
+        log_bytes = self.log.append(record)
+        if record.server_round % self._every == 0:
+            self._save(log_bytes)
+
+    def _save(self, log_bytes: int) -> None:
+        snapshot = self._coordinator.snapshot()
+        values = {
+            "configuration": self._configuration,
+            "log_bytes": log_bytes,
+            **snapshot.values,
+        }
+        self._checkpoints.save(
+            self._coordinator.server_round, Snapshot(snapshot.arrays, values)
+        )
+
+    def _require_same_configuration(self, path: Path, found: Snapshot) -> None:
+        then, now = found.values["configuration"], self._configuration
+        different = [
+            f"{key}={now.get(key)!r} instead of {then.get(key)!r}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
+        ]
+        if different:
+            raise UserError(
+                f"{path} holds a run with another configuration: "
+                f"{'; '.join(different)}. Give it the same to go on with it, or give "
+                "this run another output directory."
+            )
