@@ -1,0 +1,71 @@
+"""The GLUE app in this process: its server, its simulated devices, a Grid between them.
+
+All of the app is real: task, model, strategy, coordinator, devices that train. What is
+not there is Flower's SuperLink and Ray, so that hundreds of rounds take minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from lola_glue.client_app import app
+from lola_glue.server_app import fine_tune
+from tests.strategies.in_process import InProcessGrid
+
+APP = Path(__file__).parent.parent.parent / "simulations" / "glue"
+
+
+def app_config(**overrides):
+    with (APP / "pyproject.toml").open("rb") as file:
+        config = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
+    overrides = {key.replace("_", "-"): value for key, value in overrides.items()}
+    assert overrides.keys() <= config.keys()
+    return {**config, **overrides}
+
+
+class AppGrid(InProcessGrid):
+    """Nodes that run the app's ClientApp, each with its part of the data."""
+
+    def __init__(self, config):
+        count = config["num-devices"]
+        super().__init__({100 + index: app for index in range(count)})
+        self.run = Run.create_empty(1)
+        self.config = config
+
+    def place_of(self, node):
+        """Return the node's configuration, which says which part of the data it has."""
+        return {"partition-id": node - 100, "num-partitions": len(self.apps)}
+
+    def send_and_receive(self, messages, *, timeout=None):
+        # Nothing is kept: the memory of long runs is measured.
+        return [self._deliver(message) for message in messages]
+
+    def _deliver(self, message):
+        node = message.metadata.dst_node_id
+        message.metadata.__dict__["_message_id"] = str(node)
+        context = Context(1, node, self.place_of(node), RecordDict(), self.config)
+        try:
+            return self.apps[node](message, context)
+        except Exception as error:
+            return Message(Error(code=0, reason=repr(error)), reply_to=message)
+
+
+def run_app(output_dir, *, make_grid=AppGrid, **overrides):
+    """Run the app; return its round log, records as dicts."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        setattr(TaskIdentity, name, 1)
+    torch.set_num_threads(1)
+    config = app_config(
+        interface="message", output_dir=str(output_dir), keep_checkpoints=1, **overrides
+    )
+    grid = make_grid(config)
+    fine_tune(grid, Context(1, 1, {}, RecordDict(), config))
+    lines = (Path(output_dir) / "rounds.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
