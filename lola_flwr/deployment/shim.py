@@ -29,7 +29,7 @@ import numpy.typing as npt
 from flwr.app import Context
 from flwr.common.logger import log
 
-from lola_flwr.clients.update import Device, LocalUpdate
+from lola_flwr.clients.update import Device, LocalUpdate, OutOfMemory
 from lola_flwr.deployment.app_code import app_root, load_device_function
 from lola_flwr.deployment.processes import ancestor_running
 from lola_flwr.deployment.worker_link import (
@@ -156,6 +156,8 @@ class WorkerDevice:
             raise WorkerFailed(
                 f"The worker ended in the middle of it: {error}"
             ) from None
+        if answer.kind == "out-of-memory":
+            raise OutOfMemory(answer.header["message"])
         if answer.kind == "error":
             kind_of_error = UserError if answer.header["user"] else WorkerFailed
             raise kind_of_error(answer.header["message"])

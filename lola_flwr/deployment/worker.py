@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lola_flwr.clients.update import OutOfMemory
 from lola_flwr.deployment.app_code import (
     DeviceContext,
     forget_app,
@@ -149,6 +150,8 @@ class Worker:
                     answer = self._reply(asked)
                 except UserError as error:
                     answer = Frame("error", {"user": True, "message": str(error)})
+                except OutOfMemory as error:
+                    answer = Frame("out-of-memory", {"message": str(error)})
                 # What an app raises is the app's; the worker goes on with the next
                 # message.
                 except Exception as error:

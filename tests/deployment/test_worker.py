@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lola_flwr.clients.update import OutOfMemory
 from lola_flwr.deployment.processes import ProcessId, _stat, this_process
 from lola_flwr.deployment.shim import WorkerDevice, WorkerFailed, resident
 from lola_flwr.deployment.worker import Worker, ask_worker
@@ -152,7 +153,11 @@ def test_a_run_that_is_silent_makes_way(path):
 
 @pytest.mark.parametrize(
     ("kind", "error", "text"),
-    [("user", UserError, "The toy is broken."), ("app", WorkerFailed, "KeyError")],
+    [
+        ("user", UserError, "The toy is broken."),
+        ("memory", OutOfMemory, "4 GiB"),
+        ("app", WorkerFailed, "KeyError"),
+    ],
 )
 def test_errors_of_the_app_come_back(served, path, kind, error, text):
     device = WorkerDevice(TOY, context(fail=kind), path)

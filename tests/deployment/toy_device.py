@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from lola_flwr.clients.update import LocalUpdate
+from lola_flwr.clients.update import LocalUpdate, OutOfMemory
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import UpdateReport
 from lola_flwr.system.devices import DeviceProfile
@@ -22,6 +22,8 @@ class ToyDevice:
         self._config = run_config
 
     def train(self, assignment, values):
+        if self._config.get("fail") == "memory":
+            raise OutOfMemory("4 GiB")
         if self._config.get("fail") == "user":
             raise UserError("The toy is broken.")
         if self._config.get("fail") == "app":
