@@ -77,7 +77,8 @@ class RoundRecord:
     wireless_s
         Sum of ``observed_s`` up to and with this round.
     num_excluded
-        Devices that had to be left out for want of memory.
+        Devices that were left out where all others take part: they have not the memory
+        for a block, or rest after failures.
     round_s
         Planned latency of the round.
     observed_s
@@ -164,7 +165,10 @@ class RoundRecord:
                     f"{expected}"
                 )
         if self.num_excluded:
-            lines.append(f"  {self.num_excluded} devices lack the memory for any block")
+            lines.append(
+                f"  {self.num_excluded} devices take no part: they lack the memory for "
+                "any block, or rest after failures"
+            )
         ignored = [b.ignored_arrays for b in self.blocks if b.ignored_arrays]
         if ignored:
             lines.append(

@@ -17,6 +17,8 @@ from lola_flwr.protocol import Assignment
 from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
+from tests.reliability.tiny_run import run
+from tests.strategies.in_process import InProcessGrid
 from tests.test_coordinator import (
     PARTITION,
     SHAPES,
@@ -38,7 +40,7 @@ def fit(roberta, batch):
     parameters = dict(roberta.named_parameters())
     values = [parameters[name].numpy(force=True) for name in partition.trainable]
 
-    def run(batch_source=lambda *_: batch, memory_bytes=1e6, **options):
+    def fit(batch_source=lambda *_: batch, memory_bytes=1e6, **options):
         device = BlockDevice(
             profile=simulated_device(0, seed=1),
             load_model=lambda: (roberta, partition),
@@ -56,7 +58,7 @@ def fit(roberta, batch):
         )
         return BlockClient(device).fit(values, assignment.to_record())
 
-    return run
+    return fit
 
 
 @pytest.mark.parametrize("allocate", [torch.empty, np.empty])
@@ -202,3 +204,25 @@ def test_the_deadline_follows_the_clock_of_complete_rounds():
     # ... unless nobody was in time.
     deadline.learn(10.0, 62.0, asked=6, answered=0)
     assert deadline.wait_s(10.0) == math.inf
+
+
+class TimedGrid(InProcessGrid):
+    """Notes how long the replies of each round may take."""
+
+    waits = ()
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        if messages and messages[0].metadata.message_type == "train":
+            TimedGrid.waits = (*TimedGrid.waits, timeout)
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+@pytest.mark.parametrize("interface", ["message", "legacy"])
+def test_rounds_have_a_deadline_under_both_interfaces(tmp_path, interface):
+    TimedGrid.waits = ()
+    run(tmp_path, num_rounds=3, interface=interface, make_grid=TimedGrid)
+    first, *later = TimedGrid.waits
+    assert first == 3600
+    assert len(later) == 2
+    assert all(60 < wait_s < 600 for wait_s in later)
