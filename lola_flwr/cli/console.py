@@ -17,16 +17,19 @@ _PIPE_WIDTH = 160
 
 def console() -> Console:
     """Return a console on today's standard output."""
-    if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, width=_PIPE_WIDTH)
+    # What files and devices call themselves is text, never markup.
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(highlight=False, markup=False, width=width)
 
 
 def table(title: str, *columns: str, left: int = 1) -> Table:
     """Return an empty table whose first columns are words, and the others numbers."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number < left else "right")
+        if number < left:
+            made.add_column(column, no_wrap=True, overflow="ellipsis", max_width=24)
+        else:
+            made.add_column(column, justify="right", no_wrap=True)
     return made
 
 

@@ -76,7 +76,11 @@ def _progress(last: RoundRecord, total: int | None, passed_s: float) -> Table:
 def _metrics(rounds: Sequence[RoundRecord]) -> Table:
     line = Table.grid(padding=(0, 2))
     last = rounds[-1]
-    words = [f"latency {last.observed_s:.3f} s"]
+    words = [
+        f"latency {last.observed_s:.3f} s"
+        if last.skipped is None
+        else f"skipped: {last.skipped}"
+    ]
     losses = [r.train_loss for r in rounds if r.train_loss is not None]
     if losses:
         words.append(f"train loss {losses[-1]:.4f} {_spark(losses)}")
@@ -88,7 +92,7 @@ def _metrics(rounds: Sequence[RoundRecord]) -> Table:
     refused = sum(sum(record.refused.values()) for record in rounds)
     if refused:
         words.append(f"{refused} updates refused")
-    line.add_row(*words)
+    line.add_row(*map(Text, words))
     return line
 
 

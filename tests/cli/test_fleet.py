@@ -54,6 +54,16 @@ def test_generate_show_validate(tmp_path, capsys):
     assert tuple(shown) == generate_fleet(5, seed=2)
 
 
+def test_a_name_is_no_markup(tmp_path, capsys):
+    path = tmp_path / "fleet.toml"
+    text = fleet_toml(generate_fleet(6)).replace("device-0004", "[/bold]x[red]")
+    path.write_text(text)
+    assert main(["fleet", "show", str(path)]) == 0
+    assert "[/bold]x[red]" in capsys.readouterr().out
+    assert main(["plan", "--fleet", str(path), "--model", "minilm-l6"]) == 0
+    assert "[/bold]x[red]" in capsys.readouterr().out
+
+
 def test_generate_without_a_file_prints_one(capsys):
     assert main(["fleet", "generate", "3"]) == 0
     assert parse_fleet(capsys.readouterr().out) == generate_fleet(3)

@@ -134,6 +134,11 @@ class TestLive:
         assert "[red]phone" in shown
         assert "▒" * 8 + "█" * 24 in shown
 
+    def test_a_skipped_round_says_why(self, tmp_path):
+        log = RoundLog(tmp_path / "rounds.jsonl")
+        log.append(RoundRecord(1, 0, 0.0, skipped="nobody is there"))
+        assert "nobody is there" in self.shown(RunView(log.path, 3))
+
     def test_a_file_that_is_none_does_not_end_the_run(self, tmp_path):
         path = tmp_path / "rounds.jsonl"
         path.write_text("nonsense\n")
