@@ -146,22 +146,23 @@ class Worker:
                     return
                 connection.settimeout(None)
                 asked = receive_frame(connection)
-                try:
-                    answer = self._reply(asked)
-                except UserError as error:
-                    answer = Frame("error", {"user": True, "message": str(error)})
-                except OutOfMemory as error:
-                    answer = Frame("out-of-memory", {"message": str(error)})
-                # What an app raises is the app's; the worker goes on with the next
-                # message.
-                except Exception as error:
-                    traceback.print_exc()
-                    message = f"{type(error).__name__}: {error}"
-                    answer = Frame("error", {"user": False, "message": message})
+            except (LinkError, TimeoutError):
+                return  # who leaves now only looked whether a worker is there
+            try:
+                answer = self._reply(asked)
+            except UserError as error:
+                answer = Frame("error", {"user": True, "message": str(error)})
+            except OutOfMemory as error:
+                answer = Frame("out-of-memory", {"message": str(error)})
+            # What an app raises is the app's; the worker goes on with the next message.
+            except Exception as error:
+                traceback.print_exc()
+                message = f"{type(error).__name__}: {error}"
+                answer = Frame("error", {"user": False, "message": message})
+            try:
                 send_frame(connection, answer)
-            except (LinkError, TimeoutError) as error:
-                # The client was killed, or somebody else knocked.
-                _say(f"a client left: {error}")
+            except LinkError as error:
+                _say(f"a client did not wait for its answer: {error}")
 
     def _reply(self, asked: Frame) -> Frame:
         if asked.kind == "status":

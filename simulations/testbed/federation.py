@@ -192,9 +192,12 @@ class Federation:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """Stop all, SuperNodes before the SuperLink."""
-        for name in sorted(self._processes, key=lambda name: name == "superlink"):
-            _stop(self._processes[name])
+        """Stop all; what others connect to comes after them."""
+        order = ("run", "supernode", "worker", "superlink")
+        for kind in order:
+            for name, process in self._processes.items():
+                if name.partition("-")[0] == kind:
+                    _stop(process)
         self._processes.clear()
 
     # --- parts -----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lola_flwr.cli.main import main
 from lola_flwr.clients.update import OutOfMemory
 from lola_flwr.deployment.processes import ProcessId, _stat, this_process
 from lola_flwr.deployment.shim import WorkerDevice, WorkerFailed, resident
@@ -196,6 +197,21 @@ def test_memory_is_freed_when_the_supernode_is_gone(served, path):
     supernode.wait()
     wait_until(lambda: ask_worker(path, "status")["run_id"] is None)
     assert not started.is_alive()
+
+
+def test_the_command_asks_and_stops_a_worker(path, capsys):
+    worker = Worker(path)
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    assert main(["worker", "--socket", str(path), "--status"]) == 0
+    assert f"pid: {os.getpid()}" in capsys.readouterr().out
+    assert main(["worker", "--socket", str(path)]) == 1
+    assert "Another worker answers" in capsys.readouterr().err
+    assert main(["worker", "--socket", str(path), "--stop"]) == 0
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert main(["worker", "--socket", str(path), "--status"]) == 1
+    assert "No worker runs" in capsys.readouterr().err
 
 
 def test_this_process_is_alive_under_its_start_only():
