@@ -168,14 +168,15 @@ class RateEstimate:
         """Return the estimate after one round's observations."""
         by_device = dict(self.device_log_factor)
         limit = float(np.log(_LARGEST_FACTOR))
+        common_s = self._common_delay_s(observations)
         for seen in observations:
             known = by_device.get(seen.device, 0.0)
-            rate_bps = seen.payload_bits / max(seen.upload_s, 1e-9) / seen.share
+            upload_s = max(seen.upload_s - common_s * seen.held, 1e-9)
+            rate_bps = seen.payload_bits / upload_s / seen.share
             ratio = max(rate_bps / seen.claimed_bps, 1e-300)
             log_ratio = float(np.clip(np.log(ratio), -limit, limit))
-            limit_bps = seen.share * seen.claimed_bps * float(np.exp(known))
-            in_time_s = _HEADERS * seen.payload_bits / limit_bps + _PAUSES_S
-            if seen.held and seen.upload_s <= in_time_s:
+            in_time_s = _HEADERS * self._limited_s(seen) + _PAUSES_S
+            if seen.held and upload_s <= in_time_s:
                 # At its limit: the link may carry more, but how much more remains
                 # unseen. Believe the profile again, step by step, and no more than it.
                 known = max(known, min(known + float(np.log(_RECOVERY)), 0.0))
@@ -183,3 +184,18 @@ class RateEstimate:
                 known += _DEVICE_WEIGHT * (log_ratio - known)
             by_device[seen.device] = known
         return RateEstimate(by_device)
+
+    def _limited_s(self, seen: RateObservation) -> float:
+        """Return how long an upload takes at its limit."""
+        believed = np.exp(self.device_log_factor.get(seen.device, 0.0))
+        return float(seen.payload_bits / (seen.share * seen.claimed_bps * believed))
+
+    def _common_delay_s(self, observations: Sequence[RateObservation]) -> float:
+        """Return by how much the limited uploads of a round were late, median.
+
+        What they have in common is no property of one link: the server was busy. Each
+        limit would otherwise be lowered after it, and the next round be later still.
+        Two of them have nothing in common that could be told from their links.
+        """
+        late_s = [o.upload_s - self._limited_s(o) for o in observations if o.held]
+        return max(float(np.median(late_s)), 0.0) if len(late_s) > 2 else 0.0

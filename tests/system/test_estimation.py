@@ -119,3 +119,18 @@ def test_an_absurd_upload_moves_a_rate_by_a_bounded_factor():
 def test_other_devices_keep_their_rates():
     estimate = RateEstimate().update([upload(2e6)])
     np.testing.assert_array_equal(estimate.correct(np.array([5.0]), ["b"]), [5.0])
+
+
+def test_what_all_limited_uploads_are_late_by_is_no_property_of_a_link():
+    def late(device, upload_s):
+        return RateObservation(device, 8e6, 8e7, upload_s, share=0.5, held=True)
+
+    estimate = RateEstimate()
+    for _ in range(10):
+        # Planned for 20 s; the fourth link has half its rate.
+        estimate = estimate.update(
+            [late(d, 28.0 + i) for i, d in enumerate("abc")] + [late("d", 49.0)]
+        )
+    rates = estimate.correct(np.full(4, 8e6), list("abcd"))
+    np.testing.assert_array_equal(rates[:3], 8e6)
+    assert 4e6 * 0.9 < rates[3] < 4e6 * 1.35
