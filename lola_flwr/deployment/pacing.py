@@ -40,7 +40,7 @@ _CONNECT_S = 30.0
 # longer it takes, which blurs what it measures: so a chunk takes 10 s at most.
 _CHUNK_S = 10.0
 _CHUNKS_IN_FLIGHT = 2
-_SMALLEST_SHARE = 0.02
+_SMALLEST_SHARE = 0.05
 _SMALLEST_CHUNK_BYTES = 16 * 1024
 _LARGEST_CHUNK_BYTES = 5 * 1024 * 1024
 

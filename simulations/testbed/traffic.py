@@ -16,7 +16,8 @@ from pathlib import Path
 
 # Below this rate a link carries heartbeats and questions for work, but no upload.
 _IDLE_BYTES = 20_000
-_GAP_S = 1.5
+# A busy device pauses in the middle of an upload; rounds are further apart than this.
+_GAP_S = 4.0
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ def test_chunks_get_through_before_their_session_ends():
     for uplink_bps in (2e4, 1e5, 1e6, 1e7, 1e9):
         size = chunk_bytes(uplink_bps)
         assert 16 * 1024 <= size <= 5 * 1024 * 1024
-    # Two in flight share the smallest share: 10 s of 10 Mbit/s x 0.02.
-    assert chunk_bytes(1e7) == 125_000
+    # Two in flight share the smallest share: 10 s of 10 Mbit/s x 0.05.
+    assert chunk_bytes(1e7) == 312_500
 
 
 @pytest.fixture

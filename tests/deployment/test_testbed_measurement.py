@@ -22,7 +22,7 @@ def counter(times, uploads, *, noise_bps=2000.0):
 @given(
     rate_bps=st.floats(5e5, 1e8),
     seconds=st.floats(2, 40),
-    pause_s=st.floats(4, 30),
+    pause_s=st.floats(6, 30),
     count=st.integers(1, 4),
 )
 def test_uploads_are_found_in_a_counter(rate_bps, seconds, pause_s, count):
