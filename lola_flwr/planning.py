@@ -110,12 +110,13 @@ def round_problem(
     )
     speed = np.array([device.flops_per_s for device in fleet])
     memory_bytes = np.array([device.memory_bytes for device in fleet])
+    required_bytes = costs.required_bytes(fleet)  # [K, N]
     return AllocationProblem(
         costs.flops[None, :] / speed[:, None],  # [K, N]
         costs.payload_bits[None, :] / rate_bps[:, None],
-        costs.memory_bytes[None, :] <= memory_bytes[:, None],
+        required_bytes <= memory_bytes[:, None],
         memory_bytes=memory_bytes,
-        required_memory_bytes=costs.memory_bytes,
+        required_memory_bytes=required_bytes.min(axis=0),
         device_names=[device.name for device in fleet],
         mode=RoundMode() if mode is None else mode,
     )
@@ -219,6 +220,7 @@ def planned_blocks(
 ) -> tuple[BlockRecord, ...]:
     """Return each active device's part of a plan, from the first block on."""
     upload_s = allocation.upload_s(problem)
+    required_bytes = costs.required_bytes(fleet)  # [K, N]
     parts = [
         BlockRecord(
             block_index=block,
@@ -231,7 +233,8 @@ def planned_blocks(
             compute_clock="",
             loss=None,
             status="planned",
-            required_memory_bytes=float(costs.memory_bytes[block]),
+            payload_bytes=int(costs.payload_bits[block]) // 8,
+            required_memory_bytes=float(required_bytes[row, block]),
             memory_bytes=fleet[row].memory_bytes,
         )
         for row, block in enumerate(allocation.block_of_device.tolist())

@@ -64,13 +64,15 @@ def show(path: FleetFile, as_json: AsJson = False) -> None:
     if as_json:
         print_json([device.to_properties() for device in fleet])
         return
-    rows = table(f"{path}: {len(fleet)} devices", "device", "speed", "memory", "SNR")
+    rows = table(f"{path}: {len(fleet)} devices", "device", "speed", "memory", "uplink")
     for device in fleet:
         rows.add_row(
             device.name,
             si(device.flops_per_s, "FLOP/s"),
             si(device.memory_bytes, "B"),
-            f"{device.snr_db:.1f} dB",
+            f"{device.snr_db:.1f} dB"
+            if device.uplink_bps is None
+            else si(device.uplink_bps, "bit/s"),
         )
     console().print(rows)
 

@@ -226,7 +226,10 @@
   function drawMemory() {
     const run = runs[state.run];
     const most = new Map();
+    const peaks = new Map();
     run.device.forEach((device, part) => {
+      const peak = run.peak_bytes[part];
+      if (peak !== null) peaks.set(device, Math.max(peak, peaks.get(device) || 0));
       const needed = run.needed_bytes[part];
       if (needed === null || run.memory_bytes[part] === null) return;
       const known = most.get(device);
@@ -244,6 +247,11 @@
       const over = needed > offered;
       track.append(element("span", { class: over ? "lost" : "upload", style: `left:0;width:${(100 * needed) / offered}%` }));
       track.title = `block ${run.block[part]} needs ${bytes(needed)}; the device offers ${bytes(offered)}`;
+      const peak = peaks.get(device);
+      if (peak !== undefined) {
+        track.append(element("span", { class: "reported", style: `left:${Math.min((100 * peak) / offered, 99)}%` }));
+        track.title += `; measured peak ${bytes(peak)}`;
+      }
       return row(over ? "over" : "", run.devices[device], bytes(needed), `of ${bytes(offered)}`, track,
         `${format(+(100 * needed / offered).toPrecision(3))} %`);
     });

@@ -140,6 +140,7 @@ class Run:
             "status": [statuses.index(block.status) for block in blocks],
             "needed_bytes": _rounded(b.required_memory_bytes for b in blocks),
             "memory_bytes": _rounded(b.memory_bytes for b in blocks),
+            "peak_bytes": _rounded(b.peak_memory_bytes for b in blocks),
             "measured_upload_s": _rounded(block.measured_upload_s for block in blocks),
             **{
                 name: _rounded(_count(block, name) for block in blocks)

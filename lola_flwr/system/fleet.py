@@ -8,7 +8,8 @@ A fleet file names each device and what it offers::
     memory-bytes = 4e9   # memory that fine-tuning may use
     snr-db = 12.0        # mean uplink SNR at the server over the whole band
 
-The keys of a device are those that it reports as its profile.
+The keys of a device are those of its profile; ``uplink-bps`` is the rate of a link that
+is known, in place of the SNR.
 """
 
 from __future__ import annotations
@@ -117,12 +118,7 @@ def fleet_toml(fleet: Sequence[DeviceProfile]) -> str:
         "# A fleet for lola-flwr. Of each device: training speed (floating-point\n"
         "# operations a second), memory that fine-tuning may use (bytes), and mean\n"
         "# uplink SNR over the whole band (dB).\n\n"
-    ) + tomli_w.dumps({"device": [_stated(device) for device in fleet]})
-
-
-def _stated(device: DeviceProfile) -> dict[str, str | float]:
-    # TOML has no word for what is not known.
-    return {k: v for k, v in device.to_properties().items() if v is not None}
+    ) + tomli_w.dumps({"device": [device.to_properties() for device in fleet]})
 
 
 def _device(number: int, table: Any) -> DeviceProfile:

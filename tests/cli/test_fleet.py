@@ -19,6 +19,8 @@ PROFILES = st.builds(
     flops_per_s=st.floats(1e5, 1e16),
     memory_bytes=st.floats(1e5, 1e13),
     snr_db=st.floats(-60, 80),
+    uplink_bps=st.none() | st.floats(1e3, 1e12),
+    splits_batch=st.booleans(),
 )
 
 
