@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -82,6 +83,19 @@ def test_json(app, started, capsys):
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["status"] == "finished:completed"
     assert outcome["final"] == "final: loss=1"
+
+
+def test_a_run_ends_with_its_report(app, monkeypatch, capsys):
+    def run_app(_, *, run_config, **options):
+        (output,) = [w for w in run_config if w.startswith("output-dir=")]
+        log = RoundLog(Path(json.loads(output.partition("=")[2])) / "rounds.jsonl")
+        log.append(RoundRecord(1, 2, 3.0, metrics={"accuracy": 0.5}))
+        return FinishedRun("finished:completed", "INFO :     final: loss=1\n")
+
+    monkeypatch.setattr(simulation, "run_app", run_app)
+    assert main(["simulate", "app", "--devices", "4", "--out", "mine"]) == 0
+    assert f"report: {app.parent}/mine/report.html" in capsys.readouterr().out
+    assert "accuracy" in (app.parent / "mine" / "report.html").read_text()
 
 
 def test_a_failed_run_is_a_failed_command(app, monkeypatch, capsys):
