@@ -192,7 +192,7 @@ def test_hub_that_cannot_be_reached_names_the_offline_choices(monkeypatch):
 
 
 def test_unknown_random_shape():
-    with pytest.raises(ModelNotFound, match="random:roberta-base, random:roberta-tiny"):
+    with pytest.raises(ModelNotFound, match="random:roberta-base, random:roberta-wide"):
         load_classifier("random:gpt", num_labels=2)
 
 
