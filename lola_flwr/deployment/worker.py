@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,14 +218,16 @@ class Worker:
     def _device_for(self, context: DeviceContext, header: Mapping[str, Any]) -> Any:
         """Return the run's device; make it, and forget another run's, if need be."""
         reference, root = header["reference"], Path(header["root"])
+        supernode = ProcessId.from_header(header["supernode"])
         tenant = self._tenant
         if tenant is not None:
             if tenant.run_id == context.run_id:
+                # A SuperNode that was restarted in the middle of a run.
+                self._tenant = replace(tenant, supernode=supernode)
                 return tenant.device
             self._release()
         put_on_path(root)
         device = load_device_function(reference)(context)
-        supernode = ProcessId.from_header(header["supernode"])
         self._tenant = _Tenant(context.run_id, reference, root, supernode, device)
         _say(f"serving run {context.run_id} with {reference} in {root}")
         return device
