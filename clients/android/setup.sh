@@ -1,11 +1,11 @@
 #!/data/data/com.termux/files/usr/bin/sh
 # Make a lola-flwr device of an Android phone: Termux, with a Debian under proot in it.
 #
-#   sh setup.sh        in Termux (from F-Droid), once
+#   sh setup.sh SUPERLINK CA_CRT NODE_KEY     in Termux (from F-Droid), in a checkout
 #
-# Flower's Kotlin and C++ clients speak a protocol that Flower left in 2024, and no wheels
-# are built for Android itself; in Debian under proot the ordinary ones for ARM run, on the
-# CPU. Not tried on a phone.
+# The arguments are those of ../linux/install.sh. Flower's Kotlin and C++ clients speak a
+# protocol that Flower has left, and no wheels are built for Android itself; in Debian
+# under proot the ordinary ones for ARM run, on the CPU. Not tried on a phone.
 set -eu
 
 fail() {
@@ -13,23 +13,46 @@ fail() {
     exit 1
 }
 
+case ${1:-} in
+    -h | --help)
+        sed -n '2,9s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+esac
+[ $# -eq 3 ] || fail "give SUPERLINK CA_CRT NODE_KEY; --help says more."
 command -v pkg >/dev/null || fail "run this in Termux."
 [ "$(uname -m)" = aarch64 ] || fail "only 64-bit ARM has wheels of PyTorch."
+[ -r "$2" ] || fail "$2 cannot be read."
+[ -r "$3" ] || fail "$3 cannot be read."
+checkout=$(cd "$(dirname "$0")/../.." && pwd)
 
 pkg install -y proot-distro termux-api
-proot-distro list --verbose 2>/dev/null | grep -q 'debian.*installed' ||
-    proot-distro install debian
-proot-distro login debian -- sh -eu <<'DEBIAN'
+if ! proot-distro login debian -- true 2>/dev/null; then proot-distro install debian; fi
+
+given=$(mktemp -d)
+trap 'rm -rf "$given"' EXIT
+cp "$2" "$given/ca.crt"
+cp "$3" "$given/node.key"
+printf '%s' "$1" >"$given/superlink"
+proot-distro login debian \
+    --bind "$checkout:/mnt/lola-flwr" --bind "$given:/mnt/given" -- sh -eu <<'DEBIAN'
 apt-get update -q
 apt-get install -qy python3 python3-venv
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 [ -x /opt/lola-flwr/bin/python ] || python3 -m venv /opt/lola-flwr
-/opt/lola-flwr/bin/pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch
-/opt/lola-flwr/bin/pip install --quiet 'flwr>=1.41,<1.42' lola-flwr
-mkdir -p -m 700 /etc/lola-flwr
+pip=/opt/lola-flwr/bin/pip
+$pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch
+# pip writes into what it builds.
+rm -rf /tmp/lola-flwr
+cp -r /mnt/lola-flwr /tmp/lola-flwr
+$pip install --quiet 'flwr>=1.41,<1.42' '/tmp/lola-flwr[glue,offline]'
+install -D -m 755 -t /opt/lola-flwr/libexec \
+    /mnt/lola-flwr/clients/linux/worker.sh /mnt/lola-flwr/clients/linux/supernode.sh
+install -d -m 700 /etc/lola-flwr
+[ -e /etc/lola-flwr/ca.crt ] || install -m 600 /mnt/given/ca.crt /etc/lola-flwr
+[ -e /etc/lola-flwr/node.key ] || install -m 600 /mnt/given/node.key /etc/lola-flwr
+[ -e /etc/lola-flwr/device.env ] ||
+    sed "s|^LOLA_SUPERLINK=.*|LOLA_SUPERLINK=$(cat /mnt/given/superlink)|" \
+        /mnt/lola-flwr/clients/linux/device.env.example >/etc/lola-flwr/device.env
 DEBIAN
-cat <<'DONE'
-Installed. Copy ca.crt and this phone's key into Debian's /etc/lola-flwr (as ca.crt and
-node.key), the scripts of clients/linux to /opt/lola-flwr/libexec, and device.env.example
-to /etc/lola-flwr/device.env; set LOLA_SUPERLINK in it. Then: sh run.sh
-DONE
+echo "Installed. Start the device with: sh run.sh"
