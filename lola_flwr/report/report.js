@@ -43,6 +43,9 @@
 
   // --- line charts -----------------------------------------------------------------
 
+  const WHOLE = [1, 2, 5].flatMap((digit) => [1, 10, 100, 1e3, 1e4, 1e5].map((power) => digit * power))
+    .sort((a, b) => a - b);
+
   function lineChart(id, label) {
     const place = byId(id);
     const chart = { plot: null, draw };
@@ -64,7 +67,8 @@
           width: place.clientWidth, height: 260, legend: { live: true },
           cursor: { drag: { x: true, y: false }, points: { size: 7 } },
           scales: { x: { time: false } },
-          axes: [axis(), { ...axis(), size: 62 }],
+          // There is no round 12.5.
+          axes: [{ ...axis(), ...(label === "round" ? { incrs: WHOLE } : {}) }, { ...axis(), size: 62 }],
           series: [
             { label, value: (_, value) => format(value) },
             ...series.map((one) => ({
