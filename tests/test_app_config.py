@@ -40,7 +40,8 @@ class TestOverrides:
     def test_flower_reads_what_is_written(self):
         from flwr.common.config import parse_config_args
 
-        changes = read_overrides(APP, ["task=/a dir/x", "lr=3e-4", "save=true"])
+        words = ["task=r=8, names=['a', 'b']", "lr=3e-4", "save=true", "inner.key=/a b"]
+        changes = read_overrides(APP, words)
         assert parse_config_args(as_run_config(changes)) == changes
 
     @pytest.mark.parametrize(
