@@ -22,8 +22,10 @@ class RunDirectory:
     """Keeps a run's records and checkpoints; a run started in it again goes on.
 
     Where there is a checkpoint, the coordinator is set to it, and the run does the
-    rounds that are left: with the same seed and devices, and compute times that are
-    simulated, it ends with the values, bit for bit, of a run that was never stopped::
+    rounds that are left. It ends with the values, bit for bit, of a run that was never
+    stopped, where seed and devices are the same, their compute times simulated, and the
+    codec keeps nothing on a device (a measured time never comes twice, and what "int8"
+    and "topk" left out is lost with the round that was cut off)::
 
         with RunDirectory(path, coordinator, configuration=config) as files:
             strategy = LoLaDeft(coordinator, on_round=files.on_round)

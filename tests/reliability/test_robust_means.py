@@ -69,4 +69,4 @@ def test_the_limit_follows_the_median_of_a_block():
     # Honest norms that grow for good are the usual ones after a while.
     history = history.after([(0, 50.0)] * 60)
     assert history.limit(0, 3.0) == 150.0
-    assert len(history.of_block[0]) == 50
+    assert len(history.of_block[0]) == 20
