@@ -32,10 +32,12 @@ def tiny_model():
     return transformers.RobertaForSequenceClassification(config)
 
 
-def make_coordinator(model, partition, **options):
+def make_coordinator(model, partition, *, batch_size=BATCH, **options):
     options = {"bandwidth_hz": 1e6, "lr": 1e-2, "rotation_eps": 0.2, **options}
-    costs = model_costs(model, partition, batch_size=BATCH, sequence_length=10)
-    return coordinator_for(model, partition, costs=costs, batch_size=BATCH, **options)
+    costs = model_costs(model, partition, batch_size=batch_size, sequence_length=10)
+    return coordinator_for(
+        model, partition, costs=costs, batch_size=batch_size, **options
+    )
 
 
 def make_device(index, model, partition):
