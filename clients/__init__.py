@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from lola_flwr.clients.held_copies import held_mod
     from lola_flwr.clients.node import node_profile
     from lola_flwr.clients.profiles import profile_mod, report_profile
+    from lola_flwr.clients.sampling import ChosenBatches
 
 __all__ = [
     "AssignedBlock",
     "BlockClient",
     "BlockDevice",
+    "ChosenBatches",
     "LoLaClient",
     "block_mod",
     "held_mod",
@@ -35,6 +37,7 @@ _MODULES = {
     "AssignedBlock": "assigned_block",
     "BlockClient": "block_client",
     "BlockDevice": "device",
+    "ChosenBatches": "sampling",
     "LoLaClient": "client_app",
     "block_mod": "assigned_block",
     "held_mod": "held_copies",

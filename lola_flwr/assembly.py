@@ -29,12 +29,15 @@ class BlockUpdate:
         The device's running statistics, if it sent any.
     norm
         Euclidean norm of the gradients as they were received, before any clipping.
+    zeroth_order
+        Whether the gradient is an estimate from a few of its projections.
     """
 
     gradients: Mapping[str, npt.NDArray[np.float32]]
     num_examples: int
     statistics: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     norm: float = math.nan
+    zeroth_order: bool = False
 
 
 def assemble_gradient(

@@ -34,6 +34,11 @@ def array_bytes(name: str, nbytes: int) -> int:
     return nbytes + NPY_HEADER_BYTES + _ARRAY_BYTES + len(name)
 
 
+def array_message_bytes(name: str, nbytes: int) -> int:
+    """Bytes of a message whose only array has ``nbytes``."""
+    return _MESSAGE_BYTES + array_bytes(name, nbytes)
+
+
 def update_bytes(names: Iterable[str], shapes: Shapes, codec: Codec) -> int:
     """Bytes of the message in which a device sends some parameters' gradients.
 

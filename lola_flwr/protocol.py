@@ -116,6 +116,15 @@ class Assignment(_Record):
         take. None where no link is known, as in a simulation.
     memory_bytes
         Memory that the block should need; None if unknown.
+    direction_seed, num_directions, perturbation, smallest_share
+        Where the device is to train without back-propagation: see
+        ``lola_flwr.zeroth_order``. None: it back-propagates.
+    projection_rank, projection_period, projection_seed
+        How gradients are projected before they are encoded: see
+        ``lola_flwr.low_rank``. None: they are not.
+    operations
+        What each layer is to do, a letter each: see ``lola_flwr.d2ft.reduced``. None:
+        all layers run.
     """
 
     server_round: int
@@ -130,6 +139,14 @@ class Assignment(_Record):
     sends_head: bool = True
     manifest: str | None = None
     memory_bytes: float | None = None
+    direction_seed: int | None = None
+    num_directions: int | None = None
+    perturbation: float | None = None
+    smallest_share: float | None = None
+    projection_rank: int | None = None
+    projection_period: int | None = None
+    projection_seed: int | None = None
+    operations: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +162,9 @@ class UpdateReport(_Record):
     update_kind
         What the arrays are: the ``"gradient"``, in the assignment's codec, or the new
         ``"weights"`` after local training, in float32: a codec that rounds would round
-        most of a weight's small move away; or ``"nothing"``, where the device does not
-        hold what the message left out.
+        most of a weight's small move away; or ``"zeroth-order"``: one array of the
+        gradient's projections on the assignment's directions; or ``"nothing"``, where
+        the device does not hold what the message left out.
     loss
         Mean training loss; None if unknown.
     compute_s
@@ -164,6 +182,8 @@ class UpdateReport(_Record):
     peak_memory_bytes
         Memory that the training step took at its peak, weights included, as measured;
         None if it was not.
+    direction_seed
+        Seed of the directions that a zeroth-order update is about.
     """
 
     server_round: int
@@ -175,6 +195,7 @@ class UpdateReport(_Record):
     uplink_limit: str | None = None
     held: str | None = None
     peak_memory_bytes: float | None = None
+    direction_seed: int | None = None
 
 
 def nothing_report(assignment: Assignment) -> UpdateReport:

@@ -87,10 +87,17 @@ class ServerOptimizer:
                 schedule, self._optimizer, schedule_options or {}
             )
 
-    def step(self, gradient: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    def step(
+        self, gradient: Mapping[str, npt.NDArray[np.float32]], server_round: int = 1
+    ) -> None:
         """Take one step; parameters without a gradient keep their values.
 
-        The gradients are not copied: an optimizer may change them.
+        Parameters
+        ----------
+        gradient
+            Gradients by name; not copied: an optimizer may change them.
+        server_round
+            Round, from 1; no optimizer of torch.optim asks for it.
         """
         for name, parameter in self._parameters.items():
             values = gradient.get(name)
@@ -103,6 +110,18 @@ class ServerOptimizer:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
+
+    def shift(self, moves: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Move some parameters past the optimizer; its moments stay.
+
+        Parameters
+        ----------
+        moves
+            What is added to the parameters of these names.
+        """
+        with torch.no_grad():
+            for name, move in moves.items():
+                self._parameters[name].add_(torch.from_numpy(move))
 
     def load(self, values: Mapping[str, npt.NDArray[np.floating]]) -> None:
         """Overwrite the values; the optimizer's moments stay.

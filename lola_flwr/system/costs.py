@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import codec_named
-from lola_flwr.payload import payload_bits
+from lola_flwr.payload import array_message_bytes, payload_bits
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.levers import Levers, StepMemory
+from lola_flwr.zeroth_order.directions import PROJECTIONS
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -215,6 +216,53 @@ def estimate_costs(
         payload_bits=payload_bits(partition, shapes, codec_named(codec)),
         gradient_bytes=4.0 * uploaded,
         step=step,
+    )
+
+
+def estimate_zeroth_order_costs(
+    shapes: Shapes,
+    partition: BlockPartition,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    num_directions: int,
+) -> BlockCosts:
+    """Estimate what each block costs a device that trains by forward passes alone.
+
+    Parameters
+    ----------
+    shapes, partition, batch_size, sequence_length
+        As for `estimate_costs`.
+    num_directions
+        Directions of a mini-batch, two forward passes each.
+
+    Returns
+    -------
+    Costs that hardly depend on the block: two forward passes a direction; the weights,
+    a copy of block and head, and the widest layer's activations; a number a direction.
+    """
+    tokens = batch_size * sequence_length
+    layers = [
+        _layer_costs([shapes[name] for name in block], sequence_length, 0)
+        for block in partition.blocks
+    ]
+    forward = sum(layer.forward_flops_per_token for layer in layers)
+    head_forward = 2 * sum(_matrix_elements(shapes[name]) for name in partition.head)
+    flops = 2 * num_directions * (tokens * forward + batch_size * head_forward)
+    elements = {name: math.prod(shape) for name, shape in shapes.items()}
+    moved = [
+        sum(elements[name] for name in partition.update_names(index))
+        for index in range(partition.num_blocks)
+    ]
+    # Of a forward pass, what a layer would keep for its gradient is an upper bound.
+    widest = max(layer.passed_floats_per_token for layer in layers)
+    weights = sum(elements.values())
+    message_bytes = array_message_bytes(PROJECTIONS, 4 * num_directions)
+    return BlockCosts(
+        flops=np.full(partition.num_blocks, float(flops)),
+        memory_bytes=4.0 * (weights + np.array(moved) + tokens * widest),
+        payload_bits=np.full(partition.num_blocks, 8.0 * message_bytes),
+        gradient_bytes=np.zeros(partition.num_blocks),
     )
 
 
