@@ -8,8 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all test-testbed check bench figures testbed clean
-.PHONY: venv demo test test-all check bench figures docs clean
+.PHONY: venv demo test test-all test-testbed check bench figures compare testbed docs clean
 
 venv: $(VENV)/.installed
 
@@ -46,6 +45,10 @@ bench: venv
 # The paper's figures. GLUE=DIR adds learning curves on SST-2 and CoLA.
 figures: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.figures --out runs/figures $(if $(GLUE),--glue $(GLUE))
+
+# Every method side by side (docs/methods.md). COMPARE passes options on: see --help.
+compare: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.compare --out runs/compare $(COMPARE)
 
 # Measured beside predicted uploads under several allocators; skips where it cannot run.
 testbed: venv

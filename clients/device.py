@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from lola_flwr.clients.encoding import encode_update
 from lola_flwr.clients.out_of_memory import reports_out_of_memory
 from lola_flwr.clients.store import LostCopy, Residuals, complete
 from lola_flwr.clients.update import LocalUpdate
+from lola_flwr.d2ft.reduced import from_text, reduced_gradient
 from lola_flwr.errors import UserError
 from lola_flwr.execution import Accelerator, Precision, autocast, find_device
+from lola_flwr.low_rank import projection_of
 from lola_flwr.memory import keep_no_freed_memory, measured_peak
 from lola_flwr.models import fingerprint
 from lola_flwr.prefix import ActivationCache, LoadedModel, StreamedModel
@@ -36,6 +39,8 @@ from lola_flwr.truncated_backprop import (
     model_loss,
 )
 from lola_flwr.versions import Manifest
+from lola_flwr.zeroth_order.directions import PROJECTIONS, directions_of
+from lola_flwr.zeroth_order.projections import projected_gradients
 
 # Gives the mini-batch of a round: (server_round, batch_size) -> arguments of the model.
 BatchSource = Callable[[int, int], Batch]
@@ -156,6 +161,10 @@ class BlockDevice:
         batch = self.batch_source(assignment.server_round, assignment.batch_size)
         rng = rng_for(self.seed, "dropout", assignment.server_round, self.profile.name)
         levers = self._levers(assignment, streams=local.streams)
+        cache = self.prefix_cache
+        if assignment.operations is not None:
+            # What a layer is told to do, it does itself.
+            levers, cache = replace(levers, stream_prefix=local.streams), None
         measures = self.simulated_compute_s is None
         if measures:
             keep_no_freed_memory()
@@ -167,33 +176,53 @@ class BlockDevice:
         with (
             measured_peak(device) if measures else nullcontext() as peak,
             local.at_block(
-                assignment.block_index, self.prefix_cache, stream=levers.stream_prefix
+                assignment.block_index, cache, stream=levers.stream_prefix
             ) as model,
             # The device's own random state is left as it was.
             torch.random.fork_rng(),
         ):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             _train_mode(model)
             torch.manual_seed(int(rng.integers(2**63)))
-            result = block_gradient(
-                model,
-                partition,
-                assignment.block_index,
-                {name: tensor.to(device) for name, tensor in batch.items()},
-                loss_function=loss_function,
-                micro_batch_size=levers.micro_batch_size,
-            )
-        gradients = {
-            name: np.asarray(gradient.numpy(force=True), order="C")
-            for name, gradient in result.gradients.items()
-        }
-        residuals = self.store and Residuals(self.store, self.profile.name)
-        arrays = encode_update(gradients, partition, assignment, residuals)
+            if assignment.direction_seed is None:
+                gradient = block_gradient
+                if assignment.operations is not None:
+                    gradient = partial(
+                        reduced_gradient, operations=from_text(assignment.operations)
+                    )
+                result = gradient(
+                    model,
+                    partition,
+                    assignment.block_index,
+                    batch,
+                    loss_function=loss_function,
+                    micro_batch_size=levers.micro_batch_size,
+                )
+                loss, num_examples = result.loss, result.num_examples
+            else:
+                projections, loss = projected_gradients(
+                    model,
+                    partition.update_names(
+                        assignment.block_index, head=assignment.sends_head
+                    ),
+                    batch,
+                    directions=directions_of(assignment),
+                    loss_function=loss_function,
+                )
+                num_examples = len(next(iter(batch.values())))
+        arrays: dict[str, npt.NDArray[Any]]
+        if assignment.direction_seed is None:
+            arrays = self._encoded(result.gradients, partition, assignment)
+        else:
+            arrays = {PROJECTIONS: projections}
         simulated = self.simulated_compute_s
         report = UpdateReport(
             server_round=assignment.server_round,
             block_index=assignment.block_index,
-            update_kind="gradient",
-            loss=result.loss,
+            update_kind=(
+                "gradient" if assignment.direction_seed is None else "zeroth-order"
+            ),
+            loss=loss,
             compute_s=(
                 time.perf_counter() - start
                 if simulated is None
@@ -204,8 +233,32 @@ class BlockDevice:
             peak_memory_bytes=(
                 None if peak is None else float(local.held_bytes + peak.peak_bytes)
             ),
+            direction_seed=assignment.direction_seed,
         )
-        return LocalUpdate(arrays, result.num_examples, report)
+        return LocalUpdate(arrays, num_examples, report)
+
+    def _encoded(
+        self,
+        found: Mapping[str, Tensor],
+        partition: BlockPartition,
+        assignment: Assignment,
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return gradients as they travel: projected, if asked for, and encoded."""
+        gradients = {
+            name: np.asarray(gradient.numpy(force=True), order="C")
+            for name, gradient in found.items()
+        }
+        projection = projection_of(assignment)
+        if projection is not None:
+            gradients = {
+                name: projection.project(assignment.server_round, name, gradient)
+                for name, gradient in gradients.items()
+            }
+        residuals = self.store and Residuals(self.store, self.profile.name)
+        arrays: dict[str, npt.NDArray[Any]] = encode_update(
+            gradients, partition, assignment, residuals
+        )
+        return arrays
 
     def _levers(self, assignment: Assignment, *, streams: bool) -> Levers:
         """Return how this device computes the gradient: what the server expects."""

@@ -6,6 +6,7 @@ adapter that carries its plans out and hands it the replies as bytes and records
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,11 @@ from lola_flwr.assembly import BlockUpdate, block_mean_named
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.candidates import narrowed
 from lola_flwr.checkpoint import Snapshot
+from lola_flwr.d2ft.reduced import from_text, reduced_costs, to_text
+from lola_flwr.d2ft.rescue import Schedules, with_reduced_schedules
 from lola_flwr.errors import UserError
+from lola_flwr.low_rank import LowRankProjection
+from lola_flwr.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.norm_limits import NormHistory
 from lola_flwr.payload import HeadPolicy, Payloads, Uplink, array_bytes
 from lola_flwr.protocol import OUT_OF_MEMORY, Assignment, UpdateReport
@@ -57,6 +62,7 @@ from lola_flwr.system.estimation import (
     RateObservation,
 )
 from lola_flwr.versions import HeldVersions, Manifest, model_pieces
+from lola_flwr.zeroth_order.mixing import BoolArray, FloatArray, ZerothOrder, mix
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +111,37 @@ class RoundPlan:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _StatedProblem:
+    """A round's problem, and what it assumes of the K devices.
+
+    Parameters
+    ----------
+    problem
+        The problem of all wanted blocks.
+    rate_bps
+        Rate of each device over the whole band, bit/s, shape [K].
+    required_bytes
+        Memory that each device takes for each block, shape [K, N].
+    without_backward
+        Who is to train by forward passes alone, shape [K].
+    schedules
+        What the layers are to do, where a device is to do less than all.
+    """
+
+    problem: AllocationProblem
+    rate_bps: FloatArray
+    required_bytes: FloatArray
+    without_backward: BoolArray
+    schedules: Schedules
+
+    def operations(self, row: int, block: int) -> str | None:
+        """Return what an assignment says about the layers; None: all run."""
+        if self.without_backward[row] or (row, block) not in self.schedules:
+            return None
+        return to_text(self.schedules[row, block])
+
+
 class Coordinator:
     """The server's side of LoLa-DEFT, apart from any transport.
 
@@ -130,6 +167,16 @@ class Coordinator:
     response
         Gives the loss that the model has with some trainable values on data of the
         server's, for a selection by importance.
+    zeroth_order
+        How devices without the memory for back-propagation are used (default: they are
+        not).
+    low_rank
+        How devices project their gradients before they send them; the optimizer is
+        then one that steps in the projected space (default: they do not).
+    reduced_schedules
+        Whether a device may take a block that its memory or the latency target does not
+        allow, by running some layers forward only or not at all. Its gradient is then
+        biased.
     rotation_eps
         Relative latency that may be given up for letting blocks meet other devices'
         data; 0 turns rotation off.
@@ -182,12 +229,15 @@ class Coordinator:
         partition: BlockPartition,
         costs: BlockCosts,
         bandwidth_hz: float,
-        optimizer: ServerOptimizer,
+        optimizer: ServerOptimizer | LowRankOptimizer,
         base_fingerprint: str,
         allocator: str | Allocator = "exact",
         mode: RoundMode | None = None,
         selection: Selection | None = None,
         response: Response | None = None,
+        zeroth_order: ZerothOrder | None = None,
+        low_rank: LowRankProjection | None = None,
+        reduced_schedules: bool = False,
         rotation_eps: float = 0.0,
         correct_profiles: bool = True,
         batch_size: int = 32,
@@ -221,6 +271,12 @@ class Coordinator:
             response=response,
             seed=seed,
         )
+        self._zeroth_order = zeroth_order
+        self._low_rank = low_rank
+        self._reduced_schedules = reduced_schedules
+        self._latency_target_s = (
+            math.inf if selection is None else selection.latency_target_s
+        )
         self._rotation_eps = rotation_eps
         self._correct_profiles = correct_profiles
         self._batch_size = batch_size
@@ -245,7 +301,10 @@ class Coordinator:
         self._codec_slack = codec_slack
         self._uplink = Uplink(
             partition,
-            {name: values.shape for name, values in optimizer.state().items()},
+            {
+                name: values.shape if low_rank is None else low_rank.shape(values.shape)
+                for name, values in optimizer.state().items()
+            },
             codec,
             head,
             statistics_bytes=sum(
@@ -349,10 +408,14 @@ class Coordinator:
             )
         profiles = [self._profiles[device] for device in known]
         names = [profile.name for profile in profiles]
-        required_bytes = self._costs.required_bytes(profiles)
-        wanted, rate_bps = self._problem(server_round, profiles)
-        wanted = self._chooser.narrow(wanted, server_round, self._optimizer.state())
-        wanted, _ = self._with_payloads(server_round, wanted, rate_bps)
+        stated = self._problem(server_round, profiles)
+        required_bytes, rate_bps = stated.required_bytes, stated.rate_bps
+        wanted = self._chooser.narrow(
+            stated.problem, server_round, self._optimizer.state()
+        )
+        wanted, _ = self._with_payloads(
+            server_round, wanted, rate_bps, stated.without_backward
+        )
         rows, problem = narrowed(
             wanted,
             longest_s=self._longest_round_s,
@@ -367,7 +430,9 @@ class Coordinator:
         able = [known[row] for row in rows]
         names = [names[row] for row in rows]
         # Who sends the head depends on which blocks are trained after all.
-        problem, payloads = self._with_payloads(server_round, problem, rate_bps[rows])
+        problem, payloads = self._with_payloads(
+            server_round, problem, rate_bps[rows], stated.without_backward[rows]
+        )
         options: dict[str, Any] = {}
         if self._allocator in RANDOM_ALLOCATORS:
             rng = rng_for(self._seed, "matching", server_round)
@@ -403,9 +468,20 @@ class Coordinator:
                 uplink_bps=(
                     None
                     if self._profiles[device].uplink_bps is None
-                    else float(payloads.bits[codec_level[row], block] / upload_s[row])
+                    else float(
+                        problem.full_band_upload_s[row, block]
+                        * rate_bps[rows[row]]
+                        / upload_s[row]
+                    )
                 ),
                 memory_bytes=float(required_bytes[rows[row], block]),
+                **self._directions(
+                    stated.without_backward[rows[row]], server_round, names[row]
+                ),
+                **(
+                    {} if self._low_rank is None else self._low_rank.assignment_fields()
+                ),
+                operations=stated.operations(int(rows[row]), block),
             )
         return RoundPlan(
             server_round=server_round,
@@ -471,14 +547,10 @@ class Coordinator:
             )
         if updates:
             # In the plan's order, so that the sum does not depend on who came first.
-            in_order = [updates[d] for d in plan.device_ids if d in updates]
-            gradient = self._assemble(in_order)
-            state = self._optimizer.state()
-            self._chooser.before_step({name: state[name] for name in gradient})
-            self._optimizer.step(gradient)
-            self._state_dict |= average_statistics(in_order)
+            ordered = [updates[d] for d in plan.device_ids if d in updates]
             blocks = [reports[device].block_index for device in updates]
-            self._chooser.after_step(plan.server_round, blocks, state)
+            self._step(plan.server_round, ordered, blocks)
+            self._state_dict |= average_statistics(ordered)
         records = self._block_records(plan, reports, refusals, uploads)
         observed_s = self._constant_s + max(
             (
@@ -502,7 +574,7 @@ class Coordinator:
         self._norms = self._norms.after(
             (plan.assignments[d].block_index, updates[d].norm)
             for d in plan.device_ids
-            if d in updates
+            if d in updates and not updates[d].zeroth_order
         )
         self.server_round = plan.server_round
         losses = {
@@ -653,10 +725,15 @@ class Coordinator:
         server_round: int,
         problem: AllocationProblem,
         rate_bps: npt.NDArray[np.float64],
+        without_backward: BoolArray,
     ) -> tuple[AllocationProblem, Payloads]:
         """Return the problem with the times that its blocks' payloads take."""
         payloads = self._uplink.payloads(server_round, problem.demand > 0)
-        upload_s = payloads.bits[0] / rate_bps[:, None]  # [K, N]
+        upload_s = np.where(
+            without_backward[:, None],
+            problem.full_band_upload_s,
+            payloads.bits[0] / rate_bps[:, None],
+        )  # [K, N]
         return replace(problem, full_band_upload_s=upload_s), payloads
 
     def _block_updates(self) -> list[int]:
@@ -665,6 +742,34 @@ class Coordinator:
         for (_, block), count in self._meetings.items():
             updates[block] += count
         return [updates[block] for block in range(self.partition.num_blocks)]
+
+    def _step(
+        self, server_round: int, updates: Sequence[BlockUpdate], blocks: Sequence[int]
+    ) -> None:
+        """Step the model by gradients, and past the optimizer by estimates of them."""
+        gradient = self._assemble([u for u in updates if not u.zeroth_order])
+        estimate = self._assemble([u for u in updates if u.zeroth_order])
+        state = self._optimizer.state()
+        self._chooser.before_step({name: state[name] for name in gradient | estimate})
+        if gradient:
+            self._optimizer.step(gradient, server_round)
+        if self._zeroth_order is not None:
+            rate = np.float32(self._zeroth_order.lr)
+            self._optimizer.shift({name: -rate * g for name, g in estimate.items()})
+        self._chooser.after_step(server_round, blocks, state)
+
+    def _costs_of(self, without_backward: bool) -> BlockCosts:
+        """Return the costs of a device that does, or does not, back-propagate."""
+        if self._zeroth_order is None or not without_backward:
+            return self._costs
+        return self._zeroth_order.costs
+
+    def _directions(
+        self, without_backward: np.bool_, server_round: int, device_name: str
+    ) -> dict[str, Any]:
+        if self._zeroth_order is None or not without_backward:
+            return {}
+        return self._zeroth_order.directions_for(self._seed, server_round, device_name)
 
     def _names(self, block_index: int, sends_head: bool) -> dict[str, Any]:
         """Return what devices are told of the blocks, where they are sent the model."""
@@ -679,8 +784,8 @@ class Coordinator:
 
     def _problem(
         self, server_round: int, profiles: Sequence[DeviceProfile]
-    ) -> tuple[AllocationProblem, npt.NDArray[np.float64]]:
-        """State the problem of all wanted blocks; return the rates too, bit/s."""
+    ) -> _StatedProblem:
+        """State the problem of all blocks that the run's mode names."""
         wanted = np.ones(self.partition.num_blocks, bool)
         payloads = self._uplink.payloads(server_round, wanted)
         speed = np.array([profile.flops_per_s for profile in profiles])
@@ -706,7 +811,26 @@ class Coordinator:
             constant_s=self._constant_s,
             mode=self._mode,
         )
-        return problem, rate_bps
+        schedules: Schedules = {}
+        if self._reduced_schedules:
+            problem, schedules = with_reduced_schedules(
+                problem, self._costs, latency_target_s=self._latency_target_s
+            )
+        mixed, without_backward = mix(
+            problem,
+            self._zeroth_order,
+            profiles,
+            rate_bps=rate_bps,
+            correct=self._estimate.correct,
+        )
+        for (row, block), operations in schedules.items():
+            required_bytes[row, block] = reduced_costs(self._costs, block, operations)[
+                1
+            ]
+        required_bytes[without_backward] = self._costs_of(True).memory_bytes
+        return _StatedProblem(
+            mixed, rate_bps, required_bytes, without_backward, schedules
+        )
 
     def _held_versions(self) -> HeldVersions:
         constants = self.constants()
@@ -749,7 +873,14 @@ class Coordinator:
                 )
             if report.compute_s is None:
                 continue
-            claimed_s = self._costs.flops[report.block_index] / profile.flops_per_s
+            costs = self._costs_of(report.direction_seed is not None)
+            flops = float(costs.flops[report.block_index])
+            operations = plan.assignments[device].operations
+            if operations is not None:
+                flops, _ = reduced_costs(
+                    costs, report.block_index, from_text(operations)
+                )
+            claimed_s = flops / profile.flops_per_s
             observations.append(
                 Observation(
                     profile.name, report.block_index, claimed_s, report.compute_s

@@ -16,10 +16,16 @@ from lola_flwr.adapters import base_weights, model_partition
 from lola_flwr.blocks import BlockPartition, passed_names
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
+from lola_flwr.low_rank import LowRankProjection
+from lola_flwr.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.measured_costs import Example, measure_costs
 from lola_flwr.models import fingerprint
 from lola_flwr.server_optimizer import ServerOptimizer
-from lola_flwr.system.costs import BlockCosts, estimate_costs
+from lola_flwr.system.costs import (
+    BlockCosts,
+    estimate_costs,
+    estimate_zeroth_order_costs,
+)
 
 
 def model_costs(
@@ -84,6 +90,27 @@ def model_costs(
     )
 
 
+def zeroth_order_costs(
+    model: nn.Module,
+    partition: BlockPartition,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    num_directions: int,
+) -> BlockCosts:
+    """Estimate what blocks cost devices that train by forward passes alone.
+
+    Parameters are those of ``model_costs`` and of ``estimate_zeroth_order_costs``.
+    """
+    return estimate_zeroth_order_costs(
+        {name: tuple(values.shape) for name, values in model.named_parameters()},
+        partition,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        num_directions=num_directions,
+    )
+
+
 def coordinator_for(
     model: nn.Module,
     partition: BlockPartition,
@@ -91,6 +118,7 @@ def coordinator_for(
     optimizer: str = "AdamW",
     lr: float = 3e-4,
     optimizer_options: Mapping[str, Any] | None = None,
+    low_rank: LowRankProjection | None = None,
     **options: Any,
 ) -> Coordinator:
     """Put a coordinator together that fine-tunes a model from its present values.
@@ -104,18 +132,22 @@ def coordinator_for(
     optimizer, lr, optimizer_options
         Name and keyword arguments of the server's optimizer and of its schedule, as for
         ``ServerOptimizer``.
+    low_rank
+        How gradients are projected; the optimizer then steps in the projected space.
     **options
         Further arguments of ``Coordinator``: ``costs`` and ``bandwidth_hz`` at least.
     """
     parameters = dict(model.named_parameters())
+    values = {name: _array(name, parameters[name]) for name in partition.trainable}
+    settings = {"optimizer": optimizer, "lr": lr, **(optimizer_options or {})}
     return Coordinator(
         partition=partition,
-        optimizer=ServerOptimizer(
-            {name: _array(name, parameters[name]) for name in partition.trainable},
-            optimizer=optimizer,
-            lr=lr,
-            **(optimizer_options or {}),
+        optimizer=(
+            ServerOptimizer(values, **settings)
+            if low_rank is None
+            else LowRankOptimizer(values, low_rank, **settings)
         ),
+        low_rank=low_rank,
         base_fingerprint=fingerprint(model, partition.frozen),
         **options,
     )

@@ -14,6 +14,7 @@ from lola_flwr.assembly import BlockUpdate, FloatArrays
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import MalformedArray, codec_named, read_npy
 from lola_flwr.errors import quoted
+from lola_flwr.low_rank import projection_of
 from lola_flwr.norm_limits import NormHistory
 from lola_flwr.protocol import (
     FAILURE_DETAIL_KEY,
@@ -24,6 +25,11 @@ from lola_flwr.protocol import (
     UpdateReport,
 )
 from lola_flwr.running_statistics import is_plausible, statistics_names
+from lola_flwr.zeroth_order.directions import (
+    PROJECTIONS,
+    directions_of,
+    estimated_gradient,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,17 +183,27 @@ class UpdateReader:
         names = self.partition.update_names(
             assignment.block_index, head=assignment.sends_head
         )
+        if report.update_kind == "zeroth-order":
+            estimate = self._estimated(reply, assignment, sent, names)
+            return BlockUpdate(estimate, examples, zeroth_order=True), report
         tensors = self._named_tensors(reply, names)
         is_gradient = report.update_kind == "gradient"
+        projection = projection_of(assignment)
         update: FloatArrays = {}
         for name in names:
             if is_gradient:
                 shape = sent[name].shape
+                if projection is not None:
+                    shape = projection.shape(shape)
                 wire = _read(name, tensors[name], *codec.wire_type(shape))
                 try:
                     received = codec.decode(wire, shape)
                 except MalformedArray as error:
                     raise UpdateRefused("wrong-array", f"{name}: {error}") from None
+                if projection is not None:
+                    received = projection.lift(
+                        assignment.server_round, name, received, sent[name].shape
+                    )
             else:
                 # Weights come in the model's own type, or in float32.
                 dtypes = (sent[name].dtype, np.dtype(np.float32))
@@ -216,6 +232,34 @@ class UpdateReader:
         statistics = {} if is_gradient else self._statistics(tensors, sent)
         return BlockUpdate(update, examples, statistics, norm), report
 
+    def _estimated(
+        self,
+        reply: DeviceReply,
+        assignment: Assignment,
+        sent: Mapping[str, npt.NDArray[Any]],
+        names: Sequence[str],
+    ) -> FloatArrays:
+        """Return the gradient that a reply's projections are an estimate of."""
+        directions = directions_of(assignment)
+        tensors = self._named_tensors(reply, (PROJECTIONS,))
+        try:
+            received = read_npy(
+                tensors[PROJECTIONS], shape=(directions.count,), dtype=np.dtype("f4")
+            )
+        except MalformedArray as error:
+            raise UpdateRefused("wrong-array", f"{PROJECTIONS}: {error}") from None
+        projections = received.astype(np.float32)
+        if not np.isfinite(projections).all():
+            raise UpdateRefused("non-finite", f"{PROJECTIONS} hold NaN or infinity")
+        # A projection's standard deviation is the norm of the gradient itself.
+        limit = np.float32(self.max_gradient_norm)
+        return estimated_gradient(
+            sent,
+            names,
+            directions=directions,
+            projections=projections.clip(-limit, limit),
+        )
+
     def _read_report(
         self, assignment: Assignment, record: Mapping[str, object]
     ) -> UpdateReport:
@@ -239,8 +283,16 @@ class UpdateReader:
             raise UpdateRefused("late", f"answers round {report.server_round}")
         if report.block_index != assignment.block_index:
             raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
-        if report.update_kind not in ("gradient", "weights", "nothing"):
+        estimates = assignment.direction_seed is not None
+        kinds = ["zeroth-order"] if estimates else ["gradient", "weights"]
+        if report.update_kind not in (*kinds, "nothing"):
             raise UpdateRefused("wrong-kind", f"holds {quoted(report.update_kind)}")
+        if report.update_kind == "zeroth-order" and (
+            report.direction_seed != assignment.direction_seed
+        ):
+            raise UpdateRefused(
+                "wrong-seed", f"is about the directions of seed {report.direction_seed}"
+            )
         if report.compute_clock not in ("", "measured", "simulated"):
             clock = quoted(report.compute_clock)
             raise UpdateRefused("malformed-report", f"compute-clock={clock}")

@@ -14,6 +14,7 @@ from lola_flwr.codec import codec_ladder
 from lola_flwr.errors import UserError
 from lola_flwr.payload import HeadPolicy
 from lola_flwr.run_config import RunConfig
+from lola_flwr.selection import SELECTORS
 from lola_flwr.tracking import check_trackers
 from lola_glue.tasks import find_task
 
@@ -127,6 +128,15 @@ class GlueConfig(RunConfig):
     devices_per_block: int = Field(ge=1)
     backups: int = Field(ge=0)
     correct_profiles: bool
+    selector: Literal[("all", *SELECTORS)]  # type: ignore[valid-type]
+    selector_options: Options
+    latency_target_s: float = Field(ge=0)
+    block_value: Literal["staleness", "equal"]
+    proxy_examples: int = Field(ge=1)
+    zeroth_order: Literal["off", "fallback", "always"]
+    zeroth_order_options: Options
+    low_rank: Options
+    reduced_schedules: bool
     rotation_eps: float = Field(ge=0, allow_inf_nan=False)
     codec: Annotated[str, AfterValidator(_codec)]
     codec_slack: float = Field(ge=0, allow_inf_nan=False)
@@ -179,6 +189,19 @@ class GlueConfig(RunConfig):
                         'method="fedavg-full", where every device trains the one '
                         f"block; set it to {neutral}"
                     )
+            for key, value in (
+                ("selector", self.selector != "all"),
+                ("latency-target-s", self.latency_target_s),
+                ("zeroth-order", self.zeroth_order != "off"),
+                ("reduced-schedules", self.reduced_schedules),
+            ):
+                if value:
+                    yield f'{key} means nothing with method="fedavg-full"; take it out'
+        if self.latency_target_s and self.participation == "all":
+            yield (
+                f"latency-target-s={self.latency_target_s:g} leaves blocks out, and "
+                'participation="all" no device; drop one of the two'
+            )
         if self.schedule_options and self.schedule in ("constant", "linear"):
             yield (
                 f"schedule-options={self.schedule_options!r} belong to a class of "

@@ -15,6 +15,7 @@ from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients import BlockDevice
 from lola_flwr.clients.node import node_profile, states_profile
 from lola_flwr.clients.store import run_store
+from lola_flwr.d2ft.reduced import from_text, reduced_costs
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import Assignment
@@ -27,8 +28,10 @@ from lola_flwr.system.devices import (
 )
 from lola_flwr.system.fleet import read_fleet
 from lola_flwr.truncated_backprop import Batch
+from lola_flwr.zeroth_order.mixing import ZerothOrder
 from lola_glue.config import GlueConfig, link_rates_bps
 from lola_glue.costs import load_model, model_blocks, model_costs
+from lola_glue.methods import zeroth_order_of
 from lola_glue.partitions import partition_examples
 from lola_glue.tasks import Examples, Task, load_task
 from lola_glue.text import make_batch
@@ -43,14 +46,20 @@ class _WorkerModel:
     tokenizer: PreTrainedTokenizerBase
     partition: BlockPartition
     costs: BlockCosts
+    zeroth_order: ZerothOrder | None
 
 
 @lru_cache(maxsize=1)
 def _worker_model(config: GlueConfig) -> _WorkerModel:
     task, _ = _training_data(config)
     model, tokenizer = load_model(config, task.num_labels)
+    partition = model_blocks(config, model)
     return _WorkerModel(
-        model, tokenizer, model_blocks(config, model), model_costs(config, model)
+        model=model,
+        tokenizer=tokenizer,
+        partition=partition,
+        costs=model_costs(config, model),
+        zeroth_order=zeroth_order_of(config, model, partition),
     )
 
 
@@ -120,10 +129,15 @@ def device_fn(context: DeviceContext) -> BlockDevice:
     def simulated_compute_s(assignment: Assignment) -> float:
         error = rng_for(config.seed, "profile error", profile.name)
         jitter = rng_for(config.seed, "jitter", assignment.server_round, profile.name)
-        seconds = (
-            _worker_model(config).costs.flops[assignment.block_index]
-            / profile.flops_per_s
-        )
+        worker = _worker_model(config)
+        costs = worker.costs
+        if assignment.direction_seed is not None and worker.zeroth_order is not None:
+            costs = worker.zeroth_order.costs
+        flops = float(costs.flops[assignment.block_index])
+        if assignment.operations is not None:
+            operations = from_text(assignment.operations)
+            flops, _ = reduced_costs(costs, assignment.block_index, operations)
+        seconds = flops / profile.flops_per_s
         return float(
             seconds
             * lognormal(config.profile_error, error)

@@ -27,10 +27,17 @@ from lola_flwr.models import load_values
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.run_directory import RunDirectory
 from lola_flwr.run_files import describe_run, run_directory
+from lola_flwr.selection.importance import Response
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.tracking import tracking
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.costs import load_model, model_blocks, model_costs
+from lola_glue.methods import (
+    low_rank_of,
+    response_of,
+    selection_of,
+    zeroth_order_of,
+)
 from lola_glue.tasks import Examples, Task, load_task, score
 from lola_glue.text import make_batch
 
@@ -59,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
 def fine_tune(grid: Grid, context: Context) -> None:
     """Fine-tune the configured model on the configured task."""
     config = GlueConfig.from_run_config(context.run_config)
-    task, _, dev = load_task(config.task, config.data_dir, seed=config.seed)
+    task, train, dev = load_task(config.task, config.data_dir, seed=config.seed)
     model, tokenizer = load_model(config, task.num_labels)
     positions = getattr(model.config, "max_position_embeddings", config.max_length)
     if config.max_length > positions:
@@ -68,7 +75,14 @@ def fine_tune(grid: Grid, context: Context) -> None:
             f"model={config.model!r}; lower it."
         )
     partition = model_blocks(config, model)
-    coordinator = make_coordinator(config, model, partition)
+
+    def mean_loss(examples: Examples) -> float:
+        return evaluate_model(model, tokenizer, task, examples, config.max_length)[
+            "loss"
+        ]
+
+    response = response_of(config, model, partition, train, mean_loss)
+    coordinator = make_coordinator(config, model, partition, response=response)
 
     def evaluate(
         server_round: int, values: Sequence[NDArray[np.floating]]
@@ -176,7 +190,11 @@ def run_message(
 
 
 def make_coordinator(
-    config: GlueConfig, model: Any, partition: BlockPartition
+    config: GlueConfig,
+    model: Any,
+    partition: BlockPartition,
+    *,
+    response: Response | None = None,
 ) -> Coordinator:
     """Put the coordinator together for a model and a run configuration."""
     return coordinator_for(
@@ -198,6 +216,11 @@ def make_coordinator(
             ),
             backups=config.backups,
         ),
+        selection=selection_of(config, model, partition),
+        response=response,
+        zeroth_order=zeroth_order_of(config, model, partition),
+        low_rank=low_rank_of(config),
+        reduced_schedules=config.reduced_schedules,
         rotation_eps=config.rotation_eps,
         batch_size=config.batch_size,
         codec=config.codec,

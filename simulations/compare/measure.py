@@ -1,0 +1,66 @@
+"""Count operations and memory while something runs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+T = TypeVar("T")
+
+
+def counted_flops(run: Callable[..., T], *arguments: Any) -> tuple[T, int]:
+    """Return what a function returns, and the operations of its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        result = run(*arguments)
+    total: int = counter.get_total_flops()
+    return result, total
+
+
+def peak_bytes(run: Callable[..., object], *arguments: Any) -> int:
+    """Return the most bytes of new tensors that a function has in use at once."""
+    with _Storages() as storages:
+        run(*arguments)
+    peak: int = storages.peak
+    return peak
+
+
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages that operations make, until nothing refers to them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or not size:
+            return
+        self._known.add(key)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size

@@ -1,0 +1,110 @@
+"""The configured choice of blocks, and of devices that do not back-propagate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.errors import UserError
+from lola_flwr.low_rank import LowRankProjection
+from lola_flwr.model_setup import zeroth_order_costs
+from lola_flwr.models import load_values
+from lola_flwr.randomness import rng_for
+from lola_flwr.selection import NEEDS_RESPONSE, Selection, selector_named
+from lola_flwr.zeroth_order.mixing import ZerothOrder
+from lola_glue.config import GlueConfig, keyword_arguments
+from lola_glue.tasks import Examples
+
+FloatArrays = Mapping[str, npt.NDArray[np.float32]]
+
+
+def selection_of(
+    config: GlueConfig, model: Any, partition: BlockPartition
+) -> Selection:
+    """Return how the run chooses each round's blocks."""
+    parameters = dict(model.named_parameters())
+    selector = selector_named(
+        config.selector,
+        keyword_arguments(config.selector_options),
+        partition=partition,
+        values={
+            name: parameters[name].numpy(force=True) for name in partition.trainable
+        },
+    )
+    return Selection(
+        selector,
+        latency_target_s=config.latency_target_s or math.inf,
+        value=config.block_value,
+    )
+
+
+def response_of(
+    config: GlueConfig,
+    model: Any,
+    partition: BlockPartition,
+    train: Examples,
+    mean_loss: Callable[[Examples], float],
+) -> Callable[[FloatArrays], float] | None:
+    """Return what measures the loss on the server's own examples, if anything needs it.
+
+    Parameters
+    ----------
+    config
+        Run configuration.
+    model, partition
+        The server's model; its values are overwritten at every call.
+    train
+        Training examples; the server holds some of them.
+    mean_loss
+        Gives the model's loss on some examples.
+    """
+    if config.selector != NEEDS_RESPONSE:
+        return None
+    rng = rng_for(config.seed, "proxy")
+    count = min(config.proxy_examples, len(train.labels))
+    drawn = rng.choice(len(train.labels), count, replace=False)
+    proxy = Examples(tuple(train.sentences[int(i)] for i in drawn), train.labels[drawn])
+
+    def response(values: FloatArrays) -> float:
+        load_values(
+            model, partition.trainable, [values[n] for n in partition.trainable]
+        )
+        return mean_loss(proxy)
+
+    return response
+
+
+def zeroth_order_of(
+    config: GlueConfig, model: Any, partition: BlockPartition
+) -> ZerothOrder | None:
+    """Return how the run uses devices that do not back-propagate."""
+    if config.zeroth_order == "off":
+        return None
+    options = keyword_arguments(config.zeroth_order_options)
+    num_directions = options.get("num_directions", ZerothOrder.num_directions)
+    costs = zeroth_order_costs(
+        model,
+        partition,
+        batch_size=config.batch_size,
+        sequence_length=config.max_length,
+        num_directions=num_directions,
+    )
+    try:
+        return ZerothOrder(costs=costs, use=config.zeroth_order, **options)
+    except TypeError as error:
+        raise UserError(f"zeroth-order-options: {error}.") from None
+
+
+def low_rank_of(config: GlueConfig) -> LowRankProjection | None:
+    """Return how the run projects gradients, if it does."""
+    if not config.low_rank:
+        return None
+    try:
+        return LowRankProjection(**keyword_arguments(config.low_rank), seed=config.seed)
+    except TypeError as error:
+        raise UserError(f"low-rank={config.low_rank!r}: {error}.") from None

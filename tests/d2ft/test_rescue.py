@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from lola_flwr.allocation import AllocationProblem, InfeasibleAllocation
+from lola_flwr.clients.device import BlockDevice
+from lola_flwr.d2ft.reduced import reduced_costs
+from lola_flwr.d2ft.rescue import with_reduced_schedules
+from lola_flwr.models import fingerprint
+from lola_flwr.protocol import Assignment
+from lola_flwr.system.costs import estimate_costs
+from lola_flwr.system.devices import simulated_device
+from tests.d2ft.test_execution import make
+from tests.test_coordinator import PARTITION, SHAPES, honest_reply, make_coordinator
+
+COSTS = estimate_costs(SHAPES, PARTITION, batch_size=4000, sequence_length=4)
+IDS = ["a", "b", "c"]
+
+
+def fleet(memory_bytes, **options):
+    coordinator = make_coordinator(num_devices=0, batch_size=4000, **options)
+    for index, name in enumerate(IDS):
+        properties = {"flops-per-s": 1e9 + index, "snr-db": 10.0}
+        coordinator.add_device(
+            name, {"name": name, "memory-bytes": memory_bytes, **properties}
+        )
+    return coordinator
+
+
+def test_small_devices_take_deep_blocks_by_doing_less():
+    # Room for the last block, and for one layer more.
+    room = 1.01 * COSTS.memory_bytes[1]
+    with pytest.raises(InfeasibleAllocation):
+        fleet(room).plan_round(1, IDS)
+    coordinator = fleet(room, reduced_schedules=True)
+    plan = coordinator.plan_round(1, IDS)
+    operations = {a.block_index: a.operations for a in plan.assignments.values()}
+    assert operations[1] is operations[2] is None
+    # One of the two layers behind block 0 keeps nothing, and it is not the last.
+    assert operations[0] == "fof"
+    record = coordinator.complete_round(
+        plan, [honest_reply(plan, device) for device in plan.assignments]
+    )
+    assert record.refused == {}
+
+
+def test_who_has_room_does_everything():
+    coordinator = fleet(1.01 * COSTS.memory_bytes[0], reduced_schedules=True)
+    plan = coordinator.plan_round(1, IDS)
+    assert {a.operations for a in plan.assignments.values()} == {None}
+
+
+def test_costs_are_those_of_the_schedule():
+    compute_s = np.tile(COSTS.flops / 1e9, (2, 1))
+    memory_bytes = np.array([COSTS.memory_bytes[2], 2 * COSTS.memory_bytes[0]])
+    problem = AllocationProblem(
+        compute_s,
+        np.ones((2, 3)),
+        COSTS.memory_bytes[None, :] <= memory_bytes[:, None],
+        memory_bytes=memory_bytes,
+    )
+    target_s = float(compute_s[0, 1])  # block 0 takes longer
+    reduced, schedules = with_reduced_schedules(
+        problem, COSTS, latency_target_s=target_s
+    )
+    assert set(schedules) == {(0, 0), (0, 1), (1, 0)}
+    assert reduced.feasible.all()
+    for (row, block), operations in schedules.items():
+        flops, memory = reduced_costs(COSTS, block, operations)
+        assert reduced.compute_s[row, block] == pytest.approx(flops / 1e9)
+        assert memory <= memory_bytes[row] * (1 + 1e-9)
+    for row in (0, 1):
+        assert reduced.compute_s[row, 0] <= 0.55 * target_s
+    np.testing.assert_array_equal(reduced.compute_s[:, 2], compute_s[:, 2])
+
+
+def test_without_the_memory_for_a_forward_pass_nothing_helps():
+    coordinator = fleet(0.5 * COSTS.memory_bytes[2], reduced_schedules=True)
+    with pytest.raises(InfeasibleAllocation):
+        coordinator.plan_round(1, IDS)
+
+
+def test_a_device_does_as_it_is_told():
+    case = make("roberta")
+    device = BlockDevice(
+        profile=simulated_device(0, seed=1),
+        load_model=lambda: (case.model, case.partition),
+        batch_source=lambda *_: case.batch,
+    )
+    assignment = Assignment(
+        server_round=1,
+        block_index=0,
+        share=1.0,
+        batch_size=6,
+        codec="fp32",
+        base_fingerprint=fingerprint(case.model, case.partition.frozen),
+    )
+    parameters = dict(case.model.named_parameters())
+    values = {n: parameters[n].detach().numpy() for n in case.partition.trainable}
+
+    def flops(operations):
+        with FlopCounterMode(display=False) as counter:
+            update = device.train(replace(assignment, operations=operations), values)
+        assert all(np.isfinite(array).all() for array in update.arrays.values())
+        return counter.get_total_flops()
+
+    assert flops("fss") < flops("foo") < flops(None)
+    assert flops("fff") == flops(None)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lola_flwr.errors import UserError
+from lola_flwr.low_rank import LowRankProjection
+from lola_flwr.selection import BoundedStaleness, Lisa
+from lola_glue.config import GlueConfig
+from lola_glue.costs import load_model, model_blocks
+from lola_glue.methods import (
+    low_rank_of,
+    response_of,
+    selection_of,
+    zeroth_order_of,
+)
+from lola_glue.readers import Examples
+from simulations.figures.learning import app_config
+
+
+def config(**changes):
+    changes = {name.replace("_", "-"): value for name, value in changes.items()}
+    return GlueConfig.from_run_config(
+        {**app_config(), "model": "random:roberta-tiny", **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, _ = load_model(config(), 2)
+    return model, model_blocks(config(), model)
+
+
+def test_by_default_every_block_is_trained_by_back_propagation(tiny):
+    assert selection_of(config(), *tiny).takes_all
+    assert zeroth_order_of(config(), *tiny) is None
+
+
+def test_selector_and_target_are_those_of_the_configuration(tiny):
+    selection = selection_of(
+        config(
+            selector="lisa",
+            selector_options="count=2, period=3, max_staleness=9",
+            latency_target_s=1.5,
+            block_value="equal",
+        ),
+        *tiny,
+    )
+    assert selection.selector == BoundedStaleness(Lisa(2, period=3), 9)
+    assert (selection.latency_target_s, selection.value) == (1.5, "equal")
+    assert math.isinf(selection_of(config(selector="all"), *tiny).latency_target_s)
+
+
+def test_zeroth_order_options(tiny):
+    settings = zeroth_order_of(
+        config(
+            zeroth_order="fallback",
+            zeroth_order_options="lr=1e-4, num_directions=8",
+            batch_size=4,
+        ),
+        *tiny,
+    )
+    assert (settings.use, settings.lr, settings.num_directions) == ("fallback", 1e-4, 8)
+    # Of one number each, beside what a message takes for itself.
+    assert 8 * 8 * 4 < settings.costs.payload_bits[0] < 8 * 2000
+    with pytest.raises(UserError, match=r"zeroth-order-options: .*steps"):
+        zeroth_order_of(
+            config(zeroth_order="always", zeroth_order_options="steps=3"), *tiny
+        )
+
+
+def test_low_rank_options():
+    assert low_rank_of(config()) is None
+    projection = low_rank_of(config(low_rank="rank=8, period=2", seed=4))
+    assert projection == LowRankProjection(rank=8, period=2, seed=4)
+    with pytest.raises(UserError, match=r"low-rank='ranks=8': .*ranks"):
+        low_rank_of(config(low_rank="ranks=8"))
+
+
+def test_the_response_is_the_loss_on_the_servers_own_examples(tiny):
+    model, partition = tiny
+    train = Examples(tuple((str(i), None) for i in range(50)), np.arange(50) % 2)
+    seen = []
+
+    def mean_loss(examples):
+        seen.append(examples)
+        return next(iter(model.parameters())).sum().item()
+
+    assert response_of(config(), model, partition, train, mean_loss) is None
+    chosen = config(selector="ist", selector_options="count=1", proxy_examples=8)
+    response = response_of(chosen, model, partition, train, mean_loss)
+    parameters = dict(model.named_parameters())
+    values = {n: parameters[n].detach().numpy().copy() for n in partition.trainable}
+    response({name: array + 1 for name, array in values.items()})
+    (proxy,) = seen
+    assert len(proxy.sentences) == len(set(proxy.sentences)) == 8
+    name = partition.trainable[0]
+    np.testing.assert_array_equal(parameters[name].detach(), values[name] + 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selector": "lissa"},
+        {"latency_target_s": -1.0},
+        {"method": "fedavg-full", "selector": "lisa", "selector_options": "count=1"},
+        {"method": "fedavg-full", "zeroth_order": "always"},
+        {"participation": "all", "latency_target_s": 2.0},
+    ],
+)
+def test_keys_that_make_no_sense(changes):
+    with pytest.raises(UserError, match=r"selector|latency-target-s|zeroth-order"):
+        config(**changes)

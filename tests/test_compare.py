@@ -1,0 +1,119 @@
+"""The comparison: its runs on the image task, and what it makes of them."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from simulations.compare.__main__ import METHODS, main, read_methods
+from simulations.compare.report import comparison_rows
+from simulations.compare.runs import Method, RunSettings, run_method
+from simulations.compare.tasks import image_task
+
+SETTINGS = RunSettings(rounds=2, eval_every=2, num_devices=4, batch_size=5, seed=1)
+
+
+def last_point(method):
+    task = image_task(num_devices=4, seed=1)
+    (point,) = run_method(task, method, SETTINGS, lambda _: None)
+    assert point.server_round == 2
+    assert 0 <= point.metrics["accuracy"] <= 1
+    assert point.memory_bytes > 0 < point.flops
+    return point
+
+
+@pytest.mark.slow
+def test_d2ft_spends_what_its_budgets_allow():
+    full = last_point(Method(kind="d2ft"))
+    compute = last_point(Method(kind="d2ft", compute=0.6, refresh=9))
+    traffic = last_point(Method(kind="d2ft", traffic=0.5, refresh=9))
+    # What scores and the parts outside of the layers take is counted, too.
+    assert 0.5 < compute.flops / full.flops < 0.72
+    assert traffic.payload_bytes <= 0.5 * full.payload_bytes
+    assert compute.memory_bytes < full.memory_bytes
+    assert max(compute.wireless_s, traffic.wireless_s) < full.wireless_s
+
+
+@pytest.mark.slow
+def test_lola_methods_differ_in_what_they_spend():
+    every = last_point(Method())
+    some = last_point(Method(selector="round-robin", selector_options={"count": 2}))
+    low = last_point(Method(low_rank={"rank": 4, "period": 2}))
+    forward = last_point(Method(zeroth_order={"use": "always", "num_directions": 2}))
+    hurried = last_point(Method(latency_target=0.7))
+    assert some.payload_bytes < 0.6 * every.payload_bytes
+    assert low.payload_bytes < 0.5 * every.payload_bytes
+    assert forward.payload_bytes < 0.01 * every.payload_bytes
+    assert forward.memory_bytes < every.memory_bytes
+    assert hurried.wireless_s < every.wireless_s
+    chosen = last_point(Method(rule="entropy"))
+    assert chosen.flops > every.flops
+
+
+def test_every_method_of_the_file_is_one():
+    methods = read_methods(METHODS)
+    assert {"lola-deft", "fedavg-full", "d2ft-full", "mezo", "galore"} <= set(methods)
+    assert {method.kind for method in methods.values()} == {
+        "lola",
+        "fedavg-full",
+        "d2ft",
+    }
+
+
+def test_rows_are_means_over_seeds_after_the_last_round():
+    spent = {
+        "wireless_s": 2.0,
+        "flops": 3e9,
+        "payload_bytes": 5e6,
+        "memory_bytes": 2**21,
+    }
+    curves = [
+        {
+            "task": "t",
+            "method": "m",
+            "seed": seed,
+            "server_round": server_round,
+            "metric": "accuracy",
+            "value": value,
+            "loss": 1.0,
+            **spent,
+        }
+        for seed, server_round, value in ((0, 1, 0.1), (0, 2, 0.5), (1, 2, 0.7))
+    ]
+    (row,) = comparison_rows(curves)
+    assert (row["mean"], row["least"], row["largest"]) == (0.6, 0.5, 0.7)
+    assert (row["rounds"], row["gflop"], row["sent_mb"], row["memory_mib"]) == (
+        2,
+        3.0,
+        5.0,
+        2.0,
+    )
+
+
+def test_the_command_writes_table_and_figure_and_reuses_finished_runs(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path), "--tasks", "textures", "--rounds", "1"]
+    arguments += ["--batch-size", "2", "--devices", "4", "--methods", "lisa"]
+    assert main(arguments) == 0
+    assert "textures lisa seed 0 round 1" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "round 1:" not in capsys.readouterr().out
+    with (tmp_path / "comparison.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["task"], row["method"], row["metric"]) == (
+        "textures",
+        "lisa",
+        "accuracy",
+    )
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
+    assert main([*arguments[:-1], "lissa"]) == 1
+    assert "Unknown method 'lissa'" in capsys.readouterr().out
+
+
+def test_a_file_that_is_none(tmp_path):
+    from lola_flwr.errors import UserError
+
+    file = tmp_path / "methods.toml"
+    file.write_text("[methods.a]\nselecter = 'lisa'\n")
+    with pytest.raises(UserError, match=r"selecter"):
+        read_methods(file)
