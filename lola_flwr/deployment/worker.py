@@ -121,6 +121,10 @@ class Worker:
                     connection, _ = self._socket.accept()
                 except TimeoutError:
                     continue
+                except OSError:
+                    if self._stopping.is_set():
+                        break
+                    raise
                 threading.Thread(
                     target=self._answer, args=(connection,), daemon=True
                 ).start()
@@ -135,6 +139,8 @@ class Worker:
     def stop(self) -> None:
         """Ask ``serve`` to end."""
         self._stopping.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes it up
 
     # --- one connection --------------------------------------------------------------
 

@@ -144,5 +144,5 @@ def test_the_command_writes_a_file(tmp_path, capsys):
     assert read_profile(out)["uplink-bps"] == 2e6
     assert main(["profile", *options, "--out", str(out)]) == 0
     assert "flop/s" in capsys.readouterr().out
-    assert main(["profile", "--model", "nowhere", "--out", str(out)]) == 1
+    assert main(["profile", "--model", "random:nowhere", "--out", str(out)]) == 1
     assert main(["profile", "--torch-device", "cuda:7", "--out", str(out)]) == 1
