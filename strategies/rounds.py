@@ -11,10 +11,11 @@ from logging import INFO, WARNING
 
 from flwr.common.logger import log
 
-from lola_flwr.coordinator import Coordinator, RoundPlan
+from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
+from lola_flwr.round_plan import RoundPlan
 from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.system.devices import InvalidProfile
 

@@ -8,10 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lola_flwr.allocation import AllocationProblem, InfeasibleAllocation
 from lola_flwr.clients.device import BlockDevice
-from lola_flwr.d2ft.reduced import reduced_costs
+from lola_flwr.d2ft.reduced import from_text, reduced_costs
 from lola_flwr.d2ft.rescue import with_reduced_schedules
 from lola_flwr.models import fingerprint
 from lola_flwr.protocol import Assignment
+from lola_flwr.round_problem import RoundProblem
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
 from tests.d2ft.test_execution import make
@@ -46,6 +47,23 @@ def test_small_devices_take_deep_blocks_by_doing_less():
         plan, [honest_reply(plan, device) for device in plan.assignments]
     )
     assert record.refused == {}
+
+
+def test_schedules_stay_with_their_devices_where_others_are_left_out():
+    ones = np.ones((3, 2))
+    schedules = {(0, 0): from_text("of"), (2, 0): from_text("ff")}
+    whole = RoundProblem(
+        problem=AllocationProblem(ones, ones, ones > 0),
+        rate_bps=np.ones(3),
+        claimed_s=ones,
+        required_bytes=ones,
+        without_backward=np.zeros(3, bool),
+        schedules=schedules,
+    )
+    problem = AllocationProblem(ones[1:], ones[1:], ones[1:] > 0)
+    left = whole.of_rows(np.array([1, 2]), problem)
+    assert left.schedules == {(1, 0): schedules[2, 0]}
+    assert [left.operations(row, 0) for row in (0, 1)] == [None, "ff"]
 
 
 def test_who_has_room_does_everything():

@@ -1,0 +1,115 @@
+"""Take a round's replies in: those that hold, and why the others do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from lola_flwr.assembly import BlockUpdate
+from lola_flwr.norm_limits import NormHistory
+from lola_flwr.protocol import OUT_OF_MEMORY, UpdateReport
+from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused, Upload
+from lola_flwr.round_plan import RoundPlan
+
+
+@dataclass(frozen=True, eq=False)
+class AcceptedReply:
+    """A reply that can be used.
+
+    Parameters
+    ----------
+    update
+        The update in it.
+    report
+        What the device says about it.
+    upload
+        What it cost to send.
+    """
+
+    update: BlockUpdate
+    report: UpdateReport
+    upload: Upload
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoundReplies:
+    """What the devices of one round replied.
+
+    Parameters
+    ----------
+    accepted
+        By device id, in the order in which they came.
+    refusals
+        Why a device's reply was refused, the first one's if there are more, by id.
+    refused
+        Refused replies, counted by reason.
+    lacked_bytes
+        Of each device that was asked: None if its update was accepted, else the memory
+        that it turned out to lack, or 0 for any other failure.
+    lost_copies
+        Devices that said they no longer hold what the server left out.
+    """
+
+    accepted: Mapping[str, AcceptedReply]
+    refusals: Mapping[str, str]
+    refused: Mapping[str, int]
+    lacked_bytes: Mapping[str, float | None]
+    lost_copies: Set[str]
+
+
+def read_replies(
+    reader: UpdateReader,
+    plan: RoundPlan,
+    replies: Iterable[DeviceReply],
+    sent: Mapping[str, npt.NDArray[Any]],
+    norms: NormHistory,
+) -> RoundReplies:
+    """Check replies, none of which is trusted.
+
+    Parameters
+    ----------
+    reader
+        Reads a single one.
+    plan
+        What the devices were asked for.
+    replies
+        Replies received. A device's first usable one counts.
+    sent
+        The model's arrays when they were asked, by name.
+    norms
+        What is usual for each block.
+    """
+    accepted: dict[str, AcceptedReply] = {}
+    refusals: dict[str, str] = {}
+    refused: Counter[str] = Counter()
+    assignments = plan.assignments
+    lacked_bytes: dict[str, float | None] = dict.fromkeys(assignments, 0.0)
+    lost_copies: set[str] = set()
+    for reply in replies:
+        device = reply.device_id
+        try:
+            if device in accepted:
+                raise UpdateRefused("duplicate", "the device replied before")
+            update, report = reader.read(reply, assignments.get(device), sent, norms)
+        except UpdateRefused as refusal:
+            refused[refusal.reason] += 1
+            refusals.setdefault(device, str(refusal))
+            if refusal.reason == "lost-copy":
+                lost_copies.add(device)
+            if refusal.reason == OUT_OF_MEMORY:
+                lacked_bytes[device] = assignments[device].memory_bytes
+            continue
+        num_used = len(update.gradients) + len(update.statistics)
+        accepted[device] = AcceptedReply(update, report, Upload.of(reply, num_used))
+        lacked_bytes[device] = None
+    return RoundReplies(
+        accepted=accepted,
+        refusals=refusals,
+        refused=dict(refused),
+        lacked_bytes=lacked_bytes,
+        lost_copies=lost_copies,
+    )
