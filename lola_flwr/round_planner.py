@@ -116,9 +116,9 @@ class RoundPlanner:
             stated.problem, allocation, payloads.bits, slack=self.codec_slack
         )
         allocation.check(problem)
-        block_of = {
-            device: int(block)
-            for device, block in zip(able, allocation.block_of_device, strict=True)
+        active = {
+            able[row]: (row, block)
+            for row, block in enumerate(allocation.block_of_device)
             if block >= 0
         }
         # All but the assignments, which follow from the rest.
@@ -130,14 +130,10 @@ class RoundPlanner:
             problem=problem,
             allocation=allocation,
             assignments={},
-            claimed_s={
-                device: float(stated.claimed_s[row, block_of[device]])
-                for row, device in enumerate(able)
-                if device in block_of
-            },
+            claimed_s={d: float(stated.claimed_s[pair]) for d, pair in active.items()},
             payloads=payloads,
             codec_level=codec_level,
-            manifests=fleet.manifests(block_of, model),
+            manifests=fleet.manifests(active, model),
         )
         return replace(plan, assignments=self._assignments(plan, stated, model))
 
