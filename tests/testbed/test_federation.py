@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -146,15 +149,22 @@ def connect(testbed, directory, *, key, authority):
     ]
     if key is not None:
         command += ["--auth-supernode-private-key", str(key)]
-    done = subprocess.run(
-        inside(testbed.network.devices[0], command),
-        env=testbed.environment(directory),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
+    # A file, no pipe: the SuperExec that it starts outlives it, and holds a pipe open.
+    log = directory / "refused.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            inside(testbed.network.devices[0], command),
+            env=testbed.environment(directory),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return code, log.read_text(errors="replace")
 
 
 def test_a_node_without_a_registered_key_is_refused(testbed, tmp_path):
