@@ -93,7 +93,9 @@ def test_a_run_completes(legacy):
         assert changed == (name in blocks.trainable), name
 
 
-@pytest.mark.parametrize("interface", ["legacy", "message"])
+@pytest.mark.parametrize(
+    "interface", [pytest.param("legacy", marks=pytest.mark.slow), "message"]
+)
 def test_one_seed_gives_one_result_under_both_interfaces(legacy, interface, tmp_path):
     finished = run(tmp_path, *OPTIONS, f'interface="{interface}"')
     assert finished.completed, finished.output
@@ -105,6 +107,7 @@ def test_one_seed_gives_one_result_under_both_interfaces(legacy, interface, tmp_
         assert torch.equal(values, first.get_parameter(name)), name
 
 
+@pytest.mark.slow
 def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
     finished = run(tmp_path, num_devices=3)
     assert finished.status == "finished:failed"
