@@ -24,6 +24,8 @@ _SUPERLINK = f"{SERVER_ADDRESS}:{_PORT}"
 _RELAY = "127.0.0.1:9095"
 _START_S = 60.0
 _STOP_S = 20.0
+# RestartSec of clients/linux/lola-supernode.service.
+_RESTART_S = 5.0
 
 
 class TestbedError(RuntimeError):
@@ -111,10 +113,33 @@ class Federation:
         )
 
     def kill(self, name: str) -> None:
-        """Kill a program without warning."""
+        """Kill a program and what it started without warning."""
         process = self._processes.pop(name)
-        process.kill()
+        # What is left of its session, as systemd does with a unit's control group.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+    def restart_supernode(self, index: int) -> int:
+        """Start a killed SuperNode again and again, as its unit does, until it stays.
+
+        Flower refuses a node that it still believes to be there: until two of its
+        heartbeats are missing.
+
+        Returns
+        -------
+        How often it was refused.
+        """
+        name, refused = f"supernode-{index}", 0
+        while True:
+            self.start_supernode(index)
+            try:
+                self._processes[name].wait(timeout=_START_S / 2)
+            except subprocess.TimeoutExpired:
+                return refused
+            refused += 1
+            with suppress(ProcessLookupError):
+                self.kill(name)
+            time.sleep(_RESTART_S)
 
     def flwr(self, *arguments: str) -> str:
         """Run a command of ``flwr`` on the server; return what it prints.
