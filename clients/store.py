@@ -78,15 +78,22 @@ class PieceStore:
     directory: Path
 
     def read(self, content: str) -> list[npt.NDArray[Any]] | None:
-        """Return the arrays of a piece; None if they are not here, or damaged."""
+        """Return the arrays of a piece; None if they are not here, or damaged.
+
+        A damaged file is removed, so that the piece is written anew when it comes.
+        """
         path = self._path(content)
-        try:
-            arrays = load_file(path)
-            os.utime(path)  # used now: not to be removed next
-        except (FileNotFoundError, SafetensorError):
-            return None
-        values = [arrays[key] for key in sorted(arrays)]
-        return values if digest(values) == content else None
+        with suppress(SafetensorError):
+            try:
+                arrays = load_file(path)
+                os.utime(path)  # used now: not to be removed next
+            except FileNotFoundError:
+                return None
+            values = [arrays[key] for key in sorted(arrays)]
+            if digest(values) == content:
+                return values
+        path.unlink(missing_ok=True)
+        return None
 
     def write(self, content: str, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Keep the arrays of a piece, whose digest is known to be ``content``."""

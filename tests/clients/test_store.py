@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from lola_flwr.clients.store import PieceStore, Residuals, run_store
 from lola_flwr.versions import digest
@@ -35,12 +36,14 @@ def test_many_arrays_keep_their_order(tmp_path):
     np.testing.assert_array_equal(store.read(digest(arrays)), arrays)
 
 
-@pytest.mark.parametrize("damage", [b"", b"x" * 100])
-def test_a_damaged_file_is_as_none(tmp_path, damage):
+@pytest.mark.parametrize("damage", [b"", b"x" * 100, save({"0": KINDS[0]})])
+def test_a_damaged_file_is_as_none_and_written_anew(tmp_path, damage):
     store, content = PieceStore(tmp_path), digest(KINDS)
     store.write(content, KINDS)
     (tmp_path / f"piece-{content}.safetensors").write_bytes(damage)
     assert store.read(content) is None
+    store.write(content, KINDS)
+    assert store.read(content) is not None
 
 
 def test_names_from_the_network_stay_inside_the_directory(tmp_path):
