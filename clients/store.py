@@ -58,7 +58,9 @@ def run_store(run_id: int, root: Path | None = None) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         for other in root.iterdir():
             with suppress(FileNotFoundError):
-                if other.is_dir() and time.time() - other.stat().st_mtime > _DAY_S:
+                # Only what is named like a run: `root` may hold what is not ours.
+                is_run = other.name.isdecimal() and other.is_dir()
+                if is_run and time.time() - other.stat().st_mtime > _DAY_S:
                     shutil.rmtree(other, ignore_errors=True)
     return directory
 

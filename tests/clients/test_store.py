@@ -66,12 +66,12 @@ def test_the_pieces_unused_for_longest_go_first(tmp_path):
 
 
 def test_another_run_s_directory_goes_when_a_day_old(tmp_path):
-    for run, age_s in (("1", 2 * 86_400), ("2", 60)):
+    for run, age_s in (("1", 2 * 86_400), ("2", 60), ("photos", 2 * 86_400)):
         (tmp_path / run).mkdir()
         then = time.time() - age_s
         os.utime(tmp_path / run, (then, then))
     assert run_store(3, tmp_path) == tmp_path / "3"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3", "photos"]
 
 
 def test_residuals_are_a_device_s_and_a_part_s_own(tmp_path):
