@@ -48,7 +48,7 @@ class RunDirectory:
     ------
     UserError
         The directory holds a run of another configuration, is in use, or holds no
-        checkpoint that can be read.
+        checkpoint that can be read; or `every` is below 1.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class RunDirectory:
         keep: int = 3,
         every: int = 1,
     ) -> None:
+        if every < 1:
+            raise UserError(f"every={every} must be at least 1.")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / "lock").open("a")
         self._coordinator = coordinator

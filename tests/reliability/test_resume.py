@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from lola_flwr.errors import UserError
+from lola_flwr.run_directory import RunDirectory
 from lola_flwr.simulation import run_app
 from tests.reliability.tiny_run import run
 
@@ -116,6 +117,11 @@ def test_another_configuration_is_named_and_refused(tmp_path):
         run(
             tmp_path, num_rounds=2, configuration={"lr": 0.2, "task": "cola", "seed": 1}
         )
+
+
+def test_checkpoints_every_zero_rounds_are_refused(tmp_path):
+    with pytest.raises(UserError, match="every=0 must be at least 1"):
+        RunDirectory(tmp_path, None, configuration={}, every=0)
 
 
 def test_rounds_without_checkpoints_are_not_overwritten(tmp_path):
