@@ -8,6 +8,7 @@ from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients.store import Residuals
 from lola_flwr.codec import FloatArray, WireArray, codec_named, encode_with_feedback
 from lola_flwr.errors import UserError
+from lola_flwr.low_rank import projection_of
 from lola_flwr.protocol import Assignment
 
 
@@ -49,6 +50,11 @@ def encode_update(
     parts = {f"block-{block}": partition.blocks[block]}
     if assignment.sends_head:
         parts["head"] = partition.head
+    projection = projection_of(assignment)
+    if projection is not None:
+        # What was left out in one basis means nothing in another.
+        basis = projection.basis_number(assignment.server_round)
+        parts = {f"{part}-basis-{basis}": names for part, names in parts.items()}
     wire: dict[str, WireArray] = {}
     for part, names in parts.items():
         before = residuals.take(part, assignment.server_round) if residuals else {}

@@ -68,6 +68,10 @@ class LowRankProjection:
             return tuple(shape)
         return self.rank, max(shape)
 
+    def basis_number(self, server_round: int) -> int:
+        """Return which projection a round's is: rounds of one number share it."""
+        return (server_round - 1) // self.period
+
     def project(self, server_round: int, name: str, gradient: FloatArray) -> FloatArray:
         """Return ``P^T G``, shape [rank, longer side]."""
         if self.shape(gradient.shape) == gradient.shape:
@@ -103,7 +107,7 @@ class LowRankProjection:
 
     def _basis(self, server_round: int, name: str, side: int) -> FloatArray:
         """Return orthonormal columns, shape [side, rank]."""
-        number = (server_round - 1) // self.period
+        number = self.basis_number(server_round)
         normal = rng_for(self.seed, "projection", number, name).standard_normal(
             (side, self.rank)
         )

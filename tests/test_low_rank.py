@@ -6,10 +6,13 @@ import pytest
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.checkpoint import Snapshot
 from lola_flwr.clients.device import BlockDevice
+from lola_flwr.clients.encoding import encode_update
+from lola_flwr.clients.store import Residuals
 from lola_flwr.errors import UserError
 from lola_flwr.low_rank import LowRankProjection
 from lola_flwr.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.model_setup import coordinator_for, model_costs
+from lola_flwr.protocol import Assignment
 from lola_flwr.replies import DeviceReply
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.system.devices import simulated_device
@@ -135,6 +138,31 @@ def test_devices_upload_less_and_the_model_learns(roberta, batch, codec):
         assert record.refused == {}
         losses.append(record.train_loss)
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.02
+
+
+def test_what_a_codec_left_out_stays_within_its_basis(rng, tmp_path):
+    partition = partition_parameters(["layers.0.w", "layers.1.w", "head.w"])
+    gradients = {n: rng.normal(size=(4, 30)).astype("f4") for n in partition.trainable}
+    projection = LowRankProjection(rank=4, period=3)
+
+    def encoded(server_round, residuals):
+        assignment = Assignment(
+            server_round=server_round,
+            block_index=0,
+            share=1.0,
+            batch_size=1,
+            codec="topk:0.1",
+            base_fingerprint="",
+            **projection.assignment_fields(),
+        )
+        return encode_update(gradients, partition, assignment, residuals)
+
+    kept = Residuals(tmp_path / "kept", "phone")
+    for server_round in range(1, 7):
+        fresh = Residuals(tmp_path / f"fresh-{server_round}", "phone")
+        wire, alone = encoded(server_round, kept), encoded(server_round, fresh)
+        same = all(np.array_equal(wire[name], alone[name]) for name in wire)
+        assert same == (server_round in (1, 4)), "the first rounds of a basis"
 
 
 def test_a_snapshot_holds_values_and_moments(rng):
