@@ -84,7 +84,15 @@ def _block_records(
         report = accepted.report if accepted else None
         upload = accepted.upload if accepted else None
         refusal = replies.refusals.get(device, "no reply")
+        assignment = plan.assignments[device]
+        required_bytes = assignment.memory_bytes
+        if required_bytes is None:
+            required_bytes = float(costs.required_bytes([profile])[0, block])
         level = plan.codec_level[row]
+        payload_bits = payloads.bits[level, block]
+        zeroth_order = statement.zeroth_order
+        if zeroth_order is not None and assignment.direction_seed is not None:
+            payload_bits = zeroth_order.costs.payload_bits[block]
         records.append(
             BlockRecord(
                 block_index=block,
@@ -101,13 +109,13 @@ def _block_records(
                 measured_upload_s=upload.upload_s if upload else None,
                 uplink_limit=report.uplink_limit if report else None,
                 codec=payloads.codecs[level],
-                payload_bytes=int(payloads.bits[level, block]) // 8,
+                payload_bytes=int(payload_bits) // 8,
                 received_bytes=int(upload.payload_bits) // 8 if upload else 0,
                 sent_bytes=sum(
                     sent_nbytes[name]
                     for name in plan.sent_names(device, [*sent_nbytes])
                 ),
-                required_memory_bytes=float(costs.required_bytes([profile])[0, block]),
+                required_memory_bytes=required_bytes,
                 memory_bytes=profile.memory_bytes,
                 peak_memory_bytes=report.peak_memory_bytes if report else None,
             )

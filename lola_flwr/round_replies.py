@@ -103,7 +103,9 @@ def read_replies(
             if refusal.reason == OUT_OF_MEMORY:
                 lacked_bytes[device] = assignments[device].memory_bytes
             continue
-        num_used = len(update.gradients) + len(update.statistics)
+        # All projections of an estimated gradient are one array.
+        num_gradients = 1 if update.zeroth_order else len(update.gradients)
+        num_used = num_gradients + len(update.statistics)
         accepted[device] = AcceptedReply(update, report, Upload.of(reply, num_used))
         lacked_bytes[device] = None
     return RoundReplies(

@@ -222,6 +222,12 @@ def test_blocks_move_against_the_estimated_gradient():
     values = np.linspace(-1, 1, 16)
     record = coordinator.complete_round(plan, [projections_reply(plan, device, values)])
     assert record.refused == {}
+    logged = {block.block_index: block for block in record.blocks}
+    mine, costs = logged[assignment.block_index], settings().costs
+    assert mine.ignored_arrays == 0
+    assert mine.required_memory_bytes == assignment.memory_bytes
+    assert mine.required_memory_bytes == costs.memory_bytes[mine.block_index]
+    assert mine.payload_bytes == costs.payload_bits[mine.block_index] // 8
     names = PARTITION.update_names(assignment.block_index)
     expected = estimated_gradient(
         before,
