@@ -21,7 +21,7 @@ from flwr.common import Code, FitRes, Parameters, Status
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
 from lola_flwr.clients.received import assignment_in
-from lola_flwr.clients.store import LostCopy, complete, run_store
+from lola_flwr.clients.store import LostCopy, complete, replacing, run_store
 from lola_flwr.protocol import REPORT_KEY, Assignment, nothing_report
 from lola_flwr.versions import Manifest
 
@@ -94,9 +94,8 @@ def held_mod(
 def _all_names(received: list[str], manifest: Manifest, path: Path) -> list[str]:
     """Return the names of all arrays, which a message that holds all of them told."""
     if len(received) == manifest.num_arrays:
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(received), encoding="utf-8")
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_text(json.dumps(received), encoding="utf-8")
         return received
     names: list[str] = []
     with suppress(FileNotFoundError, ValueError):

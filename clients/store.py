@@ -13,8 +13,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
@@ -250,8 +250,18 @@ class Residuals:
             yield path, int(path.stem.rpartition("-")[2])
 
 
-def _write(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name of the writer's own to write under; then it takes ``path``'s place.
+
+    Devices that share a directory may write the same file at the same time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}-{get_ident()}")
-    save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, unfinished)
+    yield unfinished
     unfinished.replace(path)
+
+
+def _write(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    with replacing(path) as unfinished:
+        save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, unfinished)

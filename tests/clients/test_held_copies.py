@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from flwr.compat.common import recorddict_compat as compat
 
 from lola_flwr.allocation import RoundMode
 from lola_flwr.clients import AssignedBlock, block_mod, held_mod, profile_mod
+from lola_flwr.clients.store import replacing
 from lola_flwr.model_setup import coordinator_for_weights
 from lola_flwr.replies import DeviceReply
 from tests.clients.test_assigned_block import (
@@ -160,3 +163,18 @@ def test_the_legacy_interface_too(model, tmp_path):
     whole = len(model.state_dict())
     assert sent_counts[0] == sent_counts[4] == whole
     assert sent_counts[1] == sent_counts[2] == sent_counts[3] < whole
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "names.json"
+
+    def write(text):
+        with replacing(path) as unfinished:
+            unfinished.write_text(text)
+            both.wait(10)
+
+    both = Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ["a", "b"]))
+    assert path.read_text() in ("a", "b")
+    assert [*tmp_path.iterdir()] == [path]
