@@ -58,6 +58,11 @@ class RoundPlan:
     codec_level: npt.NDArray[np.int64]
     manifests: Mapping[str, Manifest]
 
+    def leaves_out(self, device_id: str) -> bool:
+        """Tell whether a device is not sent the whole model."""
+        manifest = self.manifests.get(device_id)
+        return manifest is not None and not all(p.sent for p in manifest.pieces)
+
     def sent_names(self, device_id: str, names: Sequence[str]) -> list[str]:
         """Return the names, out of all in order, of what a device is sent."""
         manifest = self.manifests.get(device_id)

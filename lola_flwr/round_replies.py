@@ -49,7 +49,8 @@ class RoundReplies:
         Refused replies, counted by reason.
     lacked_bytes
         Of each device that was asked: None if its update was accepted, else the memory
-        that it turned out to lack, or 0 for any other failure.
+        that it turned out to lack, or 0 for any other failure. A device that lacks what
+        it was not sent has not failed, and has no entry.
     lost_copies
         Devices that said they no longer hold what the server left out.
     """
@@ -100,6 +101,9 @@ def read_replies(
             refusals.setdefault(device, str(refusal))
             if refusal.reason == "lost-copy":
                 lost_copies.add(device)
+                if plan.leaves_out(device):
+                    # No failure: it is to be sent everything in the next round.
+                    lacked_bytes.pop(device, None)
             if refusal.reason == OUT_OF_MEMORY:
                 lacked_bytes[device] = assignments[device].memory_bytes
             continue

@@ -177,7 +177,10 @@ def test_a_device_that_lost_its_copy_says_so_and_is_sent_everything(
         directory=tmp_path / "disk",
     )
 
+    absences = []
+
     def lose_copy(server_round):
+        absences.append(federated.coordinator._fleet.absences.of_device)
         if server_round == 3:
             shutil.rmtree(tmp_path / "disk")
 
@@ -186,6 +189,8 @@ def test_a_device_that_lost_its_copy_says_so_and_is_sent_everything(
     statuses = [record.blocks[0].status.partition(":")[0] for record in records]
     assert statuses == ["accepted", "accepted", "lost-copy", "accepted", "accepted"]
     assert records[2].refused == {"lost-copy": 1}
+    # It has not failed: it must not rest when all of it is sent.
+    assert absences == [{}] * 5
     changed = nbytes(federated, federated.partition.update_names(1))
     everything = nbytes(federated, federated.partition.trainable)
     # Nothing was trained in round 3, and round 4 sends all of it.
