@@ -13,6 +13,8 @@ import numpy.typing as npt
 from lola_flwr.errors import UserError
 
 FloatArrays = dict[str, npt.NDArray[np.float32]]
+# The mean of a stack of arrays along its first axis.
+StackMean = Callable[[npt.NDArray[Any]], npt.NDArray[np.floating]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +102,7 @@ def _weighted_mean(updates: Sequence[BlockUpdate]) -> FloatArrays:
     return total
 
 
-def _coordinate_wise(
-    mean: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.floating]],
-) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
+def _coordinate_wise(mean: StackMean) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
     """Return the mean of updates that is ``mean`` of each parameter's stack."""
 
     def assemble(updates: Sequence[BlockUpdate]) -> FloatArrays:
@@ -117,16 +117,20 @@ def _coordinate_wise(
     return assemble
 
 
-def _trimmed_mean(stack: npt.NDArray[np.float32]) -> npt.NDArray[np.floating]:
+def _median(stack: npt.NDArray[Any]) -> npt.NDArray[np.floating]:
+    return np.asarray(np.median(stack, axis=0))
+
+
+def _trimmed_mean(stack: npt.NDArray[Any]) -> npt.NDArray[np.floating]:
     # scipy.stats takes longer to import than the rest of the package together.
     from scipy.stats import trim_mean
 
     return np.asarray(trim_mean(stack, 1 / 3, axis=0))
 
 
+ROBUST_MEANS: dict[str, StackMean] = {"median": _median, "trimmed": _trimmed_mean}
 _MEANS: dict[str, Callable[[Sequence[BlockUpdate]], FloatArrays]] = {
     "mean": _weighted_mean,
-    "median": _coordinate_wise(lambda stack: np.median(stack, axis=0)),
-    "trimmed": _coordinate_wise(_trimmed_mean),
+    **{name: _coordinate_wise(mean) for name, mean in ROBUST_MEANS.items()},
 }
 BLOCK_MEANS = tuple(_MEANS)

@@ -2,8 +2,9 @@
 
 In training mode a BatchNorm layer keeps running means and variances of its input, for
 use in evaluation. No gradient moves them: as under FedAvg, the server's are the mean of
-the devices', weighted by examples. Every device runs every layer forward, so each sends
-those of all layers, trained or not.
+the devices', weighted by examples, or the robust mean that gradients are put together
+with. Every device runs every layer forward, so each sends those of all layers, trained
+or not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.assembly import BlockUpdate
+from lola_flwr.assembly import ROBUST_MEANS, BlockUpdate
 
 _SUFFIXES = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -47,14 +48,16 @@ def within_bounds(
 
 
 def average_statistics(
-    updates: Sequence[BlockUpdate],
+    updates: Sequence[BlockUpdate], block_mean: str = "mean"
 ) -> dict[str, npt.NDArray[Any]]:
-    """Average the devices' statistics, weighted by examples.
+    """Average the devices' statistics.
 
     Parameters
     ----------
     updates
         Updates of one round.
+    block_mean
+        Name of the mean, as of `assemble_gradient`: ``"mean"`` is weighted by examples.
 
     Returns
     -------
@@ -64,8 +67,11 @@ def average_statistics(
     for name in {name: None for update in updates for name in update.statistics}:
         holding = [update for update in updates if name in update.statistics]
         values = [update.statistics[name] for update in holding]
-        weights = [update.num_examples for update in holding]
-        mean = np.average(values, axis=0, weights=weights)
+        if block_mean == "mean":
+            weights = [update.num_examples for update in holding]
+            mean = np.average(values, axis=0, weights=weights)
+        else:
+            mean = ROBUST_MEANS[block_mean](np.stack(values))
         if np.issubdtype(values[0].dtype, np.integer):
             mean = np.rint(mean)
         means[name] = np.asarray(mean, dtype=values[0].dtype)

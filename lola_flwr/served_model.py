@@ -38,7 +38,8 @@ class ServedModel:
         All arrays in the order to send them in; None: the trainable ones alone are
         sent. Only trainable ones and running statistics ever change.
     block_mean
-        Name of the mean that puts the updates of one parameter together.
+        Name of the mean that puts the updates of one parameter together, and those of
+        one running statistic.
     zeroth_order_lr
         Rate of a plain step by estimated gradients, which goes past the optimizer.
 
@@ -63,6 +64,7 @@ class ServedModel:
         self._partition = partition
         self._optimizer = optimizer
         self._assemble = block_mean_named(block_mean)
+        self._block_mean = block_mean
         self._zeroth_order_lr = np.float32(zeroth_order_lr)
         # The optimizer holds the trainable values: no second copy of them is kept.
         state = optimizer.state()
@@ -131,7 +133,7 @@ class ServedModel:
         if estimate:
             rate = self._zeroth_order_lr
             self._optimizer.shift({name: -rate * g for name, g in estimate.items()})
-        self._state_dict |= average_statistics(updates)
+        self._state_dict |= average_statistics(updates, self._block_mean)
 
     def start_from(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in the values to start from.

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lola_flwr.assembly import BLOCK_MEANS, BlockUpdate, assemble_gradient
 from lola_flwr.errors import UserError
 from lola_flwr.norm_limits import NormHistory
+from lola_flwr.running_statistics import average_statistics
 
 
 def update(value, num_examples=8, name="w"):
@@ -22,6 +23,28 @@ def test_one_of_three_cannot_move_a_robust_mean_beyond_the_others(block_mean):
         assert np.all((mean >= [1.0, -2.0]) & (mean <= [3.0, -1.0]))
     moved = assemble_gradient([*honest, update([1e30, 0])], "mean")["w"]
     assert moved[0] > 1e29
+
+
+@pytest.mark.parametrize("block_mean", ["median", "trimmed"])
+def test_nor_the_running_statistics(block_mean):
+    def holding(mean, count, num_examples=8):
+        values = {"running_mean": np.float32(mean), "num_batches_tracked": count}
+        statistics = {name: np.asarray(value) for name, value in values.items()}
+        return BlockUpdate({}, num_examples, statistics)
+
+    updates = [
+        holding([1.0, -2.0], 10),
+        holding([1e6, -1e6], 2**40, 8000),
+        holding([3.0, -1.0], 13),
+    ]
+    robust = average_statistics(updates, block_mean)
+    assert np.all(robust["running_mean"] >= [1.0, -2.0])
+    assert np.all(robust["running_mean"] <= [3.0, -1.0])
+    assert 10 <= robust["num_batches_tracked"] <= 13
+    for name, values in updates[0].statistics.items():
+        assert robust[name].dtype == values.dtype
+        assert robust[name].shape == values.shape
+    assert average_statistics(updates)["running_mean"][0] > 9e5
 
 
 @given(
