@@ -78,20 +78,30 @@ def load_device_function(reference: str) -> Callable[[Any], Any]:
     return function  # type: ignore[no-any-return]
 
 
-def put_on_path(root: Path) -> None:
-    """Let imports find the app in a directory."""
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-        importlib.invalidate_caches()
+def put_on_path(root: Path) -> bool:
+    """Let imports find the app in a directory; tell whether the path lacked it."""
+    if str(root) in sys.path:
+        return False
+    sys.path.insert(0, str(root))
+    importlib.invalidate_caches()
+    return True
 
 
-def forget_app(reference: str, root: Path) -> None:
-    """Drop an app's modules, and with them the models and data that they hold."""
+def forget_app(reference: str, root: Path | None) -> None:
+    """Drop an app's modules, and with them the models and data that they hold.
+
+    Parameters
+    ----------
+    reference
+        The app's device function.
+    root
+        What ``put_on_path`` added for it; None if it added nothing.
+    """
     package = reference.partition(":")[0].partition(".")[0]
     for name in list(sys.modules):
         if name.partition(".")[0] == package:
             del sys.modules[name]
-    if str(root) in sys.path:
+    if root is not None and str(root) in sys.path:
         sys.path.remove(str(root))
     gc.collect()
     torch = sys.modules.get("torch")

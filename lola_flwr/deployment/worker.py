@@ -61,7 +61,7 @@ class _Tenant:
 
     run_id: int
     reference: str
-    root: Path
+    added_to_path: Path | None
     supernode: ProcessId | None
     device: Any
 
@@ -232,9 +232,16 @@ class Worker:
                 self._tenant = replace(tenant, supernode=supernode)
                 return tenant.device
             self._release()
-        put_on_path(root)
-        device = load_device_function(reference)(context)
-        self._tenant = _Tenant(context.run_id, reference, root, supernode, device)
+        added_to_path = root if put_on_path(root) else None
+        try:
+            device = load_device_function(reference)(context)
+        except BaseException:
+            # Or the next run, whose app may be mended, would get these modules.
+            forget_app(reference, added_to_path)
+            raise
+        self._tenant = _Tenant(
+            context.run_id, reference, added_to_path, supernode, device
+        )
         _say(f"serving run {context.run_id} with {reference} in {root}")
         return device
 
@@ -257,7 +264,7 @@ class Worker:
         if self._tenant is None:
             return
         tenant, self._tenant = self._tenant, None
-        forget_app(tenant.reference, tenant.root)
+        forget_app(tenant.reference, tenant.added_to_path)
         libc = ctypes.util.find_library("c")
         if libc is not None:
             # glibc keeps freed memory for itself; other C libraries lack the call.

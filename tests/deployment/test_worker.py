@@ -16,6 +16,7 @@ import pytest
 
 from lola_flwr.cli.main import main
 from lola_flwr.clients.update import OutOfMemory
+from lola_flwr.deployment.app_code import forget_app, put_on_path
 from lola_flwr.deployment.processes import ProcessId, _stat, this_process
 from lola_flwr.deployment.shim import WorkerDevice, WorkerFailed, resident
 from lola_flwr.deployment.worker import Worker, ask_worker
@@ -165,6 +166,31 @@ def test_errors_of_the_app_come_back(served, path, kind, error, text):
     with pytest.raises(error, match=text):
         device.train(assignment(), [])
     assert device.profile.name == "toy"
+
+
+def test_an_app_that_fails_at_first_use_is_read_anew(served, path, tmp_path):
+    package = tmp_path / "mended"
+    package.mkdir()
+    (package / "__init__.py").write_text("def device_fn(context): raise KeyError('x')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        device = WorkerDevice("mended:device_fn", context(), path)
+    finally:
+        sys.path.remove(str(tmp_path))
+    with pytest.raises(WorkerFailed, match="KeyError"):
+        device.train(assignment(), [])
+    assert str(tmp_path) not in sys.path
+    (package / "__init__.py").write_text("from toy_app.device import device_fn")
+    device.train(assignment(), [])
+
+
+def test_only_a_path_that_was_added_is_taken_away(tmp_path):
+    assert put_on_path(tmp_path)
+    assert not put_on_path(tmp_path)
+    forget_app(TOY, None)
+    assert str(tmp_path) in sys.path
+    forget_app(TOY, tmp_path)
+    assert str(tmp_path) not in sys.path
 
 
 def test_a_client_that_is_killed_costs_its_message_only(served, path):
