@@ -53,6 +53,8 @@ _TICK_S = 0.5
 _HELLO_S = 5.0
 # A run that has been silent for this long has left the device to another one.
 _HOLD_S = 120.0
+# A client that takes nothing of its answer for this long has gone.
+_SEND_S = 60.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +106,14 @@ class Worker:
         self._tenant: _Tenant | None = None
         self._last_message = 0.0
         self._messages = 0
+        # Threads with a message whose answer is not sent yet.
+        self._in_hand: set[threading.Thread] = set()
         self._stopping = threading.Event()
         self._socket = _listen(socket_path)
         write_token(socket_path, self._token)
 
     def serve(self) -> None:
-        """Serve until ``stop`` is called; then let the message in hand end."""
+        """Serve until ``stop`` is called; then let the message in hand be answered."""
         self._socket.settimeout(_TICK_S)
         next_look = 0.0
         try:
@@ -132,6 +136,8 @@ class Worker:
             self._socket.close()
             for path in (self._path, token_path(self._path)):
                 path.unlink(missing_ok=True)
+            for thread in tuple(self._in_hand):
+                thread.join()
             with self._busy:
                 self._release()
             self._uplink.close()
@@ -154,21 +160,28 @@ class Worker:
                 asked = receive_frame(connection)
             except (LinkError, TimeoutError):
                 return  # who leaves now only looked whether a worker is there
+            self._in_hand.add(threading.current_thread())
             try:
-                answer = self._reply(asked)
-            except UserError as error:
-                answer = Frame("error", {"user": True, "message": str(error)})
-            except OutOfMemory as error:
-                answer = Frame("out-of-memory", {"message": str(error)})
-            # What an app raises is the app's; the worker goes on with the next message.
-            except Exception as error:
-                traceback.print_exc()
-                message = f"{type(error).__name__}: {error}"
-                answer = Frame("error", {"user": False, "message": message})
-            try:
+                answer = self._reply_or_error(asked)
+                connection.settimeout(_SEND_S)
                 send_frame(connection, answer)
             except LinkError as error:
                 _say(f"a client did not wait for its answer: {error}")
+            finally:
+                self._in_hand.discard(threading.current_thread())
+
+    def _reply_or_error(self, asked: Frame) -> Frame:
+        try:
+            return self._reply(asked)
+        except UserError as error:
+            return Frame("error", {"user": True, "message": str(error)})
+        except OutOfMemory as error:
+            return Frame("out-of-memory", {"message": str(error)})
+        # What an app raises is the app's; the worker goes on with the next message.
+        except Exception as error:
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}"
+            return Frame("error", {"user": False, "message": message})
 
     def _reply(self, asked: Frame) -> Frame:
         if asked.kind == "status":
@@ -183,6 +196,8 @@ class Worker:
         # A client that was killed leaves its message to be finished; the next one of
         # the same run waits here.
         with self._busy:
+            if self._stopping.is_set():
+                raise UserError("The worker is stopping.")
             self._refuse_second_run(context.run_id, training=False)
             device = self._device_for(context, asked.header)
             self._last_message = time.monotonic()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,13 @@ from lola_flwr.deployment.app_code import forget_app, put_on_path
 from lola_flwr.deployment.processes import ProcessId, _stat, this_process
 from lola_flwr.deployment.shim import WorkerDevice, WorkerFailed, resident
 from lola_flwr.deployment.worker import Worker, ask_worker
-from lola_flwr.deployment.worker_link import Frame, connect, send_frame, token_path
+from lola_flwr.deployment.worker_link import (
+    Frame,
+    connect,
+    receive_frame,
+    send_frame,
+    token_path,
+)
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import Assignment
 
@@ -263,6 +270,45 @@ def test_first_use_starts_a_worker_and_sigterm_ends_it(path):
     assert ask_worker(path, "status")["pid"] == pid
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not path.exists())
+
+
+def test_sigterm_lets_a_large_answer_be_read(path):
+    node_config = {"worker": str(path), "worker-python": sys.executable}
+    flower = SimpleNamespace(
+        run_id=1, node_id=7, node_config=node_config, run_config={}
+    )
+    pid = resident(TOY)(flower).train(assignment(), []).num_examples
+    header = {
+        **WorkerDevice(TOY, context(), path)._header,
+        "assignment": assignment().to_record(),
+        "named": True,
+    }
+    with connect(path) as connection:
+        send_frame(connection, Frame("train", header, {"w": np.zeros(60 << 20, "u1")}))
+        wait_until(lambda: ask_worker(path, "status")["messages"] == 2)
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not path.exists())
+        time.sleep(0.2)  # in which a worker that does not wait would end
+        assert receive_frame(connection).arrays["w"].nbytes == 60 << 20
+
+
+def test_a_message_that_waits_when_the_worker_stops_is_told_so(path):
+    worker = Worker(path)
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    device = WorkerDevice(TOY, context(**{"train-s": 0.5}), path)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(device.train, assignment(), [])
+        wait_until(lambda: ask_worker(path, "status")["training"])
+        wait_until(lambda: len(worker._in_hand) == 1)
+        second = pool.submit(device.train, assignment(), [])
+        wait_until(lambda: len(worker._in_hand) == 2)
+        worker.stop()
+        assert first.result().report.server_round == 3
+        with pytest.raises(UserError, match="is stopping"):
+            second.result()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def test_a_worker_that_cannot_start_leaves_the_work_to_the_client(path):
