@@ -39,8 +39,8 @@ def worker(
     Example: `lola-flwr worker --socket /run/lola-flwr/worker.sock
     --superlink superlink.lan:8000 --relay 127.0.0.1:9095`
     """
-    from lola_flwr.deployment.serve_worker import uplink_limit
-    from lola_flwr.deployment.worker import Worker, ask_worker, run_worker
+    from lola_flwr.deployment.serve_worker import start_worker, uplink_limit
+    from lola_flwr.deployment.worker import ask_worker
     from lola_flwr.deployment.worker_link import LinkError
 
     try:
@@ -48,13 +48,11 @@ def worker(
             for key, value in ask_worker(socket, "stop" if stop else "status").items():
                 print(f"{key}: {value}")
             return
-        run_worker(
-            Worker(
-                socket,
-                uplink=uplink_limit(superlink, relay, tc),
-                hold_s=hold_s,
-                exit_with_supernode=exit_with_supernode,
-            )
+        start_worker(
+            socket,
+            uplink_limit(superlink, relay, tc),
+            hold_s=hold_s,
+            exit_with_supernode=exit_with_supernode,
         )
     except LinkError as error:
         raise UserError(str(error)) from None

@@ -44,18 +44,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asked = ask_worker(options.socket, "stop" if options.stop else "status")
             print(*(f"{key}: {value}" for key, value in asked.items()), sep="\n")
             return 0
-        run_worker(
-            Worker(
-                options.socket,
-                uplink=uplink_limit(options.superlink, options.relay, options.tc),
-                hold_s=options.hold_s,
-                exit_with_supernode=options.exit_with_supernode,
-            )
+        start_worker(
+            options.socket,
+            uplink_limit(options.superlink, options.relay, options.tc),
+            hold_s=options.hold_s,
+            exit_with_supernode=options.exit_with_supernode,
         )
     except (UserError, LinkError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def start_worker(
+    socket_path: Path, uplink: UplinkLimit, *, hold_s: float, exit_with_supernode: bool
+) -> None:
+    """Serve until a signal, and take the limit away however that ends."""
+    try:
+        worker = Worker(
+            socket_path,
+            uplink=uplink,
+            hold_s=hold_s,
+            exit_with_supernode=exit_with_supernode,
+        )
+    except BaseException:
+        uplink.close()
+        raise
+    run_worker(worker)
 
 
 def uplink_limit(

@@ -138,9 +138,11 @@ class Worker:
                 path.unlink(missing_ok=True)
             for thread in tuple(self._in_hand):
                 thread.join()
-            with self._busy:
-                self._release()
-            self._uplink.close()
+            try:
+                with self._busy:
+                    self._release()
+            finally:
+                self._uplink.close()
 
     def stop(self) -> None:
         """Ask ``serve`` to end."""
@@ -275,11 +277,15 @@ class Worker:
             self.stop()
 
     def _release(self) -> None:
-        """Free what the present run holds."""
+        """Free what the present run holds, and lift the limit of its last round."""
         if self._tenant is None:
             return
         tenant, self._tenant = self._tenant, None
         forget_app(tenant.reference, tenant.added_to_path)
+        try:
+            self._uplink.hold_to(None, 0)
+        except UserError as error:
+            _say(f"the limit of the last round stays: {error}")
         libc = ctypes.util.find_library("c")
         if libc is not None:
             # glibc keeps freed memory for itself; other C libraries lack the call.

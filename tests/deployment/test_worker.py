@@ -19,6 +19,7 @@ from lola_flwr.cli.main import main
 from lola_flwr.clients.update import OutOfMemory
 from lola_flwr.deployment.app_code import forget_app, put_on_path
 from lola_flwr.deployment.processes import ProcessId, _stat, this_process
+from lola_flwr.deployment.serve_worker import start_worker
 from lola_flwr.deployment.shim import WorkerDevice, WorkerFailed, resident
 from lola_flwr.deployment.worker import Worker, ask_worker
 from lola_flwr.deployment.worker_link import (
@@ -215,8 +216,10 @@ def test_a_client_that_is_killed_costs_its_message_only(served, path):
 
 
 def test_a_second_worker_of_a_device_is_refused(served, path):
+    limit = Limit()
     with pytest.raises(UserError, match="Another worker answers"):
-        Worker(path)
+        start_worker(path, limit, hold_s=1, exit_with_supernode=False)
+    assert limit.held == ["closed"]
 
 
 def test_memory_is_freed_when_the_supernode_is_gone(served, path):
@@ -229,6 +232,7 @@ def test_memory_is_freed_when_the_supernode_is_gone(served, path):
     supernode.kill()
     supernode.wait()
     wait_until(lambda: ask_worker(path, "status")["run_id"] is None)
+    wait_until(lambda: served.held[-1] == (None, 0))
     assert not started.is_alive()
 
 
