@@ -24,8 +24,9 @@ from lola_flwr.errors import UserError
 _STATE_DIRECTORY = Path(os.environ.get("LOLA_STATE_DIR", "/run/lola-flwr"))
 # By this handle the queue is known to be ours.
 _HANDLE = "4c4f:"
-# Queues that the kernel puts there by itself, and puts back when ours is deleted.
-_DEFAULTS = ("noqueue", "pfifo_fast", "fq_codel", "fq", "mq", "pfifo")
+# Of queues that the kernel puts there by itself, and puts back when ours is deleted;
+# the same kind of queue from a person's hand has another handle.
+_KERNELS_HANDLE = "0:"
 
 
 class TrafficControl:
@@ -139,16 +140,16 @@ def restore(interface: str, *, state_directory: Path = _STATE_DIRECTORY) -> bool
 
 
 def _put_back_arguments(interface: str, found: Mapping[str, Any]) -> list[str]:
-    """Return the arguments of tc that make a queue again; none for a default one.
+    """Return the arguments of tc that make a queue again; none for the kernel's own.
 
     Raises
     ------
     UserError
         This queue could not be put back as it was.
     """
-    kind = found.get("kind", "noqueue")
-    if kind in _DEFAULTS:
+    if found.get("handle", _KERNELS_HANDLE) == _KERNELS_HANDLE:
         return []
+    kind = found["kind"]
     if kind == "tbf":
         options = found["options"]
         # tc writes bytes per second and microseconds; it rounds the burst down.
