@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,6 @@ class _Tenant:
     run_id: int
     reference: str
     added_to_path: Path | None
-    supernode: ProcessId | None
     device: Any
 
 
@@ -104,6 +103,8 @@ class Worker:
         # Whoever trains or changes the tenant holds it.
         self._busy = threading.Lock()
         self._tenant: _Tenant | None = None
+        # Whose message came last, even if the app failed at it.
+        self._supernode: ProcessId | None = None
         self._last_message = 0.0
         self._messages = 0
         # Threads with a message whose answer is not sent yet.
@@ -201,6 +202,7 @@ class Worker:
             if self._stopping.is_set():
                 raise UserError("The worker is stopping.")
             self._refuse_second_run(context.run_id, training=False)
+            self._supernode = ProcessId.from_header(asked.header["supernode"])
             device = self._device_for(context, asked.header)
             self._last_message = time.monotonic()
             if asked.kind == "profile":
@@ -241,12 +243,9 @@ class Worker:
     def _device_for(self, context: DeviceContext, header: Mapping[str, Any]) -> Any:
         """Return the run's device; make it, and forget another run's, if need be."""
         reference, root = header["reference"], Path(header["root"])
-        supernode = ProcessId.from_header(header["supernode"])
         tenant = self._tenant
         if tenant is not None:
             if tenant.run_id == context.run_id:
-                # A SuperNode that was restarted in the middle of a run.
-                self._tenant = replace(tenant, supernode=supernode)
                 return tenant.device
             self._release()
         added_to_path = root if put_on_path(root) else None
@@ -256,20 +255,21 @@ class Worker:
             # Or the next run, whose app may be mended, would get these modules.
             forget_app(reference, added_to_path)
             raise
-        self._tenant = _Tenant(
-            context.run_id, reference, added_to_path, supernode, device
-        )
+        self._tenant = _Tenant(context.run_id, reference, added_to_path, device)
         _say(f"serving run {context.run_id} with {reference} in {root}")
         return device
 
     def _watch_supernode(self) -> None:
-        tenant = self._tenant
-        if tenant is None or tenant.supernode is None or tenant.supernode.is_alive():
+        supernode = self._supernode
+        if supernode is None or supernode.is_alive():
             return
         if not self._busy.acquire(blocking=False):
             return
         try:
-            _say(f"the SuperNode of run {tenant.run_id} is gone: memory is freed")
+            if self._supernode != supernode:
+                return  # a new one sent a message meanwhile
+            self._supernode = None
+            _say("the SuperNode is gone: memory is freed")
             self._release()
         finally:
             self._busy.release()

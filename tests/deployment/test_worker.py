@@ -236,6 +236,24 @@ def test_memory_is_freed_when_the_supernode_is_gone(served, path):
     assert not started.is_alive()
 
 
+def test_a_worker_whose_first_message_failed_ends_with_its_supernode(path):
+    worker = Worker(path, exit_with_supernode=True)
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1) as supernode:
+        device = WorkerDevice(TOY, context(), path)
+        device._header["reference"] = "toy_app.device:nothing"
+        started = ProcessId(supernode.pid, _stat(supernode.pid)[1])
+        device._header["supernode"] = started.to_header()
+        with pytest.raises(UserError, match="no function nothing"):
+            device.train(assignment(), [])
+        assert thread.is_alive()
+    thread.join(timeout=10)
+    if thread.is_alive():
+        worker.stop()
+        pytest.fail("the worker outlived its SuperNode")
+
+
 def test_the_command_asks_and_stops_a_worker(path, capsys):
     worker = Worker(path)
     thread = threading.Thread(target=worker.serve)
