@@ -337,7 +337,7 @@ def _listen(path: Path) -> socket.socket:
             listening.close()
             raise UserError(
                 f"Another worker answers at {path}; a device has one. Stop that one "
-                "first: lola-flwr worker --stop."
+                f"first: lola-flwr worker --socket {path} --stop."
             )
     # What a killed worker left behind.
     path.unlink(missing_ok=True)

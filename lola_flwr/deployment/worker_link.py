@@ -164,11 +164,12 @@ def connect(socket_path: Path, *, timeout_s: float = 5.0) -> socket.socket:
     LinkError
         No worker answers there.
     UserError
-        Others can read the token, or it may not be read by this user.
+        Others can read the token, or it or the socket is another user's.
     """
     path = token_path(socket_path)
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
+        owners = {status.st_uid, socket_path.stat().st_uid}
         token = path.read_text(encoding="ascii")
     except FileNotFoundError:
         raise LinkError(f"No worker runs at {socket_path}.") from None
@@ -176,10 +177,15 @@ def connect(socket_path: Path, *, timeout_s: float = 5.0) -> socket.socket:
         raise UserError(
             f"{path} cannot be read: run worker and SuperNode as the same user."
         ) from None
-    if stat.S_IMODE(mode) & 0o077:
+    if owners != {os.geteuid()}:
         raise UserError(
-            f"{path} has mode {stat.S_IMODE(mode):o}, which lets others read it; "
-            "restart the worker."
+            f"{socket_path} or its token is another user's: run worker and SuperNode "
+            "as the same user, and ask or stop the worker as that one."
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        raise UserError(
+            f"{path} has mode {mode:o}, which lets others read it; restart the worker."
         )
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(timeout_s)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import struct
 
@@ -106,6 +107,7 @@ def test_a_hello_is_short(pair):
 def test_a_token_that_others_can_read_is_not_shown(tmp_path):
     path = tmp_path / "worker.sock"
     write_token(path, "secret")
+    path.touch()
     assert token_path(path).stat().st_mode & 0o777 == 0o600
     token_path(path).chmod(0o640)
     with pytest.raises(UserError, match="640"):
@@ -118,3 +120,17 @@ def test_no_worker_is_a_link_error(tmp_path):
     write_token(tmp_path / "worker.sock", "secret")
     with pytest.raises(LinkError, match="No worker runs"):
         connect(tmp_path / "worker.sock")
+
+
+@pytest.mark.parametrize("theirs", ["socket", "token"])
+def test_another_users_worker_is_not_talked_to(tmp_path, theirs):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    path = tmp_path / "worker.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        write_token(path, "x")
+        os.chown(path if theirs == "socket" else token_path(path), 65534, -1)
+        with pytest.raises(UserError, match="another user's"):
+            connect(path)
