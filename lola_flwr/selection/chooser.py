@@ -128,7 +128,7 @@ class BlockChooser:
         selection = self._selection
         if selection.takes_all:
             return problem
-        allowed = np.flatnonzero(problem.demand)
+        allowed = np.flatnonzero(problem.demand).tolist()
         if self._response is not None and server_round % selection.trials.interval == 0:
             self.history = measure_importance(
                 self.history,
@@ -139,15 +139,15 @@ class BlockChooser:
                 trials=selection.trials,
                 rng=rng_for(self._seed, "trials", server_round),
             )
-        wanted: Collection[int] = allowed.tolist()
+        wanted: Collection[int] = allowed
         if selection.selector is not None:
             per_block = int(problem.demand[allowed].max())
-            most = max(1, min(allowed.size, problem.num_devices // per_block))
+            most = max(1, min(len(allowed), problem.num_devices // per_block))
             draw = partial(rng_for, self._seed)
             chosen = selection.selector(server_round, self.history, most, draw)
-            wanted = [block for block in chosen if block in set(allowed.tolist())]
+            wanted = [block for block in chosen if block in allowed]
             # None of them may be among the mode's blocks: then all of those are wanted.
-            wanted = wanted or allowed.tolist()
+            wanted = wanted or allowed
         wanted_only = replace(problem, mode=replace(problem.mode, blocks=tuple(wanted)))
         blocks = most_valuable_blocks(
             wanted_only,
