@@ -323,6 +323,7 @@ class Coordinator:
     def start_from(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in the values to start from, or raise `UserError` if they do not fit."""
         self._model.start_from(arrays)
+        self._chooser.start_from(self._model.state())
 
     def adopt(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in values that something around the strategy has changed."""
@@ -344,14 +345,17 @@ class Coordinator:
             norms=self._norms,
         )
         model = self._model.snapshot()
-        return Snapshot(model.arrays, {**model.values, "state": state.to_values()})
+        return Snapshot(
+            {**model.arrays, **self._chooser.snapshot()},
+            {**model.values, "state": state.to_values()},
+        )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot, in a coordinator made with the same arguments."""
         self._model.restore(snapshot)
         state = RunState.from_values(snapshot.values["state"])
         self._fleet.restore(state)
-        self._chooser.history = state.history
+        self._chooser.restore(state.history, snapshot.arrays)
         self._norms = state.norms
         self._wireless_s = state.wireless_s
         self.server_round = state.server_round

@@ -149,10 +149,14 @@ class RoundPlanner:
         """Return the devices that can be asked, their problem, and what they upload."""
         profiles = [fleet.profiles[device] for device in known]
         stated = self.statement.of_round(
-            server_round, profiles, estimate=fleet.estimate, rates=fleet.rates
+            server_round,
+            profiles,
+            estimate=fleet.estimate,
+            rates=fleet.rates,
+            wanted=lambda whole: chooser.wanted(whole, server_round, model.state()),
         )
-        wanted = chooser.narrow(stated.problem, server_round, model.state())
-        stated, _ = self._with_payloads(server_round, replace(stated, problem=wanted))
+        in_time = chooser.within_target(stated.problem, server_round)
+        stated, _ = self._with_payloads(server_round, replace(stated, problem=in_time))
         names = [profile.name for profile in profiles]
         limits = [fleet.absences.memory_limit(server_round, name) for name in names]
         rows, problem = narrowed(

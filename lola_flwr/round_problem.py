@@ -7,7 +7,7 @@ go in; what comes out can be narrowed and solved.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -131,8 +131,9 @@ class ProblemStatement:
         *,
         estimate: ComputeEstimate,
         rates: RateEstimate,
+        wanted: Callable[[AllocationProblem], AllocationProblem],
     ) -> RoundProblem:
-        """State the problem of all blocks that the mode names.
+        """State the problem of the blocks that the mode names and a choice leaves.
 
         Parameters
         ----------
@@ -142,6 +143,9 @@ class ProblemStatement:
             The K devices.
         estimate, rates
             Correct what they claim of their processors and links.
+        wanted
+            Narrows the problem of all blocks down to those that are to be trained. Who
+            trains without back-propagation depends on these alone.
         """
         names = [profile.name for profile in profiles]
         every_block = np.ones(self.partition.num_blocks, bool)
@@ -169,6 +173,7 @@ class ProblemStatement:
             constant_s=self.constant_s,
             mode=self.mode,
         )
+        problem = wanted(problem)
         schedules: Schedules = {}
         if self.reduced_schedules:
             problem, schedules = with_reduced_schedules(

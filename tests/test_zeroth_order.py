@@ -14,6 +14,7 @@ from lola_flwr.model_setup import coordinator_for, model_costs, zeroth_order_cos
 from lola_flwr.models import fingerprint, load_classifier
 from lola_flwr.payload import array_message_bytes
 from lola_flwr.replies import DeviceReply
+from lola_flwr.selection import RoundRobin, Selection
 from lola_flwr.system.costs import estimate_costs, estimate_zeroth_order_costs
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.truncated_backprop import block_gradient
@@ -182,6 +183,16 @@ def test_they_idle_where_the_others_suffice():
     coordinator, ids = fleet(3, 2, zeroth_order=settings(use="always"))
     plan = coordinator.plan_round(1, ids)
     assert without_backward(plan) == set(plan.assignments)
+
+
+def test_they_idle_where_the_others_suffice_for_the_chosen_blocks():
+    coordinator, ids = fleet(
+        2, 2, zeroth_order=settings(), selection=Selection(RoundRobin(count=2))
+    )
+    for server_round in (1, 2):
+        plan = coordinator.plan_round(server_round, ids)
+        assert len(plan.assignments) == 2
+        assert without_backward(plan) == set()
 
 
 def test_the_largest_upload_is_below_1_kb():

@@ -23,6 +23,9 @@ from lola_flwr.selection.selectors import BlockSelector
 FloatArrays = Mapping[str, npt.NDArray[np.float32]]
 BlockValue = Literal["staleness", "equal"]
 
+# Prefix of the values that training started from, in a snapshot.
+_START = "start/"
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -100,30 +103,41 @@ class BlockChooser:
         self._partition = partition
         self._selection = selection
         self._response = response
-        self._start = (
-            {name: values.copy() for name, values in start.items()} if response else {}
-        )
         self._seed = seed
         self._before: dict[str, npt.NDArray[np.float32]] = {}
+        self._start: FloatArrays = {}
+        self.start_from(start)
 
-    def narrow(
+    def start_from(self, values: FloatArrays) -> None:
+        """Take note of the values that training starts from."""
+        if self._response is not None:
+            self._start = {name: array.copy() for name, array in values.items()}
+
+    def snapshot(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return what `restore` needs beside the history: where training started."""
+        return {_START + name: array for name, array in self._start.items()}
+
+    def restore(
+        self, history: BlockHistory, arrays: Mapping[str, npt.NDArray[np.float32]]
+    ) -> None:
+        """Go on from a snapshot, the arrays of which may hold more than this part."""
+        self.history = history
+        self._start = {name: arrays[_START + name] for name in self._start}
+
+    def wanted(
         self, problem: AllocationProblem, server_round: int, values: FloatArrays
     ) -> AllocationProblem:
-        """Return the round's problem with the blocks that are to be trained.
+        """Return the round's problem with the blocks that the selector wants.
 
         Parameters
         ----------
         problem
-            The problem of all the blocks that the round's mode names.
+            The problem of all the blocks that the round's mode names. Of the devices,
+            only their number counts.
         server_round
             Round, from 1.
         values
             Trainable values now.
-
-        Raises
-        ------
-        InfeasibleAllocation
-            None of the wanted blocks can be trained in time.
         """
         selection = self._selection
         if selection.takes_all:
@@ -148,11 +162,31 @@ class BlockChooser:
             wanted = [block for block in chosen if block in allowed]
             # None of them may be among the mode's blocks: then all of those are wanted.
             wanted = wanted or allowed
-        wanted_only = replace(problem, mode=replace(problem.mode, blocks=tuple(wanted)))
+        return replace(problem, mode=replace(problem.mode, blocks=tuple(wanted)))
+
+    def within_target(
+        self, problem: AllocationProblem, server_round: int
+    ) -> AllocationProblem:
+        """Return the round's problem with the wanted blocks that can be trained.
+
+        Parameters
+        ----------
+        problem
+            The problem of the wanted blocks.
+        server_round
+            Round, from 1.
+
+        Raises
+        ------
+        InfeasibleAllocation
+            None of the wanted blocks can be trained in time.
+        """
+        if self._selection.takes_all:
+            return problem
         blocks = most_valuable_blocks(
-            wanted_only,
+            problem,
             self._values(server_round),
-            latency_target_s=selection.latency_target_s,
+            latency_target_s=self._selection.latency_target_s,
         )
         return replace(problem, mode=replace(problem.mode, blocks=blocks))
 

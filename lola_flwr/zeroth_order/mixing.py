@@ -31,9 +31,9 @@ class ZerothOrder:
     costs
         What a block costs such a device.
     use
-        "fallback": where the devices that can back-propagate do not suffice for all
-        blocks, those that can hold no block's back-propagation train without it;
-        "always": all devices do.
+        "fallback": where the devices that can back-propagate do not suffice for the
+        round's blocks, those that can hold the back-propagation of none of them train
+        without it; "always": all devices do.
     lr
         Learning rate of these updates, a plain step of gradient descent: an optimizer
         that normalises its steps would turn their noise into full steps.
@@ -119,7 +119,7 @@ def mix(
     if settings is None or (settings.use == "fallback" and is_feasible(problem)):
         return problem, chosen
     if settings.use == "fallback":
-        chosen = np.asarray(~problem.feasible.any(axis=1))
+        chosen = np.asarray(~problem.feasible[:, problem.demand > 0].any(axis=1))
     else:
         chosen[:] = True
     costs = settings.costs

@@ -155,6 +155,51 @@ def test_ist_in_a_run_measures_at_its_interval():
     assert len(calls) == 2 * 3
 
 
+def ist_coordinator(seen=None, **options):
+    """Measures importance in every round; the loss is the mean of block 1's weights."""
+    seen = [] if seen is None else seen
+
+    def response(values):
+        seen.append(float(values[PARTITION.blocks[1][0]].mean()))
+        return seen[-1]
+
+    selector = selector_named("ist", {"count": 1}, partition=PARTITION, values=VALUES)
+    return make_coordinator(
+        selection=Selection(selector, trials=Trials(interval=1, damped_share=1 / 3)),
+        response=response,
+        **options,
+    )
+
+
+def test_moves_are_measured_from_where_training_really_started():
+    seen = []
+    coordinator = ist_coordinator(seen)
+    warm = {name: np.full_like(v, 5.0) for name, v in coordinator.arrays().items()}
+    coordinator.start_from(warm)
+    coordinator.plan_round(1, IDS)
+    # Nothing has moved yet: damping leaves all as it is.
+    assert set(seen) == {5.0}
+
+
+def test_importance_goes_on_from_a_snapshot():
+    warm = {n: np.full_like(v, 5.0) for n, v in ist_coordinator().arrays().items()}
+    whole, first, second = (ist_coordinator() for _ in range(3))
+    for coordinator in (whole, first):
+        coordinator.start_from(warm)
+    run_rounds(whole, IDS, 3)
+    run_rounds(first, IDS, 3)
+    second.restore(first.snapshot())
+    for coordinator in (whole, second):
+        plan = coordinator.plan_round(4, IDS)
+        coordinator.complete_round(plan, [honest_reply(plan, d) for d in IDS[:1]])
+    importance = [
+        coordinator.snapshot().values["state"]["importance"]
+        for coordinator in (whole, second)
+    ]
+    assert importance[0] == importance[1]
+    assert np.ptp(importance[0]) > 1e-6
+
+
 def test_outlier_ratio_counts_large_elements():
     names = ["layer.0.w", "layer.1.w", "layer.1.b"]
     partition = partition_parameters(
