@@ -1,7 +1,10 @@
 """The base of errors that a user can put right, and what goes into messages."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_LONGEST_QUOTE = 200
 
 
 class UserError(ValueError):
@@ -11,9 +14,22 @@ class UserError(ValueError):
     """
 
 
-def quoted(text: object) -> str:
+class _Brief(reprlib.Repr):
+    """Shortens what it shows before it makes text of it, bytes too."""
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        """Show the first bytes."""
+        return repr(value[: self.maxother]) + ("..." if value[self.maxother :] else "")
+
+
+# What a device sent, fit for a message: short, however much it is.
+brief = _Brief().repr
+
+
+def quoted(said: object) -> str:
     """Return what a device said, fit for a log line: on one line, and short."""
-    return repr(str(text))[:200]
+    text = str(said) if isinstance(said, (str, Exception)) else brief(said)
+    return repr(text[:_LONGEST_QUOTE])[:_LONGEST_QUOTE]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

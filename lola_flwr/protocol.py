@@ -7,10 +7,11 @@ FitRes, or in ConfigRecords. Arrays travel beside them.
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any
+
+from lola_flwr.errors import brief
 
 if TYPE_CHECKING:
     # A worker may live in Python 3.10, whose typing lacks it.
@@ -76,8 +77,8 @@ class _Record:
             if type(value) is not expected:
                 # A device's text is shortened: it goes into logs and records.
                 raise MalformedRecord(
-                    f"{key}={reprlib.repr(value)} must be of type {expected.__name__}; "
-                    f"the record has the keys {reprlib.repr(sorted(map(str, record)))}."
+                    f"{key}={brief(value)} must be of type {expected.__name__}; "
+                    f"the record has the keys {brief(sorted(map(str, record)))}."
                 )
             if isinstance(value, float) and not math.isfinite(value):
                 raise MalformedRecord(f"{key}={value!r} must be finite.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from lola_flwr.assembly import BlockUpdate, FloatArrays
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import MalformedArray, codec_named, read_npy
-from lola_flwr.errors import quoted
+from lola_flwr.errors import brief, quoted
 from lola_flwr.low_rank import projection_of
 from lola_flwr.norm_limits import NormHistory
 from lola_flwr.protocol import (
@@ -173,7 +172,7 @@ class UpdateReader:
             examples = int(examples)
         if type(examples) is not int or examples < 1:
             raise UpdateRefused(
-                "wrong-examples", f"claims {reprlib.repr(examples)} examples of {most}"
+                "wrong-examples", f"claims {brief(examples)} examples of {most}"
             )
         if report.update_kind == "weights":
             examples = min(examples, most)

@@ -196,12 +196,15 @@ def estimate_costs(
     )
     working = max(layer.working_floats_per_token for layer in layers)
     step = StepMemory(
+        mini_batch_size=batch_size,
         batch_size=micro_batch_size,
         sequence_length=sequence_length,
         layer_bytes=layer_bytes,
         rest_bytes=4.0 * sum(elements.values()) - layer_bytes.sum() - head_bytes,
         head_bytes=head_bytes,
         update_bytes=4.0 * uploaded,
+        array_bytes=4.0
+        * np.array([max(elements[name] for name in update) for update in updates]),
         kept_bytes=activation_bytes / micro_batch_size,
         working_bytes=4.0 * sequence_length * working,
     )

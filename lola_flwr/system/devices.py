@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, brief
 from lola_flwr.randomness import rng_for
 
 # Bounds of what a profile may claim: from a microcontroller to far beyond any edge
@@ -70,7 +69,7 @@ class DeviceProfile:
             or not self.name.isprintable()
         ):
             raise InvalidProfile(
-                f"name={reprlib.repr(self.name)} must be a string of 1 to 64 printable "
+                f"name={brief(self.name)} must be a string of 1 to 64 printable "
                 "characters."
             )
         for field, (low, high) in _BOUNDS.items():
@@ -84,13 +83,13 @@ class DeviceProfile:
                 or not low <= value <= high
             ):
                 raise InvalidProfile(
-                    f"{field}={reprlib.repr(value)} of device {self.name!r} must be a "
+                    f"{field}={brief(value)} of device {self.name!r} must be a "
                     f"number from {low:g} to {high:g}."
                 )
         for field in ("splits_batch", "streams_prefix"):
             if not isinstance(getattr(self, field), bool):
                 raise InvalidProfile(
-                    f"{field}={reprlib.repr(getattr(self, field))} of device "
+                    f"{field}={brief(getattr(self, field))} of device "
                     f"{self.name!r} must be true or false."
                 )
 

@@ -43,6 +43,8 @@ class StepMemory:
 
     Parameters
     ----------
+    mini_batch_size
+        Sequences whose gradient is wanted.
     batch_size
         Sequences that are computed at a time where the memory allows it.
     sequence_length
@@ -56,18 +58,23 @@ class StepMemory:
         Weights of the head.
     update_bytes
         Gradients of each block and of the head, shape [N].
+    array_bytes
+        The largest array of these, which is there twice while it is added to the sum of
+        the micro-batches before, shape [N].
     kept_bytes
         What back-propagation to each block keeps of one sequence, shape [N].
     working_bytes
         What a layer takes of one sequence besides, while it runs or back-propagates.
     """
 
+    mini_batch_size: int
     batch_size: int
     sequence_length: int
     layer_bytes: FloatArray
     rest_bytes: float
     head_bytes: float
     update_bytes: FloatArray
+    array_bytes: FloatArray
     kept_bytes: FloatArray
     working_bytes: float
 
@@ -76,6 +83,8 @@ class StepMemory:
         size = min(levers.micro_batch_size, self.batch_size)
         per_sequence = self.kept_bytes + self.working_bytes
         step = self.update_bytes + size * per_sequence
+        if size < self.mini_batch_size:
+            step = step + self.array_bytes
         if not levers.stream_prefix:
             weights = self.layer_bytes.sum() + self.rest_bytes + self.head_bytes
             return np.asarray(weights + step)

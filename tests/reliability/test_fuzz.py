@@ -48,6 +48,7 @@ scalars = (
     | st.floats()
     | texts
     | st.binary(max_size=30)
+    | st.just(b"\x00" * 100_000)
 )
 values = scalars | st.lists(scalars, max_size=3)
 
@@ -283,6 +284,24 @@ READERS = {
 }
 
 
+def traced(reader, value):
+    """Return whether a reader takes a value, and the memory it takes, bytes."""
+    # Traced is the call alone: to trace the drawing of inputs takes ages.
+    tracemalloc.start()
+    try:
+        reader.call(value)
+    except reader.raises as error:
+        assert len(str(error)) < 2000, "a device's words go into the log"
+        assert "\n" not in str(error)
+        outcome = "refused"
+    else:
+        outcome = "read"
+    finally:
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return outcome, peak_bytes
+
+
 def fuzz(reader, budget):
     outcomes = {"read": 0, "refused": 0}
 
@@ -295,21 +314,13 @@ def fuzz(reader, budget):
     )
     @given(reader.inputs)
     def one(value):
-        # Traced is the call alone: to trace the drawing of inputs takes ages.
-        tracemalloc.start()
-        try:
-            reader.call(value)
-        except reader.raises as error:
-            outcomes["refused"] += 1
-            assert len(str(error)) < 2000, "a device's words go into the log"
-            assert "\n" not in str(error)
-        else:
-            outcomes["read"] += 1
-        finally:
-            _, peak = tracemalloc.get_traced_memory()
-            tracemalloc.stop()
+        outcome, peak_bytes = traced(reader, value)
+        if peak_bytes >= OVERHEAD_BYTES:
+            # What a process loads once, a module or a cache, is no input's doing.
+            outcome, peak_bytes = traced(reader, value)
+        outcomes[outcome] += 1
         # The arrays that these tests ask for have a few hundred bytes.
-        assert peak < OVERHEAD_BYTES
+        assert peak_bytes < OVERHEAD_BYTES
 
     one()
     return outcomes

@@ -10,12 +10,14 @@ from lola_flwr.system.levers import Levers, StepMemory
 
 def step_memory(batch_size=8):
     return StepMemory(
+        mini_batch_size=batch_size,
         batch_size=batch_size,
         sequence_length=16,
         layer_bytes=np.array([1e6, 1e6, 2e6]),
         rest_bytes=3e6,
         head_bytes=1e5,
         update_bytes=np.array([1.1e6, 1.1e6, 2.1e6]),
+        array_bytes=np.array([3e5, 3e5, 6e5]),
         kept_bytes=np.array([6e5, 4e5, 2e5]),
         working_bytes=1e5,
     )
@@ -38,7 +40,8 @@ def test_parts_add_up():
         step.peak_bytes(Levers(8)),
         [weights + 1.1e6 + 8 * 7e5, weights + 1.1e6 + 8 * 5e5, weights + 2.1e6 + 24e5],
     )
-    np.testing.assert_allclose(step.peak_bytes(Levers(2))[0], weights + 1.1e6 + 2 * 7e5)
+    # Of several micro-batches the largest array is there twice while it is added up.
+    np.testing.assert_allclose(step.peak_bytes(Levers(2))[0], weights + 1.4e6 + 2 * 7e5)
     # Above the block, and the step itself or what comes before it.
     streamed = step.peak_bytes(Levers(8, stream_prefix=True))
     np.testing.assert_allclose(streamed[:2], [4.1e6 + 6.7e6, 3.1e6 + 5.1e6])
