@@ -195,6 +195,7 @@ def estimate_costs(
         ]
     )
     working = max(layer.working_floats_per_token for layer in layers)
+    passing_bytes = 4.0 * sequence_length * layers[-1].hidden_size
     step = StepMemory(
         mini_batch_size=batch_size,
         batch_size=micro_batch_size,
@@ -205,7 +206,7 @@ def estimate_costs(
         update_bytes=4.0 * uploaded,
         array_bytes=4.0
         * np.array([max(elements[name] for name in update) for update in updates]),
-        kept_bytes=activation_bytes / micro_batch_size,
+        kept_bytes=activation_bytes / micro_batch_size + passing_bytes,
         working_bytes=4.0 * sequence_length * working,
     )
     head, frozen_head = (
@@ -293,8 +294,9 @@ def _layer_costs(
     multiplies them by; so are the factors of two more dropouts, in place of one of the
     inputs above (h in all). (Counted on CPUs; a GPU's fused kernels keep less.)
 
-    While it runs a layer takes about i + 2h besides, at most in its backward pass: the
-    gradients inside the feed-forward part and of two hidden states.
+    Where nothing is saved a layer takes about i + 2h while it runs: what is inside its
+    feed-forward part, and two hidden states. Where activations are saved its backward
+    pass takes hardly more than they do, since it frees them on its way.
     """
     sizes = Counter(size for shape in shapes for size in shape)
     hidden = sizes.most_common(1)[0][0]

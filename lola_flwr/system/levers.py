@@ -62,9 +62,10 @@ class StepMemory:
         The largest array of these, which is there twice while it is added to the sum of
         the micro-batches before, shape [N].
     kept_bytes
-        What back-propagation to each block keeps of one sequence, shape [N].
+        What back-propagation to each block keeps of one sequence, and the gradient on
+        its way back, shape [N].
     working_bytes
-        What a layer takes of one sequence besides, while it runs or back-propagates.
+        What a layer takes of one sequence while it runs and nothing is kept.
     """
 
     mini_batch_size: int
@@ -81,20 +82,19 @@ class StepMemory:
     def peak_bytes(self, levers: Levers) -> FloatArray:
         """Return the peak for each block, shape [N]."""
         size = min(levers.micro_batch_size, self.batch_size)
-        per_sequence = self.kept_bytes + self.working_bytes
-        step = self.update_bytes + size * per_sequence
-        if size < self.mini_batch_size:
-            step = step + self.array_bytes
+        several = size < self.mini_batch_size
+        step = self.update_bytes + size * self.kept_bytes + several * self.array_bytes
         if not levers.stream_prefix:
             weights = self.layer_bytes.sum() + self.rest_bytes + self.head_bytes
             return np.asarray(weights + step)
         above = np.cumsum(self.layer_bytes[::-1])[::-1] + self.head_bytes
-        # Before its own layers run: the sum of gradients so far, and one layer below or
-        # the rows of an embedding.
+        # Before its own layers run: the sum of gradients so far, one layer below, and
+        # what is mapped of the embeddings. They are unmapped before the layer runs, but
+        # a kernel with large folios maps up to ten times as much for a few rows.
         tokens = size * self.sequence_length
         share = 1 - np.exp(-tokens * _MAPPED_AT_ONCE_BYTES / self.rest_bytes)
-        one = max(self.layer_bytes.max(), share * self.rest_bytes)
-        below = self.update_bytes + one + size * self.working_bytes
+        once = self.layer_bytes.max() + share * self.rest_bytes
+        below = several * self.update_bytes + once + size * self.working_bytes
         return np.asarray(above + np.maximum(step, below))
 
     def options(self, *, splits: bool, streams: bool) -> list[Levers]:
