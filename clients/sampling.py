@@ -21,6 +21,9 @@ from lola_flwr.truncated_backprop import Batch
 
 Rule = Literal["entropy", "coreset"]
 
+# Size of a pool, in mini-batches.
+POOL_FACTOR = 2
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChosenBatches:
@@ -47,7 +50,7 @@ class ChosenBatches:
     source: BatchSource
     load_model: Callable[[], nn.Module]
     rule: Rule = "entropy"
-    pool_factor: int = 2
+    pool_factor: int = POOL_FACTOR
 
     def __post_init__(self) -> None:
         if self.pool_factor < 2:
@@ -62,8 +65,18 @@ class ChosenBatches:
         pool = self.source(server_round, self.pool_factor * batch_size)
         model: Any = self.load_model()
         model.eval()
+        device = next(model.parameters()).device
+        # A mini-batch at a time is what the device has the memory for.
+        parts = {name: tensor.split(batch_size) for name, tensor in pool.items()}
         with torch.no_grad():
-            logits = model(**pool).logits
+            logits = torch.cat(
+                [
+                    model(**{n: t.to(device) for n, t in zip(parts, part, strict=True)})
+                    .logits.float()
+                    .cpu()
+                    for part in zip(*parts.values(), strict=True)
+                ]
+            )
         # A device with few examples has a small pool.
         count = min(batch_size, len(logits))
         chosen = _RULES[self.rule](logits, pool["labels"], count)

@@ -247,8 +247,8 @@ def estimate_zeroth_order_costs(
     """
     tokens = batch_size * sequence_length
     layers = [
-        _layer_costs([shapes[name] for name in block], sequence_length, 0)
-        for block in partition.blocks
+        _layer_costs([shapes[name] for name in layer], sequence_length, 0)
+        for layer in partition.layers or partition.blocks
     ]
     forward = sum(layer.forward_flops_per_token for layer in layers)
     head_forward = 2 * sum(_matrix_elements(shapes[name]) for name in partition.head)

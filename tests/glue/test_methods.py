@@ -5,11 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from lola_flwr.clients.sampling import ChosenBatches
+from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.errors import UserError
 from lola_flwr.low_rank import LowRankProjection
 from lola_flwr.selection import BoundedStaleness, Lisa
 from lola_glue.config import GlueConfig
-from lola_glue.costs import load_model, model_blocks
+from lola_glue.costs import load_model, model_blocks, model_costs
+from lola_glue.device import device_fn
 from lola_glue.methods import (
     low_rank_of,
     response_of,
@@ -51,6 +54,35 @@ def test_selector_and_target_are_those_of_the_configuration(tiny):
     assert selection.selector == BoundedStaleness(Lisa(2, period=3), 9)
     assert (selection.latency_target_s, selection.value) == (1.5, "equal")
     assert math.isinf(selection_of(config(selector="all"), *tiny).latency_target_s)
+
+
+@pytest.mark.parametrize("sampler", ["entropy", "coreset"])
+def test_a_samplers_pool_counts(tiny, sampler):
+    model, _ = tiny
+    plain, chosen = (
+        model_costs(config(sampler=name), model).flops for name in ("random", sampler)
+    )
+    # Training the last block takes a forward pass through all layers, and more.
+    pool = chosen - plain
+    assert np.ptp(pool) == pytest.approx(0, abs=1e-6 * pool[0])
+    assert plain[-1] < pool[0] < 2 * plain[-1]
+    context = DeviceContext(
+        run_id=1,
+        node_id=1,
+        node_config={"partition-id": 0, "num-partitions": 2},
+        run_config={**app_config(), "model": "random:roberta-tiny", "sampler": sampler},
+    )
+    device = device_fn(context)
+    device.load_model()
+    assert len(device.batch_source(1, 4)["labels"]) == 4
+    assert isinstance(device.batch_source, ChosenBatches)
+
+
+def test_samplers_that_make_no_sense():
+    with pytest.raises(UserError, match=r"task='sts-b' has scores"):
+        config(sampler="entropy", task="sts-b")
+    with pytest.raises(UserError, match=r"does not go with zeroth-order='always'"):
+        config(sampler="coreset", zeroth_order="always")
 
 
 def test_zeroth_order_options(tiny):

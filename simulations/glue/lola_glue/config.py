@@ -109,6 +109,7 @@ class GlueConfig(RunConfig):
     tuning_options: Options
     rounds: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    sampler: Literal["random", "entropy", "coreset"]
     micro_batch_size: int = Field(ge=0)
     fit_memory: bool
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
@@ -197,6 +198,17 @@ class GlueConfig(RunConfig):
             ):
                 if value:
                     yield f'{key} means nothing with method="fedavg-full"; take it out'
+        if self.sampler != "random":
+            if find_task(self.task).is_regression:
+                yield (
+                    f"sampler={self.sampler!r} needs classes, but task={self.task!r} "
+                    'has scores; use sampler="random"'
+                )
+            if self.zeroth_order != "off":
+                yield (
+                    f"sampler={self.sampler!r} does not go with zeroth-order="
+                    f"{self.zeroth_order!r}; drop one of the two"
+                )
         if self.latency_target_s and self.participation == "all":
             yield (
                 f"latency-target-s={self.latency_target_s:g} leaves blocks out, and "

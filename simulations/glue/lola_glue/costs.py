@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from lola_flwr import model_setup
 from lola_flwr.adapters import adapt, model_partition
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.clients.sampling import POOL_FACTOR
 from lola_flwr.models import load_classifier
 from lola_flwr.system.costs import BlockCosts
 from lola_glue.config import GlueConfig, keyword_arguments
@@ -30,12 +32,24 @@ def model_blocks(config: GlueConfig, model: nn.Module) -> BlockPartition:
 
 
 def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
-    """Estimate each block's costs under the run's batch and length."""
-    return model_setup.model_costs(
+    """Estimate each block's costs under the run's batch and length.
+
+    With a sampler the forward pass over its pool counts.
+    """
+    layers = model_partition(model)
+    sizes: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "sequence_length": config.max_length,
+    }
+    costs = model_setup.model_costs(
         model,
-        model_partition(model),
-        batch_size=config.batch_size,
-        sequence_length=config.max_length,
+        layers,
+        **sizes,
         merged=config.method == "fedavg-full",
         micro_batch_size=config.micro_batch_size,
     )
+    if config.sampler == "random":
+        return costs
+    # A direction takes two forward passes over a mini-batch.
+    one = model_setup.zeroth_order_costs(model, layers, **sizes, num_directions=1)
+    return replace(costs, flops=costs.flops + POOL_FACTOR * one.flops[0] / 2)

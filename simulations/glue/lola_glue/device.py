@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients import BlockDevice
+from lola_flwr.clients.device import BatchSource
 from lola_flwr.clients.node import node_profile, states_profile
+from lola_flwr.clients.sampling import ChosenBatches
 from lola_flwr.clients.store import run_store
 from lola_flwr.d2ft.reduced import from_text, reduced_costs
 from lola_flwr.deployment.app_code import DeviceContext
@@ -144,10 +146,17 @@ def device_fn(context: DeviceContext) -> BlockDevice:
             * lognormal(config.compute_jitter, jitter)
         )
 
+    batch_source: BatchSource = draw_batch
+    if config.sampler != "random":
+        batch_source = ChosenBatches(
+            source=draw_batch,
+            load_model=lambda: _worker_model(config).model,
+            rule=config.sampler,
+        )
     return BlockDevice(
         profile=profile,
         load_model=load_model,
-        batch_source=draw_batch,
+        batch_source=batch_source,
         micro_batch_size=config.micro_batch_size,
         store=run_store(context.run_id),
         costs=lambda: _worker_model(config).costs,
