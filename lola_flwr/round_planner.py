@@ -113,7 +113,11 @@ class RoundPlanner:
             server_round, stated.problem, fleet, [p.name for p in profiles.values()]
         )
         problem, allocation, codec_level = refine_payloads(
-            stated.problem, allocation, payloads.bits, slack=self.codec_slack
+            stated.problem,
+            allocation,
+            payloads.bits,
+            slack=self.codec_slack,
+            fixed=stated.without_backward,
         )
         allocation.check(problem)
         active = {

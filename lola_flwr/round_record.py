@@ -89,10 +89,11 @@ def _block_records(
         if required_bytes is None:
             required_bytes = float(costs.required_bytes([profile])[0, block])
         level = plan.codec_level[row]
-        payload_bits = payloads.bits[level, block]
+        codec, payload_bits = payloads.codecs[level], payloads.bits[level, block]
         zeroth_order = statement.zeroth_order
         if zeroth_order is not None and assignment.direction_seed is not None:
-            payload_bits = zeroth_order.costs.payload_bits[block]
+            # Projections on directions travel as they are.
+            codec, payload_bits = "", zeroth_order.costs.payload_bits[block]
         records.append(
             BlockRecord(
                 block_index=block,
@@ -108,7 +109,7 @@ def _block_records(
                 ignored_arrays=upload.ignored_arrays if upload else 0,
                 measured_upload_s=upload.upload_s if upload else None,
                 uplink_limit=report.uplink_limit if report else None,
-                codec=payloads.codecs[level],
+                codec=codec,
                 payload_bytes=int(payload_bits) // 8,
                 received_bytes=int(upload.payload_bits) // 8 if upload else 0,
                 sent_bytes=sum(

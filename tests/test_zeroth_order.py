@@ -199,6 +199,20 @@ def test_the_largest_upload_is_below_1_kb():
     assert len(npy(np.ones(MAX_DIRECTIONS, np.float32))) < 1000
 
 
+def test_projections_have_no_codec():
+    uploads_s = []
+    for options in ({}, {"codec": "auto", "codec_slack": 50.0}):
+        coordinator, ids = fleet(2, 2, zeroth_order=settings(), **options)
+        plan = coordinator.plan_round(1, ids)
+        (small,) = without_backward(plan)
+        record = coordinator.complete_round(plan, [])
+        codecs = {block.device: block.codec for block in record.blocks}
+        assert codecs.pop(plan.profiles[small].name) == ""
+        assert set(codecs.values()) == {"fp32"}  # "auto": there is time for it
+        uploads_s.append(plan.problem.full_band_upload_s[plan.device_ids.index(small)])
+    np.testing.assert_array_equal(*uploads_s)
+
+
 def test_directions_differ_by_device_and_round():
     coordinator, ids = fleet(3, 0, zeroth_order=settings(use="always"))
     seeds = [

@@ -26,6 +26,7 @@ def refine_payloads(
     payload_bits: ArrayLike,
     *,
     slack: float,
+    fixed: ArrayLike = False,
 ) -> tuple[AllocationProblem, Allocation, IntArray]:
     """Give devices finer payloads than the coarsest within a bound on the latency.
 
@@ -39,6 +40,8 @@ def refine_payloads(
         Bits of each block's payload at each level, coarsest first, shape (L, N).
     slack
         Relative latency that may be given up.
+    fixed
+        Whether a device's payload is not one of these and stays as it is, shape (K,).
 
     Returns
     -------
@@ -73,7 +76,8 @@ def refine_payloads(
     snr = problem.snr_of(devices)
     needed = least_share(upload_s, time_s, snr)
     level = np.zeros(problem.num_devices, dtype=np.int64)
-    candidates = np.arange(devices.size)  # those that have the level before
+    # Those that have the level before.
+    candidates = np.flatnonzero(~np.broadcast_to(fixed, level.shape)[devices])
     for finer in range(1, len(bits)):
         share = least_share(upload_s * factor[finer, blocks], time_s, snr)
         # A share of 1 is a cap: the whole band may not be enough.

@@ -103,6 +103,19 @@ def test_equal_shares_leave_room_even_without_slack():
     assert refined.round_s <= coarsest.round_s * (1 + 1e-9)
 
 
+def test_fixed_payloads_stay_as_they_are():
+    problem, bits = instance(2)
+    fixed = np.array([True, False, True, False, True])
+    refined_problem, _, level = refine_payloads(
+        problem, allocate(problem), bits, slack=50.0, fixed=fixed
+    )
+    assert (level[fixed] == 0).all()
+    assert level.any()
+    np.testing.assert_array_equal(
+        refined_problem.full_band_upload_s[fixed], problem.full_band_upload_s[fixed]
+    )
+
+
 def test_negative_slack():
     problem, bits = instance(0)
     with pytest.raises(ValueError, match="slack must be at least 0, but is -1"):
