@@ -1,11 +1,13 @@
-"""What a message costs a device: empty, with this package's client, with its worker.
+"""What a message costs a device: empty, with arrays, with client or resident worker.
 
     python -m simulations.testbed.overhead
 
 One device and a tiny model, so that neither the link nor training counts. The seconds
-are Flower's own: from the moment that the client's process has a message to that in
-which it hands the reply over (``flwr list``, compute-time). A run of one round is
-subtracted from one of four, which leaves the messages from the second on.
+are Flower's own: from the moment that the client's process asks for a message to that
+in which its reply is with the SuperNode (``flwr list``, compute-time). So they hold
+what Flower takes to move the model's arrays between the two, which a client that sends
+as much back unseen shows. A run of one round is subtracted from one of six, which
+leaves the messages from the second on.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from lola_flwr.blocks import partition_parameters
+from lola_flwr.models import load_classifier
 from simulations.testbed.federation import Federation, Options, federation
 from simulations.testbed.network import network, why_unavailable
 
@@ -57,8 +61,15 @@ def main() -> int:
     # What ends this takes down what it set up.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows = []
+    model, _ = load_classifier("random:roberta-tiny", num_labels=2)
+    parameters = dict(model.named_parameters())
+    sizes = [
+        parameters[name].nbytes for name in partition_parameters(parameters).trainable
+    ]
+    arrays = (f"num-arrays={len(sizes)}", f"array-bytes={sum(sizes) // len(sizes)}")
     for title, options, app, overrides in (
         ("empty message", Options(worker=False), _EMPTY, ()),
+        ("arrays as the model's, sent back", Options(worker=False), _EMPTY, arrays),
         ("in the client's process", Options(worker=False), _GLUE, _TINY),
         ("with the worker", Options(limit="none"), _GLUE, _TINY),
     ):

@@ -1,1 +1,1 @@
-"""Messages with nothing in them."""
+"""Messages with nothing in them, or with arrays that nobody looks at."""

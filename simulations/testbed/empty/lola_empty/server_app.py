@@ -1,6 +1,7 @@
 """A server that asks every node, round for round."""
 
-from flwr.app import Context, Message, MessageType, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from lola_flwr.strategies.arrival_grid import ArrivalGrid
@@ -12,9 +13,17 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Ask all nodes, and wait for all."""
     arrivals = ArrivalGrid(grid)
-    for _ in range(int(context.run_config["rounds"])):
+    shape = (
+        int(context.run_config["num-arrays"]),
+        int(context.run_config["array-bytes"]),
+    )
+    for server_round in range(int(context.run_config["rounds"])):
+        rng = np.random.default_rng(server_round)
+        values = rng.integers(0, 256, shape, np.uint8)
+        arrays = ArrayRecord({str(n): Array(row) for n, row in enumerate(values)})
+        content = RecordDict({"arrays": arrays} if arrays else {})
         asked = [
-            Message(RecordDict(), dst_node_id=node, message_type=MessageType.TRAIN)
+            Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
             for node in grid.get_node_ids()
         ]
         answered = list(arrivals.send_and_receive(asked, timeout=120))
