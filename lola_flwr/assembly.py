@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,13 @@ class BlockUpdate:
     statistics: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     norm: float = math.nan
     zeroth_order: bool = False
+
+    def scaled(self, scale: float) -> BlockUpdate:
+        """Return the update with gradients of another size."""
+        gradients = {
+            n: (g * scale).astype(np.float32) for n, g in self.gradients.items()
+        }
+        return replace(self, gradients=gradients)
 
 
 def assemble_gradient(

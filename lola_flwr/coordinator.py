@@ -19,7 +19,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.fleet import Fleet
 from lola_flwr.low_rank import LowRankProjection
 from lola_flwr.low_rank_optimizer import LowRankOptimizer
-from lola_flwr.norm_limits import NormHistory
+from lola_flwr.norm_limits import NormHistory, NormLimits
 from lola_flwr.payload import HeadPolicy, Uplink
 from lola_flwr.replies import DeviceReply, UpdateReader
 from lola_flwr.round_log import RoundRecord
@@ -87,7 +87,8 @@ class Coordinator:
         cannot throw the optimizer's moments out for all.
     norm_factor
         So is, to this many times the median of its block's latest norms, every update
-        that is larger than that; infinite turns it off.
+        that is larger than that; one ten times as large again is refused. Infinite
+        turns both off.
     block_mean
         How the updates of one block, and of the head, are put together: "mean", or one
         that a few hostile devices cannot move, "median" or "trimmed".
@@ -208,7 +209,8 @@ class Coordinator:
             codec_slack=codec_slack,
         )
         names = tuple(self._model.nbytes())
-        self._reader = UpdateReader(partition, names, max_gradient_norm, norm_factor)
+        self._reader = UpdateReader(partition, names, max_gradient_norm)
+        self._limits = NormLimits(max_gradient_norm, norm_factor)
 
     # --- devices ---------------------------------------------------------------------
 
@@ -267,7 +269,9 @@ class Coordinator:
             Replies received. Blocks without a usable one keep their values.
         """
         sent = self._model.arrays()
-        checked = read_replies(self._reader, plan, replies, sent, self._norms)
+        checked = read_replies(
+            self._reader, plan, replies, sent, self._norms, self._limits
+        )
         # In the plan's order, so that the sum does not depend on who came first.
         updates = [
             (plan.assignments[device].block_index, checked.accepted[device].update)
@@ -289,9 +293,7 @@ class Coordinator:
             wireless_s=self._wireless_s,
         )
         self._fleet.learn(plan, checked)
-        self._norms = self._norms.after(
-            (block, update.norm) for block, update in updates if not update.zeroth_order
-        )
+        self._norms = checked.norms
         self._wireless_s = record.wireless_s
         self.server_round = plan.server_round
         return record

@@ -1,4 +1,4 @@
-"""How large an update of a block may be: a few times what was usual for that block."""
+"""How large an update of a block may be: a few times what is usual for that block."""
 
 from __future__ import annotations
 
@@ -7,21 +7,57 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-# Accepted updates of a block that its usual norm is the median of. Norms change while a
+# Updates of a block that its usual norm is the median of. Norms change while a
 # model learns: older ones say little. (On the demo's task with small batches no honest
 # update of 40 rounds had 6.5 times its block's usual norm, 1 in 10 had 2.7 times.)
 _WINDOW = 20
 # Before a block has so many, no norm is unusual.
-_FEWEST = 5
+_FEWEST = 3
+# An update that is so many times larger than the limit is not scaled down, but refused:
+# half a step in the direction of who sends that is still half a step too many.
+_REFUSED_BEYOND = 10.0
+
+
+@dataclass(frozen=True)
+class NormLimits:
+    """How large updates may be.
+
+    Parameters
+    ----------
+    max_norm
+        Every update whose Euclidean norm is larger is scaled down to this.
+    factor
+        So is, to this many times the usual norm of its block, every one beyond that.
+        What is ten times as large again is refused. Infinite turns both off.
+    """
+
+    max_norm: float
+    factor: float
+
+    def scale(self, norm: float, usual_norm: float) -> float:
+        """Return what an update of that norm is multiplied with; 0: it is refused.
+
+        Parameters
+        ----------
+        norm
+            Euclidean norm of the update.
+        usual_norm
+            That of its block's updates; infinite if it is not known.
+        """
+        limit = self.factor * usual_norm
+        if norm > _REFUSED_BEYOND * limit:
+            return 0.0
+        limit = min(limit, self.max_norm)
+        return 1.0 if norm <= limit else limit / norm
 
 
 @dataclass(frozen=True)
 class NormHistory:
-    """Euclidean norms of the updates accepted lately.
+    """Euclidean norms of the updates received lately.
 
-    The norms are kept as they came, before clipping, so that the limit follows where
-    honest gradients grow; and the median of a block's last norms is an honest one as
-    long as more than half of them are.
+    The norms are kept as they came, of updates that were scaled down or refused, too,
+    so that the limit follows where honest gradients grow; and the median of a block's
+    last norms is an honest one as long as more than half of them are.
 
     Parameters
     ----------
@@ -31,26 +67,15 @@ class NormHistory:
 
     of_block: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
-    def limit(self, block_index: int, factor: float) -> float:
-        """Return the largest norm that an update of a block may have.
-
-        Parameters
-        ----------
-        block_index
-            The block.
-        factor
-            How many times the usual norm is still believed.
-
-        Returns
-        -------
-        Infinite while too little is known of the block.
-        """
+    def usual(self, block_index: int) -> float:
+        """Return the usual norm of a block; infinite while too little is known."""
         norms = self.of_block.get(block_index, ())
-        return factor * median(norms) if len(norms) >= _FEWEST else math.inf
+        # Of updates that were mostly zero nothing can be told, either.
+        return (len(norms) >= _FEWEST and median(norms)) or math.inf
 
-    def after(self, accepted: Iterable[tuple[int, float]]) -> NormHistory:
+    def after(self, received: Iterable[tuple[int, float]]) -> NormHistory:
         """Return the history after one round's updates, as (block, norm) pairs."""
         norms = dict(self.of_block)
-        for block_index, norm in accepted:
+        for block_index, norm in received:
             norms[block_index] = (*norms.get(block_index, ()), norm)[-_WINDOW:]
         return NormHistory(norms)

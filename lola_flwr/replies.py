@@ -14,7 +14,6 @@ from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import MalformedArray, codec_named, read_npy
 from lola_flwr.errors import brief, quoted
 from lola_flwr.low_rank import projection_of
-from lola_flwr.norm_limits import NormHistory
 from lola_flwr.protocol import (
     FAILURE_DETAIL_KEY,
     FAILURE_KEY,
@@ -126,24 +125,20 @@ class UpdateReader:
     sent_names
         Names of the arrays that devices are sent, in that order.
     max_gradient_norm
-        Every update whose Euclidean norm is larger is scaled down to this.
-    norm_factor
-        So is, to this many times the usual norm of its block, every one beyond that.
+        Largest norm of a gradient that is estimated from projections.
     """
 
     partition: BlockPartition
     sent_names: Sequence[str]
     max_gradient_norm: float
-    norm_factor: float
 
     def read(
         self,
         reply: DeviceReply,
         assignment: Assignment | None,
         sent: Mapping[str, npt.NDArray[Any]],
-        norms: NormHistory,
     ) -> tuple[BlockUpdate, UpdateReport]:
-        """Return what a reply holds.
+        """Return what a reply holds, however large it is.
 
         Parameters
         ----------
@@ -153,8 +148,6 @@ class UpdateReader:
             What its device was asked for; None if for nothing.
         sent
             The arrays that were sent, by name.
-        norms
-            What is usual for each block.
 
         Raises
         ------
@@ -216,8 +209,7 @@ class UpdateReader:
             if not np.isfinite(received).all():
                 raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
             update[name] = received
-        limit = norms.limit(assignment.block_index, self.norm_factor)
-        update, norm = _clipped(update, min(limit, self.max_gradient_norm))
+        norm = _norm(update)
         if not is_gradient:
             # A move is taken as a gradient. All N blocks move at once, each trained as
             # if the others stood still: whole moves overshoot. 1/N is the share that a
@@ -360,15 +352,6 @@ def _read(
     raise UpdateRefused("wrong-array", f"{name}: {refusals[0]}")
 
 
-def _clipped(gradients: FloatArrays, limit: float) -> tuple[FloatArrays, float]:
-    """Scale an update down to the largest norm that it may have; return the norm too.
-
-    A device of whom all that is known is that it sends too much loses its size, and
-    keeps its direction.
-    """
+def _norm(gradients: FloatArrays) -> float:
     squares = [np.square(g, dtype=np.float64).sum() for g in gradients.values()]
-    norm = float(np.sqrt(sum(squares)))
-    if norm <= limit:
-        return gradients, norm
-    scale = limit / norm
-    return {name: (g * scale).astype(np.float32) for name, g in gradients.items()}, norm
+    return float(np.sqrt(sum(squares)))

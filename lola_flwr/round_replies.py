@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy.typing as npt
 
 from lola_flwr.assembly import BlockUpdate
-from lola_flwr.norm_limits import NormHistory
+from lola_flwr.norm_limits import NormHistory, NormLimits
 from lola_flwr.protocol import OUT_OF_MEMORY, UpdateReport
 from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused, Upload
 from lola_flwr.round_plan import RoundPlan
@@ -53,6 +53,8 @@ class RoundReplies:
         it was not sent has not failed, and has no entry.
     lost_copies
         Devices that said they no longer hold what the server left out.
+    norms
+        Norms of the updates of this round and of those before.
     """
 
     accepted: Mapping[str, AcceptedReply]
@@ -60,6 +62,7 @@ class RoundReplies:
     refused: Mapping[str, int]
     lacked_bytes: Mapping[str, float | None]
     lost_copies: Set[str]
+    norms: NormHistory
 
 
 def read_replies(
@@ -68,6 +71,7 @@ def read_replies(
     replies: Iterable[DeviceReply],
     sent: Mapping[str, npt.NDArray[Any]],
     norms: NormHistory,
+    limits: NormLimits,
 ) -> RoundReplies:
     """Check replies, none of which is trusted.
 
@@ -82,7 +86,9 @@ def read_replies(
     sent
         The model's arrays when they were asked, by name.
     norms
-        What is usual for each block.
+        Norms of the updates of the rounds before.
+    limits
+        How large updates may be.
     """
     accepted: dict[str, AcceptedReply] = {}
     refusals: dict[str, str] = {}
@@ -95,7 +101,7 @@ def read_replies(
         try:
             if device in accepted:
                 raise UpdateRefused("duplicate", "the device replied before")
-            update, report = reader.read(reply, assignments.get(device), sent, norms)
+            update, report = reader.read(reply, assignments.get(device), sent)
         except UpdateRefused as refusal:
             refused[refusal.reason] += 1
             refusals.setdefault(device, str(refusal))
@@ -112,10 +118,29 @@ def read_replies(
         num_used = num_gradients + len(update.statistics)
         accepted[device] = AcceptedReply(update, report, Upload.of(reply, num_used))
         lacked_bytes[device] = None
+    # Of first-order updates, in the plan's order, lest it matters who came first.
+    block_of = {
+        device: assignments[device].block_index
+        for device in plan.device_ids
+        if device in accepted and not accepted[device].update.zeroth_order
+    }
+    norms = norms.after((n, accepted[d].update.norm) for d, n in block_of.items())
+    for device, block in block_of.items():
+        update = accepted[device].update
+        scale = limits.scale(update.norm, norms.usual(block))
+        if scale == 0:
+            too_large = UpdateRefused("excessive-norm", f"{update.norm:g}")
+            refused[too_large.reason] += 1
+            refusals.setdefault(device, str(too_large))
+            lacked_bytes[device] = 0.0
+            del accepted[device]
+        elif scale < 1:
+            accepted[device] = replace(accepted[device], update=update.scaled(scale))
     return RoundReplies(
         accepted=accepted,
         refusals=refusals,
         refused=dict(refused),
         lacked_bytes=lacked_bytes,
         lost_copies=lost_copies,
+        norms=norms,
     )

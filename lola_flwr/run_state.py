@@ -42,7 +42,7 @@ class RunState:
     absences
         Who failed lately.
     norms
-        Norms of the updates accepted lately.
+        Norms of the updates received lately.
     """
 
     server_round: int

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from lola_flwr.checkpoint import CheckpointDamaged, Checkpoints, Snapshot, read
 from lola_flwr.codec import CODECS, MalformedArray, codec_named, read_npy
-from lola_flwr.norm_limits import NormHistory
 from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
 from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused
 from lola_flwr.strategies import message
@@ -168,11 +167,8 @@ def update_readers():
                 num_examples=st.just(8) | values,
                 report=st.just(report) | records(report),
             )
-            reader = UpdateReader(PARTITION, tuple(state), 10.0, 10.0)
-            norms = NormHistory({block: (1.0,) * 9})
-            read_reply = partial(
-                reader.read, assignment=assignment, sent=state, norms=norms
-            )
+            reader = UpdateReader(PARTITION, tuple(state), 10.0)
+            read_reply = partial(reader.read, assignment=assignment, sent=state)
             name = f"reply {codec_name} {kind}"
             yield name, Reader(replies, read_reply, (UpdateRefused,))
 

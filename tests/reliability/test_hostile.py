@@ -13,7 +13,7 @@ from tests.reliability.tiny_run import make_device, run, tiny_model
 from tests.strategies.in_process import InProcessGrid
 
 NO_DEFENCE = {"norm_factor": np.inf, "max_gradient_norm": 1e9}
-DEFENCE = {"norm_factor": 2.0, "block_mean": "median"}
+DEFENCE = {"norm_factor": 2.0}
 
 
 class Hostile(InProcessGrid):
@@ -55,11 +55,11 @@ def accuracy(tmp_path, make_grid, defence):
 
 
 @pytest.mark.slow
-def test_clipping_and_medians_withstand_what_ruins_a_run_without_them(tmp_path):
+def test_limits_of_norms_withstand_what_ruins_a_run_without_them(tmp_path):
     clean = accuracy(tmp_path / "clean", InProcessGrid, NO_DEFENCE)
     ruined = accuracy(tmp_path / "ruined", Hostile, NO_DEFENCE)
     defended = accuracy(tmp_path / "defended", Hostile, DEFENCE)
     # With 500 examples and two classes one standard error is two points.
     assert clean > 0.8
     assert ruined < 0.55
-    assert defended > clean - 0.1
+    assert defended > clean - 0.05

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lola_flwr.assembly import BLOCK_MEANS, BlockUpdate, assemble_gradient
 from lola_flwr.errors import UserError
-from lola_flwr.norm_limits import NormHistory
+from lola_flwr.norm_limits import NormHistory, NormLimits
 from lola_flwr.running_statistics import average_statistics
 
 
@@ -81,15 +81,26 @@ def test_unknown_means_are_named():
         assemble_gradient([], "krum")
 
 
-def test_the_limit_follows_the_median_of_a_block():
+def test_the_usual_norm_is_the_median_of_a_block():
     history = NormHistory()
-    assert history.limit(0, 3.0) == np.inf
-    for norm in (1.0, 2.0, 100.0, 1.0, 2.0):
-        assert history.limit(0, 3.0) == np.inf
+    for norm in (1.0, 2.0):
         history = history.after([(0, norm)])
-    assert history.limit(0, 3.0) == 6.0
-    assert history.limit(1, 3.0) == np.inf
+        assert history.usual(0) == np.inf
+    history = history.after([(0, 100.0)])
+    assert history.usual(0) == 2.0
+    assert history.usual(1) == np.inf
     # Honest norms that grow for good are the usual ones after a while.
     history = history.after([(0, 50.0)] * 60)
-    assert history.limit(0, 3.0) == 150.0
+    assert history.usual(0) == 50.0
     assert len(history.of_block[0]) == 20
+    assert NormHistory({0: (0.0,) * 9}).usual(0) == np.inf
+
+
+@given(st.floats(0, 1e30), st.floats(1e-6, 1e6) | st.just(np.inf))
+def test_large_updates_are_scaled_down_and_monstrous_ones_refused(norm, usual):
+    scale = NormLimits(max_norm=10.0, factor=3.0).scale(norm, usual)
+    assert (scale == 0) == (norm > 30 * usual)
+    assert norm * scale <= min(3 * usual, 10.0) * (1 + 1e-12)
+    if norm <= min(3 * usual, 10.0):
+        assert scale == 1
+    assert NormLimits(np.inf, np.inf).scale(norm, usual) == 1
