@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +118,21 @@ def outcome(
     """
     records = [json.loads(line) for line in rounds.read_text().splitlines()]
     times_s, received = samples
+    accepted = Counter(
+        _index(block["device"])
+        for record in records
+        for block in record["blocks"]
+        if block["status"] == "accepted"
+    )
     on_wire = {
-        index: iter(bursts(times_s, counter, smallest_bytes=0.8 * payload_bytes))
+        index: iter(
+            bursts(
+                times_s,
+                counter,
+                smallest_bytes=0.8 * payload_bytes,
+                fewest=accepted[index],
+            )
+        )
         for index, counter in enumerate(received)
     }
     uploads = [upload for record in records for upload in _uploads(record, on_wire)]
@@ -138,14 +152,18 @@ def outcome(
     )
 
 
+def _index(name: str) -> int:
+    """Return the number of a simulated device: it is called device-0000, say."""
+    return int(name.rpartition("-")[2])
+
+
 def _uploads(
     record: Mapping[str, Any], on_wire: Mapping[int, Iterator[Burst]]
 ) -> Iterator[Upload]:
     for block in record["blocks"]:
         if block["status"] != "accepted":
             continue
-        # Simulated devices are called device-0000 and so on.
-        index = int(block["device"].rpartition("-")[2])
+        index = _index(block["device"])
         burst = next(on_wire[index], None)
         if burst is None:
             raise ValueError(

@@ -16,8 +16,9 @@ from pathlib import Path
 
 # Below this rate a link carries heartbeats and questions for work, but no upload.
 _IDLE_BYTES = 20_000
-# A busy device pauses in the middle of an upload; rounds are further apart than this.
-_GAP_S = 4.0
+# A busy device pauses in the middle of an upload, and a quick one soon begins another:
+# the longest of these silences that tells as many uploads apart as there were.
+_GAPS_S = (4.0, 2.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ class Burst:
 
 
 def bursts(
-    times_s: Sequence[float], received_bytes: Sequence[int], *, smallest_bytes: float
+    times_s: Sequence[float],
+    received_bytes: Sequence[int],
+    *,
+    smallest_bytes: float,
+    fewest: int = 1,
 ) -> list[Burst]:
     """Find uploads in a counter's samples.
 
@@ -48,7 +53,24 @@ def bursts(
         Samples of the counter.
     smallest_bytes
         A burst of fewer bytes is none.
+    fewest
+        How many there were at least.
     """
+    for gap_s in _GAPS_S:
+        found = [
+            _trimmed(times_s, received_bytes, first, last)
+            for first, last in _active(times_s, received_bytes, gap_s)
+            if received_bytes[last] - received_bytes[first] >= smallest_bytes
+        ]
+        if len(found) >= fewest:
+            break
+    return found
+
+
+def _active(
+    times_s: Sequence[float], received_bytes: Sequence[int], gap_s: float
+) -> list[tuple[int, int]]:
+    """Return the first and last sample of each stretch without so long a silence."""
     found = []
     start = last = None
     for index in range(1, len(times_s)):
@@ -62,17 +84,13 @@ def bursts(
         elif (
             start is not None
             and last is not None
-            and times_s[index] - times_s[last] > _GAP_S
+            and times_s[index] - times_s[last] > gap_s
         ):
             found.append((start, last))
             start = last = None
     if start is not None and last is not None:
         found.append((start, last))
-    return [
-        _trimmed(times_s, received_bytes, first, end)
-        for first, end in found
-        if received_bytes[end] - received_bytes[first] >= smallest_bytes
-    ]
+    return found
 
 
 def _trimmed(

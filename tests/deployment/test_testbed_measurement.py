@@ -38,6 +38,15 @@ def test_uploads_are_found_in_a_counter(rate_bps, seconds, pause_s, count):
         assert burst.received_bytes == pytest.approx(size, rel=0.05)
 
 
+def test_uploads_that_follow_at_once_are_told_apart_where_their_number_is_known():
+    times = np.arange(0, 40, 0.1)
+    received = counter(times, [(5, 10, 1e7), (17.5, 10, 1e7)])
+    assert len(bursts(times, received, smallest_bytes=8e6)) == 1
+    first, second = bursts(times, received, smallest_bytes=8e6, fewest=2)
+    assert first.end_s == pytest.approx(15, abs=0.21)
+    assert second.start_s == pytest.approx(17.5, abs=0.21)
+
+
 def test_small_traffic_is_no_upload():
     times = np.arange(0, 60, 0.1)
     assert bursts(times, counter(times, []), smallest_bytes=1e5) == []

@@ -48,9 +48,11 @@ def assert_all_is_accounted_for(records, grid, rounds):
     assert [record["server_round"] for record in records] == [*range(1, rounds + 1)]
     expected = Counter({k: n for k, n in grid.expected.items() if k is not None})
     refused = refusals(records)
-    # These are refused once enough is known about a block, and scaled down before.
+    # These are refused once enough is known about a block, and scaled down before. Of
+    # small batches an honest one may be as large, when the others are all learned.
     too_large = refused.pop("excessive-norm", 0)
-    assert too_large <= sum(grid.counts[kind] for kind in TOO_LARGE)
+    lies = sum(grid.counts[kind] for kind in TOO_LARGE)
+    assert too_large <= lies + 0.01 * accepted(records)
     assert refused == expected
     without = sum(
         block["status"] == "no reply" for r in records for block in r["blocks"]
