@@ -195,7 +195,6 @@ def estimate_costs(
         ]
     )
     working = max(layer.working_floats_per_token for layer in layers)
-    passing_bytes = 4.0 * sequence_length * layers[-1].hidden_size
     step = StepMemory(
         mini_batch_size=batch_size,
         batch_size=micro_batch_size,
@@ -206,7 +205,8 @@ def estimate_costs(
         update_bytes=4.0 * uploaded,
         array_bytes=4.0
         * np.array([max(elements[name] for name in update) for update in updates]),
-        kept_bytes=activation_bytes / micro_batch_size + passing_bytes,
+        kept_bytes=activation_bytes / micro_batch_size,
+        passing_bytes=4.0 * sequence_length * layers[-1].hidden_size,
         working_bytes=4.0 * sequence_length * working,
     )
     head, frozen_head = (

@@ -62,8 +62,9 @@ class StepMemory:
         The largest array of these, which is there twice while it is added to the sum of
         the micro-batches before, shape [N].
     kept_bytes
-        What back-propagation to each block keeps of one sequence, and the gradient on
-        its way back, shape [N].
+        What back-propagation to each block keeps of one sequence, shape [N].
+    passing_bytes
+        The gradient that is on its way back, of one sequence.
     working_bytes
         What a layer takes of one sequence while it runs and nothing is kept.
     """
@@ -77,13 +78,15 @@ class StepMemory:
     update_bytes: FloatArray
     array_bytes: FloatArray
     kept_bytes: FloatArray
+    passing_bytes: float
     working_bytes: float
 
     def peak_bytes(self, levers: Levers) -> FloatArray:
         """Return the peak for each block, shape [N]."""
         size = min(levers.micro_batch_size, self.batch_size)
         several = size < self.mini_batch_size
-        step = self.update_bytes + size * self.kept_bytes + several * self.array_bytes
+        step = self.update_bytes + size * (self.kept_bytes + self.passing_bytes)
+        step = step + several * self.array_bytes
         if not levers.stream_prefix:
             weights = self.layer_bytes.sum() + self.rest_bytes + self.head_bytes
             return np.asarray(weights + step)

@@ -18,7 +18,8 @@ def step_memory(batch_size=8):
         head_bytes=1e5,
         update_bytes=np.array([1.1e6, 1.1e6, 2.1e6]),
         array_bytes=np.array([3e5, 3e5, 6e5]),
-        kept_bytes=np.array([7e5, 5e5, 3e5]),
+        kept_bytes=np.array([6e5, 4e5, 2e5]),
+        passing_bytes=1e5,
         working_bytes=1e5,
     )
 
