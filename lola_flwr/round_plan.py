@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,15 @@ class RoundPlan:
     payloads: Payloads
     codec_level: npt.NDArray[np.int64]
     manifests: Mapping[str, Manifest]
+
+    def active(self) -> Iterator[tuple[int, str, int]]:
+        """Give row, id and block of each active device, in the order of the rows."""
+        blocks = self.allocation.block_of_device.tolist()
+        for row, (device, block) in enumerate(
+            zip(self.device_ids, blocks, strict=True)
+        ):
+            if block >= 0:
+                yield row, device, block
 
     def leaves_out(self, device_id: str) -> bool:
         """Tell whether a device is not sent the whole model."""

@@ -210,10 +210,7 @@ class RoundPlanner:
         """Return what each active device of a plan is told."""
         upload_s = plan.allocation.upload_s(plan.problem)
         assignments = {}
-        for row, device in enumerate(plan.device_ids):
-            block = int(plan.allocation.block_of_device[row])
-            if block < 0:
-                continue
+        for row, device, block in plan.active():
             profile = plan.profiles[device]
             manifest = plan.manifests.get(device)
             sends_head = bool(plan.payloads.sends_head[block])

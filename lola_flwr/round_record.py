@@ -75,10 +75,7 @@ def _block_records(
     costs = statement.costs
     payloads = plan.payloads
     upload_s = plan.allocation.upload_s(plan.problem)
-    for row, device in enumerate(plan.device_ids):
-        block = int(plan.allocation.block_of_device[row])
-        if block < 0:
-            continue
+    for row, device, block in plan.active():
         profile = plan.profiles[device]
         accepted = replies.accepted.get(device)
         report = accepted.report if accepted else None
