@@ -39,9 +39,9 @@ class BlockClient(NumPyClient):
 
         Returns
         -------
-        Encoded gradients of block and head, the number of examples, and the
-        ``UpdateReport`` as a flat record. Without the memory for it: no gradients, and
-        a record that says so.
+        The encoded gradients of block and head in one array, the number of examples,
+        and the ``UpdateReport`` as a flat record. Without the memory for it: no array,
+        and a record that says so.
 
         Raises
         ------

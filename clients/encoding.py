@@ -9,6 +9,7 @@ from lola_flwr.clients.store import Residuals
 from lola_flwr.codec import FloatArray, WireArray, codec_named, encode_with_feedback
 from lola_flwr.errors import UserError
 from lola_flwr.low_rank import projection_of
+from lola_flwr.packed import GRADIENTS, pack
 from lola_flwr.protocol import Assignment
 
 
@@ -33,7 +34,8 @@ def encode_update(
 
     Returns
     -------
-    What travels, by parameter, in the order of ``partition.update_names``.
+    What travels: one array, of the parameters in the order of
+    ``partition.update_names``.
 
     Raises
     ------
@@ -55,16 +57,17 @@ def encode_update(
         # What was left out in one basis means nothing in another.
         basis = projection.basis_number(assignment.server_round)
         parts = {f"{part}-basis-{basis}": names for part, names in parts.items()}
-    wire: dict[str, WireArray] = {}
+    wire: list[WireArray] = []
     for part, names in parts.items():
         before = residuals.take(part, assignment.server_round) if residuals else {}
         left_out: dict[str, FloatArray] = {}
         for name in names:
-            wire[name], left = encode_with_feedback(
+            encoded, left = encode_with_feedback(
                 codec, gradients[name], before.get(name)
             )
+            wire.append(encoded)
             if left is not None:
                 left_out[name] = left
         if residuals:
             residuals.put(part, assignment.server_round, left_out)
-    return wire
+    return {GRADIENTS: pack(wire)}

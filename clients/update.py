@@ -27,8 +27,8 @@ class LocalUpdate:
     Parameters
     ----------
     arrays
-        Encoded gradient of each parameter of the block and, if asked for, of the head;
-        none if the device could not train.
+        One array: the encoded gradients of the block and, if asked for, of the head, or
+        their projections; none if the device could not train.
     num_examples
         Examples that they are over.
     report

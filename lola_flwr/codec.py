@@ -44,9 +44,14 @@ class WireType(NamedTuple):
     dtype: np.dtype[Any]
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the array, without the header of its file format."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
 
 class Codec(Protocol):
@@ -57,7 +62,7 @@ class Codec(Protocol):
         """Whether what it leaves out goes into the device's next gradient."""
 
     def wire_type(self, shape: Sequence[int]) -> WireType:
-        """Tell what travels for an array of a shape."""
+        """Tell what travels for an array of a shape; of one dtype for all shapes."""
 
     def encode(self, values: FloatArray) -> WireArray:
         """Return what travels: an array of ``wire_type(values.shape)``."""

@@ -1,7 +1,7 @@
 """What a device uploads, and how many bits of the channel that takes.
 
-Counted is what Flower really sends: encoded arrays with the headers of their format,
-their names, and the records around them.
+Counted is what Flower really sends: the array of encoded gradients with the header of
+its format, its name, and the records around it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import NPY_HEADER_BYTES, Codec, codec_ladder, codec_named
 from lola_flwr.errors import UserError
+from lola_flwr.packed import GRADIENTS, packed_type
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -51,9 +52,8 @@ def update_bytes(names: Iterable[str], shapes: Shapes, codec: Codec) -> int:
     codec
         What the gradients travel in.
     """
-    return _MESSAGE_BYTES + sum(
-        array_bytes(name, codec.wire_type(shapes[name]).nbytes) for name in names
-    )
+    packed = packed_type(codec, [shapes[name] for name in names])
+    return array_message_bytes(GRADIENTS, packed.nbytes)
 
 
 def payload_bits(

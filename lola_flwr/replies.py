@@ -14,6 +14,7 @@ from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import MalformedArray, codec_named, read_npy
 from lola_flwr.errors import brief, quoted
 from lola_flwr.low_rank import projection_of
+from lola_flwr.packed import GRADIENTS, packed_type, unpack
 from lola_flwr.protocol import (
     FAILURE_DETAIL_KEY,
     FAILURE_KEY,
@@ -171,57 +172,78 @@ class UpdateReader:
             examples = min(examples, most)
         elif examples > most:
             raise UpdateRefused("wrong-examples", f"claims {examples} of {most}")
-        codec = codec_named(assignment.codec)
         names = self.partition.update_names(
             assignment.block_index, head=assignment.sends_head
         )
         if report.update_kind == "zeroth-order":
             estimate = self._estimated(reply, assignment, sent, names)
             return BlockUpdate(estimate, examples, zeroth_order=True), report
+        if report.update_kind == "gradient":
+            gradients = self._gradients(reply, assignment, sent, names)
+            return BlockUpdate(gradients, examples, norm=_norm(gradients)), report
         tensors = self._named_tensors(reply, names)
-        is_gradient = report.update_kind == "gradient"
+        moves = self._moves(tensors, sent, names)
+        norm = _norm(moves)
+        # A move is taken as a gradient. All N blocks move at once, each trained as if
+        # the others stood still: whole moves overshoot. 1/N is the share that a block
+        # keeps of its move where whole models are averaged, as FedAvg does. A step of
+        # plain SGD with lr=1 is then just this; an optimizer that normalises its steps,
+        # such as AdamW, cancels the factor. The head, which all devices move, keeps
+        # their mean move.
+        scale = np.float32(1 / self.partition.num_blocks)
+        for name in self.partition.blocks[assignment.block_index]:
+            moves[name] = scale * moves[name]
+        statistics = self._statistics(tensors, sent)
+        return BlockUpdate(moves, examples, statistics, norm), report
+
+    def _gradients(
+        self,
+        reply: DeviceReply,
+        assignment: Assignment,
+        sent: Mapping[str, npt.NDArray[Any]],
+        names: Sequence[str],
+    ) -> FloatArrays:
+        """Return the gradients that a reply's one array holds."""
+        codec = codec_named(assignment.codec)
         projection = projection_of(assignment)
-        update: FloatArrays = {}
+        shapes = {name: sent[name].shape for name in names}
+        if projection is not None:
+            shapes = {name: projection.shape(shape) for name, shape in shapes.items()}
+        tensors = self._named_tensors(reply, (GRADIENTS,))
+        expected = packed_type(codec, shapes.values())
+        packed = _read(GRADIENTS, tensors[GRADIENTS], *expected)
+        gradients: FloatArrays = {}
+        wires = unpack(packed, codec, shapes.values())
+        for (name, shape), wire in zip(shapes.items(), wires, strict=True):
+            try:
+                received = codec.decode(wire, shape)
+            except MalformedArray as error:
+                raise UpdateRefused("wrong-array", f"{name}: {error}") from None
+            if projection is not None:
+                received = projection.lift(
+                    assignment.server_round, name, received, sent[name].shape
+                )
+            gradients[name] = _finite(name, received)
+        return gradients
+
+    def _moves(
+        self,
+        tensors: Mapping[str, bytes],
+        sent: Mapping[str, npt.NDArray[Any]],
+        names: Sequence[str],
+    ) -> FloatArrays:
+        """Return how far a reply's weights are from those that were sent."""
+        moves: FloatArrays = {}
         for name in names:
-            if is_gradient:
-                shape = sent[name].shape
-                if projection is not None:
-                    shape = projection.shape(shape)
-                wire = _read(name, tensors[name], *codec.wire_type(shape))
-                try:
-                    received = codec.decode(wire, shape)
-                except MalformedArray as error:
-                    raise UpdateRefused("wrong-array", f"{name}: {error}") from None
-                if projection is not None:
-                    received = projection.lift(
-                        assignment.server_round, name, received, sent[name].shape
-                    )
-            else:
-                # Weights come in the model's own type, or in float32.
-                dtypes = (sent[name].dtype, np.dtype(np.float32))
-                values: npt.NDArray[Any] = _read(
-                    name, tensors[name], sent[name].shape, *dtypes
-                )
-                wide = np.result_type(sent[name], values, np.float32)
-                received = np.subtract(sent[name], values, dtype=wide).astype(
-                    np.float32, copy=False
-                )
-            if not np.isfinite(received).all():
-                raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
-            update[name] = received
-        norm = _norm(update)
-        if not is_gradient:
-            # A move is taken as a gradient. All N blocks move at once, each trained as
-            # if the others stood still: whole moves overshoot. 1/N is the share that a
-            # block keeps of its move where whole models are averaged, as FedAvg does.
-            # A step of plain SGD with lr=1 is then just this; an optimizer that
-            # normalises its steps, such as AdamW, cancels the factor. The head, which
-            # all devices move, keeps their mean move.
-            scale = np.float32(1 / self.partition.num_blocks)
-            for name in self.partition.blocks[assignment.block_index]:
-                update[name] = scale * update[name]
-        statistics = {} if is_gradient else self._statistics(tensors, sent)
-        return BlockUpdate(update, examples, statistics, norm), report
+            # Weights come in the model's own type, or in float32.
+            dtypes = (sent[name].dtype, np.dtype(np.float32))
+            values: npt.NDArray[Any] = _read(
+                name, tensors[name], sent[name].shape, *dtypes
+            )
+            wide = np.result_type(sent[name], values, np.float32)
+            move = np.subtract(sent[name], values, dtype=wide)
+            moves[name] = _finite(name, move.astype(np.float32, copy=False))
+        return moves
 
     def _estimated(
         self,
@@ -350,6 +372,12 @@ def _read(
         except MalformedArray as error:
             refusals.append(str(error))
     raise UpdateRefused("wrong-array", f"{name}: {refusals[0]}")
+
+
+def _finite(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    if not np.isfinite(values).all():
+        raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
+    return values
 
 
 def _norm(gradients: FloatArrays) -> float:

@@ -113,9 +113,10 @@ def read_replies(
             if refusal.reason == OUT_OF_MEMORY:
                 lacked_bytes[device] = assignments[device].memory_bytes
             continue
-        # All projections of an estimated gradient are one array.
-        num_gradients = 1 if update.zeroth_order else len(update.gradients)
-        num_used = num_gradients + len(update.statistics)
+        # Gradients come in one array, and so do their projections.
+        num_used = 1
+        if report.update_kind == "weights":
+            num_used = len(update.gradients) + len(update.statistics)
         accepted[device] = AcceptedReply(update, report, Upload.of(reply, num_used))
         lacked_bytes[device] = None
     # Of first-order updates, in the plan's order, lest it matters who came first.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from io import BytesIO
 
@@ -56,6 +57,11 @@ def npy(array) -> bytes:
     return stream.getvalue()
 
 
+def size_of(names) -> int:
+    """Elements of some parameters together."""
+    return sum(math.prod(SHAPES[name]) for name in names)
+
+
 def honest_reply(plan, device_id, *, value=0.5, **changes) -> DeviceReply:
     """What a device that does its work sends: a gradient of equal elements."""
     block = plan.assignments[device_id].block_index
@@ -70,7 +76,7 @@ def honest_reply(plan, device_id, *, value=0.5, **changes) -> DeviceReply:
     names = PARTITION.update_names(block)
     fields = {
         "device_id": device_id,
-        "tensors": [npy(np.full(SHAPES[name], value, np.float32)) for name in names],
+        "tensors": [npy(np.full(size_of(names), value, np.float32))],
         "num_examples": 8,
         "report": report.to_record(),
     }
@@ -117,18 +123,14 @@ def test_a_missing_block_keeps_its_values():
     assert record.blocks[missing].status == "no reply"
 
 
-def bad_tensors(plan, device, array):
-    return [npy(array), *honest_reply(plan, device).tensors[1:]]
-
-
 BAD_REPLIES = {
     "non-finite": lambda plan, d: {
-        "tensors": bad_tensors(plan, d, np.full((4, 4), np.nan, np.float32))
+        "tensors": honest_reply(plan, d, value=np.nan).tensors
     },
-    "wrong-array": lambda plan, d: {
-        "tensors": bad_tensors(plan, d, np.zeros((4, 5), np.float32))
-    },
-    "wrong-count": lambda plan, d: {"tensors": honest_reply(plan, d).tensors[:-1]},
+    "wrong-array": lambda plan, d: {"tensors": [npy(np.zeros(39, np.float32))]},
+    "wrong-array ": lambda plan, d: {"tensors": [npy(np.zeros((4, 10), np.float32))]},
+    "wrong-count": lambda plan, d: {"tensors": []},
+    "wrong-count   ": lambda plan, d: {"tensors": 2 * honest_reply(plan, d).tensors},
     "wrong-examples": lambda plan, d: {"num_examples": 9},
     "wrong-examples ": lambda plan, d: {"num_examples": [8, 9]},
     "wrong-examples  ": lambda plan, d: {"num_examples": 2.5},
@@ -492,9 +494,13 @@ def test_infeasible_rounds_name_devices_not_rows():
 
 def weights_reply(plan, device_id, *, value=0.4, **changes) -> DeviceReply:
     """What a device sends that has trained its block to weights of one value."""
-    reply = honest_reply(plan, device_id, value=value, num_examples=10_000)
-    report = {**reply.report, "update-kind": "weights"}
-    return replace(reply, **{"report": report, **changes})
+    reply = honest_reply(plan, device_id, num_examples=10_000)
+    names = PARTITION.update_names(plan.assignments[device_id].block_index)
+    fields = {
+        "report": {**reply.report, "update-kind": "weights"},
+        "tensors": [npy(np.full(SHAPES[name], value, np.float32)) for name in names],
+    }
+    return replace(reply, **{**fields, **changes})
 
 
 def assert_moved_to_weights(coordinator):

@@ -5,6 +5,7 @@ Run with ``pytest simulations/benchmarks/bench_strategy.py``.
 
 from __future__ import annotations
 
+import math
 from io import BytesIO
 
 import numpy as np
@@ -39,11 +40,12 @@ def test_round_of_a_tiny_model(benchmark, num_devices):
     for index, device in enumerate(ids):
         profile = simulated_device(index, seed=0)
         coordinator.add_device(device, profile.to_properties())
-    arrays = {}
-    for name in partition.trainable:
+    updates = []
+    for block in range(partition.num_blocks):
+        size = sum(math.prod(shapes[n]) for n in partition.update_names(block))
         stream = BytesIO()
-        np.save(stream, np.full(shapes[name], 1e-3, np.float32), allow_pickle=False)
-        arrays[name] = stream.getvalue()
+        np.save(stream, np.full(size, 1e-3, np.float32), allow_pickle=False)
+        updates.append(stream.getvalue())
     rounds = iter(range(1, 10**6))
 
     def one_round():
@@ -53,7 +55,7 @@ def test_round_of_a_tiny_model(benchmark, num_devices):
         replies = [
             DeviceReply(
                 device_id=device,
-                tensors=[arrays[n] for n in partition.update_names(task.block_index)],
+                tensors=[updates[task.block_index]],
                 num_examples=32,
                 report=UpdateReport(
                     server_round=server_round,

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from lola_flwr.checkpoint import CheckpointDamaged, Checkpoints, Snapshot, read
 from lola_flwr.codec import CODECS, MalformedArray, codec_named, read_npy
+from lola_flwr.packed import GRADIENTS, pack
 from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
 from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused
 from lola_flwr.strategies import message
@@ -124,6 +125,10 @@ def npy_like(draw, array):
 SQUARE = np.ones((4, 4), np.float32)
 
 
+def named(names, arrays):
+    return dict(zip(names, arrays, strict=True))
+
+
 @dataclass(frozen=True)
 class Reader:
     """One reader: what it is fed, and what it may raise."""
@@ -149,17 +154,19 @@ def update_readers():
         )
         codec = codec_named(codec_name)
         for kind in ("gradient", "weights"):
-            encode = codec.encode if kind == "gradient" else np.asarray
-            wire = [encode(state[name]) for name in names]
+            sent, wire = names, [state[name] for name in names]
+            if kind == "gradient":
+                sent = (GRADIENTS,)
+                wire = [pack(codec.encode(array) for array in wire)]
             report = UpdateReport(3, block, kind, 0.5, 0.1, "measured").to_record()
             arrays = st.one_of([npy_like(array) for array in wire])
             good = [npy(array) for array in wire]
             mixed = st.tuples(*[st.just(g) | arrays for g in good])
             tensors = (
                 mixed.map(list)
-                | mixed.map(lambda some: dict(zip(names, some, strict=True)))
+                | mixed.map(partial(named, sent))
                 | st.lists(arrays, max_size=9)
-                | st.dictionaries(st.sampled_from([*SHAPES, "x"]), arrays)
+                | st.dictionaries(st.sampled_from([*sent, "x"]), arrays)
             )
             replies = st.builds(
                 DeviceReply,
