@@ -7,8 +7,9 @@ import csv
 import pytest
 
 from simulations.compare.__main__ import METHODS, main, read_methods
+from simulations.compare.methods import Method, RunSettings
 from simulations.compare.report import comparison_rows
-from simulations.compare.runs import Method, RunSettings, run_method
+from simulations.compare.runs import run_method
 from simulations.compare.tasks import image_task
 
 SETTINGS = RunSettings(rounds=2, eval_every=2, num_devices=4, batch_size=5, seed=1)
@@ -26,10 +27,13 @@ def last_point(method):
 @pytest.mark.slow
 def test_d2ft_spends_what_its_budgets_allow():
     full = last_point(Method(kind="d2ft"))
-    compute = last_point(Method(kind="d2ft", compute=0.6, refresh=9))
-    traffic = last_point(Method(kind="d2ft", traffic=0.5, refresh=9))
+    compute = last_point(Method(kind="d2ft", compute=0.6))
+    traffic = last_point(Method(kind="d2ft", traffic=0.5))
+    shared = last_point(
+        Method(kind="d2ft", compute=0.6, shared_budgets=True, refresh=9)
+    )
     # What scores and the parts outside of the layers take is counted, too.
-    assert 0.5 < compute.flops / full.flops < 0.72
+    assert 0.5 < compute.flops / full.flops < shared.flops / full.flops < 0.72
     assert traffic.payload_bytes <= 0.5 * full.payload_bytes
     assert compute.memory_bytes < full.memory_bytes
     assert max(compute.wireless_s, traffic.wireless_s) < full.wireless_s

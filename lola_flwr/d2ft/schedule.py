@@ -48,24 +48,33 @@ FULL_TUNING = UnitCosts()
 ADAPTER_TUNING = UnitCosts(compute=(0, 1, 2))
 
 
-def operation_values(scores: Scores, *, backward_weight: float = 1.0) -> FloatArray:
+def operation_values(
+    scores: Scores,
+    device_of_subnetwork: IntArray,
+    *,
+    backward_weight: float = 1.0,
+) -> FloatArray:
     """Return what each operation is worth, shape [S, M, 3].
 
     Parameters
     ----------
     scores
         Scores of the sub-networks.
+    device_of_subnetwork
+        Where each sub-network is placed, shape [S].
     backward_weight
         Worth of an average backward pass, in average forward passes.
 
     Notes
     -----
     A forward pass earns the forward score, a backward pass the backward score, both in
-    terms of their means. The gradient score, scaled to at most a millionth, decides
-    where these leave a tie, as the backward score does between micro-batches.
+    terms of their means over the device's sub-networks: what another device holds does
+    not compete for its budget. The gradient score, scaled to at most a millionth,
+    decides where these leave a tie, as the backward score does between micro-batches.
     """
-    forward = _relative(scores.fisher)
-    backward = _relative(np.broadcast_to(scores.magnitude[:, None], forward.shape))
+    forward = _relative(scores.fisher, device_of_subnetwork)
+    magnitude = np.broadcast_to(scores.magnitude[:, None], forward.shape)
+    backward = _relative(magnitude, device_of_subnetwork)
     tie = 1e-6 * scores.gradient / max(float(scores.gradient.max()), 1e-300)
     full = forward + backward_weight * backward + tie
     return np.stack([np.zeros_like(forward), forward, full], axis=-1)
@@ -294,6 +303,11 @@ def _units(share: float, num_items: int, unit_costs: tuple[int, int, int]) -> in
     return int(np.floor(share * num_items * max(unit_costs) + 1e-9))
 
 
-def _relative(scores: FloatArray) -> FloatArray:
-    mean = float(scores.mean())
-    return scores / mean if mean > 0 else np.ones_like(scores)
+def _relative(scores: FloatArray, device_of_subnetwork: IntArray) -> FloatArray:
+    relative = np.ones_like(scores)
+    for device in np.unique(device_of_subnetwork):
+        mine = device_of_subnetwork == device
+        mean = float(scores[mine].mean())
+        if mean > 0:
+            relative[mine] = scores[mine] / mean
+    return relative

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from lola_flwr.errors import UserError
+from simulations.compare.methods import Method, Point, RunSettings
 from simulations.compare.report import comparison_figure, comparison_rows
-from simulations.compare.runs import Method, Point, RunSettings, run_method
+from simulations.compare.runs import run_method
 from simulations.compare.tasks import Task, image_task, text_task
 from simulations.figures.plots import save
 from simulations.figures.tables import Row, markdown_table, write_csv
@@ -47,6 +48,7 @@ def compare(options: argparse.Namespace) -> None:
         eval_every=options.eval_every,
         num_devices=options.devices,
         batch_size=options.batch_size,
+        decay=options.decay,
     )
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -164,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--eval-every", type=int, default=5)
     add("--devices", type=int, default=6)
     add("--batch-size", type=int, default=32, help="examples of a device's mini-batch")
+    add("--decay", action="store_true", help="let the learning rate fall to zero")
     add("--held-out", type=int, default=0, help="examples to judge by; 0: all")
     add("--threads", type=int, default=1, help="threads of PyTorch")
     return parser

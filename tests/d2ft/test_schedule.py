@@ -20,6 +20,8 @@ from lola_flwr.d2ft import (
 from lola_flwr.d2ft.schedule import cost_of
 from lola_flwr.errors import UserError
 
+ONE = np.zeros(1, np.int64)  # all sub-networks, of which there is one, on one device
+
 
 def worth(values, chosen):
     return float(values[np.arange(len(chosen)), chosen].sum())
@@ -68,7 +70,7 @@ def test_what_has_to_run_does_and_an_impossible_demand_is_refused():
 def test_the_two_stage_heuristic_keeps_budgets_and_loses_value(rng):
     lost = []
     for _ in range(100):
-        values = operation_values(random_scores(rng, 1, 8)).reshape(-1, 3)
+        values = operation_values(random_scores(rng, 1, 8), ONE).reshape(-1, 3)
         budgets = {"compute_budget": 14, "traffic_budget": 9}
         heuristic = solve_two_stage(values, FULL_TUNING, **budgets)
         assert np.array(FULL_TUNING.compute)[heuristic].sum() <= 14
@@ -85,11 +87,10 @@ def test_between_micro_batches_the_gradient_score_decides():
         magnitude=np.ones(1),
         gradient=np.array([[0.1, 0.4, 0.3, 0.2]]),
     )
-    device = np.zeros(1, np.int64)
     # Half of 4 * 3 units: a full pass (3) and three forward passes, or two full ones;
     # by value, a forward pass and half of the worth of a full one are alike.
     operations = schedule_subnetworks(
-        operation_values(scores, backward_weight=5.0), device, Budgets(compute=0.5)
+        operation_values(scores, ONE, backward_weight=5.0), ONE, Budgets(compute=0.5)
     )
     assert list(operations[0]) == [
         Operation.SKIP,
@@ -99,12 +100,36 @@ def test_between_micro_batches_the_gradient_score_decides():
     ]
 
 
+def test_scores_are_compared_within_a_device():
+    """What one device's sub-networks are worth says nothing about another's."""
+    scores = Scores(
+        fisher=np.array([[1.0, 1.0], [3.0, 3.0], [1000.0, 1000.0]]),
+        magnitude=np.array([1.0, 3.0, 1000.0]),
+        gradient=np.zeros((3, 2)),
+    )
+    values = operation_values(scores, np.array([0, 0, 1]))
+    np.testing.assert_allclose(values[:, 0], [[0, 0.5, 1], [0, 1.5, 3], [0, 1, 2]])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6])
+def test_with_a_budget_each_all_subnetworks_run_as_often(rng, share):
+    each = np.arange(24)
+    alike = Scores(np.ones((24, 5)), np.ones(24), rng.random((24, 5)))
+    operations = schedule_subnetworks(
+        operation_values(alike, each), each, Budgets(traffic=share)
+    )
+    for operation in Operation:
+        often = (operations == operation).sum(axis=1)
+        assert (often == often[0]).all()
+    assert (operations == Operation.FULL).any(axis=1).all()
+
+
 @pytest.mark.parametrize("solver", ["knapsack", "two-stage"])
 def test_budgets_are_kept_on_every_device(rng, solver):
     device = place_subnetworks(24, np.ones(6))
     budgets = Budgets(compute=0.6, traffic=0.5)
     operations = schedule_subnetworks(
-        operation_values(random_scores(rng)), device, budgets, solver=solver
+        operation_values(random_scores(rng), device), device, budgets, solver=solver
     )
     compute = np.bincount(device, cost_of(operations, FULL_TUNING.compute))
     traffic = np.bincount(device, cost_of(operations, FULL_TUNING.traffic))
@@ -116,7 +141,9 @@ def test_equal_devices_have_equal_loads(rng):
     for num_devices, budget in ((6, 0.6), (4, 0.6), (3, 0.5), (2, 0.7), (12, 0.6)):
         device = place_subnetworks(24, np.ones(num_devices))
         operations = schedule_subnetworks(
-            operation_values(random_scores(rng)), device, Budgets(compute=budget)
+            operation_values(random_scores(rng), device),
+            device,
+            Budgets(compute=budget),
         )
         load = np.bincount(device, cost_of(operations, FULL_TUNING.compute))
         assert load.max() <= 1.05 * load.min()

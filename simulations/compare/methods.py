@@ -1,0 +1,110 @@
+"""A way to spend a round, what the runs of a comparison share, and what they report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to spend a round.
+
+    Parameters
+    ----------
+    kind
+        "lola": LoLa-DEFT's rounds; "fedavg-full": the same with the whole stack as the
+        one block, which every device trains; "d2ft": the model is spread over the
+        devices, and runs under D2FT's schedule.
+    selector, selector_options
+        Which blocks a round trains.
+    latency_target
+        Time that a round may take, in terms of the median round of all blocks.
+    zeroth_order
+        Options of `ZerothOrder`; empty: all devices back-propagate.
+    rule
+        How mini-batches are chosen, as in `ChosenBatches`; "": at random.
+    low_rank
+        Rank and period of a `LowRankProjection`; empty: gradients travel whole.
+    codec
+        Codec of the gradients.
+    compute, traffic, shared_budgets, solver, num_groups, micro_batches, refresh
+        Of D2FT: budgets as shares of the full cost; whether a device's sub-networks
+        share one, and compete by their scores, or each has its own; solver, head groups
+        of a layer, micro-batches of a step, steps between scorings.
+    """
+
+    kind: str = "lola"
+    selector: str = "all"
+    selector_options: Mapping[str, Any] = field(default_factory=dict)
+    latency_target: float = math.inf
+    zeroth_order: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = ""
+    low_rank: Mapping[str, int] = field(default_factory=dict)
+    codec: str = "fp32"
+    compute: float = 1.0
+    traffic: float = 1.0
+    shared_budgets: bool = False
+    solver: str = "knapsack"
+    num_groups: int | None = None
+    micro_batches: int = 5
+    refresh: int = 25
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What all runs of a comparison have in common.
+
+    Parameters
+    ----------
+    rounds, eval_every
+        Rounds of a run, and after how many of them the model is evaluated.
+    num_devices
+        Devices K.
+    batch_size
+        Examples of a device's mini-batch. D2FT, whose devices share one model, takes as
+        many examples a step as all of LoLa-DEFT's devices together.
+    bandwidth_hz
+        Uplink.
+    seed
+        Seed of fleet, channel, split, batches and head.
+    decay
+        Whether the learning rate falls linearly, to zero at the end of the run.
+    """
+
+    rounds: int = 30
+    eval_every: int = 5
+    num_devices: int = 6
+    batch_size: int = 32
+    bandwidth_hz: float = 20e6
+    seed: int = 0
+    decay: bool = False
+
+    @property
+    def linear_decay_steps(self) -> int | None:
+        """Steps in which the learning rate falls to zero; None: it stays."""
+        return self.rounds if self.decay else None
+
+    def is_evaluated(self, server_round: int) -> bool:
+        """Whether the model is evaluated after a round."""
+        return server_round % self.eval_every == 0 or server_round == self.rounds
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run is after some rounds; all but the metrics are sums since its start.
+
+    ``memory_bytes`` is the most that one device has used beyond the weights.
+    """
+
+    server_round: int
+    metrics: Mapping[str, float]
+    wireless_s: float
+    flops: int
+    payload_bytes: int
+    memory_bytes: int
+
+
+Report = Callable[[Point], object]
