@@ -67,7 +67,7 @@ def tracking(
                 try:
                     log_round(record.server_round, values)
                 except Exception as error:
-                    _logger.warning("tracker %s: %s", name, error)
+                    _logger.warning("tracker %s: %s", name, str(error))
 
         yield track
 

@@ -202,7 +202,9 @@ class Rounds:
                 # the coordinator assumes a profile for such devices.
                 self._coordinator.add_device(device, answers.get(device, {}))
             except InvalidProfile as error:
-                log(WARNING, "device %s is left out: %s", device, error)
+                # Its words alone: who keeps log records must not keep the frames that
+                # an exception knows, and with them this round's model.
+                log(WARNING, "device %s is left out: %s", device, str(error))
 
 
 def evaluation_weights(claims: Sequence[float]) -> list[float]:

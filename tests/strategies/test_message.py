@@ -210,7 +210,7 @@ def test_a_device_without_a_profile_is_left_out_and_asked_again(federation):
     assert to_100 == ["query.lola_profile"] * 2
 
 
-def test_a_profile_that_lies_is_left_out(federation):
+def test_a_profile_that_lies_is_left_out(federation, caplog):
     strategy, grid = federation()
 
     def alter(reply):
@@ -222,6 +222,10 @@ def test_a_profile_that_lies_is_left_out(federation):
     grid.alter = alter
     run(strategy, grid)
     assert 100 not in {m.metadata.dst_node_id for m in train_messages(grid)}
+    (said,) = [r for r in caplog.records if "is left out" in r.msg]
+    # An exception knows its frames and these the model: who keeps log records, as
+    # this test does, must not keep models.
+    assert {type(argument) for argument in said.args} == {str}
 
 
 def test_too_few_devices_end_the_run_with_what_to_do(federation):
