@@ -58,6 +58,7 @@ def compare(options: argparse.Namespace) -> None:
             for name in options.methods or methods:
                 config = {
                     "task": task_name,
+                    "lr": options.lr,
                     "method": name,
                     **asdict(methods[name]),
                     **asdict(replace(settings, seed=seed)),
@@ -111,8 +112,9 @@ def finished_points(file: Path, config: Mapping[str, object]) -> list[Row] | Non
 
 def load_task_named(name: str, options: argparse.Namespace, seed: int) -> Task:
     """Load a task anew: with the values to start from."""
+    rate = {} if options.lr is None else {"lr": options.lr}
     if name == TEXTURES:
-        return image_task(num_devices=options.devices, seed=seed)
+        return image_task(num_devices=options.devices, seed=seed, **rate)
     return text_task(
         name,
         data_dir=None if name == "acceptability" else options.glue,
@@ -120,6 +122,7 @@ def load_task_named(name: str, options: argparse.Namespace, seed: int) -> Task:
         seed=seed,
         model_name=options.model,
         held_out=options.held_out or None,
+        **rate,
     )
 
 
@@ -166,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--eval-every", type=int, default=5)
     add("--devices", type=int, default=6)
     add("--batch-size", type=int, default=32, help="examples of a device's mini-batch")
+    add("--lr", type=float, help="learning rate (default: the task's own)")
     add("--decay", action="store_true", help="let the learning rate fall to zero")
     add("--held-out", type=int, default=0, help="examples to judge by; 0: all")
     add("--threads", type=int, default=1, help="threads of PyTorch")

@@ -9,6 +9,7 @@ import torch
 from lola_flwr.d2ft import (
     FULL_TUNING,
     Budgets,
+    Operation,
     find_subnetworks,
     operation_values,
     place_subnetworks,
@@ -82,7 +83,10 @@ def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) 
                 budgets,
                 solver=method.solver,
             )
-            work = model, subnetworks, names, parts, operations
+            # What all sub-networks skip says nothing about them.
+            runs = np.flatnonzero((operations != Operation.SKIP).any(axis=0))
+            kept = [parts[index] for index in runs]
+            work = model, subnetworks, names, kept, operations[:, runs]
             if step == 1:
                 memory = peak_bytes(scheduled_gradient, *work)
             result, count = counted_flops(scheduled_gradient, *work)
@@ -137,7 +141,9 @@ def _values_and_budgets(
     decide between, and nothing is scored.
     """
     shape = (device_of.size, method.micro_batches)
-    chance = rng_for(settings.seed, "ties", step).random(shape)
+    rows = 1 if method.same_micro_batches else shape[0]
+    chance = rng_for(settings.seed, "ties", step).random((rows, shape[1]))
+    chance = np.broadcast_to(chance, shape)
     if scores is None:
         alike = Scores(np.ones(shape), np.ones(device_of.size), chance)
         each = np.arange(device_of.size)

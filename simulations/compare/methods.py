@@ -30,10 +30,12 @@ class Method:
         Rank and period of a `LowRankProjection`; empty: gradients travel whole.
     codec
         Codec of the gradients.
-    compute, traffic, shared_budgets, solver, num_groups, micro_batches, refresh
+    compute, traffic, shared_budgets, same_micro_batches, solver, num_groups,
+    micro_batches, refresh
         Of D2FT: budgets as shares of the full cost; whether a device's sub-networks
-        share one, and compete by their scores, or each has its own; solver, head groups
-        of a layer, micro-batches of a step, steps between scorings.
+        share one, and compete by their scores, or each has its own; whether all are to
+        run the same micro-batches; solver, head groups of a layer, micro-batches of a
+        step, steps between scorings.
     """
 
     kind: str = "lola"
@@ -47,6 +49,7 @@ class Method:
     compute: float = 1.0
     traffic: float = 1.0
     shared_budgets: bool = False
+    same_micro_batches: bool = False
     solver: str = "knapsack"
     num_groups: int | None = None
     micro_batches: int = 5
