@@ -209,11 +209,10 @@ class UpdateReader:
         shapes = {name: sent[name].shape for name in names}
         if projection is not None:
             shapes = {name: projection.shape(shape) for name, shape in shapes.items()}
-        tensors = self._named_tensors(reply, (GRADIENTS,))
-        expected = packed_type(codec, shapes.values())
-        packed = _read(GRADIENTS, tensors[GRADIENTS], *expected)
-        gradients: FloatArrays = {}
+        data = self._named_tensors(reply, (GRADIENTS,))[GRADIENTS]
+        packed = _read(GRADIENTS, data, *packed_type(codec, shapes.values()))
         wires = unpack(packed, codec, shapes.values())
+        gradients: FloatArrays = {}
         for (name, shape), wire in zip(shapes.items(), wires, strict=True):
             try:
                 received = codec.decode(wire, shape)
@@ -254,16 +253,9 @@ class UpdateReader:
     ) -> FloatArrays:
         """Return the gradient that a reply's projections are an estimate of."""
         directions = directions_of(assignment)
-        tensors = self._named_tensors(reply, (PROJECTIONS,))
-        try:
-            received = read_npy(
-                tensors[PROJECTIONS], shape=(directions.count,), dtype=np.dtype("f4")
-            )
-        except MalformedArray as error:
-            raise UpdateRefused("wrong-array", f"{PROJECTIONS}: {error}") from None
-        projections = received.astype(np.float32)
-        if not np.isfinite(projections).all():
-            raise UpdateRefused("non-finite", f"{PROJECTIONS} hold NaN or infinity")
+        data = self._named_tensors(reply, (PROJECTIONS,))[PROJECTIONS]
+        received = _read(PROJECTIONS, data, (directions.count,), np.dtype("f4"))
+        projections = _finite(PROJECTIONS, received.astype(np.float32))
         # A projection's standard deviation is the norm of the gradient itself.
         limit = np.float32(self.max_gradient_norm)
         return estimated_gradient(
