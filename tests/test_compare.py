@@ -95,6 +95,36 @@ def test_rows_are_means_over_seeds_after_the_last_round():
     )
 
 
+def test_a_row_tells_where_all_blocks_was_at_that_time():
+    def point(method, seed, server_round, wireless_s, value):
+        return {
+            "task": "t",
+            "method": method,
+            "seed": seed,
+            "server_round": server_round,
+            "metric": "accuracy",
+            "value": value,
+            "wireless_s": wireless_s,
+            "flops": 1.0,
+            "payload_bytes": 1.0,
+            "memory_bytes": 1.0,
+        }
+
+    curves = [
+        point("lola-deft", 0, 1, 1.0, 0.4),
+        point("lola-deft", 0, 2, 3.0, 0.8),
+        point("lola-deft", 1, 1, 2.0, 0.5),
+        point("lola-deft", 1, 2, 4.0, 0.9),
+        point("lisa", 0, 2, 2.0, 0.7),
+        point("lisa", 1, 2, 9.0, 0.7),
+    ]
+    whole, lisa = comparison_rows(curves)
+    assert whole["all_blocks_then"] == whole["mean"] == 0.85
+    # Half way between its points, and after its last one.
+    assert lisa["all_blocks_then"] == pytest.approx((0.6 + 0.9) / 2)
+    assert comparison_rows(curves[-1:])[0]["all_blocks_then"] == ""
+
+
 def test_the_command_writes_table_and_figure_and_reuses_finished_runs(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--tasks", "textures", "--rounds", "1"]
     arguments += ["--batch-size", "2", "--devices", "4", "--methods", "lisa"]

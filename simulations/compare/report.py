@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 
 from simulations.figures.tables import Row, numbers
 
+# What other methods are compared with at equal wireless time.
+ALL_BLOCKS = "lola-deft"
+
 _PANELS = (
     ("wireless_s", "wireless time (s)", 1.0),
     ("flops", "operations (GFLOP)", 1e9),
@@ -25,6 +28,11 @@ def comparison_rows(curves: Sequence[Row]) -> list[Row]:
     curves
         Points of all runs: task, method, seed, server_round, metric, value and what
         was spent until then.
+
+    Returns
+    -------
+    Rows; ``all_blocks_then`` is where `ALL_BLOCKS` was at the same wireless time, empty
+    if it was not run.
     """
     rows: list[Row] = []
     for (task, method), points in _by(curves, "task", "method"):
@@ -39,6 +47,7 @@ def comparison_rows(curves: Sequence[Row]) -> list[Row]:
                 "mean": round(float(np.mean(values)), 4),
                 "least": round(min(values), 4),
                 "largest": round(max(values), 4),
+                "all_blocks_then": _all_blocks_then(curves, last),
                 "rounds": int(last_round),
                 "wireless_s": float(f"{np.mean(numbers(last, 'wireless_s')):.4g}"),
                 "gflop": float(f"{np.mean(numbers(last, 'flops')) / 1e9:.4g}"),
@@ -49,6 +58,23 @@ def comparison_rows(curves: Sequence[Row]) -> list[Row]:
             }
         )
     return rows
+
+
+def _all_blocks_then(curves: Sequence[Row], ends: Sequence[Row]) -> float | str:
+    """Return the metric of `ALL_BLOCKS` when other runs ended, on average."""
+    values = []
+    for end in ends:
+        course = [
+            p
+            for p in curves
+            if (p["task"], p["method"], p["seed"])
+            == (end["task"], ALL_BLOCKS, end["seed"])
+        ]
+        if not course:
+            return ""
+        times, metrics = numbers(course, "wireless_s"), numbers(course, "value")
+        values.append(np.interp(float(end["wireless_s"]), times, metrics))
+    return round(float(np.mean(values)), 4)
 
 
 def comparison_figure(curves: Sequence[Row]) -> Figure:
