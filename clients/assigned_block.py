@@ -21,7 +21,7 @@ from flwr.common import Config, NDArrays, Scalar
 from torch import nn
 
 from lola_flwr.blocks import BlockPartition
-from lola_flwr.clients.device import check_base
+from lola_flwr.clients.base_model import check_base
 from lola_flwr.clients.received import assignment_in
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import (

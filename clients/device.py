@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.clients.base_model import check_fingerprint
 from lola_flwr.clients.encoding import encode_update
 from lola_flwr.clients.out_of_memory import reports_out_of_memory
 from lola_flwr.clients.store import LostCopy, Residuals, complete
 from lola_flwr.clients.update import LocalUpdate
 from lola_flwr.d2ft.reduced import from_text, reduced_gradient
-from lola_flwr.errors import UserError
 from lola_flwr.execution import Accelerator, Precision, autocast, find_device
 from lola_flwr.low_rank import projection_of
 from lola_flwr.memory import keep_no_freed_memory, measured_peak
-from lola_flwr.models import fingerprint
 from lola_flwr.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.protocol import Assignment, UpdateReport, nothing_report
 from lola_flwr.randomness import rng_for
@@ -284,31 +283,3 @@ def _train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
             module.eval()
-
-
-def check_base(
-    model: nn.Module, partition: BlockPartition, assignment: Assignment
-) -> None:
-    """Make sure that a device's frozen weights are the server's.
-
-    Raises
-    ------
-    UserError
-        They are not.
-    """
-    check_fingerprint(fingerprint(model, partition.frozen), assignment)
-
-
-def check_fingerprint(own: str, assignment: Assignment) -> None:
-    """Make sure that a device's frozen weights, of this digest, are the server's.
-
-    Raises
-    ------
-    UserError
-        They are not.
-    """
-    if own != assignment.base_fingerprint:
-        raise UserError(
-            "The frozen base weights of this device differ from the server's; use "
-            "the same model, revision and seed on both, or load what the server sends."
-        )
