@@ -52,7 +52,7 @@ class measured_peak:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
             return self
-        _give_back_freed_memory()
+        give_back_freed_memory()
         self._before = _resident_bytes()
         if not _reset_peak():
             self._sampler = _Sampler()
@@ -129,7 +129,7 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"{_STATUS} does not tell {field}.")
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """Let the C library return what it holds free, lest it be taken for in use."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it

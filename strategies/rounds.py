@@ -13,6 +13,7 @@ from flwr.common.logger import log
 
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
+from lola_flwr.memory import give_back_freed_memory
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.round_plan import RoundPlan
@@ -122,6 +123,8 @@ class Rounds:
             log(WARNING, "%s", self._record.lines()[0])
         else:
             self._plan_s = time.perf_counter() - start
+            # What the last round's replies took would otherwise stay the process's.
+            give_back_freed_memory()
             self._sent_at = time.monotonic()
         return self._plan
 
