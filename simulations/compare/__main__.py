@@ -59,6 +59,7 @@ def compare(options: argparse.Namespace) -> None:
                 config = {
                     "task": task_name,
                     "lr": options.lr,
+                    "train_examples": options.train_examples,
                     "method": name,
                     **asdict(methods[name]),
                     **asdict(replace(settings, seed=seed)),
@@ -121,6 +122,7 @@ def load_task_named(name: str, options: argparse.Namespace, seed: int) -> Task:
         num_devices=options.devices,
         seed=seed,
         model_name=options.model,
+        train_examples=options.train_examples or None,
         held_out=options.held_out or None,
         **rate,
     )
@@ -171,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, help="examples of a device's mini-batch")
     add("--lr", type=float, help="learning rate (default: the task's own)")
     add("--decay", action="store_true", help="let the learning rate fall to zero")
+    add("--train-examples", type=int, default=0, help="of a text task; 0: all")
     add("--held-out", type=int, default=0, help="examples to judge by; 0: all")
     add("--threads", type=int, default=1, help="threads of PyTorch")
     return parser

@@ -82,6 +82,7 @@ def text_task(
     seed: int,
     model_name: str = "minilm-l6",
     lr: float = 3e-4,
+    train_examples: int | None = None,
     held_out: int | None = None,
 ) -> Task:
     """Load a task of the GLUE app, split evenly over devices.
@@ -100,12 +101,20 @@ def text_task(
         A model of `load_classifier`.
     lr
         Learning rate.
+    train_examples
+        How many of the training examples all devices have together, drawn by the seed
+        (default: all).
     held_out
         How many of the held-out examples to judge by (default: all).
     """
     task, train, dev = load_task(
         name, "" if data_dir is None else str(data_dir), seed=seed
     )
+    if train_examples is not None:
+        order = rng_for(seed, "train-examples").permutation(len(train.labels))
+        few = np.sort(order[:train_examples])
+        sentences = tuple(train.sentences[index] for index in few)
+        train = type(train)(sentences, train.labels[few])
     model, tokenizer = load_classifier(
         model_name, num_labels=task.num_labels, seed=seed
     )
