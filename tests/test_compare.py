@@ -10,7 +10,7 @@ from simulations.compare.__main__ import METHODS, main, read_methods
 from simulations.compare.methods import Method, RunSettings
 from simulations.compare.report import comparison_rows
 from simulations.compare.runs import run_method
-from simulations.compare.tasks import image_task
+from simulations.compare.tasks import image_task, text_task
 
 SETTINGS = RunSettings(rounds=2, eval_every=2, num_devices=4, batch_size=5, seed=1)
 
@@ -53,6 +53,27 @@ def test_lola_methods_differ_in_what_they_spend():
     assert hurried.wireless_s < every.wireless_s
     chosen = last_point(Method(rule="entropy"))
     assert chosen.flops > every.flops
+
+
+def test_a_text_task_of_few_examples():
+    options = {"num_devices": 2, "seed": 3, "model_name": "random:roberta-tiny"}
+    few, many = (
+        text_task("acceptability", data_dir=None, train_examples=count, **options)
+        for count in (10, None)
+    )
+
+    def seen(task):
+        batches = [task.draw(device, step, 8) for device in (0, 1) for step in (1, 2)]
+        return {
+            tuple(row[mask.bool()].tolist())
+            for batch in batches
+            for row, mask in zip(
+                batch["input_ids"], batch["attention_mask"], strict=True
+            )
+        }
+
+    assert len(few.draw(0, 1, 8)["labels"]) == 5, "half of what there is"
+    assert len(seen(few)) <= 10 < len(seen(many))
 
 
 def test_every_method_of_the_file_is_one():

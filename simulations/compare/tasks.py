@@ -130,7 +130,8 @@ def text_task(
         drawn = rng.choice(part, min(batch_size, len(part)), replace=False)
         return make_batch(train, drawn, tokenizer, max_length=_MAX_LENGTH)
 
-    proxy = rng_for(seed, "proxy").choice(len(train.labels), 64, replace=False)
+    count = len(train.labels)
+    proxy = rng_for(seed, "proxy").choice(count, min(64, count), replace=False)
     return Task(
         name=name,
         model=model,
