@@ -5,9 +5,9 @@
 One device and a tiny model, so that neither the link nor training counts. The seconds
 are Flower's own: from the moment that the client's process asks for a message to that
 in which its reply is with the SuperNode (``flwr list``, compute-time). So they hold
-what Flower takes to move arrays between the two: the model's there, and one back, which
-a client that sends as many bytes back unseen shows. A run of one round is subtracted from one of six, which
-leaves the messages from the second on.
+what Flower takes to move arrays between the two, the model's there and one back, which
+a client that sends as many bytes back unseen shows. A run of one round is subtracted
+from one of six, which leaves the messages from the second on.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> int:
     arrays = (f"num-arrays={len(sizes)}", f"array-bytes={sum(sizes) // len(sizes)}")
     for title, options, app, overrides in (
         ("empty message", Options(worker=False), _EMPTY, ()),
-        ("arrays as the model's, as many bytes back", Options(worker=False), _EMPTY, arrays),
+        ("the model's arrays, one back", Options(worker=False), _EMPTY, arrays),
         ("in the client's process", Options(worker=False), _GLUE, _TINY),
         ("with the worker", Options(limit="none"), _GLUE, _TINY),
     ):
