@@ -23,8 +23,10 @@ from lola_flwr.clients.store import LostCopy, Residuals, complete
 from lola_flwr.clients.update import LocalUpdate
 from lola_flwr.d2ft.reduced import from_text, reduced_gradient
 from lola_flwr.execution import Accelerator, Precision, autocast, find_device
+from lola_flwr.heap import keep_no_freed_memory
 from lola_flwr.low_rank import projection_of
-from lola_flwr.memory import keep_no_freed_memory, measured_peak
+from lola_flwr.memory import measured_peak
+from lola_flwr.packed import GRADIENTS
 from lola_flwr.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.protocol import Assignment, UpdateReport, nothing_report
 from lola_flwr.randomness import rng_for
@@ -211,7 +213,8 @@ class BlockDevice:
                 num_examples = len(next(iter(batch.values())))
         arrays: dict[str, npt.NDArray[Any]]
         if assignment.direction_seed is None:
-            arrays = self._encoded(result.gradients, partition, assignment)
+            encoded = self._encoded(result.gradients, partition, assignment)
+            arrays = {GRADIENTS: encoded}
         else:
             arrays = {PROJECTIONS: projections}
         simulated = self.simulated_compute_s
@@ -241,7 +244,7 @@ class BlockDevice:
         found: Mapping[str, Tensor],
         partition: BlockPartition,
         assignment: Assignment,
-    ) -> dict[str, npt.NDArray[Any]]:
+    ) -> npt.NDArray[Any]:
         """Return gradients as they travel: projected, if asked for, and encoded."""
         gradients = {
             name: np.asarray(gradient.numpy(force=True), order="C")
@@ -254,10 +257,10 @@ class BlockDevice:
                 for name, gradient in gradients.items()
             }
         residuals = self.store and Residuals(self.store, self.profile.name)
-        arrays: dict[str, npt.NDArray[Any]] = encode_update(
+        encoded: npt.NDArray[Any] = encode_update(
             gradients, partition, assignment, residuals
         )
-        return arrays
+        return encoded
 
     def _levers(self, assignment: Assignment, *, streams: bool) -> Levers:
         """Return how this device computes the gradient: what the server expects."""

@@ -9,7 +9,7 @@ from lola_flwr.clients.store import Residuals
 from lola_flwr.codec import FloatArray, WireArray, codec_named, encode_with_feedback
 from lola_flwr.errors import UserError
 from lola_flwr.low_rank import projection_of
-from lola_flwr.packed import GRADIENTS, pack
+from lola_flwr.packed import pack
 from lola_flwr.protocol import Assignment
 
 
@@ -18,7 +18,7 @@ def encode_update(
     partition: BlockPartition,
     assignment: Assignment,
     residuals: Residuals | None,
-) -> dict[str, WireArray]:
+) -> WireArray:
     """Encode the gradients that an assignment asks for.
 
     Parameters
@@ -34,8 +34,7 @@ def encode_update(
 
     Returns
     -------
-    What travels: one array, of the parameters in the order of
-    ``partition.update_names``.
+    What travels, of all these parameters in one array.
 
     Raises
     ------
@@ -57,17 +56,16 @@ def encode_update(
         # What was left out in one basis means nothing in another.
         basis = projection.basis_number(assignment.server_round)
         parts = {f"{part}-basis-{basis}": names for part, names in parts.items()}
-    wire: list[WireArray] = []
+    wire: dict[str, WireArray] = {}
     for part, names in parts.items():
         before = residuals.take(part, assignment.server_round) if residuals else {}
         left_out: dict[str, FloatArray] = {}
         for name in names:
-            encoded, left = encode_with_feedback(
+            wire[name], left = encode_with_feedback(
                 codec, gradients[name], before.get(name)
             )
-            wire.append(encoded)
             if left is not None:
                 left_out[name] = left
         if residuals:
             residuals.put(part, assignment.server_round, left_out)
-    return {GRADIENTS: pack(wire)}
+    return pack(wire)

@@ -185,7 +185,8 @@ class Coordinator:
             },
             codec,
             head,
-            self._model.statistics_bytes(),
+            by_name=self._model.is_sent_whole,
+            statistics_bytes=self._model.statistics_bytes(),
         )
         self._statement = ProblemStatement(
             partition=partition,

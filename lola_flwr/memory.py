@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import threading
 from pathlib import Path
@@ -11,16 +10,13 @@ from typing import Self
 
 import torch
 
+from lola_flwr.heap import give_back_freed_memory
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 # Written to the file above, this sets the peak of the resident set to its present size.
 _RESET_PEAK = "5"
 _SAMPLE_INTERVAL_S = 0.002
-
-# Of glibc's mallopt. Left alone the threshold grows with the blocks that are freed, and
-# tensors of many sizes fragment the heap.
-_M_MMAP_THRESHOLD = -3
-_LARGE_BYTES = 1 << 16
 
 
 class measured_peak:
@@ -74,17 +70,6 @@ class measured_peak:
         self.peak_bytes = max(0, peak - self._before)
 
 
-def keep_no_freed_memory() -> None:
-    """Let the C library return a tensor's memory as soon as it is freed, from now on.
-
-    Otherwise the process holds up to a third more at its peak than it has in use,
-    measured on training steps. Only glibc's allocator can be told so.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if sys.platform == "linux" and mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-
-
 class _Sampler(threading.Thread):
     """Notes the largest resident set that it sees."""
 
@@ -127,11 +112,3 @@ def _status_bytes(field: str) -> int:
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
     raise OSError(f"{_STATUS} does not tell {field}.")
-
-
-def give_back_freed_memory() -> None:
-    """Let the C library return what it holds free, lest it be taken for in use."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-        if trim is not None:
-            trim(0)

@@ -1,4 +1,4 @@
-"""The gradients of an update as one array: of the codec's type, one after the other.
+"""The gradients of an update as one array of the codec's type.
 
 Flower takes some 5 ms and 0.4 kB for every array of a message, and a transformer's
 layer has 16; server and device know names, shapes and codec beforehand, so nothing but
@@ -7,7 +7,7 @@ the values has to travel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -31,28 +31,36 @@ def packed_type(codec: Codec, shapes: Iterable[Sequence[int]]) -> WireType:
     return WireType((sum(one.size for one in types),), types[0].dtype)
 
 
-def pack(arrays: Iterable[WireArray]) -> WireArray:
-    """Put encoded gradients, at least one, one after the other."""
-    return np.concatenate([array.ravel() for array in arrays])
+def pack(arrays: Mapping[str, WireArray]) -> WireArray:
+    """Put encoded gradients, at least one, one after the other.
+
+    They are ordered by name: a model's own order may not be the same on both sides.
+    """
+    return np.concatenate([arrays[name].ravel() for name in sorted(arrays)])
 
 
 def unpack(
-    packed: WireArray, codec: Codec, shapes: Iterable[Sequence[int]]
-) -> list[WireArray]:
+    packed: WireArray, codec: Codec, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, WireArray]:
     """Take encoded gradients apart again.
 
     Parameters
     ----------
     packed
-        An array of ``packed_type(codec, shapes)``.
-    codec, shapes
-        As for `packed_type`.
+        An array of ``packed_type(codec, shapes.values())``.
+    codec
+        What they travel in.
+    shapes
+        Shapes of the parameters, by name.
 
     Returns
     -------
-    Views of ``packed``, each of its gradient's wire type.
+    Views of ``packed`` by name, each of its gradient's wire type.
     """
-    types = [codec.wire_type(shape) for shape in shapes]
-    ends = np.cumsum([one.size for one in types])
+    types = {name: codec.wire_type(shapes[name]) for name in sorted(shapes)}
+    ends = np.cumsum([one.size for one in types.values()])
     parts = np.split(packed, ends[:-1])
-    return [part.reshape(one.shape) for part, one in zip(parts, types, strict=True)]
+    return {
+        name: part.reshape(one.shape)
+        for (name, one), part in zip(types.items(), parts, strict=True)
+    }

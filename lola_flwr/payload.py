@@ -1,7 +1,8 @@
 """What a device uploads, and how many bits of the channel that takes.
 
-Counted is what Flower really sends: the array of encoded gradients with the header of
-its format, its name, and the records around it.
+Counted is what Flower really sends: the array of encoded gradients, or one array for
+each parameter where devices return weights, with the header of its format, its name,
+and the records around it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ def array_message_bytes(name: str, nbytes: int) -> int:
     return _MESSAGE_BYTES + array_bytes(name, nbytes)
 
 
-def update_bytes(names: Iterable[str], shapes: Shapes, codec: Codec) -> int:
-    """Bytes of the message in which a device sends some parameters' gradients.
+def update_bytes(
+    names: Iterable[str], shapes: Shapes, codec: Codec, *, by_name: bool = False
+) -> int:
+    """Bytes of the message in which a device sends some parameters' update.
 
     Parameters
     ----------
@@ -50,8 +53,14 @@ def update_bytes(names: Iterable[str], shapes: Shapes, codec: Codec) -> int:
     shapes
         Shapes of the parameters, by name.
     codec
-        What the gradients travel in.
+        What they travel in.
+    by_name
+        Whether each parameter is an array of its own.
     """
+    if by_name:
+        return _MESSAGE_BYTES + sum(
+            array_bytes(name, codec.wire_type(shapes[name]).nbytes) for name in names
+        )
     packed = packed_type(codec, [shapes[name] for name in names])
     return array_message_bytes(GRADIENTS, packed.nbytes)
 
@@ -61,6 +70,8 @@ def payload_bits(
     shapes: Shapes,
     codec: Codec,
     sends_head: npt.NDArray[np.bool_] | None = None,
+    *,
+    by_name: bool = False,
 ) -> npt.NDArray[np.float64]:
     """Bits that the device of each block uploads, shape [N].
 
@@ -75,11 +86,16 @@ def payload_bits(
     sends_head
         Whether a block's device sends the head's gradient too, shape [N] (default:
         all do).
+    by_name
+        Whether each parameter is an array of its own.
     """
     head = np.ones(partition.num_blocks, bool) if sends_head is None else sends_head
     return np.array(
         [
-            8.0 * update_bytes(partition.update_names(n, head=head[n]), shapes, codec)
+            8.0
+            * update_bytes(
+                partition.update_names(n, head=head[n]), shapes, codec, by_name=by_name
+            )
             for n in range(partition.num_blocks)
         ]
     )
@@ -118,6 +134,8 @@ class Uplink:
         Name of the codec of all devices, or ``"auto"``.
     head
         Which devices send the head's gradient.
+    by_name
+        Whether devices return weights, each parameter as an array of its own.
     statistics_bytes
         What every device sends besides: the running statistics of a model's layers.
 
@@ -131,6 +149,7 @@ class Uplink:
     shapes: Shapes
     codec: str
     head: HeadPolicy
+    by_name: bool = False
     statistics_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -150,7 +169,13 @@ class Uplink:
         codecs = codec_ladder(self.codec)
         sends_head = head_senders(self.head, server_round, trained)
         bits = [
-            payload_bits(self.partition, self.shapes, codec_named(name), sends_head)
+            payload_bits(
+                self.partition,
+                self.shapes,
+                codec_named(name),
+                sends_head,
+                by_name=self.by_name,
+            )
             for name in codecs
         ]
         return Payloads(

@@ -184,17 +184,22 @@ class UpdateReader:
         tensors = self._named_tensors(reply, names)
         moves = self._moves(tensors, sent, names)
         norm = _norm(moves)
-        # A move is taken as a gradient. All N blocks move at once, each trained as if
-        # the others stood still: whole moves overshoot. 1/N is the share that a block
-        # keeps of its move where whole models are averaged, as FedAvg does. A step of
-        # plain SGD with lr=1 is then just this; an optimizer that normalises its steps,
-        # such as AdamW, cancels the factor. The head, which all devices move, keeps
-        # their mean move.
-        scale = np.float32(1 / self.partition.num_blocks)
         for name in self.partition.blocks[assignment.block_index]:
-            moves[name] = scale * moves[name]
+            moves[name] = self._damping * moves[name]
         statistics = self._statistics(tensors, sent)
         return BlockUpdate(moves, examples, statistics, norm), report
+
+    @property
+    def _damping(self) -> np.float32:
+        """What is left of a block's move, which is then taken as a gradient.
+
+        All N blocks move at once, each trained as if the others stood still: whole
+        moves overshoot. 1/N is the share that a block keeps of its move where whole
+        models are averaged, as FedAvg does. A step of plain SGD with lr=1 is then just
+        this; an optimizer that normalises its steps, such as AdamW, cancels the factor.
+        The head, which all devices move, keeps their mean move.
+        """
+        return np.float32(1 / self.partition.num_blocks)
 
     def _gradients(
         self,
@@ -211,11 +216,10 @@ class UpdateReader:
             shapes = {name: projection.shape(shape) for name, shape in shapes.items()}
         data = self._named_tensors(reply, (GRADIENTS,))[GRADIENTS]
         packed = _read(GRADIENTS, data, *packed_type(codec, shapes.values()))
-        wires = unpack(packed, codec, shapes.values())
         gradients: FloatArrays = {}
-        for (name, shape), wire in zip(shapes.items(), wires, strict=True):
+        for name, wire in unpack(packed, codec, shapes).items():
             try:
-                received = codec.decode(wire, shape)
+                received = codec.decode(wire, shapes[name])
             except MalformedArray as error:
                 raise UpdateRefused("wrong-array", f"{name}: {error}") from None
             if projection is not None:

@@ -13,7 +13,7 @@ from flwr.common.logger import log
 
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
-from lola_flwr.memory import give_back_freed_memory
+from lola_flwr.heap import give_back_freed_memory
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.round_plan import RoundPlan

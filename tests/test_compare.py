@@ -137,12 +137,16 @@ def test_a_row_tells_where_all_blocks_was_at_that_time():
         point("lola-deft", 1, 1, 2.0, 0.5),
         point("lola-deft", 1, 2, 4.0, 0.9),
         point("lisa", 0, 2, 2.0, 0.7),
-        point("lisa", 1, 2, 9.0, 0.7),
+        point("lisa", 1, 2, 4.0, 0.7),
+        point("mezo", 0, 2, 0.9, 0.2),
+        point("fedavg-full", 1, 2, 4.1, 0.9),
     ]
-    whole, lisa = comparison_rows(curves)
+    whole, lisa, early, late = comparison_rows(curves)
     assert whole["all_blocks_then"] == whole["mean"] == 0.85
-    # Half way between its points, and after its last one.
+    # Half way between its points, and at its last one.
     assert lisa["all_blocks_then"] == pytest.approx((0.6 + 0.9) / 2)
+    # It was not measured before its first point, nor after its last.
+    assert early["all_blocks_then"] == late["all_blocks_then"] == ""
     assert comparison_rows(curves[-1:])[0]["all_blocks_then"] == ""
 
 

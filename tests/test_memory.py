@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lola_flwr import memory
-from lola_flwr.memory import keep_no_freed_memory, measured_peak
+from lola_flwr.heap import keep_no_freed_memory
+from lola_flwr.memory import measured_peak
 
 _MIB = 1 << 20
 

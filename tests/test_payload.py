@@ -114,8 +114,10 @@ def test_what_is_counted_is_what_is_sent(codec_name, head, interface, shapes, rn
     codec = codec_named(codec_name)
     names = partition.update_names(3, head=head)
     packed = pack(
-        codec.encode(rng.standard_normal(shapes[name], dtype=np.float32))
-        for name in names
+        {
+            name: codec.encode(rng.standard_normal(shapes[name], dtype=np.float32))
+            for name in names
+        }
     )
     counted = payload_bits(partition, shapes, codec, np.full(12, head))[3] / 8
     sent = serialised_bytes({GRADIENTS: packed}, interface)
@@ -136,13 +138,27 @@ def test_what_is_sent_is_the_block_s_values_within_1_percent(codec_name, bits, r
     codec = codec_named(codec_name)
     names = partition.update_names(3)
     packed = pack(
-        codec.encode(rng.standard_normal(shapes[name], dtype=np.float32))
-        for name in names
+        {
+            name: codec.encode(rng.standard_normal(shapes[name], dtype=np.float32))
+            for name in names
+        }
     )
     values = sum(math.prod(shapes[name]) for name in names)
     for interface in ("message", "legacy"):
         sent = serialised_bytes({GRADIENTS: packed}, interface)
         assert sent == pytest.approx(bits / 8 * values, rel=0.01)
+
+
+def test_weights_are_counted_by_name(rng):
+    """As devices send them that train by themselves: an array for each parameter."""
+    partition = partition_parameters(ADAPTERS)
+    names = partition.update_names(3, head=False)
+    arrays = {name: rng.random(ADAPTERS[name]).astype("f4") for name in names}
+    counted = payload_bits(
+        partition, ADAPTERS, codec_named("fp32"), np.zeros(12, bool), by_name=True
+    )
+    sent = serialised_bytes(arrays, "message")
+    assert counted[3] / 8 == pytest.approx(sent, rel=0.01)
 
 
 def test_lora_of_rank_8_is_under_600_kb_for_all_blocks_together():

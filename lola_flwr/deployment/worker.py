@@ -11,8 +11,6 @@ run's SuperNode is gone, and ends on SIGTERM after the message in hand.
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import os
 import secrets
 import signal
@@ -47,6 +45,7 @@ from lola_flwr.deployment.worker_link import (
     write_token,
 )
 from lola_flwr.errors import UserError
+from lola_flwr.heap import give_back_freed_memory
 from lola_flwr.protocol import Assignment
 
 _TICK_S = 0.5
@@ -286,11 +285,7 @@ class Worker:
             self._uplink.hold_to(None, 0)
         except UserError as error:
             _say(f"the limit of the last round stays: {error}")
-        libc = ctypes.util.find_library("c")
-        if libc is not None:
-            # glibc keeps freed memory for itself; other C libraries lack the call.
-            with suppress(OSError, AttributeError):
-                ctypes.CDLL(libc).malloc_trim(0)
+        give_back_freed_memory()
 
     def _status(self) -> dict[str, Any]:
         tenant = self._tenant

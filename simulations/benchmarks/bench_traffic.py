@@ -59,12 +59,13 @@ def test_bytes_up(name):
     packed: list = []
 
     def encode():
-        wire = [encode_with_feedback(codec, gradients[n])[0] for n in names]
-        packed.append(pack(wire))
+        packed.append(
+            pack({n: encode_with_feedback(codec, gradients[n])[0] for n in names})
+        )
 
     def decode():
-        wire = unpack(packed[0], codec, [shapes[n] for n in names])
-        for n, values in zip(names, wire, strict=True):
+        wire = unpack(packed[0], codec, {n: shapes[n] for n in names})
+        for n, values in wire.items():
             codec.decode(values, shapes[n])
 
     encode_s, decode_s = seconds(encode), seconds(decode)

@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from lola_flwr.blocks import partition_parameters
-from lola_flwr.memory import keep_no_freed_memory, measured_peak
+from lola_flwr.heap import keep_no_freed_memory
+from lola_flwr.memory import measured_peak
 from lola_flwr.models import load_classifier
 from lola_flwr.prefix import (
     LayeredWeights,

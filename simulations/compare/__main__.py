@@ -58,6 +58,9 @@ def compare(options: argparse.Namespace) -> None:
             for name in options.methods or methods:
                 config = {
                     "task": task_name,
+                    "glue": str(options.glue),
+                    "model": options.model,
+                    "held_out": options.held_out,
                     "lr": options.lr,
                     "train_examples": options.train_examples,
                     "method": name,

@@ -19,6 +19,7 @@ from lola_flwr.d2ft import (
 )
 from lola_flwr.d2ft.scores import Scores
 from lola_flwr.d2ft.subnetworks import Subnetworks, base_of
+from lola_flwr.errors import UserError
 from lola_flwr.model_setup import model_costs
 from lola_flwr.models import load_values
 from lola_flwr.randomness import rng_for
@@ -85,6 +86,11 @@ def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) 
             )
             # What all sub-networks skip says nothing about them.
             runs = np.flatnonzero((operations != Operation.SKIP).any(axis=0))
+            if not runs.size:
+                raise UserError(
+                    f"compute={method.compute}, traffic={method.traffic} let no "
+                    "sub-network run; raise the budgets."
+                )
             kept = [parts[index] for index in runs]
             work = model, subnetworks, names, kept, operations[:, runs]
             if step == 1:

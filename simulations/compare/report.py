@@ -32,7 +32,7 @@ def comparison_rows(curves: Sequence[Row]) -> list[Row]:
     Returns
     -------
     Rows; ``all_blocks_then`` is where `ALL_BLOCKS` was at the same wireless time, empty
-    if it was not run.
+    if it was not measured then.
     """
     rows: list[Row] = []
     for (task, method), points in _by(curves, "task", "method"):
@@ -73,7 +73,10 @@ def _all_blocks_then(curves: Sequence[Row], ends: Sequence[Row]) -> float | str:
         if not course:
             return ""
         times, metrics = numbers(course, "wireless_s"), numbers(course, "value")
-        values.append(np.interp(float(end["wireless_s"]), times, metrics))
+        end_s = float(end["wireless_s"])
+        if not times[0] <= end_s <= times[-1]:
+            return ""
+        values.append(np.interp(end_s, times, metrics))
     return round(float(np.mean(values)), 4)
 
 

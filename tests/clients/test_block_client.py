@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -80,10 +82,12 @@ def test_fit_returns_the_gradient_at_the_received_values(client, roberta, batch)
     roberta(**{name: tensor[:4] for name, tensor in batch.items()}).loss.backward()
     parameters = dict(roberta.named_parameters())
     (gradients,) = update
-    expected = [parameters[n].grad.flatten() for n in partition.update_names(1)]
-    np.testing.assert_allclose(
-        gradients, torch.cat(expected).numpy(), rtol=1e-4, atol=1e-6
-    )
+    shapes = {name: parameters[name].shape for name in partition.update_names(1)}
+    assert gradients.size == sum(map(math.prod, shapes.values()))
+    for name, gradient in unpack(gradients, CODECS["fp32"], shapes).items():
+        np.testing.assert_allclose(
+            gradient, parameters[name].grad.numpy(), rtol=1e-4, atol=1e-6
+        )
     assert num_examples == 4
     report = UpdateReport.from_record(metrics)
     assert (report.server_round, report.block_index) == (2, 1)
@@ -253,15 +257,9 @@ def test_lower_precision(roberta, batch):
     assert rounded.arrays[GRADIENTS].dtype == np.float32
     partition = partition_parameters(n for n, _ in roberta.named_parameters())
     names = partition.update_names(1)
-    shapes = [roberta.get_parameter(name).shape for name in names]
+    shapes = {name: roberta.get_parameter(name).shape for name in names}
     ours, theirs = (
-        dict(
-            zip(
-                names,
-                unpack(update.arrays[GRADIENTS], CODECS["fp32"], shapes),
-                strict=True,
-            )
-        )
+        unpack(update.arrays[GRADIENTS], CODECS["fp32"], shapes)
         for update in (rounded, exact)
     )
     name = next(name for name in names if name.endswith("output.dense.weight"))

@@ -157,7 +157,7 @@ def update_readers():
             sent, wire = names, [state[name] for name in names]
             if kind == "gradient":
                 sent = (GRADIENTS,)
-                wire = [pack(codec.encode(array) for array in wire)]
+                wire = [pack({name: codec.encode(state[name]) for name in names})]
             report = UpdateReport(3, block, kind, 0.5, 0.1, "measured").to_record()
             arrays = st.one_of([npy_like(array) for array in wire])
             good = [npy(array) for array in wire]

@@ -56,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         fine_tune(grid, context)
     except UserError as error:
-        log(ERROR, "error: %s", error)
+        log(ERROR, "error: %s", str(error))
         raise
     finally:
         # Simulated devices are on this host; no other run has a use for what they kept.

@@ -32,7 +32,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         train(grid, context)
     except UserError as error:
-        log(ERROR, "error: %s", error)
+        log(ERROR, "error: %s", str(error))
         raise
 
 

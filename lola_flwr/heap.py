@@ -1,0 +1,34 @@
+"""What the C library does with memory that is freed; only glibc's can be told."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from contextlib import suppress
+
+# Of glibc's mallopt. Left alone the threshold grows with the blocks that are freed, and
+# tensors of many sizes fragment the heap.
+_M_MMAP_THRESHOLD = -3
+_LARGE_BYTES = 1 << 16
+
+
+def keep_no_freed_memory() -> None:
+    """Let the C library return a tensor's memory as soon as it is freed, from now on.
+
+    Otherwise the process holds up to a third more at its peak than it has in use,
+    measured on training steps.
+    """
+    _tell_libc("mallopt", _M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return what it holds free."""
+    _tell_libc("malloc_trim", 0)
+
+
+def _tell_libc(function: str, *arguments: int) -> None:
+    libc = ctypes.util.find_library("c")
+    if libc is not None:
+        # Other C libraries lack these functions.
+        with suppress(OSError, AttributeError):
+            getattr(ctypes.CDLL(libc), function)(*arguments)
