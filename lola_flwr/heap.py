@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
+import sys
 from contextlib import suppress
 
 # Of glibc's mallopt. Left alone the threshold grows with the blocks that are freed, and
@@ -27,8 +27,7 @@ def give_back_freed_memory() -> None:
 
 
 def _tell_libc(function: str, *arguments: int) -> None:
-    libc = ctypes.util.find_library("c")
-    if libc is not None:
-        # Other C libraries lack these functions.
-        with suppress(OSError, AttributeError):
-            getattr(ctypes.CDLL(libc), function)(*arguments)
+    if sys.platform == "linux":
+        # Other C libraries than glibc lack these functions.
+        with suppress(AttributeError):
+            getattr(ctypes.CDLL(None), function)(*arguments)
