@@ -161,12 +161,11 @@ class UpdateReport(_Record):
     block_index
         Block of the assignment that this answers.
     update_kind
-        What the arrays are: the ``"gradient"``, all in one array in the assignment's
-        codec; or the new ``"weights"`` after local training, by name, in float32: a
-        codec that rounds would round most of a weight's small move away; or
-        ``"zeroth-order"``: one array of the
-        gradient's projections on the assignment's directions; or ``"nothing"``, where
-        the device does not hold what the message left out.
+        What the arrays are. ``"gradient"``: one array, in the assignment's codec.
+        ``"weights"``: those after local training, by name, in float32, since a codec
+        that rounds would round most of a weight's small move away. ``"zeroth-order"``:
+        one array of the gradient's projections on the assignment's directions.
+        ``"nothing"``: the device does not hold what the message left out.
     loss
         Mean training loss; None if unknown.
     compute_s
