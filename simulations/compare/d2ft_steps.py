@@ -147,15 +147,17 @@ def _values_and_budgets(
     decide between, and nothing is scored.
     """
     shape = (device_of.size, method.micro_batches)
+    weight = method.backward_weight
     rows = 1 if method.same_micro_batches else shape[0]
     chance = rng_for(settings.seed, "ties", step).random((rows, shape[1]))
     chance = np.broadcast_to(chance, shape)
     if scores is None:
         alike = Scores(np.ones(shape), np.ones(device_of.size), chance)
         each = np.arange(device_of.size)
-        return operation_values(alike, each), each
+        return operation_values(alike, each, backward_weight=weight), each
     spread = Scores(np.broadcast_to(scores.fisher, shape), scores.magnitude, chance)
-    return operation_values(spread, device_of), device_of
+    values = operation_values(spread, device_of, backward_weight=weight)
+    return values, device_of
 
 
 def _step_costs(

@@ -30,12 +30,12 @@ class Method:
         Rank and period of a `LowRankProjection`; empty: gradients travel whole.
     codec
         Codec of the gradients.
-    compute, traffic, shared_budgets, same_micro_batches, solver, num_groups,
-    micro_batches, refresh
+    compute, traffic, shared_budgets, same_micro_batches, backward_weight, solver,
+    num_groups, micro_batches, refresh
         Of D2FT: budgets as shares of the full cost; whether a device's sub-networks
         share one, and compete by their scores, or each has its own; whether all are to
-        run the same micro-batches; solver, head groups of a layer, micro-batches of a
-        step, steps between scorings.
+        run the same micro-batches; worth of a backward pass in forward passes; solver,
+        head groups of a layer, micro-batches of a step, steps between scorings.
     """
 
     kind: str = "lola"
@@ -50,6 +50,7 @@ class Method:
     traffic: float = 1.0
     shared_budgets: bool = False
     same_micro_batches: bool = False
+    backward_weight: float = 3.0
     solver: str = "knapsack"
     num_groups: int | None = None
     micro_batches: int = 5

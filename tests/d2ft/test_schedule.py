@@ -87,10 +87,10 @@ def test_between_micro_batches_the_gradient_score_decides():
         magnitude=np.ones(1),
         gradient=np.array([[0.1, 0.4, 0.3, 0.2]]),
     )
-    # Half of 4 * 3 units: a full pass (3) and three forward passes, or two full ones;
-    # by value, a forward pass and half of the worth of a full one are alike.
+    # Half of 4 * 3 units: two full passes, worth 4 each, or one and three forward
+    # passes, worth 1 each.
     operations = schedule_subnetworks(
-        operation_values(scores, ONE, backward_weight=5.0), ONE, Budgets(compute=0.5)
+        operation_values(scores, ONE), ONE, Budgets(compute=0.5)
     )
     assert list(operations[0]) == [
         Operation.SKIP,
@@ -100,6 +100,20 @@ def test_between_micro_batches_the_gradient_score_decides():
     ]
 
 
+def test_forward_passes_alone_are_taken_where_backward_passes_are_worth_little():
+    alike = Scores(np.ones((1, 5)), np.ones(1), np.zeros((1, 5)))
+    counts = {}
+    for weight in (1.0, 3.0):
+        operations = schedule_subnetworks(
+            operation_values(alike, ONE, backward_weight=weight),
+            ONE,
+            Budgets(compute=0.6),
+        )
+        counts[weight] = np.bincount(operations[0], minlength=3).tolist()
+    # Nine units of compute, for skipped, forward only and full micro-batches.
+    assert counts == {1.0: [0, 3, 2], 3.0: [2, 0, 3]}
+
+
 def test_scores_are_compared_within_a_device():
     """What one device's sub-networks are worth says nothing about another's."""
     scores = Scores(
@@ -107,7 +121,7 @@ def test_scores_are_compared_within_a_device():
         magnitude=np.array([1.0, 3.0, 1000.0]),
         gradient=np.zeros((3, 2)),
     )
-    values = operation_values(scores, np.array([0, 0, 1]))
+    values = operation_values(scores, np.array([0, 0, 1]), backward_weight=1.0)
     np.testing.assert_allclose(values[:, 0], [[0, 0.5, 1], [0, 1.5, 3], [0, 1, 2]])
 
 
