@@ -6,6 +6,8 @@ from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
 from lola_flwr.clients.update import Device, OutOfMemory
+from lola_flwr.errors import UserError
+from lola_flwr.packed import VALUES
 from lola_flwr.protocol import Assignment
 
 
@@ -33,7 +35,8 @@ class BlockClient(NumPyClient):
         Parameters
         ----------
         parameters
-            The model's trainable values, in the order of ``partition.trainable``.
+            The model's trainable values that were sent, packed in one array; nothing,
+            if the device holds them all.
         config
             The ``Assignment`` as a flat record.
 
@@ -48,10 +51,19 @@ class BlockClient(NumPyClient):
         MalformedRecord
             ``config`` is no assignment.
         UserError
-            Server and device do not hold the same model.
+            Server and device do not hold the same model, or the server's devices are
+            to return weights.
         """
+        if len(parameters) > 1:
+            raise UserError(
+                f"{len(parameters)} arrays received instead of one: the server's "
+                "coordinator is for devices that return weights, and this client "
+                "returns gradients. Make it with Coordinator, or wrap your own "
+                "training code with AssignedBlock."
+            )
+        values = {VALUES: parameters[0]} if parameters else {}
         try:
-            update = self._device.train(Assignment.from_record(config), parameters)
+            update = self._device.train(Assignment.from_record(config), values)
         except OutOfMemory as failure:
             return [], 0, failure.to_record()
         return [*update.arrays.values()], update.num_examples, update.report.to_record()

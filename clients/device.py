@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,7 @@ from lola_flwr.execution import Accelerator, Precision, autocast, find_device
 from lola_flwr.heap import keep_no_freed_memory
 from lola_flwr.low_rank import projection_of
 from lola_flwr.memory import measured_peak
-from lola_flwr.packed import GRADIENTS
+from lola_flwr.packed import GRADIENTS, received_values
 from lola_flwr.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.protocol import Assignment, UpdateReport, nothing_report
 from lola_flwr.randomness import rng_for
@@ -116,7 +116,7 @@ class BlockDevice:
     def train(
         self,
         assignment: Assignment,
-        values: Mapping[str, npt.NDArray[Any]] | Sequence[npt.NDArray[Any]],
+        values: Mapping[str, npt.NDArray[Any]],
     ) -> LocalUpdate:
         """Compute the mean gradient of the assigned block on one mini-batch.
 
@@ -125,9 +125,8 @@ class BlockDevice:
         assignment
             What the server asks for.
         values
-            The model's trainable values, by name or in the order of
-            ``partition.trainable``: all, or those that the assignment's manifest says
-            were sent.
+            The model's trainable values, by name or packed: all, or those that the
+            assignment's manifest says were sent.
 
         Raises
         ------
@@ -145,14 +144,13 @@ class BlockDevice:
         local = LoadedModel(*loaded, device) if isinstance(loaded, tuple) else loaded
         partition = local.partition
         check_fingerprint(local.fingerprint(), assignment)
-        received = (
-            [values[name] for name in partition.trainable if name in values]
-            if isinstance(values, Mapping)
-            else values
-        )
-        held = None
+        names, manifest = partition.trainable, None
         if assignment.manifest is not None:
             manifest = Manifest.from_text(assignment.manifest)
+            names = manifest.sent_names(partition.trainable)
+        received = [*received_values(values, local.shapes(names)).values()]
+        held = None
+        if manifest is not None:
             try:
                 received = complete(received, manifest, self.store)
             except LostCopy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,9 +58,16 @@ class Device(Protocol):
     def train(
         self,
         assignment: Assignment,
-        values: Mapping[str, npt.NDArray[Any]] | Sequence[npt.NDArray[Any]],
+        values: Mapping[str, npt.NDArray[Any]],
     ) -> LocalUpdate:
         """Compute the mean gradient of the assigned block on one mini-batch.
+
+        Parameters
+        ----------
+        assignment
+            What the server asks for.
+        values
+            The trainable values that it sent, as `packed.received_values` reads them.
 
         Raises
         ------

@@ -315,6 +315,11 @@ class Coordinator:
         """Return the trainable parameters' current values, as views."""
         return self._model.state()
 
+    @property
+    def sends_by_name(self) -> bool:
+        """Whether devices are sent the whole model by name, and return weights."""
+        return self._model.is_sent_whole
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return what devices are sent, by name in the order of sending."""
         return self._model.arrays()

@@ -1,20 +1,26 @@
-"""The gradients of an update as one array of the codec's type.
+"""Many arrays as one: the values that a device is sent, the gradients of its update.
 
-Flower takes some 1 ms and 0.4 kB for every array of a reply, and a transformer's
-layer has 16; server and device know names, shapes and codec beforehand, so nothing but
-the values has to travel.
+Flower takes some milliseconds and 0.4 kB for every array of a message, and a
+transformer's layer has 16; server and device know names, shapes and types beforehand,
+so nothing but the content has to travel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from lola_flwr.codec import Codec, WireArray, WireType
+from lola_flwr.codec import Codec, FloatArray, WireArray, WireType, codec_named
+from lola_flwr.errors import UserError
 
-# The name under which the array travels.
+# The names under which the arrays travel.
 GRADIENTS = "gradients"
+VALUES = "values"
+
+_VALUES_CODEC = codec_named("fp32")
 
 
 def packed_type(codec: Codec, shapes: Iterable[Sequence[int]]) -> WireType:
@@ -63,4 +69,42 @@ def unpack(
     return {
         name: part.reshape(one.shape)
         for (name, one), part in zip(types.items(), parts, strict=True)
+    }
+
+
+def received_values(
+    received: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, FloatArray]:
+    """Return the values that a device was sent, by name.
+
+    Parameters
+    ----------
+    received
+        What it was sent: one array of ``pack``, under the name ``VALUES``, or the
+        values themselves by name.
+    shapes
+        Shapes, by name, of the device's own parameters of which values were sent.
+
+    Returns
+    -------
+    Values in the order of ``shapes``.
+
+    Raises
+    ------
+    UserError
+        These are the values of another model.
+    """
+    if VALUES not in received:
+        return {name: received[name] for name in shapes if name in received}
+    packed = received[VALUES]
+    expected = packed_type(_VALUES_CODEC, shapes.values())
+    if (packed.shape, packed.dtype) != expected:
+        raise UserError(
+            f"{packed.size} values of type {packed.dtype} received; this model has "
+            f"{expected.size} in {len(shapes)} parameters, of type {expected.dtype}. "
+            "Use the same model on server and device."
+        )
+    wire = unpack(packed, _VALUES_CODEC, shapes)
+    return {
+        name: _VALUES_CODEC.decode(wire[name], shape) for name, shape in shapes.items()
     }

@@ -72,11 +72,7 @@ class RoundPlan:
         manifest = self.manifests.get(device_id)
         return manifest is not None and not all(p.sent for p in manifest.pieces)
 
-    def sent_names(self, device_id: str, names: Sequence[str]) -> list[str]:
+    def sent_names(self, device_id: str, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names, out of all in order, of what a device is sent."""
         manifest = self.manifests.get(device_id)
-        return (
-            [*names]
-            if manifest is None
-            else [names[i] for i in manifest.sent_positions]
-        )
+        return tuple(names) if manifest is None else manifest.sent_names(names)

@@ -127,6 +127,21 @@ class Manifest:
         sent = (piece.positions for piece in self.pieces if piece.sent)
         return tuple(sorted(chain.from_iterable(sent)))
 
+    def sent_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the names, out of all arrays' in order, of what the message holds.
+
+        Raises
+        ------
+        MalformedManifest
+            It is the manifest of another number of arrays.
+        """
+        if len(names) != self.num_arrays:
+            raise MalformedManifest(
+                f"The manifest is of {self.num_arrays} arrays; this model has "
+                f"{len(names)}. Use the same model on server and device."
+            )
+        return tuple(names[position] for position in self.sent_positions)
+
     def sent_arrays(
         self, received: Sequence[npt.NDArray[Any]]
     ) -> dict[int, npt.NDArray[Any]]:

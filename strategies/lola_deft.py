@@ -180,11 +180,10 @@ class LoLaDeft(FedAvg):
             extra = self.on_fit_config_fn(server_round)
         tensors = dict(zip(self.coordinator.arrays(), parameters.tensors, strict=True))
         instructions = []
-        for device, assignment in plan.assignments.items():
-            sent = [tensors[name] for name in plan.sent_names(device, [*tensors])]
+        for device, sent in self._rounds.contents(plan, tensors, ndarray_to_bytes):
             fit = FitIns(
-                Parameters(sent, parameters.tensor_type),
-                {**extra, **assignment.to_record()},
+                Parameters([*sent.values()], parameters.tensor_type),
+                {**extra, **plan.assignments[device].to_record()},
             )
             instructions.append((clients[device], fit))
         return instructions

@@ -36,8 +36,7 @@ MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 class LoLaDeft(Strategy):
     """Each active device trains one block; the server assembles and steps.
 
-    Arrays go down by name and come back by name, so that replies need not hold the same
-    ones. Names of arguments are those of ``flwr.serverapp.strategy.FedAvg``; its
+    Names of arguments are those of ``flwr.serverapp.strategy.FedAvg``; its
     ``fraction_train`` and ``min_train_nodes`` have no counterpart, since the
     coordinator plans who trains.
 
@@ -222,12 +221,10 @@ class LoLaDeft(Strategy):
                 MessageType.TRAIN,
                 device,
                 server_round,
-                ArrayRecord(
-                    {name: arrays[name] for name in plan.sent_names(device, [*arrays])}
-                ),
-                ConfigRecord({**config, **assignment.to_record()}),
+                ArrayRecord(sent),
+                ConfigRecord({**config, **plan.assignments[device].to_record()}),
             )
-            for device, assignment in plan.assignments.items()
+            for device, sent in self._rounds.contents(plan, arrays, Array)
         ]
 
     def aggregate_train(

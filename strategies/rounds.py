@@ -5,20 +5,32 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from logging import INFO, WARNING
+from typing import Any, TypeVar
 
+import numpy.typing as npt
 from flwr.common.logger import log
 
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.heap import give_back_freed_memory
+from lola_flwr.packed import VALUES, pack
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.round_plan import RoundPlan
 from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.system.devices import InvalidProfile
+
+Encoded = TypeVar("Encoded")
 
 # Asks devices for their profiles: device ids -> what those that answered said.
 AskProfiles = Callable[[Sequence[str]], Mapping[str, Mapping[str, object]]]
@@ -127,6 +139,35 @@ class Rounds:
             give_back_freed_memory()
             self._sent_at = time.monotonic()
         return self._plan
+
+    def contents(
+        self,
+        plan: RoundPlan,
+        encoded: Mapping[str, Encoded],
+        encode: Callable[[npt.NDArray[Any]], Encoded],
+    ) -> Iterator[tuple[str, dict[str, Encoded]]]:
+        """Give each device of a plan, and the arrays that it is sent, by name.
+
+        Parameters
+        ----------
+        plan
+            The round's plan.
+        encoded
+            All arrays of the coordinator, encoded for the wire. Devices that return
+            weights are sent these; all others the trainable values in one.
+        encode
+            Encodes an array. Devices that are sent the same share what it returns.
+        """
+        packed: dict[tuple[str, ...], Encoded] = {}
+        for device in plan.assignments:
+            names = plan.sent_names(device, [*encoded])
+            if self._coordinator.sends_by_name or not names:
+                yield device, {name: encoded[name] for name in names}
+                continue
+            if names not in packed:
+                values = self._coordinator.state()
+                packed[names] = encode(pack({name: values[name] for name in names}))
+            yield device, {VALUES: packed[names]}
 
     def wait_s(self) -> float:
         """Return how long the replies to the present round may take; else infinity."""

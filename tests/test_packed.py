@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lola_flwr.codec import codec_named
-from lola_flwr.packed import pack, packed_type, unpack
+from lola_flwr.errors import UserError
+from lola_flwr.packed import VALUES, pack, packed_type, received_values, unpack
 
 SHAPES = st.dictionaries(
     st.text("ab.", min_size=1, max_size=4),
@@ -34,6 +35,22 @@ def test_what_was_packed_comes_out_again(name, shapes, seed):
         np.testing.assert_array_equal(array, wire[n])
         decoded = codec.decode(array, shapes[n])
         np.testing.assert_array_equal(decoded, codec.decode(wire[n], shapes[n]))
+
+
+@given(shapes=SHAPES, seed=st.integers(0, 99))
+def test_values_are_received_packed_or_by_name(shapes, seed):
+    rng = np.random.default_rng(seed)
+    values = {n: rng.random(shape, dtype=np.float32) for n, shape in shapes.items()}
+    packed = {VALUES: pack(values)}
+    for received in (packed, values):
+        own = received_values(received, shapes)
+        assert list(own) == list(shapes)
+        for name, array in own.items():
+            np.testing.assert_array_equal(array, values[name])
+    assert received_values({}, {}) == {}
+    for wrong in (packed[VALUES][1:], packed[VALUES].astype("f8")):
+        with pytest.raises(UserError, match="Use the same model"):
+            received_values({VALUES: wrong}, shapes)
 
 
 def test_the_order_of_a_model_s_parameters_does_not_matter(rng):

@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class WorkerDevice:
     def train(
         self,
         assignment: Assignment,
-        values: Mapping[str, npt.NDArray[Any]] | Sequence[npt.NDArray[Any]],
+        values: Mapping[str, npt.NDArray[Any]],
     ) -> LocalUpdate:
         """Compute the mean gradient of the assigned block on one mini-batch.
 
@@ -126,14 +126,7 @@ class WorkerDevice:
         WorkerFailed
             The app failed in the worker, or the worker did.
         """
-        named = isinstance(values, Mapping)
-        answer = self._ask(
-            "train",
-            {"assignment": assignment.to_record(), "named": named},
-            values
-            if isinstance(values, Mapping)
-            else {str(index): array for index, array in enumerate(values)},
-        )
+        answer = self._ask("train", {"assignment": assignment.to_record()}, values)
         return LocalUpdate(
             dict(answer.arrays),
             int(answer.header["num_examples"]),

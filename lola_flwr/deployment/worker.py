@@ -213,10 +213,7 @@ class Worker:
 
     def _train(self, device: Any, asked: Frame) -> Frame:
         assignment = Assignment.from_record(asked.header["assignment"])
-        values: Any = asked.arrays
-        if not asked.header["named"]:
-            values = list(asked.arrays.values())
-        update = device.train(assignment, values)
+        update = device.train(assignment, asked.arrays)
         report = update.report.to_record()
         limit = self._uplink.hold_to(
             assignment.uplink_bps, sum(a.nbytes for a in update.arrays.values())

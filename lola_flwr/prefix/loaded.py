@@ -50,6 +50,11 @@ class LoadedModel:
         """Return the digest of the frozen weights."""
         return fingerprint(self.model, self.partition.frozen)
 
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of some parameters, by name."""
+        parameters = dict(self.model.named_parameters())
+        return {name: tuple(parameters[name].shape) for name in names}
+
     def load(
         self, names: Sequence[str], values: Sequence[NDArray[np.floating]]
     ) -> None:

@@ -198,6 +198,10 @@ class StreamedModel:
             self._fingerprint = total.hexdigest()
         return self._fingerprint
 
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of some parameters, by name."""
+        return {name: tuple(self._empty[name].shape) for name in names}
+
     def load(
         self, names: Sequence[str], arrays: Sequence[npt.NDArray[np.floating]]
     ) -> None:

@@ -11,7 +11,7 @@ from lola_flwr.clients import BlockClient, BlockDevice
 from lola_flwr.codec import CODECS
 from lola_flwr.errors import UserError
 from lola_flwr.models import fingerprint
-from lola_flwr.packed import GRADIENTS, unpack
+from lola_flwr.packed import GRADIENTS, pack, unpack
 from lola_flwr.prefix import (
     ActivationCache,
     LayeredWeights,
@@ -56,7 +56,11 @@ def assignment_for(model, **changes):
 def trainable_values(model):
     partition = partition_parameters(n for n, _ in model.named_parameters())
     parameters = dict(model.named_parameters())
-    return [parameters[name].numpy(force=True).copy() for name in partition.trainable]
+    return {name: parameters[name].numpy(force=True) for name in partition.trainable}
+
+
+def sent(model):
+    return [pack(trainable_values(model))]
 
 
 def test_profile(client):
@@ -72,11 +76,11 @@ def test_fit_returns_the_gradient_at_the_received_values(client, roberta, batch)
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0
     roberta.set_attn_implementation("eager")
-    values = [array + 0.01 for array in trainable_values(roberta)]
-    update, num_examples, metrics = client.fit(values, assignment_for(roberta))
+    values = {n: array + 0.01 for n, array in trainable_values(roberta).items()}
+    update, num_examples, metrics = client.fit([pack(values)], assignment_for(roberta))
 
     partition = partition_parameters(n for n, _ in roberta.named_parameters())
-    for expected, name in zip(values, partition.trainable, strict=True):
+    for name, expected in values.items():
         np.testing.assert_array_equal(roberta.state_dict()[name], expected)
     roberta.requires_grad_(True).train()
     roberta(**{name: tensor[:4] for name, tensor in batch.items()}).loss.backward()
@@ -97,7 +101,7 @@ def test_fit_returns_the_gradient_at_the_received_values(client, roberta, batch)
 
 
 def test_dropout_is_a_function_of_seed_round_and_device(client, roberta):
-    values = trainable_values(roberta)
+    values = sent(roberta)
     torch.manual_seed(123)
     before = torch.get_rng_state()
     first, _, _ = client.fit(values, assignment_for(roberta))
@@ -111,7 +115,7 @@ def test_dropout_is_a_function_of_seed_round_and_device(client, roberta):
 
 
 def test_codec_is_the_one_asked_for(client, roberta):
-    values = trainable_values(roberta)
+    values = sent(roberta)
     (exact,), _, _ = client.fit(values, assignment_for(roberta))
     (wire,), _, _ = client.fit(values, assignment_for(roberta, codec="bf16"))
     assert wire.dtype == np.uint16
@@ -123,16 +127,31 @@ def test_codec_is_the_one_asked_for(client, roberta):
 def test_another_base_is_noticed(client, roberta):
     assignment = assignment_for(roberta, base_fingerprint="other")
     with pytest.raises(UserError, match=r"frozen base weights .* differ"):
-        client.fit(trainable_values(roberta), assignment)
+        client.fit(sent(roberta), assignment)
 
 
-def test_another_model_is_noticed(client, roberta):
-    values = trainable_values(roberta)
-    with pytest.raises(UserError, match="arrays received"):
-        client.fit(values[:-1], assignment_for(roberta))
-    values[0] = values[0][:, :-1]
+def test_another_model_is_noticed(client, roberta, batch):
+    (values,) = sent(roberta)
+    for wrong, described in (
+        (values[:-1], f"{values.size - 1} values of type float32"),
+        (values.astype("f8"), f"{values.size} values of type float64"),
+    ):
+        with pytest.raises(UserError, match=f"{described} received; this model has"):
+            client.fit([wrong], assignment_for(roberta))
+    named = trainable_values(roberta)
+    first = next(iter(named))
+    named[first] = named[first][:, :-1]
+    assignment = Assignment.from_record(assignment_for(roberta))
     with pytest.raises(UserError, match=r"has shape \(16, 16\) here but \(16, 15\)"):
-        client.fit(values, assignment_for(roberta))
+        device_for(roberta, batch).train(assignment, named)
+    del named[first]
+    with pytest.raises(UserError, match="arrays received"):
+        device_for(roberta, batch).train(assignment, named)
+
+
+def test_arrays_of_a_server_that_wants_weights_are_refused(client, roberta):
+    with pytest.raises(UserError, match=r"52 arrays received .* return weights"):
+        client.fit([*trainable_values(roberta).values()], assignment_for(roberta))
 
 
 def test_config_without_an_assignment(client):

@@ -112,17 +112,16 @@ def wait_until(condition, seconds=10):
 def test_profile_and_update_come_from_the_worker(served, path):
     device = WorkerDevice(TOY, context(), path)
     assert device.profile.uplink_bps == 4e6
-    update = device.train(assignment(), [np.ones(3, "f4"), np.zeros((2, 2), "f4")])
-    assert list(update.arrays) == ["0", "1"]
-    np.testing.assert_array_equal(update.arrays["0"], np.full(3, 2, "f4"))
+    values = {"b": np.ones(3, "f4"), "a": np.zeros((2, 2), "f4")}
+    update = device.train(assignment(), values)
+    assert list(update.arrays) == ["b", "a"]
+    np.testing.assert_array_equal(update.arrays["b"], np.full(3, 2, "f4"))
     assert update.report.server_round == 3
     assert update.report.uplink_limit == "pacing"
     assert served.held == [(1e6, 28)]
     assert ask_worker(path, "status")["sent_bytes"] == 7
-    named = device.train(assignment(), {"w": np.ones(1, "f4")})
-    assert list(named.arrays) == ["w"]
     # One device for the run, however many messages.
-    assert named.report.loss == update.report.loss
+    assert device.train(assignment(), {}).report.loss == update.report.loss
 
 
 def test_socket_and_token_are_the_owners_alone(served, path):
@@ -140,11 +139,11 @@ def test_without_the_token_nothing_is_answered(served, path):
 
 
 def test_a_second_run_is_refused_with_the_reason(served, path):
-    WorkerDevice(TOY, context(run_id=1), path).train(assignment(), [])
+    WorkerDevice(TOY, context(run_id=1), path).train(assignment(), {})
     with pytest.raises(UserError, match="serves run 1; run 2 can have it once"):
-        WorkerDevice(TOY, context(run_id=2), path).train(assignment(), [])
+        WorkerDevice(TOY, context(run_id=2), path).train(assignment(), {})
     # And the first one goes on.
-    WorkerDevice(TOY, context(run_id=1), path).train(assignment(), [])
+    WorkerDevice(TOY, context(run_id=1), path).train(assignment(), {})
 
 
 def test_a_run_that_is_silent_makes_way(path):
@@ -153,7 +152,7 @@ def test_a_run_that_is_silent_makes_way(path):
     thread.start()
     try:
         for run_id in (1, 2):
-            WorkerDevice(TOY, context(run_id=run_id), path).train(assignment(), [])
+            WorkerDevice(TOY, context(run_id=run_id), path).train(assignment(), {})
             assert ask_worker(path, "status")["run_id"] == run_id
     finally:
         ask_worker(path, "stop")
@@ -172,7 +171,7 @@ def test_a_run_that_is_silent_makes_way(path):
 def test_errors_of_the_app_come_back(served, path, kind, error, text):
     device = WorkerDevice(TOY, context(fail=kind), path)
     with pytest.raises(error, match=text):
-        device.train(assignment(), [])
+        device.train(assignment(), {})
     assert device.profile.name == "toy"
 
 
@@ -186,10 +185,10 @@ def test_an_app_that_fails_at_first_use_is_read_anew(served, path, tmp_path):
     finally:
         sys.path.remove(str(tmp_path))
     with pytest.raises(WorkerFailed, match="KeyError"):
-        device.train(assignment(), [])
+        device.train(assignment(), {})
     assert str(tmp_path) not in sys.path
     (package / "__init__.py").write_text("from toy_app.device import device_fn")
-    device.train(assignment(), [])
+    device.train(assignment(), {})
 
 
 def test_only_a_path_that_was_added_is_taken_away(tmp_path):
@@ -212,7 +211,7 @@ def test_a_client_that_is_killed_costs_its_message_only(served, path):
         send_frame(connection, Frame("train", header))
         wait_until(lambda: ask_worker(path, "status")["training"])
     # Gone in the middle of it; the next message of the run waits for its end.
-    assert device.train(assignment(server_round=4), []).report.server_round == 4
+    assert device.train(assignment(server_round=4), {}).report.server_round == 4
 
 
 def test_a_second_worker_of_a_device_is_refused(served, path):
@@ -227,7 +226,7 @@ def test_memory_is_freed_when_the_supernode_is_gone(served, path):
     device = WorkerDevice(TOY, context(), path)
     started = ProcessId(supernode.pid, _stat(supernode.pid)[1])
     device._header["supernode"] = started.to_header()
-    device.train(assignment(), [])
+    device.train(assignment(), {})
     assert ask_worker(path, "status")["run_id"] == 1
     supernode.kill()
     supernode.wait()
@@ -246,7 +245,7 @@ def test_a_worker_whose_first_message_failed_ends_with_its_supernode(path):
         started = ProcessId(supernode.pid, _stat(supernode.pid)[1])
         device._header["supernode"] = started.to_header()
         with pytest.raises(UserError, match="no function nothing"):
-            device.train(assignment(), [])
+            device.train(assignment(), {})
         assert thread.is_alive()
     thread.join(timeout=10)
     if thread.is_alive():
@@ -276,7 +275,7 @@ def test_this_process_is_alive_under_its_start_only():
 
 
 def test_without_a_worker_in_the_node_config_the_app_runs_here():
-    update = resident(TOY)(context()).train(assignment(), [])
+    update = resident(TOY)(context()).train(assignment(), {})
     assert update.num_examples == os.getpid()
     assert update.report.uplink_limit is None
 
@@ -286,7 +285,7 @@ def test_first_use_starts_a_worker_and_sigterm_ends_it(path):
     flower = SimpleNamespace(
         run_id=1, node_id=7, node_config=node_config, run_config={}
     )
-    update = resident(TOY)(flower).train(assignment(), [])
+    update = resident(TOY)(flower).train(assignment(), {})
     pid = update.num_examples
     assert pid != os.getpid()
     assert ask_worker(path, "status")["pid"] == pid
@@ -299,7 +298,7 @@ def test_sigterm_lets_a_large_answer_be_read(path):
     flower = SimpleNamespace(
         run_id=1, node_id=7, node_config=node_config, run_config={}
     )
-    pid = resident(TOY)(flower).train(assignment(), []).num_examples
+    pid = resident(TOY)(flower).train(assignment(), {}).num_examples
     header = {
         **WorkerDevice(TOY, context(), path)._header,
         "assignment": assignment().to_record(),
@@ -320,10 +319,10 @@ def test_a_message_that_waits_when_the_worker_stops_is_told_so(path):
     thread.start()
     device = WorkerDevice(TOY, context(**{"train-s": 0.5}), path)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(device.train, assignment(), [])
+        first = pool.submit(device.train, assignment(), {})
         wait_until(lambda: ask_worker(path, "status")["training"])
         wait_until(lambda: len(worker._in_hand) == 1)
-        second = pool.submit(device.train, assignment(), [])
+        second = pool.submit(device.train, assignment(), {})
         wait_until(lambda: len(worker._in_hand) == 2)
         worker.stop()
         assert first.result().report.server_round == 3
@@ -338,7 +337,7 @@ def test_a_worker_that_cannot_start_leaves_the_work_to_the_client(path):
     flower = SimpleNamespace(
         run_id=1, node_id=7, node_config=node_config, run_config={}
     )
-    assert resident(TOY)(flower).train(assignment(), []).num_examples == os.getpid()
+    assert resident(TOY)(flower).train(assignment(), {}).num_examples == os.getpid()
 
 
 @pytest.mark.parametrize("reference", ["no_colon", "nowhere.module:f", "os:1f"])

@@ -29,7 +29,6 @@ class ToyDevice:
         if self._config.get("fail") == "app":
             raise KeyError("toy")
         time.sleep(float(self._config.get("train-s", 0)))
-        named = values if isinstance(values, dict) else dict(enumerate(values))
         report = UpdateReport(
             server_round=assignment.server_round,
             block_index=assignment.block_index,
@@ -38,7 +37,7 @@ class ToyDevice:
             compute_s=0.5,
             compute_clock="measured",
         )
-        arrays = {str(name): np.asarray(array) * 2 for name, array in named.items()}
+        arrays = {name: np.asarray(array) * 2 for name, array in values.items()}
         return LocalUpdate(arrays, os.getpid(), report)
 
 

@@ -69,6 +69,7 @@ class Federation:
     def run(self, num_rounds):
         self._run(num_rounds)
         assert len(self.records) == num_rounds
+        assert all(len(arrays) <= 1 for arrays in self.sent.values()), "in one array"
         return self.records
 
     def _on_round(self, record):
