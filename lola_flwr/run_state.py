@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from lola_flwr.norm_limits import NormHistory
 from lola_flwr.selection.history import BlockHistory
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.estimation import ComputeEstimate, RateEstimate
+
+if TYPE_CHECKING:
+    # A worker may live in Python 3.10, whose typing lacks it.
+    from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True)

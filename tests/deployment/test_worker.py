@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -365,6 +366,36 @@ def test_worker_needs_no_flower_and_the_client_no_torch():
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_python_310_has_all_that_a_device_imports():
+    """As a Jetson's; the types of the standard library tell what came later."""
+    code = (
+        "import sys, lola_glue.device, lola_flwr.deployment.serve_worker\n"
+        "ours = [m for n, m in sys.modules.items() if n.startswith('lola_')]\n"
+        "print(*(m.__file__ for m in ours))"
+    )
+    program = [sys.executable, "-c", code]
+    files = subprocess.check_output(
+        program, cwd=ROOT / "simulations" / "glue", text=True
+    ).split()
+    assert len(files) > 50
+    mypy = [sys.executable, "-m", "mypy", "--python-version=3.10"]
+    checked = subprocess.run(
+        [*mypy, "--follow-imports=silent", "--cache-dir=/dev/null", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "checked" in checked.stdout, checked.stdout
+    missing = [x for x in checked.stdout.splitlines() if x.endswith("[attr-defined]")]
+    # Only those who check types import this one.
+    assert [line for line in missing if '"Self"' not in line] == []
+    for file in files:
+        assert not re.search(
+            r"(?m)^from typing import .*\bSelf\b", Path(file).read_text()
+        )
 
 
 @pytest.mark.slow
