@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lola_flwr.clients.client_app import LoLaClient
     from lola_flwr.clients.device import BlockDevice
     from lola_flwr.clients.held_copies import held_mod
-    from lola_flwr.clients.node import node_profile
+    from lola_flwr.clients.node import node_partition, node_profile
     from lola_flwr.clients.profiles import profile_mod, report_profile
     from lola_flwr.clients.sampling import ChosenBatches
 
@@ -28,6 +28,7 @@ __all__ = [
     "LoLaClient",
     "block_mod",
     "held_mod",
+    "node_partition",
     "node_profile",
     "profile_mod",
     "report_profile",
@@ -41,6 +42,7 @@ _MODULES = {
     "LoLaClient": "client_app",
     "block_mod": "assigned_block",
     "held_mod": "held_copies",
+    "node_partition": "node",
     "node_profile": "node",
     "profile_mod": "profiles",
     "report_profile": "profiles",

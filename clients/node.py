@@ -27,6 +27,32 @@ class NodeContext(Protocol):
         """Configuration of the run."""
 
 
+def node_partition(context: NodeContext) -> tuple[int, int]:
+    """Return which part of the data is a node's, and how many parts there are.
+
+    A simulation tells its nodes; a SuperNode is started with ``--node-config
+    'partition-id=0 num-partitions=6'``.
+
+    Raises
+    ------
+    UserError
+        The node's configuration does not say, or names no such part.
+    """
+    stated = context.node_config
+    try:
+        index, count = int(stated["partition-id"]), int(stated["num-partitions"])
+    except (KeyError, ValueError):
+        index, count = -1, 0
+    if not 0 <= index < count:
+        given = {key: stated.get(key) for key in ("partition-id", "num-partitions")}
+        raise UserError(
+            f"This node's configuration has {given}; start its SuperNode with "
+            "--node-config 'partition-id=0 num-partitions=6', of which the first says "
+            "which of the parts of the data is its own."
+        )
+    return index, count
+
+
 def states_profile(node_config: Mapping[str, Any]) -> bool:
     """Tell whether a node's configuration states what the device offers."""
     return "profile" in node_config or "flops-per-s" in node_config

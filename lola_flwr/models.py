@@ -154,6 +154,24 @@ def check_values(
             )
 
 
+def check_sequence_length(
+    model: nn.Module, sequence_length: int, model_name: str
+) -> None:
+    """Check that a model has positions for so many tokens.
+
+    Raises
+    ------
+    UserError
+        It has not.
+    """
+    positions = getattr(model.config, "max_position_embeddings", sequence_length)
+    if sequence_length > positions:
+        raise UserError(
+            f"max-length={sequence_length} exceeds the {positions} positions of "
+            f"model={model_name!r}; lower it."
+        )
+
+
 def fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     """Return a digest of some of a model's arrays, by which two hosts compare them.
 

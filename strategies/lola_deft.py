@@ -67,7 +67,8 @@ class LoLaDeft(FedAvg):
     deadline_factor, deadline_floor_s
         A round's replies are waited for no longer than the factor times what the round
         should take, by the clock of rounds before, and the floor in seconds. Factor 0:
-        as long as the round's time-out says.
+        as long as the round's time-out says. It takes ``lola_flwr.apps.run_rounds``:
+        Flower's own loop knows of nothing but ``ServerConfig.round_timeout``.
     evaluate_fn, on_evaluate_config_fn, evaluate_metrics_aggregation_fn
         As in ``flwr.server.strategy.FedAvg``.
     fraction_evaluate

@@ -1,15 +1,27 @@
 #!/data/data/com.termux/files/usr/bin/sh
 # Run the phone's worker and SuperNode until Ctrl-C. Plug the phone in, and take Termux
 # out of Android's battery optimisation: Android kills what runs behind a dark screen.
+#
+#   LOLA_UPLINK_MBPS=8 sh run.sh
+#
+# The first time, the phone is measured, with the uplink's rate and the model LOLA_MODEL
+# (default: minilm-l6). Without a rate the server could not hold it to a share.
 set -eu
+
+: "${LOLA_UPLINK_MBPS:?set it to the rate of the uplink, in Mbit/s}"
 
 command -v termux-wake-lock >/dev/null && termux-wake-lock
 trap 'command -v termux-wake-unlock >/dev/null && termux-wake-unlock' EXIT
 
-proot-distro login debian -- sh -eu <<'DEBIAN'
+proot-distro login debian -- \
+    sh -eus "$LOLA_UPLINK_MBPS" "${LOLA_MODEL:-minilm-l6}" <<'DEBIAN'
+uplink_mbps=$1
+model=$2
+. /etc/lola-flwr/device.env
 profile=/etc/lola-flwr/device.json
 if [ ! -e "$profile" ]; then
-    /opt/lola-flwr/bin/lola-flwr profile --model "${LOLA_MODEL:-minilm-l6}" --out "$profile"
+    /opt/lola-flwr/bin/lola-flwr profile --name "$LOLA_NAME" --model "$model" \
+        --uplink-mbps "$uplink_mbps" --out "$profile"
 fi
 mkdir -p -m 700 /run/lola-flwr
 /opt/lola-flwr/libexec/worker.sh &

@@ -34,6 +34,7 @@ trap 'rm -rf "$given"' EXIT
 cp "$2" "$given/ca.crt"
 cp "$3" "$given/node.key"
 printf '%s' "$1" >"$given/superlink"
+basename "$3" >"$given/name"
 proot-distro login debian \
     --bind "$checkout:/mnt/lola-flwr" --bind "$given:/mnt/given" -- sh -eu <<'DEBIAN'
 apt-get update -q
@@ -45,14 +46,16 @@ $pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch
 # pip writes into what it builds.
 rm -rf /tmp/lola-flwr
 cp -r /mnt/lola-flwr /tmp/lola-flwr
-$pip install --quiet 'flwr>=1.41,<1.42' '/tmp/lola-flwr[glue,offline]'
+$pip install --quiet 'flwr>=1.41,<1.42' '/tmp/lola-flwr[glue,adapters,offline]'
 install -D -m 755 -t /opt/lola-flwr/libexec \
     /mnt/lola-flwr/clients/linux/worker.sh /mnt/lola-flwr/clients/linux/supernode.sh
 install -d -m 700 /etc/lola-flwr
 [ -e /etc/lola-flwr/ca.crt ] || install -m 600 /mnt/given/ca.crt /etc/lola-flwr
 [ -e /etc/lola-flwr/node.key ] || install -m 600 /mnt/given/node.key /etc/lola-flwr
 [ -e /etc/lola-flwr/device.env ] ||
-    sed "s|^LOLA_SUPERLINK=.*|LOLA_SUPERLINK=$(cat /mnt/given/superlink)|" \
+    sed -e "s|^LOLA_SUPERLINK=.*|LOLA_SUPERLINK=$(cat /mnt/given/superlink)|" \
+        -e "s|^LOLA_NAME=.*|LOLA_NAME=$(cat /mnt/given/name)|" \
         /mnt/lola-flwr/clients/linux/device.env.example >/etc/lola-flwr/device.env
 DEBIAN
-echo "Installed. Start the device with: sh run.sh"
+echo "Installed. Give the phone its part of the data (LOLA_NODE_CONFIG in Debian's"
+echo "/etc/lola-flwr/device.env), and start it: LOLA_UPLINK_MBPS=8 sh run.sh"

@@ -38,7 +38,9 @@ command -v systemctl >/dev/null || fail "there is no systemd here; see docs/depl
 superlink=$1
 ca=$2
 key=$3
-package=${4:-$here/../..[glue,offline]}
+# Keys are made by the name of their device; host names may be the same on all.
+name=$(basename "$key")
+package=${4:-$here/../..[glue,adapters,offline]}
 python=${LOLA_BASE_PYTHON:-python3}
 case $superlink in *:[0-9]*) ;; *) fail "SUPERLINK '$superlink' has no port." ;; esac
 [ -r "$ca" ] || fail "$ca cannot be read."
@@ -72,6 +74,7 @@ if [ -e "$etc/device.env" ]; then
     echo "kept $etc/device.env"
 else
     sed -e "s|^LOLA_SUPERLINK=.*|LOLA_SUPERLINK=$superlink|" \
+        -e "s|^LOLA_NAME=.*|LOLA_NAME=$name|" \
         -e "s|^LOLA_WORKER_PYTHON=.*|LOLA_WORKER_PYTHON=${LOLA_WORKER_PYTHON:-}|" \
         "$here/device.env.example" >"$etc/device.env"
     chmod 640 "$etc/device.env"
@@ -82,9 +85,10 @@ install -m 644 -t /etc/systemd/system \
 systemctl daemon-reload
 
 cat <<DONE
-Installed. Measure the device (2 minutes at most) and start it:
+Installed. Give the device its part of the data (LOLA_NODE_CONFIG in $etc/device.env),
+measure it (2 minutes at most), and start it:
 
-  ${LOLA_WORKER_PYTHON:-$prefix/bin/python} -m lola_flwr.cli.profile \\
+  ${LOLA_WORKER_PYTHON:-$prefix/bin/python} -m lola_flwr.cli.profile --name $name \\
       --model MODEL --uplink-mbps RATE --out $etc/device.json
   systemctl enable --now lola-worker lola-supernode
   journalctl -fu lola-supernode

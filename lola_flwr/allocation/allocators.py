@@ -143,7 +143,8 @@ def find_allocator(name: str) -> Callable[..., Allocation]:
             found = resolve_name(name)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(
-                f"allocator={name!r} cannot be imported: {error}."
+                f"allocator={name!r} cannot be imported: {error}. Its package has to "
+                "be installed, or its directory on PYTHONPATH."
             ) from None
         if not callable(found):
             raise UserError(f"allocator={name!r} is not a function.")

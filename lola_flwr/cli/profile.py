@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lola_flwr.cli.console import console, print_json, table
+from lola_flwr.errors import UserError
 from lola_flwr.quantities import si
 
 
@@ -44,6 +46,11 @@ def profile(
 
     from lola_flwr.deployment.measurement import measure_device, write_profile
 
+    # Known before minutes are spent on measuring.
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise UserError(
+            f"--out {out}: nothing can be written there; name another file."
+        )
     with Progress(console=console(), transient=True, disable=as_json) as bar:
         task = bar.add_task("measuring", total=None)
         measured = measure_device(

@@ -196,13 +196,14 @@ def measure_device(
     Raises
     ------
     UserError
-        The model cannot be loaded, or there is no such device here.
+        The model cannot be loaded, or takes no texts of this length, or there is no
+        such device here.
     """
     import torch
 
     from lola_flwr.blocks import partition_parameters
     from lola_flwr.model_setup import model_costs
-    from lola_flwr.models import load_classifier
+    from lola_flwr.models import check_sequence_length, load_classifier
 
     if torch_device is None:
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -215,6 +216,7 @@ def measure_device(
     progress(f"loading {model_name}", 0, 1)
     memory_bytes = _USABLE_MEMORY * _free_bytes(place)
     model, tokenizer = load_classifier(model_name, num_labels=2)
+    check_sequence_length(model, sequence_length, model_name)
     model.to(place).train()
     partition = partition_parameters(n for n, _ in model.named_parameters())
     costs = model_costs(

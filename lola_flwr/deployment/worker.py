@@ -109,7 +109,13 @@ class Worker:
         # Threads with a message whose answer is not sent yet.
         self._in_hand: set[threading.Thread] = set()
         self._stopping = threading.Event()
-        self._socket = _listen(socket_path)
+        try:
+            self._socket = _listen(socket_path)
+        except OSError as error:
+            raise UserError(
+                f"--socket {socket_path}: {error}; name a file in a directory that is "
+                "this user's."
+            ) from None
         write_token(socket_path, self._token)
 
     def serve(self) -> None:

@@ -46,6 +46,8 @@ MISTAKES = [
     ("fleet validate typo.toml", FAILED, "Did you mean 'snr-db'?"),
     ("fleet validate twice.toml", FAILED, "give each a name of its own"),
     ("fleet show loud.toml", FAILED, "must be a number from -60 to 80"),
+    ("plan --allocator nomod:f", FAILED, "its directory on PYTHONPATH"),
+    ("profile --out nowhere/a.json", FAILED, "nothing can be written there"),
     ("simulate nowhere --devices 6", FAILED, "no pyproject.toml"),
     ("simulate no-app --devices 6", FAILED, "no [tool.flwr.app]"),
     ("simulate GLUE", FAILED, "Give --devices"),

@@ -31,6 +31,7 @@ from lola_flwr.adapters import adapt
 from lola_flwr.clients import (
     AssignedBlock,
     block_mod,
+    node_partition,
     node_profile,
     profile_mod,
     report_profile,
@@ -513,5 +514,18 @@ def test_profile_of_a_node():
     assert simulated == simulated_device(3, seed=5)
     with pytest.raises(UserError, match="--node-config"):
         node_profile(context_of({}))
+
+
+def test_part_of_the_data_of_a_node():
+    part = {"partition-id": 3, "num-partitions": 8}
+    assert node_partition(context_of(part)) == (3, 8)
+    for wrong in ({}, {"partition-id": 3}, part | {"partition-id": 8}):
+        with pytest.raises(
+            UserError, match=r"configuration has .* 'partition-id=0 num-"
+        ):
+            node_partition(context_of(wrong))
+
+
+def test_a_profile_has_to_be_complete():
     with pytest.raises(InvalidProfile, match="snr-db"):
         node_profile(context_of({"flops-per-s": 1e9, "memory-bytes": 1e9}))

@@ -204,11 +204,7 @@ def test_only_a_path_that_was_added_is_taken_away(tmp_path):
 def test_a_client_that_is_killed_costs_its_message_only(served, path):
     device = WorkerDevice(TOY, context(**{"train-s": 0.5}), path)
     with connect(path) as connection:
-        header = {
-            **device._header,
-            "assignment": assignment().to_record(),
-            "named": False,
-        }
+        header = {**device._header, "assignment": assignment().to_record()}
         send_frame(connection, Frame("train", header))
         wait_until(lambda: ask_worker(path, "status")["training"])
     # Gone in the middle of it; the next message of the run waits for its end.
@@ -220,6 +216,11 @@ def test_a_second_worker_of_a_device_is_refused(served, path):
     with pytest.raises(UserError, match="Another worker answers"):
         start_worker(path, limit, hold_s=1, exit_with_supernode=False)
     assert limit.held == ["closed"]
+
+
+def test_a_socket_that_cannot_be_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"--socket .*xxx: AF_UNIX path too long; name"):
+        start_worker(tmp_path / ("x" * 200), Limit(), hold_s=1, exit_with_supernode=0)
 
 
 def test_memory_is_freed_when_the_supernode_is_gone(served, path):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients import BlockDevice
 from lola_flwr.clients.device import BatchSource
-from lola_flwr.clients.node import node_profile, states_profile
+from lola_flwr.clients.node import node_partition, node_profile, states_profile
 from lola_flwr.clients.sampling import ChosenBatches
 from lola_flwr.clients.store import run_store
 from lola_flwr.d2ft.reduced import from_text, reduced_costs
@@ -106,8 +106,7 @@ def lognormal(sigma: float, rng: np.random.Generator) -> float:
 def device_fn(context: DeviceContext) -> BlockDevice:
     """Make one device: a simulated one, unless the node states a profile of its own."""
     config = GlueConfig.from_run_config(context.run_config)
-    index = int(context.node_config["partition-id"])
-    num_partitions = int(context.node_config["num-partitions"])
+    index, num_partitions = node_partition(context)
     measured = states_profile(context.node_config)
     profile = node_profile(context) if measured else _profile(config, index)
     rates_bps = link_rates_bps(config.uplink_mbps)

@@ -23,7 +23,7 @@ from lola_flwr.clients.store import run_store
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for
-from lola_flwr.models import load_values
+from lola_flwr.models import check_sequence_length, load_values
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.run_directory import RunDirectory
 from lola_flwr.run_files import describe_run, run_directory
@@ -68,12 +68,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
     config = GlueConfig.from_run_config(context.run_config)
     task, train, dev = load_task(config.task, config.data_dir, seed=config.seed)
     model, tokenizer = load_model(config, task.num_labels)
-    positions = getattr(model.config, "max_position_embeddings", config.max_length)
-    if config.max_length > positions:
-        raise UserError(
-            f"max-length={config.max_length} exceeds the {positions} positions of "
-            f"model={config.model!r}; lower it."
-        )
+    check_sequence_length(model, config.max_length, config.model)
     partition = model_blocks(config, model)
 
     def mean_loss(examples: Examples) -> float:

@@ -6,7 +6,7 @@ from flwr.app import Context, Message
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 
-from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient
+from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient, node_partition
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.truncated_backprop import Batch
@@ -17,8 +17,7 @@ from lola_vision.model import build, images
 def device_fn(context: Context) -> BlockDevice:
     """Make one simulated device."""
     config = VisionConfig.from_run_config(context.run_config)
-    index = int(context.node_config["partition-id"])
-    num_parts = int(context.node_config["num-partitions"])
+    index, num_parts = node_partition(context)
     profile = simulated_device(index, seed=config.seed)
 
     def draw_batch(server_round: int, batch_size: int) -> Batch:
