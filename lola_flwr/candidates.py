@@ -21,17 +21,14 @@ from lola_flwr.allocation.problem import BoolArray, IntArray
 from lola_flwr.allocation.uplink import FloatArray
 
 
-def narrowed(
+def spared(
     problem: AllocationProblem,
     *,
     longest_s: float,
     required_bytes: FloatArray,
     memory_limit_bytes: FloatArray,
-    failures: Sequence[int],
-    block_updates: Sequence[int],
-    partial: bool,
-) -> tuple[IntArray, AllocationProblem]:
-    """Return the problem without what had better not be asked.
+) -> BoolArray:
+    """Tell which pairs of device and block had better not be asked, shape [K, N].
 
     Parameters
     ----------
@@ -46,6 +43,27 @@ def narrowed(
     memory_limit_bytes
         Below how much memory each device's blocks must stay, shape [K]; infinite for
         devices without failures, 0 for those that rest altogether.
+    """
+    late = problem.compute_s + problem.full_band_upload_s > longest_s
+    return np.asarray(late | (required_bytes >= memory_limit_bytes[:, None]))
+
+
+def narrowed(
+    problem: AllocationProblem,
+    *,
+    longest_s: float,
+    required_bytes: FloatArray,
+    memory_limit_bytes: FloatArray,
+    failures: Sequence[int],
+    block_updates: Sequence[int],
+    partial: bool,
+) -> tuple[IntArray, AllocationProblem]:
+    """Return the problem without what had better not be asked.
+
+    Parameters
+    ----------
+    problem, longest_s, required_bytes, memory_limit_bytes
+        As for `spared`.
     failures
         How often each device failed, [K]: those that failed least are taken back first.
     block_updates
@@ -59,15 +77,19 @@ def narrowed(
     are dropped only where every device has to take part.) If nothing helps this is
     ``problem`` itself, which `allocate` then explains.
     """
-    in_time = problem.compute_s + problem.full_band_upload_s <= longest_s  # [K, N]
     limited = np.flatnonzero(np.isfinite(memory_limit_bytes))
     limited = limited[np.argsort(np.asarray(failures)[limited], kind="stable")]
 
     def with_back(count: int) -> tuple[IntArray, AllocationProblem]:
         limit = memory_limit_bytes.copy()
         limit[limited[:count]] = np.inf
-        spared = required_bytes >= limit[:, None]  # [K, N]
-        return _only(problem, problem.feasible & in_time & ~spared)
+        unasked = spared(
+            problem,
+            longest_s=longest_s,
+            required_bytes=required_bytes,
+            memory_limit_bytes=limit,
+        )
+        return _only(problem, problem.feasible & ~unasked)
 
     count = bisect_left(
         range(limited.size), True, key=lambda count: is_feasible(with_back(count)[1])

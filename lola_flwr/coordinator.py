@@ -155,6 +155,8 @@ class Coordinator:
         if downlink not in ("all", "changed"):
             raise UserError(f"downlink={downlink!r} must be 'all' or 'changed'.")
         selection = Selection() if selection is None else selection
+        mode = RoundMode() if mode is None else mode
+        selection.check(mode)
         self.partition = partition
         self.server_round = 0  # the last complete one
         self._wireless_s = 0.0
@@ -193,7 +195,7 @@ class Coordinator:
             costs=costs,
             uplink=uplink,
             bandwidth_hz=bandwidth_hz,
-            mode=RoundMode() if mode is None else mode,
+            mode=mode,
             zeroth_order=zeroth_order,
             reduced_schedules=reduced_schedules,
             latency_target_s=selection.latency_target_s,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from lola_flwr.adapter_costs import measured_costs
 from lola_flwr.adapters import base_weights, model_partition
 from lola_flwr.blocks import BlockPartition, passed_names
 from lola_flwr.coordinator import Coordinator
+from lola_flwr.d2ft.subnetworks import find_subnetworks
 from lola_flwr.errors import UserError
 from lola_flwr.low_rank import LowRankProjection
 from lola_flwr.low_rank_optimizer import LowRankOptimizer
@@ -111,6 +113,32 @@ def zeroth_order_costs(
     )
 
 
+def with_pool(
+    costs: BlockCosts,
+    model: nn.Module,
+    partition: BlockPartition,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    pool_factor: int,
+) -> BlockCosts:
+    """Return costs to which the forward pass over a sampler's pool is added.
+
+    Parameters
+    ----------
+    costs
+        Costs of the blocks without it.
+    model, partition, batch_size, sequence_length
+        As for `model_costs`.
+    pool_factor
+        Size of a pool, in mini-batches.
+    """
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
+    # A direction takes two forward passes over a mini-batch.
+    one = zeroth_order_costs(model, partition, **sizes, num_directions=1)
+    return replace(costs, flops=costs.flops + pool_factor * one.flops[0] / 2)
+
+
 def coordinator_for(
     model: nn.Module,
     partition: BlockPartition,
@@ -136,7 +164,14 @@ def coordinator_for(
         How gradients are projected; the optimizer then steps in the projected space.
     **options
         Further arguments of ``Coordinator``: ``costs`` and ``bandwidth_hz`` at least.
+
+    Raises
+    ------
+    LayerNotUnderstood
+        ``reduced_schedules`` of a model whose layers cannot run in part.
     """
+    if options.get("reduced_schedules"):
+        find_subnetworks(model, partition, num_groups=1)
     parameters = dict(model.named_parameters())
     values = {name: _array(name, parameters[name]) for name in partition.trainable}
     settings = {"optimizer": optimizer, "lr": lr, **(optimizer_options or {})}

@@ -19,7 +19,7 @@ from lola_flwr.allocation import (
     refine_payloads,
     rotate,
 )
-from lola_flwr.candidates import narrowed
+from lola_flwr.candidates import narrowed, spared
 from lola_flwr.errors import UserError
 from lola_flwr.fleet import Fleet
 from lola_flwr.low_rank import LowRankProjection
@@ -30,6 +30,7 @@ from lola_flwr.round_plan import RoundPlan
 from lola_flwr.round_problem import ProblemStatement, RoundProblem
 from lola_flwr.selection.chooser import BlockChooser
 from lola_flwr.served_model import ServedModel
+from lola_flwr.zeroth_order.mixing import BoolArray, FloatArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,22 +153,42 @@ class RoundPlanner:
     ) -> tuple[list[str], RoundProblem, Payloads]:
         """Return the devices that can be asked, their problem, and what they upload."""
         profiles = [fleet.profiles[device] for device in known]
+        names = [profile.name for profile in profiles]
+        limits = np.array(
+            [fleet.absences.memory_limit(server_round, name) for name in names]
+        )
+
+        def unasked(problem: AllocationProblem, required: FloatArray) -> BoolArray:
+            return spared(
+                problem,
+                longest_s=self.longest_round_s,
+                required_bytes=required,
+                memory_limit_bytes=limits,
+            )
+
         stated = self.statement.of_round(
             server_round,
             profiles,
             estimate=fleet.estimate,
             rates=fleet.rates,
             wanted=lambda whole: chooser.wanted(whole, server_round, model.state()),
+            unasked=unasked,
         )
-        in_time = chooser.within_target(stated.problem, server_round)
-        stated, _ = self._with_payloads(server_round, replace(stated, problem=in_time))
-        names = [profile.name for profile in profiles]
-        limits = [fleet.absences.memory_limit(server_round, name) for name in names]
+        # Without those that rest, if any block can be trained in time without them.
+        problem = stated.problem
+        asked = problem.feasible & ~unasked(problem, stated.required_bytes)
+        try:
+            mode = chooser.within_target(replace(problem, feasible=asked), server_round)
+        except InfeasibleAllocation:
+            mode = chooser.within_target(problem, server_round)
+            limits = np.full(len(names), np.inf)
+        stated = replace(stated, problem=replace(problem, mode=mode))
+        stated, _ = self._with_payloads(server_round, stated)
         rows, problem = narrowed(
             stated.problem,
             longest_s=self.longest_round_s,
             required_bytes=stated.required_bytes,
-            memory_limit_bytes=np.array(limits),
+            memory_limit_bytes=limits,
             failures=[fleet.absences.failures(name) for name in names],
             block_updates=fleet.block_updates(self.statement.partition.num_blocks),
             partial=partial,

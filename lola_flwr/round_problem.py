@@ -132,6 +132,7 @@ class ProblemStatement:
         estimate: ComputeEstimate,
         rates: RateEstimate,
         wanted: Callable[[AllocationProblem], AllocationProblem],
+        unasked: Callable[[AllocationProblem, FloatArray], BoolArray],
     ) -> RoundProblem:
         """State the problem of the blocks that the mode names and a choice leaves.
 
@@ -146,6 +147,10 @@ class ProblemStatement:
         wanted
             Narrows the problem of all blocks down to those that are to be trained. Who
             trains without back-propagation depends on these alone.
+        unasked
+            Tells, of a problem and the memory that its pairs take, which pairs had
+            better not be asked [K, N]. They are still there in what is returned; but
+            nobody counts on them where devices suffice without forward passes alone.
         """
         names = [profile.name for profile in profiles]
         every_block = np.ones(self.partition.num_blocks, bool)
@@ -185,6 +190,7 @@ class ProblemStatement:
             profiles,
             rate_bps=rate_bps,
             correct=estimate.correct,
+            unasked=unasked(problem, required_bytes),
         )
         for (row, block), operations in schedules.items():
             flops, memory = reduced_costs(self.costs, block, operations)

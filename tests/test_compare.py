@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 
 import pytest
+import torch
 
 from simulations.compare.__main__ import METHODS, main, read_methods
+from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, RunSettings
 from simulations.compare.report import comparison_rows
 from simulations.compare.runs import run_method
@@ -22,6 +24,34 @@ def last_point(method):
     assert 0 <= point.metrics["accuracy"] <= 1
     assert point.memory_bytes > 0 < point.flops
     return point
+
+
+def test_a_models_own_weights_are_no_new_memory():
+    linear = torch.nn.Linear(1000, 500)
+    batch = torch.ones(20, 1000)
+
+    def forward():
+        with torch.no_grad():
+            return linear(batch)
+
+    assert peak_bytes(linear, forward) == 20 * 500 * 4
+    _, flops = counted_flops(forward)
+    assert flops == 2 * 20 * 1000 * 500
+
+
+def test_attention_counts_in_evaluation_too():
+    query = torch.ones(1, 2, 8, 4)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    _, flops = counted_flops(attention, query, query, query)
+    assert flops == 2 * (2 * 2 * 8 * 8 * 4)
+
+
+@pytest.mark.slow
+def test_a_run_whose_last_round_is_skipped_still_ends():
+    task = image_task(num_devices=4, seed=1)
+    method = Method(latency_target=1e-9)
+    (point,) = run_method(task, method, SETTINGS, lambda _: None)
+    assert (point.server_round, point.wireless_s, point.flops) == (2, 0.0, 0)
 
 
 @pytest.mark.slow
@@ -53,6 +83,7 @@ def test_lola_methods_differ_in_what_they_spend():
     assert hurried.wireless_s < every.wireless_s
     chosen = last_point(Method(rule="entropy"))
     assert chosen.flops > every.flops
+    assert chosen.wireless_s > every.wireless_s
 
 
 def test_a_text_task_of_few_examples():

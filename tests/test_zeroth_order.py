@@ -116,13 +116,14 @@ def test_peak_memory_is_within_a_tenth_of_inference():
     }
     weights = sum(p.nbytes for p in model.parameters())
     with torch.no_grad():
-        inference = weights + peak_bytes(lambda: model(**batch))
+        inference = weights + peak_bytes(model, lambda: model(**batch))
     zeroth_order = weights + peak_bytes(
+        model,
         lambda: projected_gradients(
             model, partition.update_names(0), batch, directions=Directions(1, 2)
-        )
+        ),
     )
-    backward = weights + peak_bytes(lambda: block_gradient(model, partition, 0, batch))
+    backward = weights + peak_bytes(model, block_gradient, model, partition, 0, batch)
     assert inference < zeroth_order < 1.1 * inference
     assert backward > 1.3 * inference
 
@@ -175,6 +176,27 @@ def test_small_devices_fill_in_where_the_others_do_not_suffice():
     with pytest.raises(InfeasibleAllocation):
         other, ids = fleet(2, 2)
         other.plan_round(1, ids)
+
+
+def test_they_fill_in_for_devices_that_rest():
+    coordinator, ids = fleet(3, 2, zeroth_order=settings())
+    filled_in = []
+    for server_round in range(1, 8):
+        plan = coordinator.plan_round(server_round, ids)
+        small = without_backward(plan)
+        filled_in.append(bool(small))
+        if small:
+            assert "id-2" not in plan.assignments, "it rests, and need not be asked"
+        replies = [
+            projections_reply(plan, device, np.full(16, 0.1))
+            if device in small
+            else honest_reply(plan, device)
+            for device in plan.assignments
+            if device != "id-2"
+        ]
+        assert coordinator.complete_round(plan, replies).refused == {}
+    # It rests one round, then two, then four.
+    assert filled_in == [False, True, False, True, True, False, True]
 
 
 def test_they_idle_where_the_others_suffice():

@@ -54,7 +54,7 @@ def selector_named(
     partition
         The model's blocks.
     values
-        The model's trainable values before the first round.
+        The model's weights before the first round, by name.
 
     Returns
     -------

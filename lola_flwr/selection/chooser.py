@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.allocation import AllocationProblem
+from lola_flwr.allocation import AllocationProblem, RoundMode
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
@@ -64,6 +64,26 @@ class Selection:
             raise UserError(
                 f"value={self.value!r} is unknown; choose from "
                 f"{', '.join(get_args(BlockValue))}."
+            )
+
+    def check(self, mode: RoundMode) -> None:
+        """Check that a mode of the rounds goes with this choice.
+
+        Raises
+        ------
+        UserError
+            It does not.
+        """
+        counts = np.atleast_1d(mode.devices_per_block)
+        if self.selector is not None and (mode.blocks is not None or not counts.all()):
+            raise UserError(
+                "A selector chooses among all blocks, and the RoundMode leaves some "
+                "out; drop one of the two."
+            )
+        if mode.backups and math.isfinite(self.latency_target_s):
+            raise UserError(
+                f"backups={mode.backups} take band that latency_target_s="
+                f"{self.latency_target_s:g} s has no room for; drop one of the two."
             )
 
     @property
@@ -158,16 +178,11 @@ class BlockChooser:
             per_block = int(problem.demand[allowed].max())
             most = max(1, min(len(allowed), problem.num_devices // per_block))
             draw = partial(rng_for, self._seed)
-            chosen = selection.selector(server_round, self.history, most, draw)
-            wanted = [block for block in chosen if block in allowed]
-            # None of them may be among the mode's blocks: then all of those are wanted.
-            wanted = wanted or allowed
+            wanted = selection.selector(server_round, self.history, most, draw)
         return replace(problem, mode=replace(problem.mode, blocks=tuple(wanted)))
 
-    def within_target(
-        self, problem: AllocationProblem, server_round: int
-    ) -> AllocationProblem:
-        """Return the round's problem with the wanted blocks that can be trained.
+    def within_target(self, problem: AllocationProblem, server_round: int) -> RoundMode:
+        """Return the round's mode with the wanted blocks that can be trained.
 
         Parameters
         ----------
@@ -182,13 +197,13 @@ class BlockChooser:
             None of the wanted blocks can be trained in time.
         """
         if self._selection.takes_all:
-            return problem
+            return problem.mode
         blocks = most_valuable_blocks(
             problem,
             self._values(server_round),
             latency_target_s=self._selection.latency_target_s,
         )
-        return replace(problem, mode=replace(problem.mode, blocks=blocks))
+        return replace(problem.mode, blocks=blocks)
 
     def before_step(self, values: FloatArrays) -> None:
         """Take note of the values that a step is about to change."""

@@ -21,9 +21,9 @@ def outlier_ratios(
     Parameters
     ----------
     values
-        Trainable values by name.
+        The model's weights by name.
     partition
-        The model's blocks.
+        Its blocks; where these are adapters, the layers that they are in count.
     threshold
         An element is an outlier if its magnitude exceeds this many times the mean
         magnitude of its matrix.
@@ -39,7 +39,7 @@ def outlier_ratios(
     alone stand for it here.
     """
     ratios = []
-    for block in partition.blocks:
+    for block in partition.layers or partition.blocks:
         matrices = [abs(values[name]) for name in block if values[name].ndim == 2]
         elements = sum(matrix.size for matrix in matrices)
         outliers = sum(

@@ -304,5 +304,5 @@ def _as_blocks(indices: np.ndarray) -> tuple[int, ...]:
 
 def _require_positive(**values: int) -> None:
     for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value!r} must be a whole number of at least 1.")

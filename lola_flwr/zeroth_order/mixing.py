@@ -94,6 +94,7 @@ def mix(
     *,
     rate_bps: FloatArray,
     correct: Callable[[FloatArray, Sequence[str]], FloatArray],
+    unasked: BoolArray,
 ) -> tuple[AllocationProblem, BoolArray]:
     """Add the devices that are to train by forward passes alone to a round's problem.
 
@@ -109,6 +110,9 @@ def mix(
         Their full-band rates, shape [K].
     correct
         Corrects predicted compute times [K, N] of the devices of some names.
+    unasked
+        Pairs of device and block that had better not be asked to back-propagate, shape
+        [K, N]: whether the others suffice decides about "fallback".
 
     Returns
     -------
@@ -116,7 +120,10 @@ def mix(
     they are, shape [K]. The allocator weighs them against the others by cost.
     """
     chosen: BoolArray = np.zeros(problem.num_devices, np.bool_)
-    if settings is None or (settings.use == "fallback" and is_feasible(problem)):
+    if settings is None:
+        return problem, chosen
+    asked = replace(problem, feasible=problem.feasible & ~unasked)
+    if settings.use == "fallback" and is_feasible(asked):
         return problem, chosen
     if settings.use == "fallback":
         chosen = np.asarray(~problem.feasible[:, problem.demand > 0].any(axis=1))

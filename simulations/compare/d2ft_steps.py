@@ -36,8 +36,10 @@ def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) 
     """Train a model whose sub-networks are spread over the devices, in one process.
 
     A step's wireless time is that of the layers one after the other, each as long as
-    its slowest device, and of the activations and gradients that cross a border, each
-    over the sender's whole band. ``report`` is called with what is evaluated.
+    its slowest device, and of the activations and gradients that are sent, each over
+    the sender's whole band. Every sub-network sends its own, as in the paper, where it
+    is the only one of its device: neighbours on one device would send less. ``report``
+    is called with what is evaluated.
     """
     model, partition = task.model, task.partition
     subnetworks = find_subnetworks(model, partition, num_groups=method.num_groups)
@@ -94,7 +96,7 @@ def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) 
             kept = [parts[index] for index in runs]
             work = model, subnetworks, names, kept, operations[:, runs]
             if step == 1:
-                memory = peak_bytes(scheduled_gradient, *work)
+                memory = peak_bytes(model, scheduled_gradient, *work)
             result, count = counted_flops(scheduled_gradient, *work)
         flops += count
         optimizer.step({n: g.numpy() for n, g in result.gradients.items()})
@@ -170,7 +172,7 @@ def _step_costs(
     settings: RunSettings,
     step: int,
 ) -> tuple[float, int]:
-    """Return a step's wireless time, seconds, and the bytes that cross borders."""
+    """Return a step's wireless time, seconds, and the bytes that sub-networks send."""
     examples = np.array([len(part["labels"]) for part in parts])
     tokens = np.array([_num_tokens(part) for part in parts])
     hidden_size = base_of(subnetworks.layers[0].query).in_features

@@ -13,10 +13,15 @@ import torch
 
 from lola_flwr.allocation import InfeasibleAllocation, RoundMode
 from lola_flwr.clients.device import BlockDevice
-from lola_flwr.clients.sampling import ChosenBatches
+from lola_flwr.clients.sampling import POOL_FACTOR, ChosenBatches
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.low_rank import LowRankProjection
-from lola_flwr.model_setup import coordinator_for, model_costs, zeroth_order_costs
+from lola_flwr.model_setup import (
+    coordinator_for,
+    model_costs,
+    with_pool,
+    zeroth_order_costs,
+)
 from lola_flwr.models import load_values
 from lola_flwr.protocol import Assignment
 from lola_flwr.replies import DeviceReply
@@ -30,9 +35,6 @@ from simulations.compare.tasks import Task
 
 FloatArrays = Mapping[str, npt.NDArray[np.float32]]
 
-# Rounds in which the devices' memory is measured: following every tensor takes time.
-_MEMORY_ROUNDS = 2
-
 
 def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) -> None:
     """Train a task's model by rounds; ``report`` is called with what is evaluated."""
@@ -44,6 +46,8 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
         "sequence_length": task.sequence_length,
     }
     costs = model_costs(model, layers, **sizes, codec=method.codec, merged=merged)
+    if method.rule:
+        costs = with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)
     zeroth_order = None
     if method.zeroth_order:
         count = int(
@@ -54,9 +58,11 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
             **method.zeroth_order,
         )
     parameters = dict(model.named_parameters())
-    start = {name: parameters[name].numpy(force=True) for name in partition.trainable}
     selector = selector_named(
-        method.selector, method.selector_options, partition=partition, values=start
+        method.selector,
+        method.selector_options,
+        partition=partition,
+        values={n: p.numpy(force=True) for n, p in parameters.items()},
     )
 
     def coordinator_with(latency_target_s: float) -> Coordinator:
@@ -123,29 +129,36 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
         target_s = method.latency_target * float(np.median(whole_s))
     coordinator = met(coordinator_with(target_s))
     flops = payload = memory = 0
+    wireless_s = 0.0
+    # Following every tensor takes time: once for each block, however it is trained.
+    measured: set[tuple[int, bool]] = set()
+
+    def train(name: str, assignment: Assignment) -> DeviceReply:
+        nonlocal flops, payload, memory
+        work = devices[name].train, assignment, coordinator.state()
+        kind = assignment.block_index, assignment.direction_seed is None
+        if kind not in measured:
+            measured.add(kind)
+            memory = max(memory, peak_bytes(model, *work))
+        update, count = counted_flops(*work)
+        tensors = {key: _npy(array) for key, array in update.arrays.items()}
+        flops += count
+        payload += sum(map(len, tensors.values()))
+        return DeviceReply(
+            name, tensors, update.num_examples, update.report.to_record()
+        )
+
     for server_round in range(1, settings.rounds + 1):
         try:
             plan = coordinator.plan_round(server_round, devices)
         except InfeasibleAllocation:
-            continue  # of no block could a round be done in time: nobody is asked
-        values = coordinator.state()
-        replies = []
-        for name, assignment in plan.assignments.items():
-            train = devices[name].train
-            if server_round <= _MEMORY_ROUNDS:
-                memory = max(memory, peak_bytes(train, assignment, values))
-            update, count = counted_flops(train, assignment, values)
-            tensors = {key: _npy(array) for key, array in update.arrays.items()}
-            flops += count
-            payload += sum(map(len, tensors.values()))
-            replies.append(
-                DeviceReply(
-                    name, tensors, update.num_examples, update.report.to_record()
-                )
-            )
-        record = coordinator.complete_round(plan, replies)
-        if record.refused:
-            raise RuntimeError(f"round {server_round}: refused {record.refused}")
+            pass  # of no block could a round be done in time: nobody is asked
+        else:
+            replies = [train(*asked) for asked in plan.assignments.items()]
+            record = coordinator.complete_round(plan, replies)
+            if record.refused:
+                raise RuntimeError(f"round {server_round}: refused {record.refused}")
+            wireless_s = record.wireless_s
         if settings.is_evaluated(server_round):
             state = coordinator.state()
             names = partition.trainable
@@ -154,7 +167,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
                 Point(
                     server_round,
                     task.evaluate(),
-                    record.wireless_s,
+                    wireless_s,
                     flops,
                     payload,
                     memory,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -16,14 +18,19 @@ T = TypeVar("T")
 
 def counted_flops(run: Callable[..., T], *arguments: Any) -> tuple[T, int]:
     """Return what a function returns, and the operations of its matrix products."""
-    with _Flops() as counted:
+    # The formulas know matrix products, but not the CPU's fused attention.
+    with _Flops() as counted, sdpa_kernel(SDPBackend.MATH):
         result = run(*arguments)
     return result, counted.total
 
 
-def peak_bytes(run: Callable[..., object], *arguments: Any) -> int:
-    """Return the most bytes of new tensors that a function has in use at once."""
-    with _Storages() as storages:
+def peak_bytes(model: nn.Module, run: Callable[..., object], *arguments: Any) -> int:
+    """Return the most bytes of new tensors that a function has in use at once.
+
+    ``model``'s own are not new, though the function makes views of them.
+    """
+    own = [*model.parameters(), *model.buffers()]
+    with _Storages({tensor.untyped_storage()._cdata for tensor in own}) as storages:
         run(*arguments)
     peak: int = storages.peak
     return peak
@@ -57,11 +64,11 @@ class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operations make, until nothing refers to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak: int = 0
         self._now = 0
-        self._known: set[int] = set()
+        self._known = known
 
     def __torch_dispatch__(
         self,

@@ -5,11 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from lola_flwr.allocation import AllocationProblem, InfeasibleAllocation
+from lola_flwr.blocks import partition_parameters
 from lola_flwr.clients.device import BlockDevice
 from lola_flwr.d2ft.reduced import from_text, reduced_costs
 from lola_flwr.d2ft.rescue import with_reduced_schedules
+from lola_flwr.d2ft.subnetworks import LayerNotUnderstood
+from lola_flwr.model_setup import coordinator_for, model_costs
 from lola_flwr.models import fingerprint
 from lola_flwr.protocol import Assignment
 from lola_flwr.round_problem import RoundProblem
@@ -128,3 +132,16 @@ def test_a_device_does_as_it_is_told():
 
     assert flops("fss") < flops("foo") < flops(None)
     assert flops("fff") == flops(None)
+
+
+def test_a_model_whose_layers_cannot_run_in_part_is_refused_at_the_start():
+    config = GPT2Config(n_embd=16, n_head=2, n_layer=3, vocab_size=60, pad_token_id=0)
+    model = GPT2ForSequenceClassification(config)
+    partition = partition_parameters(name for name, _ in model.named_parameters())
+    options = {
+        "costs": model_costs(model, partition, batch_size=4, sequence_length=8),
+        "bandwidth_hz": 1e6,
+    }
+    coordinator_for(model, partition, **options)
+    with pytest.raises(LayerNotUnderstood, match="GPT2Block"):
+        coordinator_for(model, partition, reduced_schedules=True, **options)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from lola_flwr.allocation import InfeasibleAllocation
+from lola_flwr.allocation import InfeasibleAllocation, RoundMode
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.errors import UserError
 from lola_flwr.selection import (
@@ -79,6 +81,51 @@ def test_a_latency_target_keeps_rounds_short_and_still_reaches_every_block():
             plan, [honest_reply(plan, d) for d in plan.assignments]
         )
     assert trained == {0, 1, 2}
+
+
+def test_a_latency_target_does_not_count_on_devices_that_rest():
+    """Devices that never answer are the fastest; rounds with the others are in time."""
+
+    def fleet(**options):
+        coordinator = make_coordinator(num_devices=0, **options)
+        for index, speed in enumerate((1e6, 1e6, 1e8, 1e8)):
+            stated = {"flops-per-s": speed, "memory-bytes": 1e9, "snr-db": 60.0}
+            coordinator.add_device(f"id-{index}", {"name": f"d{index}", **stated})
+        return coordinator
+
+    alone = fleet(selection=Selection(RoundRobin(count=1)))
+    target_s = 1.01 * alone.plan_round(1, IDS[:2]).allocation.round_s
+    coordinator = fleet(selection=Selection(latency_target_s=target_s))
+    asked = []
+    for server_round in range(1, 9):
+        plan = coordinator.plan_round(server_round, IDS)
+        assert plan.allocation.round_s <= target_s * (1 + 1e-9)
+        asked.append({"id-2", "id-3"} & set(plan.assignments))
+        answers = [d for d in plan.assignments if d in IDS[:2]]
+        coordinator.complete_round(plan, [honest_reply(plan, d) for d in answers])
+    assert asked[0], "they are the best"
+    assert not all(asked)
+
+
+def test_where_nothing_else_is_in_time_those_that_rest_are_asked():
+    coordinator = make_coordinator(
+        num_devices=2, selection=Selection(latency_target_s=1e6)
+    )
+    for server_round in (1, 2, 3):
+        plan = coordinator.plan_round(server_round, IDS[:2])
+        assert plan.assignments
+        coordinator.complete_round(plan, [])
+
+
+def test_what_does_not_go_with_a_selection_is_refused():
+    for selection, mode, words in (
+        (Selection(Lisa(count=1)), RoundMode(blocks=(0, 1)), "leaves some out"),
+        (Selection(Lisa(1)), RoundMode(devices_per_block=(1, 0, 1)), "leaves some out"),
+        (Selection(latency_target_s=9), RoundMode(backups=2), "backups=2 take band"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_coordinator(selection=selection, mode=mode)
+    make_coordinator(selection=Selection(Lisa(count=1)), mode=RoundMode(backups=2))
 
 
 def test_a_lost_update_does_not_count_as_training():
@@ -210,6 +257,13 @@ def test_outlier_ratio_counts_large_elements():
     values |= {name: np.ones(10, np.float32) for name in names if name.endswith("b")}
     values["layer.0.b"] = np.ones(10, np.float32)
     assert outlier_ratios(values, partition) == (0.01, 0.03)
+    # Fresh adapters have none: the layers count that they are in.
+    base = replace(
+        partition,
+        blocks=(("layer.0.a",), ("layer.1.a",)),
+        layers=(("layer.0.w", "layer.0.b"), ("layer.1.w", "layer.1.b")),
+    )
+    assert outlier_ratios(values, base) == (0.01, 0.03)
 
 
 def test_selectors_by_name():
@@ -224,6 +278,9 @@ def test_selectors_by_name():
         make("lissa", count=1)
     with pytest.raises(UserError, match=r"selector='lisa': .*size"):
         make("lisa", size=1)
+    for options in ({"count": 2.5}, {"count": 1, "max_staleness": "x"}):
+        with pytest.raises(UserError, match=r"=(2.5|'x') must be a whole number"):
+            make("lisa", **options)
     with pytest.raises(UserError, match=r"takes no options"):
         make("all", count=1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -50,6 +49,4 @@ def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
     )
     if config.sampler == "random":
         return costs
-    # A direction takes two forward passes over a mini-batch.
-    one = model_setup.zeroth_order_costs(model, layers, **sizes, num_directions=1)
-    return replace(costs, flops=costs.flops + POOL_FACTOR * one.flops[0] / 2)
+    return model_setup.with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)

@@ -32,9 +32,7 @@ def selection_of(
         config.selector,
         keyword_arguments(config.selector_options),
         partition=partition,
-        values={
-            name: parameters[name].numpy(force=True) for name in partition.trainable
-        },
+        values={name: p.numpy(force=True) for name, p in parameters.items()},
     )
     return Selection(
         selector,
