@@ -14,11 +14,10 @@ and a slice of its feed-forward part.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lola_flwr.blocks import BlockPartition
@@ -356,8 +355,3 @@ def parameter_slices(
         [part.of(tensors[part.name]) for part in parts if part.name in tensors]
         for parts in subnetworks.slices
     ]
-
-
-def as_vector(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors as one vector."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
