@@ -74,12 +74,6 @@ class Selection:
         UserError
             It does not.
         """
-        counts = np.atleast_1d(mode.devices_per_block)
-        if self.selector is not None and (mode.blocks is not None or not counts.all()):
-            raise UserError(
-                "A selector chooses among all blocks, and the RoundMode leaves some "
-                "out; drop one of the two."
-            )
         if mode.backups and math.isfinite(self.latency_target_s):
             raise UserError(
                 f"backups={mode.backups} take band that latency_target_s="
@@ -178,7 +172,9 @@ class BlockChooser:
             per_block = int(problem.demand[allowed].max())
             most = max(1, min(len(allowed), problem.num_devices // per_block))
             draw = partial(rng_for, self._seed)
-            wanted = selection.selector(server_round, self.history, most, draw)
+            history = self.history.only(allowed)
+            chosen = selection.selector(server_round, history, most, draw)
+            wanted = [allowed[index] for index in chosen]
         return replace(problem, mode=replace(problem.mode, blocks=tuple(wanted)))
 
     def within_target(self, problem: AllocationProblem, server_round: int) -> RoundMode:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,11 +26,14 @@ class BlockHistory:
     importance
         How much the loss suffers where a block's training is damped, on a scale of
         log-odds, shape [N]; 0: not known.
+    blocks
+        Which blocks of the model these N are, where they are not all of it.
     """
 
     last_round: IntArray
     relative_move: FloatArray
     importance: FloatArray
+    blocks: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, num_blocks: int) -> BlockHistory:
@@ -45,6 +48,20 @@ class BlockHistory:
     def num_blocks(self) -> int:
         """Number of blocks N."""
         return self.last_round.size
+
+    def only(self, blocks: Sequence[int]) -> BlockHistory:
+        """Return the history of some blocks of the model, in this order."""
+        rows = list(blocks)
+        return BlockHistory(
+            last_round=self.last_round[rows],
+            relative_move=self.relative_move[rows],
+            importance=self.importance[rows],
+            blocks=tuple(rows),
+        )
+
+    def of_these(self, values: Sequence[float]) -> FloatArray:
+        """Return what each of these N blocks has, of what each of the model's has."""
+        return np.array(values)[list(self.blocks) if self.blocks else slice(None)]
 
     def staleness(self, server_round: int) -> IntArray:
         """Return the rounds from each block's last step to this round, shape [N]."""

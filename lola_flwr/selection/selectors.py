@@ -33,6 +33,8 @@ class BlockSelector(Protocol):
     ) -> tuple[int, ...]:
         """Return blocks, without repetition, the most wanted first.
 
+        They are numbered as in the history, which may be that of some blocks only.
+
         Parameters
         ----------
         server_round
@@ -116,7 +118,7 @@ class OutlierWeighted:
     count, period
         As for `Lisa`.
     weights
-        What each block's chance is proportional to, shape [N]; see
+        What the chance of each of the model's blocks is proportional to; see
         `lola_flwr.selection.outliers.outlier_ratios`.
     """
 
@@ -137,7 +139,7 @@ class OutlierWeighted:
     ) -> tuple[int, ...]:
         """Choose the blocks of a round."""
         rng = draw("owlore", (server_round - 1) // self.period)
-        weights = np.array(self.weights)
+        weights = history.of_these(self.weights)
         return _drawn(rng, weights, min(self.count, max_blocks))
 
 

@@ -10,7 +10,11 @@ from lola_flwr.blocks import partition_parameters
 from lola_flwr.errors import UserError
 from lola_flwr.selection import (
     BlockHistory,
+    BoundedStaleness,
+    LargestMoves,
     Lisa,
+    OutlierWeighted,
+    Progressive,
     RoundRobin,
     Selection,
     Trials,
@@ -117,15 +121,36 @@ def test_where_nothing_else_is_in_time_those_that_rest_are_asked():
         coordinator.complete_round(plan, [])
 
 
-def test_what_does_not_go_with_a_selection_is_refused():
-    for selection, mode, words in (
-        (Selection(Lisa(count=1)), RoundMode(blocks=(0, 1)), "leaves some out"),
-        (Selection(Lisa(1)), RoundMode(devices_per_block=(1, 0, 1)), "leaves some out"),
-        (Selection(latency_target_s=9), RoundMode(backups=2), "backups=2 take band"),
-    ):
-        with pytest.raises(UserError, match=words):
-            make_coordinator(selection=selection, mode=mode)
+def test_a_latency_target_has_no_room_for_backups():
+    with pytest.raises(UserError, match="backups=2 take band"):
+        make_coordinator(
+            selection=Selection(latency_target_s=9), mode=RoundMode(backups=2)
+        )
     make_coordinator(selection=Selection(Lisa(count=1)), mode=RoundMode(backups=2))
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        (RoundRobin(count=1), [[2], [1], [2], [1], [2], [1]]),
+        (LargestMoves(count=1), None),
+        (Lisa(count=1, period=1), None),
+        (OutlierWeighted(count=1, weights=(1e9, 1.0, 1.0), period=1), None),
+        (Progressive(stage_rounds=3), [[2], [2], [2], [1, 2], [1, 2], [1, 2]]),
+        (BoundedStaleness(Lisa(count=1, period=1), 2), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_selectors_choose_among_the_blocks_of_the_mode(selector, expected):
+    coordinator = make_coordinator(
+        selection=Selection(selector), mode=RoundMode(blocks=(1, 2))
+    )
+    chosen = run_rounds(coordinator, IDS, 6 if expected else 12)
+    assert {block for blocks in chosen for block in blocks} == {1, 2}
+    if expected is None:
+        assert {len(blocks) for blocks in chosen} == {1}
+    else:
+        assert chosen == expected
 
 
 def test_a_lost_update_does_not_count_as_training():
