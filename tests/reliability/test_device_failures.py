@@ -13,6 +13,7 @@ from lola_flwr.blocks import partition_parameters
 from lola_flwr.clients import BlockClient, BlockDevice
 from lola_flwr.clients.out_of_memory import usable_memory_bytes
 from lola_flwr.models import fingerprint
+from lola_flwr.packed import pack
 from lola_flwr.protocol import Assignment
 from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.system.costs import estimate_costs
@@ -38,7 +39,7 @@ def fit(roberta, batch):
     """Return a function that lets a device train, and returns what it sends."""
     partition = partition_parameters(name for name, _ in roberta.named_parameters())
     parameters = dict(roberta.named_parameters())
-    values = [parameters[name].numpy(force=True) for name in partition.trainable]
+    values = {n: parameters[n].numpy(force=True) for n in partition.trainable}
 
     def fit(batch_source=lambda *_: batch, memory_bytes=1e6, **options):
         device = BlockDevice(
@@ -56,7 +57,7 @@ def fit(roberta, batch):
             base_fingerprint=fingerprint(roberta, partition.frozen),
             memory_bytes=memory_bytes,
         )
-        return BlockClient(device).fit(values, assignment.to_record())
+        return BlockClient(device).fit([pack(values)], assignment.to_record())
 
     return fit
 
