@@ -23,6 +23,7 @@ import pytest
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.deployment.worker import Worker
 from lola_flwr.models import fingerprint, load_classifier
+from lola_flwr.packed import VALUES, pack
 
 GLUE = Path(__file__).parents[1] / "glue"
 EMPTY = Path(__file__).parents[1] / "testbed" / "empty"
@@ -78,10 +79,8 @@ def messages(tmp_path):
     names = [name for name, _ in model.named_parameters()]
     partition = partition_parameters(names)
     parameters = dict(model.named_parameters())
-    np.savez(
-        tmp_path / "arrays.npz",
-        **{name: parameters[name].numpy(force=True) for name in partition.trainable},
-    )
+    values = {n: parameters[n].numpy(force=True) for n in partition.trainable}
+    np.savez(tmp_path / "arrays.npz", **{VALUES: pack(values)})
     config = tomllib.loads((GLUE / "pyproject.toml").read_text())["tool"]["flwr"]
     run_config = {
         **config["app"]["config"],
