@@ -5,10 +5,10 @@
 One device and a tiny model, so that neither the link nor training counts. The seconds
 are Flower's own: from the moment that the client's process asks for a message to that
 in which its reply is with the SuperNode (``flwr list``, compute-time). So they hold
-what Flower takes to move arrays between the two, which a client that sends as many bytes
-back unseen shows: for the model's values by name, and in one array, as they are sent. A
-run of one round is subtracted from one of six, which leaves the messages from the second
-on.
+what Flower takes to move arrays between the two, which a client that sends as many
+bytes back unseen shows: for the model's values by name, and in one array, as they are
+sent. A run of one round is subtracted from one of six, which leaves the messages from
+the second on.
 """
 
 from __future__ import annotations
