@@ -9,7 +9,7 @@ layer of which nothing runs is passed by as a whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from types import TracebackType
 from typing import Any
@@ -125,13 +125,18 @@ def run_layer(
     trained = Operation.FULL in row
     training = parts.layer.training
 
-    def attention(y: Tensor, first: int, last: int) -> Tensor:
-        start, count = parts.heads(first, last)
-        rows = start * parts.head_size, count * parts.head_size
-        shape = (*y.shape[:2], count, parts.head_size)
+    runs = _runs(row)
+    heads = [parts.heads(first, last)[1] for _, first, last in runs]
+    units = [parts.feed_forward(first, last)[1] for _, first, last in runs]
+    widths = [count * parts.head_size for count in heads]
+    inputs = [_outputs_cut(m, widths) for m in (parts.query, parts.key, parts.value)]
+    project = _inputs_cut(parts.project, widths)
+    up, down = _outputs_cut(parts.up, units), _inputs_cut(parts.down, units)
+
+    def attention(y: Tensor, run: int) -> Tensor:
+        shape = (*y.shape[:2], heads[run], parts.head_size)
         query, key, value = (
-            _linear(linear, y, rows=rows).view(shape).transpose(1, 2)
-            for linear in (parts.query, parts.key, parts.value)
+            linear(y, run).view(shape).transpose(1, 2) for linear in inputs
         )  # [B, heads, S, head size]
         mixed = functional.scaled_dot_product_attention(
             query,
@@ -140,15 +145,10 @@ def run_layer(
             attn_mask=attention_mask,
             dropout_p=parts.attention_dropout if training else 0.0,
         )
-        return _linear(parts.project, mixed.transpose(1, 2).flatten(2), columns=rows)
+        return project(mixed.transpose(1, 2).flatten(2), run)
 
-    def feed_forward(y: Tensor, first: int, last: int) -> Tensor:
-        units = parts.feed_forward(first, last)
-        return _linear(
-            parts.down,
-            parts.activation(_linear(parts.up, y, rows=units)),
-            columns=units,
-        )
+    def feed_forward(y: Tensor, run: int) -> Tensor:
+        return down(parts.activation(up(y, run)), run)
 
     for branch, back, norm, dropout in (
         (attention, parts.project, parts.norm_1, parts.dropout_1),
@@ -159,7 +159,7 @@ def run_layer(
                 y = norm(x)
         else:
             y = x
-        total = _contributions(branch, row, y)
+        total = _contributions(branch, runs, y)
         bias = base_of(back).bias
         if bias is not None:
             total = total + (bias if trained else bias.detach())
@@ -169,18 +169,34 @@ def run_layer(
     return x
 
 
-def _contributions(branch: Any, row: Sequence[Operation], y: Tensor) -> Tensor:
-    """Sum up what the sub-networks that run contribute; neighbours run as one."""
-    total: Tensor | None = None
+def _runs(row: Sequence[Operation]) -> list[tuple[Operation, int, int]]:
+    """Return neighbours of one operation: what it is, the first, and one past the last.
+
+    They run as one.
+    """
+    runs = []
     first = 0
-    for operation, run in groupby(row):
-        last = first + len(list(run))
-        if operation != Operation.SKIP:
-            recorded = operation == Operation.FULL and torch.is_grad_enabled()
-            with torch.set_grad_enabled(recorded):
-                part = branch(y, first, last)
-            total = part if total is None else total + part
+    for operation, neighbours in groupby(row):
+        last = first + len(list(neighbours))
+        runs.append((operation, first, last))
         first = last
+    return runs
+
+
+def _contributions(
+    branch: Callable[[Tensor, int], Tensor],
+    runs: Sequence[tuple[Operation, int, int]],
+    y: Tensor,
+) -> Tensor:
+    """Sum up what the sub-networks that run contribute."""
+    total: Tensor | None = None
+    for run, (operation, _, _) in enumerate(runs):
+        if operation == Operation.SKIP:
+            continue
+        recorded = operation == Operation.FULL and torch.is_grad_enabled()
+        with torch.set_grad_enabled(recorded):
+            part = branch(y, run)
+        total = part if total is None else total + part
     if total is None:
         raise AssertionError("a layer of which nothing runs is passed by")
     return total
@@ -194,29 +210,48 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     return functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
-def _linear(
-    linear: nn.Module,
-    x: Tensor,
-    *,
-    rows: tuple[int, int] | None = None,
-    columns: tuple[int, int] | None = None,
-) -> Tensor:
-    """Apply some rows (outputs) or some columns (inputs) of a linear map.
+# Part of a linear map: (input, run) -> output.
+_Cut = Callable[[Tensor, int], Tensor]
 
-    The bias goes with the rows; of some columns it is left out.
+
+def _outputs_cut(linear: nn.Module, sizes: list[int]) -> _Cut:
+    """Cut a linear map along its outputs; the bias is cut with them.
+
+    Pieces are views. All at once: on the way back their gradients are put together in
+    one go, where each view by itself would have one of the whole weight's size.
     """
     base = base_of(linear)
-    weight: Tensor = base.weight
-    bias: Tensor | None = base.bias
-    if rows is not None:
-        weight = weight.narrow(0, *rows)
-        bias = None if bias is None else bias.narrow(0, *rows)
-    if columns is not None:
-        weight, bias = weight.narrow(1, *columns), None
-    result = functional.linear(x, weight, bias)
-    for a, b, scale, dropout in adapters_of(linear):
-        inner = a.weight if columns is None else a.weight.narrow(1, *columns)
-        outer = b.weight if rows is None else b.weight.narrow(0, *rows)
-        low = functional.linear(dropout(x), inner)
-        result = result + functional.linear(low, outer) * scale
-    return result
+    weights = torch.split(base.weight, sizes)
+    bias = base.bias
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    adapters = [
+        (a.weight, torch.split(b.weight, sizes), scale, dropout)
+        for a, b, scale, dropout in adapters_of(linear)
+    ]
+
+    def cut(x: Tensor, run: int) -> Tensor:
+        result = functional.linear(x, weights[run], biases[run])
+        for inner, outer, scale, dropout in adapters:
+            low = functional.linear(dropout(x), inner)
+            result = result + functional.linear(low, outer[run]) * scale
+        return result
+
+    return cut
+
+
+def _inputs_cut(linear: nn.Module, sizes: list[int]) -> _Cut:
+    """Cut a linear map along its inputs; the bias, common to all, is left out."""
+    weights = torch.split(base_of(linear).weight, sizes, dim=1)
+    adapters = [
+        (torch.split(a.weight, sizes, dim=1), b.weight, scale, dropout)
+        for a, b, scale, dropout in adapters_of(linear)
+    ]
+
+    def cut(x: Tensor, run: int) -> Tensor:
+        result = functional.linear(x, weights[run])
+        for inner, outer, scale, dropout in adapters:
+            low = functional.linear(dropout(x), inner[run])
+            result = result + functional.linear(low, outer) * scale
+        return result
+
+    return cut
