@@ -48,6 +48,27 @@ def spared(
     return np.asarray(late | (required_bytes >= memory_limit_bytes[:, None]))
 
 
+def lifted(
+    memory_limit_bytes: FloatArray, failures: Sequence[int], count: int
+) -> FloatArray:
+    """Return limits without those of the ``count`` limited devices that failed least.
+
+    Parameters
+    ----------
+    memory_limit_bytes
+        As for `spared`.
+    failures
+        How often each device failed, [K].
+    count
+        How many devices are to be taken back.
+    """
+    limit = memory_limit_bytes.copy()
+    limited = np.flatnonzero(np.isfinite(limit))
+    order = np.argsort(np.asarray(failures)[limited], kind="stable")
+    limit[limited[order[:count]]] = np.inf
+    return limit
+
+
 def narrowed(
     problem: AllocationProblem,
     *,
@@ -65,7 +86,7 @@ def narrowed(
     problem, longest_s, required_bytes, memory_limit_bytes
         As for `spared`.
     failures
-        How often each device failed, [K]: those that failed least are taken back first.
+        As for `lifted`: those that failed least are taken back first.
     block_updates
         Updates that each block has had, [N]: those with most are left out first.
     partial
@@ -77,22 +98,20 @@ def narrowed(
     are dropped only where every device has to take part.) If nothing helps this is
     ``problem`` itself, which `allocate` then explains.
     """
-    limited = np.flatnonzero(np.isfinite(memory_limit_bytes))
-    limited = limited[np.argsort(np.asarray(failures)[limited], kind="stable")]
 
     def with_back(count: int) -> tuple[IntArray, AllocationProblem]:
-        limit = memory_limit_bytes.copy()
-        limit[limited[:count]] = np.inf
         unasked = spared(
             problem,
             longest_s=longest_s,
             required_bytes=required_bytes,
-            memory_limit_bytes=limit,
+            memory_limit_bytes=lifted(memory_limit_bytes, failures, count),
         )
         return _only(problem, problem.feasible & ~unasked)
 
     count = bisect_left(
-        range(limited.size), True, key=lambda count: is_feasible(with_back(count)[1])
+        range(int(np.isfinite(memory_limit_bytes).sum())),
+        True,
+        key=lambda count: is_feasible(with_back(count)[1]),
     )
     rows, chosen = with_back(count)
     if is_feasible(chosen):

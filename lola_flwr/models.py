@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -164,7 +164,10 @@ def check_sequence_length(
     UserError
         It has not.
     """
-    positions = getattr(model.config, "max_position_embeddings", sequence_length)
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", sequence_length)
+    if "roberta" in config.model_type:
+        positions -= config.pad_token_id + 1  # its positions begin behind this index
     if sequence_length > positions:
         raise UserError(
             f"max-length={sequence_length} exceeds the {positions} positions of "

@@ -24,7 +24,7 @@ _VALUES_CODEC = codec_named("fp32")
 
 
 def packed_type(codec: Codec, shapes: Iterable[Sequence[int]]) -> WireType:
-    """Tell what travels for the gradients of parameters of some shapes.
+    """Tell what travels for the arrays of parameters of some shapes.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def packed_type(codec: Codec, shapes: Iterable[Sequence[int]]) -> WireType:
 
 
 def pack(arrays: Mapping[str, WireArray]) -> WireArray:
-    """Put encoded gradients, at least one, one after the other.
+    """Put encoded arrays, at least one, one after the other.
 
     They are ordered by name: a model's own order may not be the same on both sides.
     """
@@ -48,7 +48,7 @@ def pack(arrays: Mapping[str, WireArray]) -> WireArray:
 def unpack(
     packed: WireArray, codec: Codec, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, WireArray]:
-    """Take encoded gradients apart again.
+    """Take encoded arrays apart again.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def unpack(
 
     Returns
     -------
-    Views of ``packed`` by name, each of its gradient's wire type.
+    Views of ``packed`` by name, each of its parameter's wire type.
     """
     types = {name: codec.wire_type(shapes[name]) for name in sorted(shapes)}
     ends = np.cumsum([one.size for one in types.values()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +15,13 @@ from lola_flwr.allocation import (
     AllocationProblem,
     Allocator,
     InfeasibleAllocation,
+    RoundMode,
     allocate,
     find_allocator,
     refine_payloads,
     rotate,
 )
-from lola_flwr.candidates import narrowed, spared
+from lola_flwr.candidates import lifted, narrowed, spared
 from lola_flwr.errors import UserError
 from lola_flwr.fleet import Fleet
 from lola_flwr.low_rank import LowRankProjection
@@ -154,16 +156,19 @@ class RoundPlanner:
         """Return the devices that can be asked, their problem, and what they upload."""
         profiles = [fleet.profiles[device] for device in known]
         names = [profile.name for profile in profiles]
+        failures = [fleet.absences.failures(name) for name in names]
         limits = np.array(
             [fleet.absences.memory_limit(server_round, name) for name in names]
         )
 
-        def unasked(problem: AllocationProblem, required: FloatArray) -> BoolArray:
+        def unasked(
+            problem: AllocationProblem, required: FloatArray, count: int = 0
+        ) -> BoolArray:
             return spared(
                 problem,
                 longest_s=self.longest_round_s,
                 required_bytes=required,
-                memory_limit_bytes=limits,
+                memory_limit_bytes=lifted(limits, failures, count),
             )
 
         stated = self.statement.of_round(
@@ -174,14 +179,23 @@ class RoundPlanner:
             wanted=lambda whole: chooser.wanted(whole, server_round, model.state()),
             unasked=unasked,
         )
-        # Without those that rest, if any block can be trained in time without them.
         problem = stated.problem
-        asked = problem.feasible & ~unasked(problem, stated.required_bytes)
-        try:
-            mode = chooser.within_target(replace(problem, feasible=asked), server_round)
-        except InfeasibleAllocation:
-            mode = chooser.within_target(problem, server_round)
-            limits = np.full(len(names), np.inf)
+
+        def in_time(count: int) -> RoundMode | None:
+            asked = ~unasked(problem, stated.required_bytes, count)
+            able = replace(problem, feasible=problem.feasible & asked)
+            try:
+                return chooser.within_target(able, server_round)
+            except InfeasibleAllocation:
+                return None
+
+        # Nobody who rests is counted on, unless no block can be trained in time else.
+        resting = int(np.isfinite(limits).sum())
+        back = bisect_left(
+            range(resting), True, key=lambda count: in_time(count) is not None
+        )
+        mode = in_time(back) or chooser.within_target(problem, server_round)
+        limits = lifted(limits, failures, back)
         stated = replace(stated, problem=replace(problem, mode=mode))
         stated, _ = self._with_payloads(server_round, stated)
         rows, problem = narrowed(
@@ -189,7 +203,7 @@ class RoundPlanner:
             longest_s=self.longest_round_s,
             required_bytes=stated.required_bytes,
             memory_limit_bytes=limits,
-            failures=[fleet.absences.failures(name) for name in names],
+            failures=failures,
             block_updates=fleet.block_updates(self.statement.partition.num_blocks),
             partial=partial,
         )

@@ -154,7 +154,8 @@ class Rounds:
             The round's plan.
         encoded
             All arrays of the coordinator, encoded for the wire. Devices that return
-            weights are sent these; all others the trainable values in one.
+            weights are sent these, all others values in one array: of what their
+            manifest says, or all trainable ones.
         encode
             Encodes an array. Devices that are sent the same share what it returns.
         """

@@ -5,21 +5,22 @@
 #   LOLA_UPLINK_MBPS=8 sh run.sh
 #
 # The first time, the phone is measured, with the uplink's rate and the model LOLA_MODEL
-# (default: minilm-l6). Without a rate the server could not hold it to a share.
+# (default: minilm-l6); to measure again, delete Debian's /etc/lola-flwr/device.json.
+# Without a rate the server could not hold it to a share.
 set -eu
-
-: "${LOLA_UPLINK_MBPS:?set it to the rate of the uplink, in Mbit/s}"
 
 command -v termux-wake-lock >/dev/null && termux-wake-lock
 trap 'command -v termux-wake-unlock >/dev/null && termux-wake-unlock' EXIT
 
 proot-distro login debian -- \
-    sh -eus "$LOLA_UPLINK_MBPS" "${LOLA_MODEL:-minilm-l6}" <<'DEBIAN'
+    sh -eus "${LOLA_UPLINK_MBPS:-}" "${LOLA_MODEL:-minilm-l6}" <<'DEBIAN'
 uplink_mbps=$1
 model=$2
 . /etc/lola-flwr/device.env
 profile=/etc/lola-flwr/device.json
 if [ ! -e "$profile" ]; then
+    : "${uplink_mbps:?set LOLA_UPLINK_MBPS to the rate of the uplink, in Mbit/s}"
+    : "${LOLA_NAME:?set it in /etc/lola-flwr/device.env, another one on each device}"
     /opt/lola-flwr/bin/lola-flwr profile --name "$LOLA_NAME" --model "$model" \
         --uplink-mbps "$uplink_mbps" --out "$profile"
 fi

@@ -20,6 +20,9 @@ PYTHON
 )
 # Through the relay, where there is one, uploads keep to their share.
 superlink=${LOLA_RELAY:-$LOLA_SUPERLINK}
+node_config="profile=\"$LOLA_PROFILE\" worker=\"$LOLA_SOCKET\" ${LOLA_NODE_CONFIG:-}"
+# Goes before the name in the profile.
+if [ -n "${LOLA_NAME:-}" ]; then node_config="$node_config name=\"$LOLA_NAME\""; fi
 
 export FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE="$chunk"
 export FLWR_SUPEREXEC_TASK_POLL_INTERVAL="${FLWR_SUPEREXEC_TASK_POLL_INTERVAL:-0.1}"
@@ -33,4 +36,4 @@ exec flower-supernode \
     --root-certificates "$LOLA_CA" \
     --auth-supernode-private-key "$LOLA_NODE_KEY" \
     --port "${LOLA_SUPERNODE_PORT:-9094}" \
-    --node-config "profile=\"$LOLA_PROFILE\" worker=\"$LOLA_SOCKET\" ${LOLA_NODE_CONFIG:-}"
+    --node-config "$node_config"

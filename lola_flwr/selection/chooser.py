@@ -174,7 +174,13 @@ class BlockChooser:
             draw = partial(rng_for, self._seed)
             history = self.history.only(allowed)
             chosen = selection.selector(server_round, history, most, draw)
-            wanted = [allowed[index] for index in chosen]
+            if not set(chosen) <= set(range(len(allowed))):
+                raise UserError(
+                    f"The selector chose {list(chosen)} of {len(allowed)} blocks; it "
+                    "numbers them from 0 on, as the history does."
+                )
+            # Of none, nobody could be asked: then all are wanted.
+            wanted = [allowed[index] for index in chosen] or allowed
         return replace(problem, mode=replace(problem.mode, blocks=tuple(wanted)))
 
     def within_target(self, problem: AllocationProblem, server_round: int) -> RoundMode:

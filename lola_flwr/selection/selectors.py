@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol
 
 import numpy as np
@@ -306,5 +307,5 @@ def _as_blocks(indices: np.ndarray) -> tuple[int, ...]:
 
 def _require_positive(**values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise UserError(f"{name}={value!r} must be a whole number of at least 1.")

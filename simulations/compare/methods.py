@@ -100,8 +100,8 @@ class RunSettings:
 class Point:
     """Where a run is after some rounds; all but the metrics are sums since its start.
 
-    ``memory_bytes`` is the most that one device has used beyond the weights; under
-    D2FT, that all devices together have.
+    ``memory_bytes`` is the most that one device has used beyond the weights, for its
+    first mini-batch of a block; under D2FT, that all together have, in the first step.
     """
 
     server_round: int

@@ -66,6 +66,11 @@ MISTAKES = [
         "drop one of the two",
     ),
     (
+        "simulate GLUE --devices 6 backups=1 latency-target-s=5",
+        FAILED,
+        "has no room for",
+    ),
+    (
         "simulate GLUE --devices 6 method=fedavg-full rotation-eps=0.1",
         FAILED,
         "set it to 0",

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lola_flwr.absences import Absence, Absences
 from lola_flwr.allocation import InfeasibleAllocation, RoundMode
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.errors import UserError
@@ -119,6 +120,37 @@ def test_where_nothing_else_is_in_time_those_that_rest_are_asked():
         plan = coordinator.plan_round(server_round, IDS[:2])
         assert plan.assignments
         coordinator.complete_round(plan, [])
+
+
+def test_those_that_failed_least_are_asked_first():
+    """Where no block can be trained without devices that rest."""
+    coordinator = make_coordinator(
+        num_devices=0, selection=Selection(RoundRobin(count=1))
+    )
+    for index, speed in enumerate((1e8, 1e6, 1e6)):
+        stated = {"flops-per-s": speed, "memory-bytes": 1e9, "snr-db": 60.0}
+        coordinator.add_device(f"id-{index}", {"name": f"d{index}", **stated})
+    coordinator._fleet.absences = Absences(
+        {
+            "d0": Absence(6, until_round=100),
+            "d1": Absence(1, until_round=100),
+            "d2": Absence(2, until_round=100),
+        }
+    )
+    assert [*coordinator.plan_round(5, IDS[:3]).assignments] == ["id-1"]
+
+
+def test_what_a_selector_of_ones_own_may_choose():
+    def choosing(*blocks):
+        return make_coordinator(
+            selection=Selection(lambda *_: blocks), mode=RoundMode(blocks=(1, 2))
+        )
+
+    assert blocks_of(choosing(0).plan_round(1, IDS)) == [1]
+    assert blocks_of(choosing().plan_round(1, IDS)) == [1, 2], "none: all"
+    with pytest.raises(UserError, match=r"chose \[2\] of 2 blocks"):
+        choosing(2).plan_round(1, IDS)
+    assert RoundRobin(count=np.int64(2)).count == 2
 
 
 def test_a_latency_target_has_no_room_for_backups():

@@ -214,6 +214,11 @@ class GlueConfig(RunConfig):
                 f"latency-target-s={self.latency_target_s:g} leaves blocks out, and "
                 'participation="all" no device; drop one of the two'
             )
+        if self.latency_target_s and self.backups:
+            yield (
+                f"backups={self.backups} take band that latency-target-s="
+                f"{self.latency_target_s:g} has no room for; drop one of the two"
+            )
         if self.schedule_options and self.schedule in ("constant", "linear"):
             yield (
                 f"schedule-options={self.schedule_options!r} belong to a class of "
