@@ -12,10 +12,11 @@ set -eu
 command -v termux-wake-lock >/dev/null && termux-wake-lock
 trap 'command -v termux-wake-unlock >/dev/null && termux-wake-unlock' EXIT
 
-proot-distro login debian -- \
-    sh -eus "${LOLA_UPLINK_MBPS:-}" "${LOLA_MODEL:-minilm-l6}" <<'DEBIAN'
-uplink_mbps=$1
-model=$2
+{
+    # Nothing of this environment reaches Debian but what is written down here.
+    printf "uplink_mbps='%s'\nmodel='%s'\n" \
+        "${LOLA_UPLINK_MBPS:-}" "${LOLA_MODEL:-minilm-l6}"
+    cat <<'DEBIAN'
 . /etc/lola-flwr/device.env
 profile=/etc/lola-flwr/device.json
 if [ ! -e "$profile" ]; then
@@ -30,3 +31,4 @@ worker=$!
 trap 'kill "$worker"' EXIT
 /opt/lola-flwr/libexec/supernode.sh
 DEBIAN
+} | proot-distro login debian -- sh -eu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
@@ -118,3 +119,23 @@ def test_usage_is_shown(tmp_path):
     assert "make-keys.sh DIR server HOST" in make_keys("--help").stdout
     assert make_keys(tmp_path, "server").returncode == 2
     assert make_keys(tmp_path, "other", "x").returncode == 2
+
+
+def test_debian_on_a_phone_is_told_what_the_user_says(tmp_path):
+    """Nothing of Termux's environment reaches the Debian in it by itself."""
+    fake = tmp_path / "proot-distro"
+    fake.write_text(f'#!/bin/sh\necho "$*" >{tmp_path}/asked\ncat >{tmp_path}/script\n')
+    fake.chmod(0o700)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOLA_UPLINK_MBPS": "2.5",
+        "LOLA_MODEL": "my model",
+    }
+    subprocess.run([KITS / "android" / "run.sh"], check=True, env=environment)
+    assert (tmp_path / "asked").read_text() == "login debian -- sh -eu\n"
+    script = (tmp_path / "script").read_text()
+    stated, _, rest = script.partition(". /etc/lola-flwr/device.env\n")
+    program = f'{stated}printf "%s|%s" "$uplink_mbps" "$model"'
+    told = subprocess.check_output(["sh", "-eu", "-c", program], text=True, env={})
+    assert told == "2.5|my model"
+    assert subprocess.run(["sh", "-n"], input=rest, text=True).returncode == 0
