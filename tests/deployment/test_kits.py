@@ -131,7 +131,7 @@ def test_debian_on_a_phone_is_told_what_the_user_says(tmp_path):
         "LOLA_UPLINK_MBPS": "2.5",
         "LOLA_MODEL": "my model",
     }
-    subprocess.run([KITS / "android" / "run.sh"], check=True, env=environment)
+    subprocess.run(["sh", KITS / "android" / "run.sh"], check=True, env=environment)
     assert (tmp_path / "asked").read_text() == "login debian -- sh -eu\n"
     script = (tmp_path / "script").read_text()
     stated, _, rest = script.partition(". /etc/lola-flwr/device.env\n")
