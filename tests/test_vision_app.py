@@ -16,13 +16,14 @@ from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.simulation import run_app
+from lola_flwr.system.devices import simulated_device
 from lola_flwr.truncated_backprop import block_gradient
 from tests.strategies.in_process import InProcessGrid
 
 APP = Path(__file__).parent.parent / "simulations" / "vision"
 sys.path.append(str(APP))  # Flower puts the app's directory there, too
 
-from lola_vision.client_app import app  # noqa: E402
+from lola_vision.client_app import app, device_fn  # noqa: E402
 from lola_vision.config import VisionConfig  # noqa: E402
 from lola_vision.images import draw_textures, load_images  # noqa: E402
 from lola_vision.model import build  # noqa: E402
@@ -167,6 +168,19 @@ def test_rounds_under_the_message_api(monkeypatch, caplog, tmp_path):
         train(grid, Context(1, 0, {}, RecordDict(), run_config))
     assert grid.batches[1]["train"] == 3
     assert re.search(r"final: accuracy=[\d.]+ rounds=2 wireless_s=", caplog.text)
+
+
+def test_a_device_that_states_its_profile_is_no_simulated_one():
+    part = {"partition-id": 0, "num-partitions": 4}
+    stated = {"flops-per-s": 2e11, "memory-bytes": 4e9, "snr-db": 12.0, "name": "board"}
+    simulated, real = (
+        device_fn(Context(1, 7, node_config, RecordDict(), RUN_CONFIG))
+        for node_config in (part, part | stated)
+    )
+    assert simulated.profile == simulated_device(0, seed=RUN_CONFIG["seed"])
+    assert simulated.simulated_compute_s is not None
+    assert (real.profile.name, real.profile.flops_per_s) == ("board", 2e11)
+    assert real.simulated_compute_s is None, "its times are measured"
 
 
 @pytest.mark.slow

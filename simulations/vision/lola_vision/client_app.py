@@ -1,4 +1,4 @@
-"""The app's device side: a simulated device with its part of the images."""
+"""The app's device side: a device with its part of the images."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from flwr.app import Context, Message
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 
-from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient, node_partition
+from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient
+from lola_flwr.clients.node import node_partition, node_profile, states_profile
+from lola_flwr.protocol import Assignment
 from lola_flwr.randomness import rng_for
-from lola_flwr.system.devices import simulated_device
 from lola_flwr.truncated_backprop import Batch
 from lola_vision.config import VisionConfig
 from lola_vision.model import build, images
 
 
 def device_fn(context: Context) -> BlockDevice:
-    """Make one simulated device."""
+    """Make one device: a simulated one, unless the node states a profile."""
     config = VisionConfig.from_run_config(context.run_config)
     index, num_parts = node_partition(context)
-    profile = simulated_device(index, seed=config.seed)
+    profile = node_profile(context)
 
     def draw_batch(server_round: int, batch_size: int) -> Batch:
         train, _ = images(config)
@@ -27,13 +28,17 @@ def device_fn(context: Context) -> BlockDevice:
         rng = rng_for(config.seed, "batch", server_round, index)
         return train.batch(rng.choice(part, min(batch_size, len(part)), replace=False))
 
+    def simulated_compute_s(assignment: Assignment) -> float:
+        costs = build(config)[2]
+        return float(costs.flops[assignment.block_index] / profile.flops_per_s)
+
     return BlockDevice(
         profile=profile,
         load_model=lambda: build(config)[:2],
         batch_source=draw_batch,
         seed=config.seed,
-        simulated_compute_s=lambda assignment: float(
-            build(config)[2].flops[assignment.block_index] / profile.flops_per_s
+        simulated_compute_s=(
+            None if states_profile(context.node_config) else simulated_compute_s
         ),
     )
 
