@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,7 @@ class RoundPlanner:
         )
         problem = stated.problem
 
+        @cache
         def in_time(count: int) -> RoundMode | None:
             asked = ~unasked(problem, stated.required_bytes, count)
             able = replace(problem, feasible=problem.feasible & asked)

@@ -41,7 +41,7 @@ def selector_named(
     options: Mapping[str, Any],
     *,
     partition: BlockPartition,
-    values: Mapping[str, npt.NDArray[np.float32]],
+    weight_of: Callable[[str], npt.NDArray[np.float32]],
 ) -> BlockSelector | None:
     """Make the selector of a name.
 
@@ -53,8 +53,9 @@ def selector_named(
         Its arguments; ``max_staleness`` puts a `BoundedStaleness` around it.
     partition
         The model's blocks.
-    values
-        The model's weights before the first round, by name.
+    weight_of
+        Gives the model's weight of a name, before the first round; asked by a selector
+        that looks at weights.
 
     Returns
     -------
@@ -81,7 +82,7 @@ def selector_named(
     options = dict(options)
     max_staleness = options.pop("max_staleness", None)
     if name == "owlore":
-        options["weights"] = outlier_ratios(values, partition)
+        options["weights"] = outlier_ratios(weight_of, partition)
     try:
         selector = SELECTORS[name](**options)
     except TypeError as error:

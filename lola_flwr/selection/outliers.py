@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from lola_flwr.blocks import BlockPartition
 
 
 def outlier_ratios(
-    values: Mapping[str, npt.NDArray[np.float32]],
+    weight_of: Callable[[str], npt.NDArray[np.float32]],
     partition: BlockPartition,
     *,
     threshold: float = 5.0,
@@ -20,8 +20,8 @@ def outlier_ratios(
 
     Parameters
     ----------
-    values
-        The model's weights by name.
+    weight_of
+        Gives the model's weight of a name.
     partition
         Its blocks; where these are adapters, the layers that they are in count.
     threshold
@@ -40,11 +40,11 @@ def outlier_ratios(
     """
     ratios = []
     for block in partition.layers or partition.blocks:
-        matrices = [abs(values[name]) for name in block if values[name].ndim == 2]
-        elements = sum(matrix.size for matrix in matrices)
-        outliers = sum(
-            int(np.count_nonzero(matrix > threshold * matrix.mean()))
-            for matrix in matrices
-        )
+        elements = outliers = 0
+        for weight in map(weight_of, block):
+            if weight.ndim == 2:
+                size = abs(weight)
+                elements += size.size
+                outliers += int(np.count_nonzero(size > threshold * size.mean()))
         ratios.append(max(outliers, 1) / max(elements, 1))
     return tuple(ratios)

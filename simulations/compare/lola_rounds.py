@@ -62,7 +62,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
         method.selector,
         method.selector_options,
         partition=partition,
-        values={n: p.numpy(force=True) for n, p in parameters.items()},
+        weight_of=lambda name: parameters[name].float().numpy(force=True),
     )
 
     def coordinator_with(latency_target_s: float) -> Coordinator:

@@ -12,7 +12,6 @@ from flwr.app import (
     Array,
     ArrayRecord,
     ConfigRecord,
-    Context,
     Message,
     MetricRecord,
     RecordDict,
@@ -31,8 +30,6 @@ from lola_flwr.adapters import adapt
 from lola_flwr.clients import (
     AssignedBlock,
     block_mod,
-    node_partition,
-    node_profile,
     profile_mod,
     report_profile,
 )
@@ -40,7 +37,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for_weights
 from lola_flwr.protocol import SECAGG_KEY, MalformedRecord
 from lola_flwr.strategies.message import LoLaDeft
-from lola_flwr.system.devices import InvalidProfile, simulated_device
+from lola_flwr.system.devices import simulated_device
 from tests.strategies.in_process import InProcessGrid
 
 
@@ -500,32 +497,3 @@ def test_shared_parameters_are_refused(model):
     model.tail = model.head
     with pytest.raises(UserError, match=r"tail\.weight and head\.weight are one"):
         coordinator_for_weights(model, batch_size=16)
-
-
-def context_of(node_config):
-    return Context(1, 77, node_config, RecordDict(), {"seed": 5})
-
-
-def test_profile_of_a_node():
-    stated = {"flops-per-s": 2e11, "memory-bytes": 4_000_000_000, "snr-db": 12.0}
-    assert node_profile(context_of(stated)).name == "node 77"
-    assert node_profile(context_of({**stated, "name": "phone"})).name == "phone"
-    simulated = node_profile(context_of({"partition-id": 3, "num-partitions": 8}))
-    assert simulated == simulated_device(3, seed=5)
-    with pytest.raises(UserError, match="--node-config"):
-        node_profile(context_of({}))
-
-
-def test_part_of_the_data_of_a_node():
-    part = {"partition-id": 3, "num-partitions": 8}
-    assert node_partition(context_of(part)) == (3, 8)
-    for wrong in ({}, {"partition-id": 3}, part | {"partition-id": 8}):
-        with pytest.raises(
-            UserError, match=r"configuration has .* 'partition-id=0 num-"
-        ):
-            node_partition(context_of(wrong))
-
-
-def test_a_profile_has_to_be_complete():
-    with pytest.raises(InvalidProfile, match="snr-db"):
-        node_profile(context_of({"flops-per-s": 1e9, "memory-bytes": 1e9}))

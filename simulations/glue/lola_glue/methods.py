@@ -32,7 +32,7 @@ def selection_of(
         config.selector,
         keyword_arguments(config.selector_options),
         partition=partition,
-        values={name: p.numpy(force=True) for name, p in parameters.items()},
+        weight_of=lambda name: parameters[name].float().numpy(force=True),
     )
     return Selection(
         selector,
