@@ -49,13 +49,12 @@ class LoLaClient(ClientApp):
                 arrays = {name: Array(values) for name, values in update.arrays.items()}
                 num_examples = update.num_examples
                 report = update.report.to_record()
-            return Message(
-                RecordDict(
-                    {
-                        key: ArrayRecord(arrays),
-                        "metrics": MetricRecord({"num-examples": num_examples}),
-                        REPORT_KEY: ConfigRecord({**report}),
-                    }
-                ),
-                reply_to=message,
+            content = RecordDict(
+                {
+                    "metrics": MetricRecord({"num-examples": num_examples}),
+                    REPORT_KEY: ConfigRecord({**report}),
+                }
             )
+            if arrays:
+                content[key] = ArrayRecord(arrays)
+            return Message(content, reply_to=message)

@@ -40,7 +40,7 @@ from lola_flwr.truncated_backprop import (
     model_loss,
 )
 from lola_flwr.versions import Manifest
-from lola_flwr.zeroth_order.directions import PROJECTIONS, directions_of
+from lola_flwr.zeroth_order.directions import WIRE_TYPE, directions_of
 from lola_flwr.zeroth_order.projections import projected_gradients
 
 # Gives the mini-batch of a round: (server_round, batch_size) -> arguments of the model.
@@ -209,12 +209,13 @@ class BlockDevice:
                     loss_function=loss_function,
                 )
                 num_examples = len(next(iter(batch.values())))
-        arrays: dict[str, npt.NDArray[Any]]
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        sent_projections = None
         if assignment.direction_seed is None:
             encoded = self._encoded(result.gradients, partition, assignment)
-            arrays = {GRADIENTS: encoded}
+            arrays[GRADIENTS] = encoded
         else:
-            arrays = {PROJECTIONS: projections}
+            sent_projections = projections.astype(WIRE_TYPE).tobytes()
         simulated = self.simulated_compute_s
         report = UpdateReport(
             server_round=assignment.server_round,
@@ -234,6 +235,7 @@ class BlockDevice:
                 None if peak is None else float(local.held_bytes + peak.peak_bytes)
             ),
             direction_seed=assignment.direction_seed,
+            projections=sent_projections,
         )
         return LocalUpdate(arrays, num_examples, report)
 

@@ -159,7 +159,12 @@ class Fleet:
                 self._held.acknowledge(device, plan.manifests[device], report.held)
             profile = plan.profiles[device]
             self.meetings[profile.name, report.block_index] += 1
-            if profile.uplink_bps is not None and upload.upload_s is not None:
+            if (
+                profile.uplink_bps is not None
+                and upload.upload_s is not None
+                # A few numbers take no longer than any message: no link shows.
+                and not accepted.update.zeroth_order
+            ):
                 rates.append(
                     RateObservation(
                         device=profile.name,

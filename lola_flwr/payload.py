@@ -18,6 +18,7 @@ from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import NPY_HEADER_BYTES, Codec, codec_ladder, codec_named
 from lola_flwr.errors import UserError
 from lola_flwr.packed import GRADIENTS, packed_type
+from lola_flwr.zeroth_order.directions import WIRE_TYPE
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -36,9 +37,9 @@ def array_bytes(name: str, nbytes: int) -> int:
     return nbytes + NPY_HEADER_BYTES + _ARRAY_BYTES + len(name)
 
 
-def array_message_bytes(name: str, nbytes: int) -> int:
-    """Bytes of a message whose only array has ``nbytes``."""
-    return _MESSAGE_BYTES + array_bytes(name, nbytes)
+def projections_bytes(num_directions: int) -> int:
+    """Bytes of the message in which a device sends a gradient's projections."""
+    return _MESSAGE_BYTES + WIRE_TYPE.itemsize * num_directions
 
 
 def update_bytes(
@@ -62,7 +63,7 @@ def update_bytes(
             array_bytes(name, codec.wire_type(shapes[name]).nbytes) for name in names
         )
     packed = packed_type(codec, [shapes[name] for name in names])
-    return array_message_bytes(GRADIENTS, packed.nbytes)
+    return _MESSAGE_BYTES + array_bytes(GRADIENTS, packed.nbytes)
 
 
 def payload_bits(

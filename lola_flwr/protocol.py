@@ -61,7 +61,7 @@ class _Record:
             A field is missing that is not optional and has no default, has another
             type, or is not finite.
         """
-        types = {"bool": bool, "float": float, "int": int, "str": str}
+        types = {t.__name__: t for t in (bool, bytes, float, int, str)}
         values: dict[str, Any] = {}
         for field in fields(cls):  # type: ignore[arg-type]
             key, required = _key(field.name), str(field.type).removesuffix(" | None")
@@ -164,7 +164,7 @@ class UpdateReport(_Record):
         What the arrays are. ``"gradient"``: one array, in the assignment's codec.
         ``"weights"``: those after local training, by name, in float32, since a codec
         that rounds would round most of a weight's small move away. ``"zeroth-order"``:
-        one array of the gradient's projections on the assignment's directions.
+        there are none, and ``projections`` instead.
         ``"nothing"``: the device does not hold what the message left out.
     loss
         Mean training loss; None if unknown.
@@ -185,6 +185,9 @@ class UpdateReport(_Record):
         None if it was not.
     direction_seed
         Seed of the directions that a zeroth-order update is about.
+    projections
+        The gradient's projections on these directions, float32, little-endian: in an
+        array, Flower's records of it would be larger than they are.
     """
 
     server_round: int
@@ -197,6 +200,7 @@ class UpdateReport(_Record):
     held: str | None = None
     peak_memory_bytes: float | None = None
     direction_seed: int | None = None
+    projections: bytes | None = None
 
 
 def nothing_report(assignment: Assignment) -> UpdateReport:

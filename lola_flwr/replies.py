@@ -25,7 +25,7 @@ from lola_flwr.protocol import (
 )
 from lola_flwr.running_statistics import is_plausible, statistics_names
 from lola_flwr.zeroth_order.directions import (
-    PROJECTIONS,
+    WIRE_TYPE,
     directions_of,
     estimated_gradient,
 )
@@ -65,7 +65,7 @@ class Upload:
     Parameters
     ----------
     payload_bits
-        Bits of its arrays, as they were serialised.
+        Bits of its arrays, as they were serialised, or of its projections.
     upload_s
         Seconds it took; None where the transport does not tell.
     ignored_arrays
@@ -77,11 +77,11 @@ class Upload:
     ignored_arrays: int
 
     @classmethod
-    def of(cls, reply: DeviceReply, used_arrays: int) -> Upload:
+    def of(cls, reply: DeviceReply, report: UpdateReport, used_arrays: int) -> Upload:
         """Measure a reply of which some arrays were used."""
         tensors = reply.tensors
         sent = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
-        bits = 8.0 * sum(len(tensor) for tensor in sent)
+        bits = 8.0 * sum(map(len, [*sent, report.projections or b""]))
         return cls(bits, reply.upload_s, len(sent) - used_arrays)
 
 
@@ -176,7 +176,7 @@ class UpdateReader:
             assignment.block_index, head=assignment.sends_head
         )
         if report.update_kind == "zeroth-order":
-            estimate = self._estimated(reply, assignment, sent, names)
+            estimate = self._estimated(report, assignment, sent, names)
             return BlockUpdate(estimate, examples, zeroth_order=True), report
         if report.update_kind == "gradient":
             gradients = self._gradients(reply, assignment, sent, names)
@@ -250,16 +250,21 @@ class UpdateReader:
 
     def _estimated(
         self,
-        reply: DeviceReply,
+        report: UpdateReport,
         assignment: Assignment,
         sent: Mapping[str, npt.NDArray[Any]],
         names: Sequence[str],
     ) -> FloatArrays:
-        """Return the gradient that a reply's projections are an estimate of."""
+        """Return the gradient that a report's projections are an estimate of."""
         directions = directions_of(assignment)
-        data = self._named_tensors(reply, (PROJECTIONS,))[PROJECTIONS]
-        received = _read(PROJECTIONS, data, (directions.count,), np.dtype("f4"))
-        projections = _finite(PROJECTIONS, received.astype(np.float32))
+        expected_bytes = directions.count * WIRE_TYPE.itemsize
+        data = report.projections or b""
+        if len(data) != expected_bytes:
+            raise UpdateRefused(
+                "wrong-projections", f"{len(data)} bytes instead of {expected_bytes}"
+            )
+        received = np.frombuffer(data, WIRE_TYPE)
+        projections = _finite("projections", received.astype(np.float32))
         # A projection's standard deviation is the norm of the gradient itself.
         limit = np.float32(self.max_gradient_norm)
         return estimated_gradient(

@@ -113,11 +113,11 @@ def read_replies(
             if refusal.reason == OUT_OF_MEMORY:
                 lacked_bytes[device] = assignments[device].memory_bytes
             continue
-        # Gradients come in one array, and so do their projections.
-        num_used = 1
-        if report.update_kind == "weights":
+        num_used = {"gradient": 1, "zeroth-order": 0}.get(report.update_kind)
+        if num_used is None:
             num_used = len(update.gradients) + len(update.statistics)
-        accepted[device] = AcceptedReply(update, report, Upload.of(reply, num_used))
+        upload = Upload.of(reply, report, num_used)
+        accepted[device] = AcceptedReply(update, report, upload)
         lacked_bytes[device] = None
     # Of first-order updates, in the plan's order, lest it matters who came first.
     block_of = {

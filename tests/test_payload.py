@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,15 +15,21 @@ from flwr.app import (
 )
 from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.codec import codec_named
 from lola_flwr.errors import UserError
 from lola_flwr.packed import GRADIENTS, pack, packed_type
-from lola_flwr.payload import Uplink, head_senders, payload_bits
+from lola_flwr.payload import (
+    Uplink,
+    head_senders,
+    payload_bits,
+    projections_bytes,
+)
 from lola_flwr.protocol import REPORT_KEY, UpdateReport
+from lola_flwr.zeroth_order.directions import MAX_DIRECTIONS
+from tests.strategies.in_process import message_bytes
 
 LAYER = "roberta.encoder.layer"
 # A layer of RoBERTa-base: modules of outputs x inputs, and two normalisations.
@@ -68,6 +75,17 @@ def lora_adapters(rank=8):
 ADAPTERS = lora_adapters()
 
 
+REPORT = UpdateReport(
+    server_round=7,
+    block_index=3,
+    update_kind="gradient",
+    loss=0.6931,
+    compute_s=1.234,
+    compute_clock="measured",
+    held="0123456789abcdef" * 2,
+)
+
+
 @pytest.fixture(autouse=True)
 def task(monkeypatch):
     """Flower makes messages only within a task."""
@@ -75,34 +93,24 @@ def task(monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
-def serialised_bytes(arrays, interface):
+def serialised_bytes(arrays, interface, **changes):
     """Bytes of a reply as Flower puts it on the wire, object by object."""
-    report = UpdateReport(
-        server_round=7,
-        block_index=3,
-        update_kind="gradient",
-        loss=0.6931,
-        compute_s=1.234,
-        compute_clock="measured",
-        held="0123456789abcdef" * 2,
-    )
+    report = replace(REPORT, **changes).to_record()
     if interface == "message":
-        record = ArrayRecord({name: Array(values) for name, values in arrays.items()})
-        content = RecordDict(
-            {
-                "arrays": record,
-                "metrics": MetricRecord({"num-examples": 32}),
-                REPORT_KEY: ConfigRecord({**report.to_record()}),
-            }
-        )
+        content = {"metrics": MetricRecord({"num-examples": 32})}
+        content[REPORT_KEY] = ConfigRecord({**report})
+        if arrays:
+            content["arrays"] = ArrayRecord(
+                {name: Array(values) for name, values in arrays.items()}
+            )
+        content = RecordDict(content)
     else:
         parameters = ndarrays_to_parameters([*arrays.values()])
-        result = FitRes(Status(Code.OK, ""), parameters, 32, report.to_record())
+        result = FitRes(Status(Code.OK, ""), parameters, 32, report)
         content = fitres_to_recorddict(result, keep_input=True)
     ask = Message(RecordDict(), dst_node_id=2**62, message_type="train", group_id="7")
     ask.metadata.__dict__["_message_id"] = "f" * 64
-    reply = Message(content, reply_to=ask)
-    return sum(len(part.deflate()) for part in get_all_nested_objects(reply).values())
+    return message_bytes(Message(content, reply_to=ask))
 
 
 @pytest.mark.parametrize("codec_name", ["fp32", "bf16", "int8", "topk:0.01"])
@@ -147,6 +155,26 @@ def test_what_is_sent_is_the_block_s_values_within_1_percent(codec_name, bits, r
     for interface in ("message", "legacy"):
         sent = serialised_bytes({GRADIENTS: packed}, interface)
         assert sent == pytest.approx(bits / 8 * values, rel=0.01)
+
+
+@pytest.mark.parametrize("num_directions", [1, 16, MAX_DIRECTIONS])
+def test_projections_are_counted_as_sent_and_below_1_kb(num_directions):
+    counted = projections_bytes(num_directions)
+    sent = serialised_bytes(
+        {},
+        "message",
+        # The longest report that there is.
+        server_round=2**31,
+        block_index=2**31,
+        update_kind="zeroth-order",
+        compute_clock="simulated",
+        uplink_limit="pacing",
+        peak_memory_bytes=1e9,
+        direction_seed=2**62,
+        projections=bytes(4 * num_directions),
+    )
+    assert counted == pytest.approx(sent, abs=50)
+    assert sent < 1000
 
 
 def test_weights_are_counted_by_name(rng):

@@ -18,10 +18,9 @@ import numpy.typing as npt
 
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.codec import codec_named
-from lola_flwr.payload import array_message_bytes, payload_bits
+from lola_flwr.payload import payload_bits, projections_bytes
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.levers import Levers, StepMemory
-from lola_flwr.zeroth_order.directions import PROJECTIONS
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -261,11 +260,12 @@ def estimate_zeroth_order_costs(
     # Of a forward pass, what a layer would keep for its gradient is an upper bound.
     widest = max(layer.passed_floats_per_token for layer in layers)
     weights = sum(elements.values())
-    message_bytes = array_message_bytes(PROJECTIONS, 4 * num_directions)
     return BlockCosts(
         flops=np.full(partition.num_blocks, float(flops)),
         memory_bytes=4.0 * (weights + np.array(moved) + tokens * widest),
-        payload_bits=np.full(partition.num_blocks, 8.0 * message_bytes),
+        payload_bits=np.full(
+            partition.num_blocks, 8.0 * projections_bytes(num_directions)
+        ),
         gradient_bytes=np.zeros(partition.num_blocks),
     )
 

@@ -19,11 +19,11 @@ from lola_flwr.randomness import rng_for
 
 FloatArray = npt.NDArray[np.float32]
 
-# The name under which the projections travel.
-PROJECTIONS = "projected-gradients"
+# What the projections travel as.
+WIRE_TYPE = np.dtype("<f4")
 
-# With the header of their array, this many projections stay below 1 kB.
-MAX_DIRECTIONS = 200
+# With Flower's message around them, this many projections stay below 1 kB.
+MAX_DIRECTIONS = 32
 
 # Elements whose signs are drawn at once: no direction is ever held as a whole.
 _CHUNK = 1 << 16

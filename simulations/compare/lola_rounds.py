@@ -134,7 +134,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
     measured: set[tuple[int, bool]] = set()
 
     def train(name: str, assignment: Assignment) -> DeviceReply:
-        nonlocal flops, payload, memory
+        nonlocal flops, memory
         work = devices[name].train, assignment, coordinator.state()
         kind = assignment.block_index, assignment.direction_seed is None
         if kind not in measured:
@@ -143,7 +143,6 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
         update, count = counted_flops(*work)
         tensors = {key: _npy(array) for key, array in update.arrays.items()}
         flops += count
-        payload += sum(map(len, tensors.values()))
         return DeviceReply(
             name, tensors, update.num_examples, update.report.to_record()
         )
@@ -158,6 +157,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
             record = coordinator.complete_round(plan, replies)
             if record.refused:
                 raise RuntimeError(f"round {server_round}: refused {record.refused}")
+            payload += sum(block.received_bytes for block in record.blocks)
             wireless_s = record.wireless_s
         if settings.is_evaluated(server_round):
             state = coordinator.state()

@@ -6,6 +6,12 @@ from collections import Counter
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+
+def message_bytes(message):
+    """Bytes of a message as Flower puts it on the wire, object by object."""
+    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
 
 
 class InProcessGrid(Grid):

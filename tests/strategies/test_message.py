@@ -23,6 +23,7 @@ from lola_flwr.blocks import partition_parameters
 from lola_flwr.clients import BlockDevice, LoLaClient
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
+from lola_flwr.model_setup import zeroth_order_costs
 from lola_flwr.models import fingerprint
 from lola_flwr.packed import received_values
 from lola_flwr.protocol import PROFILE_KEY, REPORT_KEY, UpdateReport
@@ -30,7 +31,9 @@ from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
-from tests.strategies.in_process import InProcessGrid
+from lola_flwr.zeroth_order.directions import MAX_DIRECTIONS
+from lola_flwr.zeroth_order.mixing import ZerothOrder
+from tests.strategies.in_process import InProcessGrid, message_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -44,19 +47,29 @@ def task(monkeypatch):
 def federation(roberta, batch):
     """Return a function that makes a strategy and its grid of devices."""
 
-    def make(num_devices=4, **options):
+    def make(num_devices=4, num_directions=None, **options):
         model = copy.deepcopy(roberta)
         parameters = dict(model.named_parameters())
         partition = partition_parameters(parameters)
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         values = {n: parameters[n].numpy(force=True) for n in partition.trainable}
+        sizes = {"batch_size": 6, "sequence_length": 10}
+        zeroth_order = num_directions and ZerothOrder(
+            costs=zeroth_order_costs(
+                model, partition, **sizes, num_directions=num_directions
+            ),
+            use="always",
+            lr=0.5,
+            num_directions=num_directions,
+        )
         coordinator = Coordinator(
             partition=partition,
-            costs=estimate_costs(shapes, partition, batch_size=6, sequence_length=10),
+            costs=estimate_costs(shapes, partition, **sizes),
             bandwidth_hz=1e6,
             optimizer=ServerOptimizer(values, lr=1e-2),
             base_fingerprint=fingerprint(model, partition.frozen),
             batch_size=6,
+            zeroth_order=zeroth_order,
         )
 
         def device_fn(context):
@@ -108,6 +121,25 @@ def test_rounds_lower_the_loss_and_cost_one_message_each(federation):
     assert {b.status for record in records for b in record.blocks} == {"accepted"}
     for name, values in strategy.coordinator.state().items():
         np.testing.assert_array_equal(result.arrays[name].numpy(), values)
+
+
+def test_a_round_without_back_propagation_uploads_less_than_1_kb(federation):
+    records = []
+    strategy, grid = federation(num_directions=MAX_DIRECTIONS, on_round=records.append)
+    sizes = []
+
+    def measured(reply):
+        if reply.metadata.message_type == "train":
+            sizes.append(message_bytes(reply))
+        return reply
+
+    grid.alter = measured
+    result = run(strategy, grid, 6)
+    assert [b.status for record in records for b in record.blocks] == 18 * ["accepted"]
+    assert len(sizes) == 18
+    assert max(sizes) < 1000
+    losses = [m["train_loss"] for m in result.train_metrics_clientapp.values()]
+    assert losses[-1] < losses[0] - 0.003
 
 
 def test_messages_have_their_own_configuration_and_their_round(federation):
