@@ -14,9 +14,10 @@ and a slice of its feed-forward part.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -73,6 +74,13 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 
 
+class Branch(IntEnum):
+    """One of the two residual branches that a layer consists of, in their order."""
+
+    ATTENTION = 0
+    FEED_FORWARD = 1
+
+
 class LayerNotUnderstood(UserError):
     """A layer's parts are not where those of the known models are."""
 
@@ -89,6 +97,25 @@ class Slice:
     def of(self, tensor: Tensor) -> Tensor:
         """Return this part of the parameter, or of its gradient, as a view."""
         return tensor.narrow(self.dim, self.start, self.length)
+
+
+class BranchParts(NamedTuple):
+    """One residual branch of a layer.
+
+    Parameters
+    ----------
+    into
+        Linear maps whose outputs are cut into sub-networks.
+    back
+        The one whose inputs are.
+    norm, dropout
+        Normalisation, and what follows the projection back.
+    """
+
+    into: tuple[nn.Module, ...]
+    back: nn.Module
+    norm: nn.Module
+    dropout: nn.Module
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +167,25 @@ class LayerParts:
         """Return first head and number of heads of the groups first to last - 1."""
         start = first * self.num_heads // self.num_groups
         return start, last * self.num_heads // self.num_groups - start
+
+    def branch(self, branch: Branch) -> BranchParts:
+        """Return the parts of one of the layer's branches."""
+        if branch == Branch.ATTENTION:
+            maps = (self.query, self.key, self.value)
+            return BranchParts(maps, self.project, self.norm_1, self.dropout_1)
+        return BranchParts((self.up,), self.down, self.norm_2, self.dropout_2)
+
+    def cut(self, branch: Branch, first: int, last: int) -> tuple[int, int]:
+        """Return where a branch's maps are cut for the groups first to last - 1.
+
+        Returns
+        -------
+        First feature inside the branch, and the number of them.
+        """
+        if branch == Branch.ATTENTION:
+            head, count = self.heads(first, last)
+            return head * self.head_size, count * self.head_size
+        return self.feed_forward(first, last)
 
     def feed_forward(self, first: int, last: int) -> tuple[int, int]:
         """Return first unit and number of units of the groups first to last - 1."""
@@ -208,7 +254,11 @@ def find_subnetworks(
         for name in _layer_names(partition)
     )
     slices = tuple(
-        tuple(_slices(parts, group, names))
+        tuple(
+            part
+            for branch in Branch
+            for part in branch_slices(parts, branch, group, group + 1, names)
+        )
         for parts in layers
         for group in range(parts.num_groups)
     )
@@ -271,31 +321,53 @@ def _layer_names(partition: BlockPartition) -> list[str]:
     return found
 
 
-def _slices(parts: LayerParts, group: int, names: dict[int, str]) -> list[Slice]:
-    first_head, num_heads = parts.heads(group, group + 1)
-    heads = first_head * parts.head_size, num_heads * parts.head_size
-    units = parts.feed_forward(group, group + 1)
+def branch_slices(
+    parts: LayerParts,
+    branch: Branch,
+    first: int,
+    last: int,
+    names: Mapping[int, str],
+    *,
+    shared: bool = False,
+) -> list[Slice]:
+    """Return what of which parameters belongs to some groups of one branch.
+
+    Parameters
+    ----------
+    parts
+        The layer.
+    branch
+        The branch.
+    first, last
+        The groups first to last - 1.
+    names
+        Name of each parameter, by ``id``.
+    shared
+        Whether to add what they need but share with other groups: the halves of
+        low-rank adapters that are not cut.
+    """
     found: list[Slice] = []
+    start, length = parts.cut(branch, first, last)
 
-    def add(parameter: Tensor | None, dim: int, bounds: tuple[int, int]) -> None:
+    def add(parameter: Tensor | None, dim: int) -> None:
         if parameter is not None:
-            found.append(Slice(names[id(parameter)], dim, *bounds))
+            found.append(Slice(names[id(parameter)], dim, start, length))
 
-    for linear, bounds in (
-        (parts.query, heads),
-        (parts.key, heads),
-        (parts.value, heads),
-        (parts.up, units),
-    ):
-        base = base_of(linear)
-        add(base.weight, 0, bounds)
-        add(base.bias, 0, bounds)
-        for _, b, _, _ in adapters_of(linear):
-            add(b.weight, 0, bounds)
-    for linear, bounds in ((parts.project, heads), (parts.down, units)):
-        add(base_of(linear).weight, 1, bounds)
-        for a, _, _, _ in adapters_of(linear):
-            add(a.weight, 1, bounds)
+    def add_whole(parameter: Tensor) -> None:
+        if shared:
+            found.append(Slice(names[id(parameter)], 0, 0, len(parameter)))
+
+    into, back, *_ = parts.branch(branch)
+    for linear in into:
+        add(base_of(linear).weight, 0)
+        add(base_of(linear).bias, 0)
+        for a, b, _, _ in adapters_of(linear):
+            add_whole(a.weight)
+            add(b.weight, 0)
+    add(base_of(back).weight, 1)
+    for a, b, _, _ in adapters_of(back):
+        add(a.weight, 1)
+        add_whole(b.weight)
     return found
 
 
