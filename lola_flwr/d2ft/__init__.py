@@ -18,6 +18,7 @@ from lola_flwr.d2ft.schedule import (
     solve_two_stage,
 )
 from lola_flwr.d2ft.scores import Scores, score_subnetworks
+from lola_flwr.d2ft.steps import StepSchedules, step_costs
 from lola_flwr.d2ft.subnetworks import Subnetworks, find_subnetworks
 from lola_flwr.d2ft.training import scheduled_gradient, split_batch
 
@@ -27,6 +28,7 @@ __all__ = [
     "Budgets",
     "Operation",
     "Scores",
+    "StepSchedules",
     "Subnetworks",
     "UnitCosts",
     "find_subnetworks",
@@ -39,4 +41,5 @@ __all__ = [
     "solve_knapsack",
     "solve_two_stage",
     "split_batch",
+    "step_costs",
 ]
