@@ -21,7 +21,8 @@ from lola_flwr.clients.encoding import encode_update
 from lola_flwr.clients.out_of_memory import reports_out_of_memory
 from lola_flwr.clients.store import LostCopy, Residuals, complete
 from lola_flwr.clients.update import LocalUpdate
-from lola_flwr.d2ft.reduced import from_text, reduced_gradient
+from lola_flwr.d2ft.operations import from_text
+from lola_flwr.d2ft.reduced import reduced_gradient
 from lola_flwr.execution import Accelerator, Precision, autocast, find_device
 from lola_flwr.heap import keep_no_freed_memory
 from lola_flwr.low_rank import projection_of

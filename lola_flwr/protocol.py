@@ -25,6 +25,9 @@ PROFILE_ACTION = "lola_profile"
 PROFILE_KEY = "lola-profile"
 REPORT_KEY = "lola-report"
 
+# Under the Message API: a training message about a model that is spread over devices.
+PART_ACTION = "lola_part"
+
 # A report that says why there is no update has this key; the one failure that the
 # server learns more from than that there is none; and what was wrong in words.
 FAILURE_KEY = "failure"
@@ -201,6 +204,82 @@ class UpdateReport(_Record):
     peak_memory_bytes: float | None = None
     direction_seed: int | None = None
     projections: bytes | None = None
+
+
+@dataclass(frozen=True)
+class PartTask(_Record):
+    """What the server asks of one device where the model is spread over devices.
+
+    A step of D2FT takes many such tasks; see ``lola_flwr.d2ft.parts``.
+
+    Parameters
+    ----------
+    kind
+        ``"inputs"``: draw micro-batches, and return what the first layer is given.
+        ``"forward"``: return what some of a layer's sub-networks contribute to one of
+        its branches. ``"backward"``: return the gradients of that. ``"loss"``: turn
+        what the last layer gave into the micro-batches' losses.
+    step
+        Step of the training run, from 1.
+    base_fingerprint
+        Digest of the server's frozen weights, which the device must hold too.
+    seed
+        What dropout follows from; the same on both ways through a branch.
+    num_groups
+        Head groups that each layer is divided into.
+    draws
+        Numbers of the micro-batches to draw, apart by spaces; for inputs and losses.
+    batch_size
+        Examples of a micro-batch.
+    sizes
+        Examples and tokens of each micro-batch that the message has hidden states of:
+        ``"8x21 8x17"``.
+    layer_index, branch_index, first_group, last_group
+        For a branch: which layer, which of its two branches, and which groups, the last
+        one excluded, the message has values of.
+    rows
+        For a branch: what each of the layer's groups does, a letter each, in each of
+        the micro-batches.
+    wants_inputs
+        For ``"backward"``: whether the gradient of the inputs is to be returned.
+    """
+
+    kind: str
+    step: int
+    base_fingerprint: str
+    seed: int
+    num_groups: int
+    draws: str = ""
+    batch_size: int = 0
+    sizes: str = ""
+    layer_index: int = 0
+    branch_index: int = 0
+    first_group: int = 0
+    last_group: int = 0
+    rows: str = ""
+    wants_inputs: bool = True
+
+
+@dataclass(frozen=True)
+class PartReport(_Record):
+    """What a device says about the part of a step that it did.
+
+    Parameters
+    ----------
+    kind, step, layer_index, branch_index
+        Those of the task.
+    sizes
+        For inputs: examples and tokens of each micro-batch.
+    losses
+        For losses: the mean loss of each micro-batch, float32, little-endian.
+    """
+
+    kind: str
+    step: int
+    layer_index: int = 0
+    branch_index: int = 0
+    sizes: str = ""
+    losses: bytes = b""
 
 
 def nothing_report(assignment: Assignment) -> UpdateReport:

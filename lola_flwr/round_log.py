@@ -97,6 +97,9 @@ class RoundRecord:
         Why nobody was asked to take part; None if the round took place.
     measured_strategy_s
         Seconds that the server itself took to plan the round and to step the model.
+    exchanges, sent_bytes, received_bytes
+        Where the model is spread over devices: messages that followed one upon the
+        other, and the bytes of the arrays in them, to and from all devices.
     metrics
         Evaluation of the model after this round, by metric; empty where none was made.
     """
@@ -113,12 +116,17 @@ class RoundRecord:
     blocks: tuple[BlockRecord, ...] = ()
     skipped: str | None = None
     measured_strategy_s: float = 0.0
+    exchanges: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Return the record as log lines."""
         if self.skipped is not None:
             return [f"round {self.server_round} is skipped: {self.skipped}"]
+        if self.exchanges:
+            return [self._spread_line()]
         bound = "" if math.isnan(self.bound_s) else f", bound {self.bound_s:.3f} s"
         loss = "none" if self.train_loss is None else f"{self.train_loss:.4f}"
         lines = [
@@ -180,6 +188,15 @@ class RoundRecord:
             counts = ", ".join(f"{n} {why}" for why, n in sorted(self.refused.items()))
             lines.append(f"  refused updates: {counts}")
         return lines
+
+    def _spread_line(self) -> str:
+        return (
+            f"step {self.server_round}: latency {self.round_s:.3f} s planned; wireless "
+            f"time {self.wireless_s:.3f} s; {self.num_devices} devices, "
+            f"{self.exchanges} exchanges, {self.sent_bytes / 1e6:.1f} MB sent to them, "
+            f"{self.received_bytes / 1e6:.1f} MB received; train loss "
+            f"{self.train_loss:.4f}"
+        )
 
     def final_line(self) -> str:
         """Sum a run up from its last record: metrics, rounds, wireless time, loss."""

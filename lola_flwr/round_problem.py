@@ -15,7 +15,8 @@ import numpy as np
 from lola_flwr.allocation import AllocationProblem, RoundMode
 from lola_flwr.allocation.problem import IntArray
 from lola_flwr.blocks import BlockPartition
-from lola_flwr.d2ft.reduced import reduced_costs, to_text
+from lola_flwr.d2ft.operations import to_text
+from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.d2ft.rescue import Schedules, with_reduced_schedules
 from lola_flwr.payload import Payloads, Uplink
 from lola_flwr.system.channel import uplink_rates_bps

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lola_flwr.absences import Absence, Absences
+from lola_flwr.absences import Absences
 from lola_flwr.norm_limits import NormHistory
 from lola_flwr.selection.history import BlockHistory
 from lola_flwr.system.devices import DeviceProfile
@@ -72,7 +72,7 @@ class RunState:
             "relative_move": self.history.relative_move.tolist(),
             "importance": self.history.importance.tolist(),
             "meetings": [[*pair, count] for pair, count in self.meetings.items()],
-            "absences": {d: asdict(a) for d, a in self.absences.of_device.items()},
+            "absences": self.absences.to_values(),
             "norms": [*self.norms.of_block.items()],
         }
 
@@ -93,6 +93,6 @@ class RunState:
                 importance=np.array(values["importance"], np.float64),
             ),
             meetings=Counter({(d, n): count for d, n, count in values["meetings"]}),
-            absences=Absences({d: Absence(**a) for d, a in values["absences"].items()}),
+            absences=Absences.from_values(values["absences"]),
             norms=NormHistory({n: tuple(norms) for n, norms in values["norms"]}),
         )

@@ -37,8 +37,6 @@ from lola_flwr.truncated_backprop import (
 _PASSED = UnitCosts(compute=(0, 1, 2), traffic=(0, 0, 1))
 _TRAINED = 3
 
-_LETTERS = {Operation.SKIP: "s", Operation.FORWARD: "o", Operation.FULL: "f"}
-
 
 def reduced_schedule(
     num_layers: int,
@@ -156,22 +154,3 @@ def reduced_costs(
         flops -= one_pass * (most - min(operation, most))
         memory_bytes -= one_layer * (most == Operation.FULL and operation != most)
     return float(flops), float(memory_bytes)
-
-
-def to_text(operations: Sequence[Operation]) -> str:
-    """Return operations as letters, from the input to the output: ``"ffoof"``."""
-    return "".join(_LETTERS[operation] for operation in operations)
-
-
-def from_text(letters: str) -> tuple[Operation, ...]:
-    """Read operations from letters.
-
-    Raises
-    ------
-    UserError
-        There is another letter.
-    """
-    known = {letter: operation for operation, letter in _LETTERS.items()}
-    if not set(letters) <= set(known):
-        raise UserError(f"operations={letters!r} must consist of the letters f, o, s.")
-    return tuple(known[letter] for letter in letters)

@@ -144,9 +144,8 @@ def step_costs(
     *,
     num_layers: int,
     hidden_size: int,
-    examples: npt.ArrayLike,
     tokens: npt.ArrayLike,
-    flops_per_example: float,
+    forward_flops: npt.ArrayLike,
     bandwidth_hz: float,
     step: int,
     seed: int,
@@ -169,20 +168,20 @@ def step_costs(
         The K devices.
     num_layers, hidden_size
         Layers L, and the width of what passes between them.
-    examples, tokens
-        Of each micro-batch, shape [M].
-    flops_per_example
-        A forward pass of one sub-network over an example, FLOP.
+    tokens
+        Tokens of each micro-batch, shape [M].
+    forward_flops
+        A forward pass of one sub-network over each micro-batch, FLOP, shape [M].
     bandwidth_hz, step, seed
         The channel: its band, and what its draw follows from.
     costs
         What operations cost.
     """
-    compute = np.array(costs.compute)[operations] @ np.asarray(examples)  # [S]
+    compute = np.array(costs.compute)[operations] @ np.asarray(forward_flops)  # [S]
     messages = np.array(costs.traffic)[operations] @ np.asarray(tokens)  # [S]
     sent_bytes = 4.0 * hidden_size * messages
     speed = np.array([profile.flops_per_s for profile in profiles])
-    seconds = compute * flops_per_example / speed[device_of]
+    seconds = compute / speed[device_of]
     compute_s = sum(
         float(np.bincount(owners, layer).max())
         for owners, layer in zip(

@@ -9,13 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.d2ft import Operation
-from lola_flwr.d2ft.reduced import (
-    from_text,
-    reduced_costs,
-    reduced_gradient,
-    reduced_schedule,
-    to_text,
-)
+from lola_flwr.d2ft.operations import from_text, to_text
+from lola_flwr.d2ft.reduced import reduced_costs, reduced_gradient, reduced_schedule
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import model_costs
 from lola_flwr.truncated_backprop import block_gradient

@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from lola_flwr.allocation import AllocationProblem, InfeasibleAllocation
 from lola_flwr.blocks import partition_parameters
 from lola_flwr.clients.device import BlockDevice
-from lola_flwr.d2ft.reduced import from_text, reduced_costs
+from lola_flwr.d2ft.operations import from_text
+from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.d2ft.rescue import with_reduced_schedules
 from lola_flwr.d2ft.subnetworks import LayerNotUnderstood
 from lola_flwr.model_setup import coordinator_for, model_costs

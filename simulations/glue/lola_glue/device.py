@@ -17,7 +17,8 @@ from lola_flwr.clients.device import BatchSource
 from lola_flwr.clients.node import node_partition, node_profile, states_profile
 from lola_flwr.clients.sampling import ChosenBatches
 from lola_flwr.clients.store import run_store
-from lola_flwr.d2ft.reduced import from_text, reduced_costs
+from lola_flwr.d2ft.operations import from_text
+from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import Assignment

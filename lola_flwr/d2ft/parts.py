@@ -1,0 +1,431 @@
+"""What a device computes where the model is spread over devices.
+
+A step of D2FT takes many exchanges. The owners of the micro-batches give what the first
+layer is given; every branch of every layer is an exchange with the devices that hold
+its sub-networks, and on the way back another one; between the two, the owners turn what
+the last layer gave into a loss, so that labels stay where they are.
+
+A device keeps nothing from one message to the next: it is sent the values of its
+sub-networks, and on the way back it computes forward anew. Tensors of several
+micro-batches travel one after the other in one float32 array, since every array of a
+message takes Flower some milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.d2ft.branches import contribute
+from lola_flwr.d2ft.execution import replaced_layers
+from lola_flwr.d2ft.operations import from_text
+from lola_flwr.d2ft.subnetworks import (
+    Branch,
+    LayerNotUnderstood,
+    LayerParts,
+    Slice,
+    Subnetworks,
+    base_of,
+    branch_slices,
+    find_subnetworks,
+)
+from lola_flwr.errors import UserError
+from lola_flwr.packed import GRADIENTS, VALUES
+from lola_flwr.protocol import MalformedRecord, PartReport, PartTask
+from lola_flwr.randomness import rng_for
+from lola_flwr.truncated_backprop import Batch, LossFunction
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+# Arrays of the messages beside values and gradients of parameters: hidden states,
+# gradients of a loss with respect to such, and for each token whether there is one.
+HIDDEN = "hidden"
+SLOPES = "slopes"
+MASKS = "masks"
+
+
+# What a device sends back: what the arrays are, and the arrays.
+PartResult = tuple[PartReport, dict[str, npt.NDArray[Any]]]
+
+
+def compute_part(
+    model: nn.Module,
+    partition: BlockPartition,
+    task: PartTask,
+    arrays: Arrays,
+    *,
+    draw: Callable[[int, int], Batch],
+    loss_function: LossFunction,
+) -> PartResult:
+    """Do what a task asks for.
+
+    Parameters
+    ----------
+    model
+        The device's model, in training mode. Its trainable values are overwritten.
+    partition
+        Its blocks.
+    task
+        The task.
+    arrays
+        What came with it.
+    draw
+        Gives a micro-batch: (number, examples) -> arguments of the model.
+    loss_function
+        Maps model and micro-batch to a mean loss.
+
+    Returns
+    -------
+    What the arrays are that go back, and these arrays.
+
+    Raises
+    ------
+    MalformedRecord
+        This is no such task.
+    UserError
+        The arrays are not those of this model.
+    """
+    compute = {
+        "inputs": _inputs,
+        "forward": _forward,
+        "backward": _backward,
+        "loss": _loss,
+    }.get(task.kind)
+    if compute is None:
+        raise MalformedRecord(f"kind={task.kind!r} is no part of a step.")
+    part = _Part(
+        model,
+        partition,
+        find_subnetworks(model, partition, num_groups=task.num_groups),
+        task,
+        arrays,
+        draw,
+        loss_function,
+    )
+    return compute(part)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A task, and what it takes to do it."""
+
+    model: nn.Module
+    partition: BlockPartition
+    subnetworks: Subnetworks
+    task: PartTask
+    arrays: Arrays
+    draw: Callable[[int, int], Batch]
+    loss_function: LossFunction
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        return sizes_from_text(self.task.sizes)
+
+    def batches(self) -> list[Batch]:
+        numbers = [int(number) for number in self.task.draws.split()]
+        return [
+            {
+                name: tensor.to(self.device)
+                for name, tensor in self.draw(number, self.task.batch_size).items()
+            }
+            for number in numbers
+        ]
+
+    def hidden(self, name: str) -> list[Tensor]:
+        width = hidden_size(self.subnetworks)
+        shapes = [(*size, width) for size in self.sizes]
+        return [t.to(self.device) for t in tensors_of(self.arrays[name], shapes)]
+
+    def restart_dropout(self, number: int) -> None:
+        """Let dropout be the same wherever this micro-batch passes here."""
+        task = self.task
+        place = (task.layer_index, task.branch_index, task.first_group)
+        rng = rng_for(task.seed, "part", *place, number)
+        torch.manual_seed(int(rng.integers(2**63)))
+
+    def report(self, sizes: str = "", losses: bytes = b"") -> PartReport:
+        task = self.task
+        return PartReport(
+            kind=task.kind,
+            step=task.step,
+            layer_index=task.layer_index,
+            branch_index=task.branch_index,
+            sizes=sizes,
+            losses=losses,
+        )
+
+
+# --- the owners of the micro-batches --------------------------------------------------
+
+
+class _Reached(Exception):
+    """The model has come to its first layer."""
+
+    def __init__(self, hidden: Tensor, mask: Tensor | None) -> None:
+        super().__init__()
+        self.hidden, self.mask = hidden, mask
+
+
+def _inputs(part: _Part) -> PartResult:
+    def stop(hidden: Tensor, mask: Tensor | None) -> Tensor:
+        raise _Reached(hidden, mask)
+
+    inputs, masks = [], []
+    for number, batch in enumerate(part.batches()):
+        part.restart_dropout(number)
+        try:
+            with torch.no_grad(), replaced_layers({part.subnetworks.layers[0]: stop}):
+                part.loss_function(part.model, batch)
+        except _Reached as reached:
+            inputs.append(reached.hidden)
+            masks.append(_token_mask(reached.hidden, reached.mask))
+        else:
+            raise LayerNotUnderstood("The model did not call its first layer.")
+    sizes = " ".join(f"{len(x)}x{x.shape[1]}" for x in inputs)
+    return part.report(sizes=sizes), {
+        HIDDEN: array_of(inputs),
+        MASKS: array_of(masks).astype(np.uint8),
+    }
+
+
+def _token_mask(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Return for each token, [B, S], whether it may be attended to."""
+    if mask is None:
+        return torch.ones(hidden.shape[:2])
+    allowed = mask if mask.dtype == torch.bool else mask >= 0
+    of_tokens = allowed[:, 0, 0, :]
+    if not torch.equal(of_tokens[:, None, None, :].expand_as(allowed), allowed):
+        raise LayerNotUnderstood(
+            "The model's attention mask differs from token to token, as in a decoder; "
+            "encoders can be spread over devices."
+        )
+    return of_tokens
+
+
+@torch.enable_grad()
+def _loss(part: _Part) -> PartResult:
+    first, *others = part.subnetworks.layers
+    parameters = dict(part.model.named_parameters())
+    head = [parameters[name] for name in part.partition.head]
+    _load(head, part.arrays[VALUES])
+    flags = [parameter.requires_grad for parameter in head]
+    losses: list[float] = []
+    slopes: list[Tensor] = []
+    total = [torch.zeros_like(parameter) for parameter in head]
+    batches = part.batches()
+    examples = [len(next(iter(batch.values()))) for batch in batches]
+    try:
+        for parameter in head:
+            parameter.requires_grad_(True)
+        for number, (batch, hidden) in enumerate(
+            zip(batches, part.hidden(HIDDEN), strict=True)
+        ):
+            part.restart_dropout(number)
+            with replaced_layers(
+                {
+                    first: _giving(hidden.requires_grad_()),
+                    **dict.fromkeys(others, _passing),
+                }
+            ):
+                loss = part.loss_function(part.model, batch)
+            slope, *found = torch.autograd.grad(
+                loss, [hidden, *head], allow_unused=True, materialize_grads=True
+            )
+            losses.append(loss.item())
+            slopes.append(slope)
+            for sum_, gradient in zip(total, found, strict=True):
+                sum_ += gradient * (examples[number] / sum(examples))
+    finally:
+        for parameter, flag in zip(head, flags, strict=True):
+            parameter.requires_grad_(flag)
+    report = part.report(losses=np.array(losses, "<f4").tobytes())
+    return report, {SLOPES: array_of(slopes), GRADIENTS: array_of(total)}
+
+
+def _giving(hidden: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    return lambda *_: hidden
+
+
+def _passing(hidden: Tensor, _: Tensor | None) -> Tensor:
+    return hidden
+
+
+# --- the holders of the sub-networks --------------------------------------------------
+
+
+def _forward(part: _Part) -> PartResult:
+    _, tensors = _held(part)
+    _load(tensors, part.arrays[VALUES])
+    with torch.no_grad():
+        outputs = [
+            _contribution(part, number, hidden)
+            for number, hidden in enumerate(part.hidden(HIDDEN))
+        ]
+    return part.report(), {HIDDEN: array_of(outputs)}
+
+
+@torch.enable_grad()
+def _backward(part: _Part) -> PartResult:
+    slices, tensors = _held(part)
+    _load(tensors, part.arrays[VALUES])
+    named = dict(part.model.named_parameters())
+    names = list(dict.fromkeys(piece.name for piece in slices))
+    wanted = [named[name] for name in names]
+    flags = [parameter.requires_grad for parameter in wanted]
+    totals = {name: torch.zeros_like(named[name]) for name in names}
+    slopes: list[Tensor] = []
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for number, (hidden, slope) in enumerate(
+            zip(part.hidden(HIDDEN), part.hidden(SLOPES), strict=True)
+        ):
+            hidden.requires_grad_(part.task.wants_inputs)
+            output = _contribution(part, number, hidden)
+            inputs = [hidden] * part.task.wants_inputs
+            found = torch.autograd.grad(
+                output,
+                [*inputs, *wanted],
+                slope,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            slopes += found[: len(inputs)]
+            for name, gradient in zip(names, found[len(inputs) :], strict=True):
+                totals[name] += gradient
+    finally:
+        for parameter, flag in zip(wanted, flags, strict=True):
+            parameter.requires_grad_(flag)
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    if slices:
+        arrays[GRADIENTS] = array_of([piece.of(totals[piece.name]) for piece in slices])
+    if slopes:
+        arrays[SLOPES] = array_of(slopes)
+    return part.report(), arrays
+
+
+def _contribution(part: _Part, number: int, hidden: Tensor) -> Tensor:
+    task = part.task
+    parts = part.subnetworks.layers[task.layer_index]
+    lengths = [batch * tokens for batch, tokens in part.sizes]
+    start = sum(lengths[:number])
+    mask = torch.from_numpy(part.arrays[MASKS][start : start + lengths[number]] != 0)
+    of_tokens = mask.view(len(hidden), 1, 1, -1).to(part.device)
+    part.restart_dropout(number)
+    return contribute(
+        parts,
+        Branch(task.branch_index),
+        from_text(task.rows.split()[number]),
+        hidden,
+        None if mask.all() else of_tokens,
+    )
+
+
+def _held(part: _Part) -> tuple[list[Slice], list[Tensor]]:
+    """Return the values that a branch's task comes with: what of which parameter."""
+    task = part.task
+    slices = part_slices(
+        part.model,
+        part.subnetworks.layers[task.layer_index],
+        Branch(task.branch_index),
+        task.first_group,
+        task.last_group,
+        part.partition.trainable,
+    )
+    parameters = dict(part.model.named_parameters())
+    return slices, [piece.of(parameters[piece.name]) for piece in slices]
+
+
+# --- both sides ----------------------------------------------------------------------
+
+
+def part_slices(
+    model: nn.Module,
+    parts: LayerParts,
+    branch: Branch,
+    first_group: int,
+    last_group: int,
+    trainable: Sequence[str],
+) -> list[Slice]:
+    """Return what a branch's groups need of the trainable parameters, in their order.
+
+    Parameters
+    ----------
+    model
+        The model.
+    parts
+        A layer of it.
+    branch, first_group, last_group
+        Which of its branches, and which groups, the last one excluded.
+    trainable
+        Names of the parameters that are trained.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    slices = branch_slices(parts, branch, first_group, last_group, names, shared=True)
+    return [piece for piece in slices if piece.name in set(trainable)]
+
+
+def hidden_size(subnetworks: Subnetworks) -> int:
+    """Return the width of what passes from layer to layer."""
+    return base_of(subnetworks.layers[0].query).in_features
+
+
+def sizes_from_text(text: str) -> list[tuple[int, int]]:
+    """Read examples and tokens of micro-batches: ``"8x21 8x17"``.
+
+    Raises
+    ------
+    MalformedRecord
+        The text is another.
+    """
+    if not re.fullmatch(
+        r"[1-9]\d{0,6}x[1-9]\d{0,6}( [1-9]\d{0,6}x[1-9]\d{0,6})*", text
+    ):
+        raise MalformedRecord(f"sizes={text[:80]!r} must be like '8x21 8x17'.")
+    pairs = (size.split("x") for size in text.split())
+    return [(int(examples), int(tokens)) for examples, tokens in pairs]
+
+
+def array_of(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+    """Put tensors one after the other in one array."""
+    flat = [tensor.detach().reshape(-1).float() for tensor in tensors]
+    return np.asarray(torch.cat(flat).numpy(force=True))
+
+
+def tensors_of(
+    array: npt.NDArray[Any], shapes: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Take an array apart into tensors of some shapes.
+
+    Raises
+    ------
+    UserError
+        It does not hold as many values.
+    """
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    if array.shape != (sum(sizes),):
+        raise UserError(
+            f"An array of shape {array.shape} received instead of {sum(sizes)} values; "
+            "use the same model on server and device."
+        )
+    parts = torch.split(torch.from_numpy(np.array(array, np.float32)), sizes)
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _load(tensors: Sequence[Tensor], values: npt.NDArray[Any]) -> None:
+    received = tensors_of(values, [tuple(tensor.shape) for tensor in tensors])
+    with torch.no_grad():
+        for tensor, value in zip(tensors, received, strict=True):
+            tensor.copy_(value)

@@ -1,0 +1,350 @@
+"""Train a model that is spread over devices: the server's side, apart from a transport.
+
+The server holds the trainable values and the optimizer, so that a device that leaves
+takes nothing along: from the next step on its sub-networks are on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.absences import Absences
+from lola_flwr.blocks import BlockPartition
+from lola_flwr.checkpoint import Snapshot
+from lola_flwr.d2ft.operations import Operation
+from lola_flwr.d2ft.parts import hidden_size
+from lola_flwr.d2ft.remote import (
+    Draw,
+    Exchange,
+    PartFailed,
+    PartReply,
+    PartRequest,
+    SpreadModel,
+    spread_gradient,
+)
+from lola_flwr.d2ft.schedule import UnitCosts, place_subnetworks
+from lola_flwr.d2ft.scores import Scores
+from lola_flwr.d2ft.steps import StepSchedules, step_costs
+from lola_flwr.d2ft.subnetworks import (
+    Branch,
+    base_of,
+    find_subnetworks,
+    parameter_slices,
+)
+from lola_flwr.errors import UserError
+from lola_flwr.fleet import Fleet
+from lola_flwr.models import fingerprint, load_values
+from lola_flwr.randomness import rng_for
+from lola_flwr.round_log import RoundRecord
+from lola_flwr.server_optimizer import ServerOptimizer
+
+FloatArray = npt.NDArray[np.float32]
+
+# A device computes forward anew on the way back: of all weights, and of adapters.
+REMOTE_FULL_TUNING = UnitCosts(compute=(0, 1, 4))
+REMOTE_ADAPTER_TUNING = UnitCosts(compute=(0, 1, 3))
+
+
+class SpreadTrainer:
+    """Trains a model whose sub-networks are spread over devices.
+
+    Parameters
+    ----------
+    model
+        The server's model, of which it computes normalisations, biases and dropout.
+    partition
+        Its blocks.
+    optimizer
+        Holds the trainable values, and steps them.
+    schedules
+        Give each step its schedule. Their costs are replaced by those of devices that
+        compute forward anew on the way back.
+    num_groups
+        Head groups that each layer is divided into (default: one for each head).
+    batch_size
+        Examples of a micro-batch.
+    bandwidth_hz
+        Total uplink bandwidth.
+    max_gradient_norm
+        A step's gradient is scaled down to this Euclidean norm.
+    seed
+        Seed of the run.
+
+    Raises
+    ------
+    LayerNotUnderstood
+        The model's layers cannot be cut into sub-networks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: BlockPartition,
+        *,
+        optimizer: ServerOptimizer,
+        schedules: StepSchedules,
+        num_groups: int | None = None,
+        batch_size: int = 8,
+        bandwidth_hz: float = 20e6,
+        max_gradient_norm: float = 10.0,
+        seed: int = 0,
+    ) -> None:
+        self.partition = partition
+        self.server_round = 0  # the last complete step
+        self.fleet = Fleet(seed=seed)
+        self._model = model
+        self._subnetworks = find_subnetworks(model, partition, num_groups=num_groups)
+        self._optimizer = optimizer
+        costs = REMOTE_ADAPTER_TUNING if partition.layers else REMOTE_FULL_TUNING
+        self._schedules = replace(schedules, costs=costs)
+        self._batch_size = batch_size
+        self._bandwidth_hz = bandwidth_hz
+        self._max_gradient_norm = max_gradient_norm
+        self._seed = seed
+        self._base_fingerprint = fingerprint(model, partition.frozen)
+        self._wireless_s = 0.0
+        self._scores: Scores | None = None
+
+    def step(
+        self, step: int, device_ids: Iterable[str], exchange: Exchange
+    ) -> RoundRecord:
+        """Take one step, in which some devices take part.
+
+        Parameters
+        ----------
+        step
+            Step, from 1.
+        device_ids
+            Devices that are there. Those without a known profile are left out, and
+            those that rest after a failure, unless all do.
+        exchange
+            Sends requests and returns the replies.
+
+        Returns
+        -------
+        The step's record. Where a device did not do its part, nothing was changed; it
+        rests in the steps that follow.
+
+        Raises
+        ------
+        UserError
+            No device has a usable profile, or the budgets let nothing run.
+        """
+        devices = self._available(step, device_ids)
+        counted = _Counted(exchange)
+        outcomes: dict[str, float | None] = {}
+        try:
+            record = self._step(step, devices, counted)
+        except PartFailed as failure:
+            outcomes[failure.device_id] = 0.0
+            record = RoundRecord(
+                server_round=step,
+                num_devices=len(devices),
+                wireless_s=self._wireless_s,
+                skipped=f"device {failure}",
+            )
+        else:
+            outcomes = dict.fromkeys(devices, None)
+            record = replace(
+                record,
+                exchanges=counted.exchanges,
+                sent_bytes=counted.sent_bytes,
+                received_bytes=counted.received_bytes,
+            )
+        names = {device: self.fleet.profiles[device].name for device in devices}
+        self.fleet.absences = self.fleet.absences.after(
+            step, {names[device]: lacked for device, lacked in outcomes.items()}
+        )
+        self._wireless_s = record.wireless_s
+        self.server_round = step
+        return record
+
+    def state(self) -> dict[str, FloatArray]:
+        """Return the trainable parameters' current values, as views."""
+        return self._optimizer.state()
+
+    def start_from(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take in the values to start from, or raise `UserError` if they do not fit."""
+        own = self.state()
+        for name, value in own.items():
+            if name not in values or values[name].shape != value.shape:
+                raise UserError(
+                    f"Initial arrays: {name} is missing or of another shape; pass "
+                    "those of the model that the trainer was made for."
+                )
+        self._optimizer.load(values)
+
+    def snapshot(self) -> Snapshot:
+        """Return all that the steps to come depend on, to be saved between steps."""
+        optimizer = self._optimizer.snapshot()
+        scores = self._scores
+        arrays = {} if scores is None else {"scores/fisher": scores.fisher}
+        return Snapshot(
+            {**optimizer.arrays, **arrays},
+            {
+                "base_fingerprint": self._base_fingerprint,
+                "optimizer": optimizer.values,
+                "step": self.server_round,
+                "wireless_s": self._wireless_s,
+                "absences": self.fleet.absences.to_values(),
+            },
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot, in a trainer made with the same arguments.
+
+        Raises
+        ------
+        UserError
+            The snapshot is of another model.
+        """
+        values = snapshot.values
+        if values["base_fingerprint"] != self._base_fingerprint:
+            raise UserError(
+                "The checkpoint is of a model with other frozen weights; use the "
+                "model, revision and seed that it was made with."
+            )
+        self._optimizer.restore(Snapshot(snapshot.arrays, values["optimizer"]))
+        self.server_round = values["step"]
+        self._wireless_s = values["wireless_s"]
+        self.fleet.absences = Absences.from_values(values["absences"])
+        if "scores/fisher" in snapshot.arrays:
+            self._scores = self._scores_of(snapshot.arrays["scores/fisher"])
+
+    # --- one step ---------------------------------------------------------------------
+
+    def _available(self, step: int, device_ids: Iterable[str]) -> list[str]:
+        known = self.fleet.known(device_ids)
+        if not known:
+            raise UserError("No device has a usable profile.")
+        absences, profiles = self.fleet.absences, self.fleet.profiles
+        rested = [d for d in known if absences.memory_limit(step, profiles[d].name) > 0]
+        return rested or known
+
+    def _step(
+        self, step: int, devices: Sequence[str], exchange: Exchange
+    ) -> RoundRecord:
+        profiles = [self.fleet.profiles[device] for device in devices]
+        device_of = place_subnetworks(
+            self._subnetworks.count, [profile.flops_per_s for profile in profiles]
+        )
+        operations = self._schedules.operations(step, device_of, self._scores)
+        # What all sub-networks skip says nothing about them.
+        operations = operations[:, (operations != Operation.SKIP).any(axis=0)]
+        names = self.partition.trainable
+        values = self.state()
+        load_values(self._model, names, [values[name] for name in names])
+        rng = rng_for(self._seed, "spread", step)
+        spread = SpreadModel(
+            model=self._model,
+            partition=self.partition,
+            subnetworks=self._subnetworks,
+            device_of=device_of,
+            device_ids=devices,
+            exchange=exchange,
+            task={
+                "step": step,
+                "base_fingerprint": self._base_fingerprint,
+                "seed": int(rng.integers(2**62)),
+            },
+        )
+        # Each from the data of another device in turn.
+        first = (step - 1) * self._schedules.micro_batches
+        numbers = range(first, first + operations.shape[1])
+        draws = [Draw(devices[n % len(devices)], n + 1) for n in numbers]
+        with torch.random.fork_rng():
+            torch.manual_seed(int(rng.integers(2**62)))
+            result = spread_gradient(spread, draws, self._batch_size, operations)
+        gradients = result.gradients
+        norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
+        if norm > self._max_gradient_norm:
+            for gradient in gradients.values():
+                gradient *= self._max_gradient_norm / norm
+        ran_fully = (operations == Operation.FULL).any(axis=1)
+        self._optimizer.step({name: g.numpy() for name, g in gradients.items()}, step)
+        if self._schedules.shared_budgets:
+            self._scores = self._scores_of(self._fisher(gradients, ran_fully))
+        width = hidden_size(self._subnetworks)
+        spent = step_costs(
+            operations,
+            device_of,
+            profiles,
+            num_layers=self._subnetworks.num_layers,
+            hidden_size=width,
+            tokens=result.tokens,
+            forward_flops=np.array(result.tokens) * self._flops_per_token(),
+            bandwidth_hz=self._bandwidth_hz,
+            step=step,
+            seed=self._seed,
+            costs=self._schedules.costs,
+        )
+        return RoundRecord(
+            server_round=step,
+            num_devices=len(devices),
+            wireless_s=self._wireless_s + spent.seconds,
+            round_s=spent.seconds,
+            observed_s=spent.seconds,
+            train_loss=result.loss,
+        )
+
+    def _flops_per_token(self) -> float:
+        """Return what a sub-network's forward pass costs, but for attention itself."""
+        first = self._subnetworks.layers[0]
+        maps = [
+            linear
+            for branch in Branch
+            for linear in (*first.branch(branch).into, first.branch(branch).back)
+        ]
+        weights = sum(base_of(linear).weight.numel() for linear in maps)
+        return 2.0 * weights / self._subnetworks.num_groups
+
+    def _fisher(
+        self, gradients: dict[str, Tensor], ran_fully: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float64]:
+        """Return the sub-networks' Fisher information as far as it is known, [S, 1].
+
+        That of those that did not run fully is what it was before, or the mean.
+        """
+        found = np.array(
+            [
+                sum(float(part.square().sum()) for part in parts)
+                for parts in parameter_slices(self._subnetworks, gradients)
+            ]
+        )
+        usual = np.full(found.size, found[ran_fully].mean() if ran_fully.any() else 1.0)
+        before = usual if self._scores is None else self._scores.fisher[:, 0]
+        return np.where(ran_fully, found, before)[:, None]
+
+    def _scores_of(self, fisher: npt.NDArray[np.float64]) -> Scores:
+        values = {name: torch.from_numpy(v) for name, v in self.state().items()}
+        magnitude = [
+            sum(float(part.abs().sum()) for part in parts)
+            for parts in parameter_slices(self._subnetworks, values)
+        ]
+        return Scores(fisher, np.array(magnitude), np.zeros_like(fisher))
+
+
+class _Counted:
+    """An exchange whose messages are counted."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self.exchanges = self.sent_bytes = self.received_bytes = 0
+
+    def __call__(self, requests: Mapping[str, PartRequest]) -> Mapping[str, PartReply]:
+        self.exchanges += 1
+        self.sent_bytes += sum(
+            array.nbytes for r in requests.values() for array in r.arrays.values()
+        )
+        replies = self._exchange(requests)
+        self.received_bytes += sum(
+            len(data) for reply in replies.values() for data in reply.arrays.values()
+        )
+        return replies

@@ -1,0 +1,295 @@
+"""A model that is spread over devices computes what it computes in one process."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lola_flwr.d2ft import (
+    Operation,
+    find_subnetworks,
+    place_subnetworks,
+    scheduled_gradient,
+)
+from lola_flwr.d2ft.parts import compute_part
+from lola_flwr.d2ft.remote import (
+    Draw,
+    PartFailed,
+    PartReply,
+    SpreadModel,
+    spread_gradient,
+)
+from lola_flwr.errors import UserError
+from lola_flwr.protocol import PartReport
+from lola_flwr.truncated_backprop import model_loss
+from tests.d2ft.test_execution import FAMILIES, make
+from tests.test_coordinator import npy
+
+SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
+DEVICES = ["a", "b", "c"]
+# The first device owns two of the micro-batches; they are of different sizes.
+DRAWS = [Draw("a", 1), Draw("b", 2), Draw("a", 3), Draw("c", 4)]
+
+
+def micro_batches(case):
+    parts = [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]
+    found = [{name: t[part] for name, t in case.batch.items()} for part in parts]
+    if "input_ids" in case.batch:
+        found[3] = {n: t[:, :8] if t.ndim > 1 else t for n, t in found[3].items()}
+    return found
+
+
+class Devices:
+    """Devices with models of their own, in which trained values are nonsense."""
+
+    def __init__(self, case, *, training=False):
+        self.models = {device: copy.deepcopy(case.model) for device in DEVICES}
+        for model in self.models.values():
+            model.train(training)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in case.trainable:
+                        parameter.fill_(0.5)
+        self.case = case
+        self.asked = []
+        self.alter = lambda device, task, reply: reply
+
+    def __call__(self, requests):
+        self.asked += [
+            (device, request.task.kind, request) for device, request in requests.items()
+        ]
+        return {device: self.reply(device, one) for device, one in requests.items()}
+
+    def reply(self, device, request):
+        report, arrays = compute_part(
+            self.models[device],
+            self.case.partition,
+            type(request.task).from_record(request.task.to_record()),
+            request.arrays,
+            draw=lambda number, _: micro_batches(self.case)[number - 1],
+            loss_function=model_loss,
+        )
+        reply = PartReply(
+            {name: npy(array) for name, array in arrays.items()}, report.to_record()
+        )
+        return self.alter(device, request.task, reply)
+
+
+def spread(case, devices, *, num_groups=None, speeds=(1, 1, 1), seed=3):
+    subnetworks = find_subnetworks(case.model, case.partition, num_groups=num_groups)
+    return SpreadModel(
+        model=case.model,
+        partition=case.partition,
+        subnetworks=subnetworks,
+        device_of=place_subnetworks(subnetworks.count, speeds),
+        device_ids=DEVICES,
+        exchange=devices,
+        task={"step": 5, "base_fingerprint": "f", "seed": seed},
+    )
+
+
+def in_one_process(case, operations, num_groups=None):
+    subnetworks = find_subnetworks(case.model, case.partition, num_groups=num_groups)
+    return scheduled_gradient(
+        case.model, subnetworks, case.trainable, micro_batches(case), operations
+    )
+
+
+@pytest.fixture(params=FAMILIES)
+def case(request):
+    return make(request.param)
+
+
+def assert_alike(found, expected):
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(
+            found.gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name
+        )
+
+
+@pytest.mark.parametrize("num_groups", [None, 2, 1])
+def test_the_gradient_is_that_of_one_process(case, rng, num_groups):
+    count = 3 * (num_groups or 4)
+    for operations in (
+        np.full((count, 4), FULL),
+        rng.integers(0, 3, (count, 4)),
+        rng.integers(0, 2, (count, 4)),  # nothing flows back
+        rng.integers(0, 2, (count, 1)) * 2 + np.zeros((1, 4), np.int64),
+    ):
+        devices = Devices(case)
+        model = spread(case, devices, num_groups=num_groups, speeds=(1, 2, 3))
+        found = spread_gradient(model, DRAWS, 6, operations)
+        assert_alike(found, in_one_process(case, operations, num_groups))
+        assert all(not p.grad_fn for p in case.model.parameters())
+
+
+def test_who_has_nothing_to_do_is_not_asked(case):
+    devices = Devices(case)
+    operations = np.full((12, 4), FULL)
+    operations[4:8, 1:] = SKIP  # all of layer 1, on device "b"
+    operations[4:8, 0] = FORWARD
+    spread_gradient(spread(case, devices), DRAWS, 6, operations)
+    asked = [
+        (device, kind, request.task.layer_index)
+        for device, kind, request in devices.asked
+        if kind in ("forward", "backward")
+    ]
+    assert asked == [
+        *[("a", "forward", 0), ("a", "forward", 0)],
+        *[("b", "forward", 1), ("b", "forward", 1)],
+        *[("c", "forward", 2), ("c", "forward", 2)],
+        *[("c", "backward", 2), ("c", "backward", 2)],
+        *[("a", "backward", 0), ("a", "backward", 0)],
+    ]
+    lengths = {
+        device: len(request.task.sizes.split())
+        for device, kind, request in devices.asked
+        if kind == "forward"
+    }
+    assert lengths == {"a": 4, "b": 1, "c": 4}
+    last = devices.asked[-1][2].task
+    first_layer_trains_before_it = case.subnetworks.layers[0].norm_first
+    assert last.wants_inputs == first_layer_trains_before_it
+
+
+def test_labels_and_inputs_stay_with_their_owners(case):
+    devices = Devices(case)
+    seen = []
+    devices.alter = lambda device, task, reply: seen.append((task, reply)) or reply
+    spread_gradient(spread(case, devices), DRAWS, 6, np.full((12, 4), FULL))
+    for task, reply in seen:
+        expected = {
+            "inputs": {"hidden", "masks"},
+            "forward": {"hidden"},
+            "backward": {"slopes", "gradients"},
+            "loss": {"slopes", "gradients"},
+        }[task.kind]
+        assert {*reply.arrays} <= expected
+    owners = {task.draws for task, _ in seen if task.kind == "loss"}
+    assert owners == {"1 3", "2", "4"}
+
+
+def test_dropout_is_the_same_on_both_ways():
+    """Two runs agree, and moving along the gradient lowers the loss as it says."""
+    case = make("roberta")
+    case.model.config.hidden_dropout_prob = 0.2
+    for module in case.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    operations = np.full((12, 4), FULL)
+
+    def loss_and_gradients():
+        case.model.train()
+        torch.manual_seed(4)
+        return spread_gradient(
+            spread(case, Devices(case, training=True)), DRAWS, 6, operations
+        )
+
+    first, again = loss_and_gradients(), loss_and_gradients()
+    assert first.loss == again.loss
+    name = case.subnetworks.slices[5][0].name  # a query's weight
+    gradient = first.gradients[name]
+    step = 1e-2 / gradient.norm()
+    parameter = dict(case.model.named_parameters())[name]
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter += sign * step * gradient
+        losses.append(loss_and_gradients().loss)
+        with torch.no_grad():
+            parameter -= sign * step * gradient
+    slope = (losses[0] - losses[1]) / (2 * float(step))
+    assert slope == pytest.approx(float(gradient.square().sum()), rel=0.05)
+    assert first.loss != pytest.approx(in_one_process(case, operations).loss, rel=1e-4)
+
+
+BAD = {
+    "no report": lambda t, r: PartReply(r.arrays, {}),
+    "another part's": lambda t, r: PartReply(
+        r.arrays, replace(PartReport.from_record(r.report), layer_index=9).to_record()
+    ),
+    "no arrays": lambda t, r: PartReply({}, r.report),
+    "shorter": lambda t, r: PartReply(
+        {n: npy(np.zeros(3, np.float32)) for n in r.arrays}, r.report
+    ),
+    "not finite": lambda t, r: PartReply(
+        {
+            n: a if n == "masks" else npy(np.full_like(np.load(_file(a)), np.nan))
+            for n, a in r.arrays.items()
+        },
+        r.report,
+    ),
+    "bytes": lambda t, r: PartReply(dict.fromkeys(r.arrays, b"\x93NUMPY"), r.report),
+}
+
+
+def _file(data):
+    from io import BytesIO
+
+    return BytesIO(data)
+
+
+@pytest.mark.parametrize("how", BAD)
+@pytest.mark.parametrize("kind", ["inputs", "forward", "backward", "loss"])
+def test_a_bad_reply_names_its_device(how, kind):
+    case = make("roberta")
+    devices = Devices(case)
+
+    def alter(device, task, reply):
+        bad = device == "b" and task.kind == kind
+        return BAD[how](task, reply) if bad else reply
+
+    devices.alter = alter
+    before = [p.requires_grad for p in case.model.parameters()]
+    with pytest.raises(PartFailed, match=r"^b: "):
+        spread_gradient(spread(case, devices), DRAWS, 6, np.full((12, 4), FULL))
+    assert [p.requires_grad for p in case.model.parameters()] == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sizes", "1x10 1x10"),  # one micro-batch was asked for
+        ("sizes", "900x10"),
+        ("sizes", "1x-10"),
+        ("sizes", "x"),
+        ("sizes", ""),
+        ("losses", b"123"),
+        ("losses", np.array([np.inf], "<f4").tobytes()),
+    ],
+)
+def test_bad_sizes_and_losses_are_refused(field, value):
+    case = make("roberta")
+    devices = Devices(case)
+
+    def alter(device, task, reply):
+        if device != "b" or task.kind != {"sizes": "inputs", "losses": "loss"}[field]:
+            return reply
+        report = replace(PartReport.from_record(reply.report), **{field: value})
+        return PartReply(reply.arrays, report.to_record())
+
+    devices.alter = alter
+    with pytest.raises(PartFailed, match=r"^b: "):
+        spread_gradient(spread(case, devices), DRAWS, 6, np.full((12, 4), FULL))
+
+
+def test_values_of_another_model_are_refused_by_the_device():
+    case = make("roberta")
+    devices = Devices(case)
+    model = spread(case, devices)
+    devices.alter = lambda device, task, reply: reply
+    original = devices.reply
+
+    def truncated(device, request):
+        arrays = {n: a[:-1] if n == "values" else a for n, a in request.arrays.items()}
+        return original(device, replace(request, arrays=arrays))
+
+    devices.reply = truncated
+    with pytest.raises(UserError, match="same model on server and device"):
+        spread_gradient(model, DRAWS, 6, np.full((12, 4), FULL))
