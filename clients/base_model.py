@@ -7,7 +7,7 @@ from torch import nn
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.errors import UserError
 from lola_flwr.models import fingerprint
-from lola_flwr.protocol import Assignment
+from lola_flwr.protocol import Assignment, PartTask
 
 
 def check_base(
@@ -23,7 +23,7 @@ def check_base(
     check_fingerprint(fingerprint(model, partition.frozen), assignment)
 
 
-def check_fingerprint(own: str, assignment: Assignment) -> None:
+def check_fingerprint(own: str, asked: Assignment | PartTask) -> None:
     """Make sure that a device's frozen weights, of this digest, are the server's.
 
     Raises
@@ -31,7 +31,7 @@ def check_fingerprint(own: str, assignment: Assignment) -> None:
     UserError
         They are not.
     """
-    if own != assignment.base_fingerprint:
+    if own != asked.base_fingerprint:
         raise UserError(
             "The frozen base weights of this device differ from the server's; use "
             "the same model, revision and seed on both, or load what the server sends."

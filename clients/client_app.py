@@ -18,11 +18,13 @@ from flwr.clientapp import ClientApp
 from lola_flwr.clients.profiles import report_profile
 from lola_flwr.clients.received import assignment_in
 from lola_flwr.clients.update import Device, OutOfMemory
-from lola_flwr.protocol import REPORT_KEY
+from lola_flwr.protocol import PART_ACTION, REPORT_KEY, PartTask
 
 
 class LoLaClient(ClientApp):
     """Trains the block that the server assigns; further functions can be added.
+
+    Of a model that is spread over devices it computes its part.
 
     Parameters
     ----------
@@ -58,3 +60,20 @@ class LoLaClient(ClientApp):
             if arrays:
                 content[key] = ArrayRecord(arrays)
             return Message(content, reply_to=message)
+
+        @self.train(PART_ACTION)
+        def compute_part(message: Message, context: Context) -> Message:
+            ((key, record),) = message.content.array_records.items()
+            (config,) = message.content.config_records.values()
+            values = {name: array.numpy() for name, array in record.items()}
+            task = PartTask.from_record(config)
+            report, arrays = device_fn(context).compute_part(task, values)
+            return Message(
+                RecordDict(
+                    {
+                        key: ArrayRecord({n: Array(a) for n, a in arrays.items()}),
+                        REPORT_KEY: ConfigRecord({**report.to_record()}),
+                    }
+                ),
+                reply_to=message,
+            )

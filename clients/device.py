@@ -22,14 +22,16 @@ from lola_flwr.clients.out_of_memory import reports_out_of_memory
 from lola_flwr.clients.store import LostCopy, Residuals, complete
 from lola_flwr.clients.update import LocalUpdate
 from lola_flwr.d2ft.operations import from_text
+from lola_flwr.d2ft.parts import PartResult, compute_part
 from lola_flwr.d2ft.reduced import reduced_gradient
+from lola_flwr.errors import UserError
 from lola_flwr.execution import Accelerator, Precision, autocast, find_device
 from lola_flwr.heap import keep_no_freed_memory
 from lola_flwr.low_rank import projection_of
 from lola_flwr.memory import measured_peak
 from lola_flwr.packed import GRADIENTS, received_values
 from lola_flwr.prefix import ActivationCache, LoadedModel, StreamedModel
-from lola_flwr.protocol import Assignment, UpdateReport, nothing_report
+from lola_flwr.protocol import Assignment, PartTask, UpdateReport, nothing_report
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.costs import BlockCosts
 from lola_flwr.system.devices import DeviceProfile
@@ -239,6 +241,48 @@ class BlockDevice:
             projections=sent_projections,
         )
         return LocalUpdate(arrays, num_examples, report)
+
+    def compute_part(
+        self, task: PartTask, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> PartResult:
+        """Do a part of a step of a model that is spread over devices.
+
+        Parameters
+        ----------
+        task
+            What the server asks for.
+        arrays
+            What came with it.
+
+        Returns
+        -------
+        What the arrays are that go back, and these arrays.
+
+        Raises
+        ------
+        UserError
+            Server and device do not hold the same model, or this one stays on disk.
+        """
+        device = find_device(self.accelerator)
+        loaded = self.load_model()
+        if not isinstance(loaded, tuple):
+            raise UserError(
+                "A model that stays on disk cannot be spread over devices; load it."
+            )
+        local = LoadedModel(*loaded, device)
+        check_fingerprint(local.fingerprint(), task)
+        # The device's own random state is left as it was.
+        with torch.random.fork_rng(), autocast(self.precision, device):
+            _train_mode(local.model)
+            result: PartResult = compute_part(
+                local.model,
+                local.partition,
+                task,
+                arrays,
+                draw=self.batch_source,
+                loss_function=self.loss_function,
+            )
+        return result
 
     def _encoded(
         self,

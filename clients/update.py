@@ -14,6 +14,8 @@ from lola_flwr.protocol import (
     FAILURE_KEY,
     OUT_OF_MEMORY,
     Assignment,
+    PartReport,
+    PartTask,
     Scalar,
     UpdateReport,
 )
@@ -73,4 +75,21 @@ class Device(Protocol):
         ------
         OutOfMemory
             The device's memory does not suffice.
+        """
+
+    def compute_part(
+        self, task: PartTask, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> tuple[PartReport, dict[str, npt.NDArray[Any]]]:
+        """Do a part of a step, where the model is spread over devices.
+
+        Parameters
+        ----------
+        task
+            What the server asks for.
+        arrays
+            What came with it.
+
+        Returns
+        -------
+        What the arrays are that go back, and these arrays.
         """

@@ -97,9 +97,10 @@ class RoundRecord:
         Why nobody was asked to take part; None if the round took place.
     measured_strategy_s
         Seconds that the server itself took to plan the round and to step the model.
-    exchanges, sent_bytes, received_bytes
+    exchanges, sent_bytes, received_bytes, measured_s
         Where the model is spread over devices: messages that followed one upon the
-        other, and the bytes of the arrays in them, to and from all devices.
+        other, the bytes of the arrays in them, to and from all devices, and how long
+        all of that took.
     metrics
         Evaluation of the model after this round, by metric; empty where none was made.
     """
@@ -119,6 +120,7 @@ class RoundRecord:
     exchanges: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    measured_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -191,8 +193,9 @@ class RoundRecord:
 
     def _spread_line(self) -> str:
         return (
-            f"step {self.server_round}: latency {self.round_s:.3f} s planned; wireless "
-            f"time {self.wireless_s:.3f} s; {self.num_devices} devices, "
+            f"step {self.server_round}: latency {self.round_s:.3f} s planned, "
+            f"{self.measured_s:.3f} s measured; wireless time {self.wireless_s:.3f} s; "
+            f"{self.num_devices} devices, "
             f"{self.exchanges} exchanges, {self.sent_bytes / 1e6:.1f} MB sent to them, "
             f"{self.received_bytes / 1e6:.1f} MB received; train loss "
             f"{self.train_loss:.4f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from logging import INFO, WARNING
 
 from flwr.app import (
@@ -22,11 +22,11 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from lola_flwr.coordinator import Coordinator
-from lola_flwr.errors import quoted
-from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY, REPORT_KEY
+from lola_flwr.protocol import REPORT_KEY
 from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.strategies.deadline_grid import DeadlineGrid
+from lola_flwr.strategies.presence import ask_profiles, without_errors
 from lola_flwr.strategies.rounds import Rounds, evaluation_weights
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 
@@ -210,8 +210,8 @@ class LoLaDeft(Strategy):
         plan = self._rounds.plan(
             server_round,
             connected=lambda: [str(node) for node in grid.get_node_ids()],
-            ask_profiles=lambda devices: self._ask_profiles(
-                grid, devices, server_round
+            ask_profiles=lambda devices: ask_profiles(
+                grid, devices, server_round, self._profile_wait_s
             ),
         )
         if plan is None:
@@ -240,7 +240,7 @@ class LoLaDeft(Strategy):
                 report=reply.content.config_records.get(REPORT_KEY, {}),
                 upload_s=self._upload_s(str(reply.metadata.src_node_id)),
             )
-            for reply in _without_errors(replies, server_round)
+            for reply in without_errors(replies, server_round)
         )
         if metrics is None:
             return None, None
@@ -277,7 +277,7 @@ class LoLaDeft(Strategy):
     ) -> MetricRecord | None:
         """Aggregate the evaluations that can be; others are left out."""
         server_round += self._rounds.rounds_before
-        contents = [r.content for r in _without_errors(replies, server_round)]
+        contents = [r.content for r in without_errors(replies, server_round)]
         usable = _alike([c for c in contents if self._is_evaluation(c)])
         claims = [float(_only_metrics(c)[self.weighted_by_key]) for c in usable]  # type: ignore[arg-type]
         for content, weight in zip(usable, evaluation_weights(claims), strict=True):
@@ -323,25 +323,6 @@ class LoLaDeft(Strategy):
             group_id=str(server_round),
         )
 
-    def _ask_profiles(
-        self, grid: Grid, devices: Sequence[str], server_round: int
-    ) -> dict[str, ConfigRecord]:
-        messages = [
-            Message(
-                RecordDict(),
-                message_type=f"{MessageType.QUERY}.{PROFILE_ACTION}",
-                dst_node_id=int(device),
-                group_id=str(server_round),
-            )
-            for device in devices
-        ]
-        replies = grid.send_and_receive(messages, timeout=self._profile_wait_s)
-        return {
-            str(reply.metadata.src_node_id): reply.content.config_records[PROFILE_KEY]
-            for reply in _without_errors(replies, server_round)
-            if PROFILE_KEY in reply.content.config_records
-        }
-
     def _is_evaluation(self, content: RecordDict) -> bool:
         metrics = _only_metrics(content)
         examples = metrics.get(self.weighted_by_key)
@@ -354,18 +335,6 @@ class LoLaDeft(Strategy):
                 for number in (value if isinstance(value, list) else [value])
             )
         )
-
-
-def _without_errors(replies: Iterable[Message], server_round: int) -> list[Message]:
-    """Leave out, and log, replies that are errors."""
-    good = []
-    for reply in replies:
-        if reply.has_error():
-            node, reason = reply.metadata.src_node_id, quoted(reply.error.reason)
-            log(WARNING, "round %s: node %s failed: %s", server_round, node, reason)
-        else:
-            good.append(reply)
-    return good
 
 
 def _only_arrays(content: RecordDict) -> dict[str, bytes]:

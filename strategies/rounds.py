@@ -28,12 +28,9 @@ from lola_flwr.replies import DeviceReply
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.round_plan import RoundPlan
 from lola_flwr.strategies.deadline import RoundDeadline
-from lola_flwr.system.devices import InvalidProfile
+from lola_flwr.strategies.presence import AskProfiles, meet, wait_for_devices
 
 Encoded = TypeVar("Encoded")
-
-# Asks devices for their profiles: device ids -> what those that answered said.
-AskProfiles = Callable[[Sequence[str]], Mapping[str, Mapping[str, object]]]
 
 # An evaluation's largest weight, in median ones.
 _LARGEST_WEIGHT = 10
@@ -124,8 +121,14 @@ class Rounds:
         """
         self._plan = None
         try:
-            devices = self._wait_for_devices(connected)
-            self._meet(devices, ask_profiles)
+            blocks = self._coordinator.partition.num_blocks
+            devices = wait_for_devices(
+                connected,
+                needed=self.min_available if self._record is None else 1,
+                wait_s=self._wait_s,
+                why=f" (the model has {blocks} blocks)",
+            )
+            meet(self._coordinator, devices, ask_profiles)
             start = time.perf_counter()
             self._plan = self._coordinator.plan_round(server_round, devices)
         except UserError as error:
@@ -217,39 +220,6 @@ class Rounds:
         numbers = {name: float(v) for name, v in metrics.items() if _is_number(v)}  # type: ignore[arg-type]
         if self.on_round is not None:
             self.on_round(replace(record, metrics=numbers))
-
-    def _wait_for_devices(
-        self, connected: Callable[[], Collection[str]]
-    ) -> Collection[str]:
-        # Flower's own helpers wait without end, or sleep through their 5 s updates.
-        deadline = time.monotonic() + self._wait_s
-        needed = self.min_available if self._record is None else 1
-        while len(devices := connected()) < needed:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{len(devices)} devices are connected after {self._wait_s:g} s; "
-                    f"{needed} are needed (the model has "
-                    f"{self._coordinator.partition.num_blocks} blocks). Start more "
-                    "SuperNodes, or in a simulation pass --federation-config "
-                    f"'num-supernodes={self.min_available}'."
-                )
-            time.sleep(0.1)
-        return devices
-
-    def _meet(self, devices: Collection[str], ask_profiles: AskProfiles) -> None:
-        unknown = self._coordinator.meet_devices(devices)
-        if not unknown:
-            return
-        answers = ask_profiles(unknown)
-        for device in unknown:
-            try:
-                # A device without an answer is asked again in the next round, unless
-                # the coordinator assumes a profile for such devices.
-                self._coordinator.add_device(device, answers.get(device, {}))
-            except InvalidProfile as error:
-                # Its words alone: who keeps log records must not keep the frames that
-                # an exception knows, and with them this round's model.
-                log(WARNING, "device %s is left out: %s", device, str(error))
 
 
 def evaluation_weights(claims: Sequence[float]) -> list[float]:

@@ -112,6 +112,14 @@ class SpreadTrainer:
         self._wireless_s = 0.0
         self._scores: Scores | None = None
 
+    def meet_devices(self, device_ids: Iterable[str]) -> list[str]:
+        """Take note of who is there; return those whose profile is not known yet."""
+        return self.fleet.meet(device_ids)
+
+    def add_device(self, device_id: str, properties: Mapping[str, object]) -> None:
+        """Take in a device's profile, or raise `InvalidProfile`; see `Fleet.add`."""
+        self.fleet.add(device_id, properties)
+
     def step(
         self, step: int, device_ids: Iterable[str], exchange: Exchange
     ) -> RoundRecord:
@@ -144,12 +152,7 @@ class SpreadTrainer:
             record = self._step(step, devices, counted)
         except PartFailed as failure:
             outcomes[failure.device_id] = 0.0
-            record = RoundRecord(
-                server_round=step,
-                num_devices=len(devices),
-                wireless_s=self._wireless_s,
-                skipped=f"device {failure}",
-            )
+            record = self.skip(step, f"device {failure}")
         else:
             outcomes = dict.fromkeys(devices, None)
             record = replace(
@@ -165,6 +168,16 @@ class SpreadTrainer:
         self._wireless_s = record.wireless_s
         self.server_round = step
         return record
+
+    def skip(self, step: int, reason: str) -> RoundRecord:
+        """Return the record of a step that was not taken."""
+        self.server_round = step
+        return RoundRecord(
+            server_round=step,
+            num_devices=len(self.fleet.profiles),
+            wireless_s=self._wireless_s,
+            skipped=reason,
+        )
 
     def state(self) -> dict[str, FloatArray]:
         """Return the trainable parameters' current values, as views."""

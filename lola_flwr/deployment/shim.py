@@ -40,7 +40,7 @@ from lola_flwr.deployment.worker_link import (
     send_frame,
 )
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import Assignment, UpdateReport
+from lola_flwr.protocol import Assignment, PartReport, PartTask, UpdateReport
 from lola_flwr.system.devices import DeviceProfile
 
 _START_S = 20.0
@@ -132,6 +132,21 @@ class WorkerDevice:
             int(answer.header["num_examples"]),
             UpdateReport.from_record(answer.header["report"]),
         )
+
+    def compute_part(
+        self, task: PartTask, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> tuple[PartReport, dict[str, npt.NDArray[Any]]]:
+        """Do a part of a step, where the model is spread over devices.
+
+        Raises
+        ------
+        UserError
+            What the worker or the app calls a user's mistake.
+        WorkerFailed
+            The app failed in the worker, or the worker did.
+        """
+        answer = self._ask("part", {"task": task.to_record()}, arrays)
+        return PartReport.from_record(answer.header["report"]), dict(answer.arrays)
 
     def _ask(
         self,

@@ -46,7 +46,7 @@ from lola_flwr.deployment.worker_link import (
 )
 from lola_flwr.errors import UserError
 from lola_flwr.heap import give_back_freed_memory
-from lola_flwr.protocol import Assignment
+from lola_flwr.protocol import Assignment, PartTask
 
 _TICK_S = 0.5
 _HELLO_S = 5.0
@@ -197,7 +197,7 @@ class Worker:
         if asked.kind == "stop":
             self.stop()
             return Frame("status", self._status())
-        if asked.kind not in ("profile", "train"):
+        if asked.kind not in ("profile", "train", "part"):
             raise UserError(f"A worker does not know the message {asked.kind!r}.")
         context = DeviceContext(**asked.header["context"])
         self._refuse_second_run(context.run_id, training=self._busy.locked())
@@ -212,7 +212,8 @@ class Worker:
             self._last_message = time.monotonic()
             if asked.kind == "profile":
                 return Frame("profile", {"properties": device.profile.to_properties()})
-            answer = self._train(device, asked)
+            compute = self._train if asked.kind == "train" else _compute_part
+            answer = compute(device, asked)
             self._messages += 1
             self._last_message = time.monotonic()
             return answer
@@ -222,7 +223,9 @@ class Worker:
         update = device.train(assignment, asked.arrays)
         report = update.report.to_record()
         limit = self._uplink.hold_to(
-            assignment.uplink_bps, sum(a.nbytes for a in update.arrays.values())
+            assignment.uplink_bps,
+            sum(a.nbytes for a in update.arrays.values())
+            + len(update.report.projections or b""),
         )
         if limit is not None:
             report["uplink-limit"] = limit
@@ -324,6 +327,12 @@ def run_worker(worker: Worker) -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     worker.serve()
+
+
+def _compute_part(device: Any, asked: Frame) -> Frame:
+    task = PartTask.from_record(asked.header["task"])
+    report, arrays = device.compute_part(task, asked.arrays)
+    return Frame("part", {"report": report.to_record()}, arrays)
 
 
 def _listen(path: Path) -> socket.socket:

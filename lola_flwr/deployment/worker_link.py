@@ -15,6 +15,7 @@ import os
 import socket
 import stat
 import struct
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ _LARGEST_ARRAYS_BYTES = 64 << 30
 # Of a hello, which comes from whoever can open the socket.
 _LARGEST_HELLO_BYTES = 1024
 _DTYPE_KINDS = "fiub"
+# What bytes are in JSON: an object with this key.
+_BASE64 = "base64"
 
 
 class LinkError(ConnectionError):
@@ -51,7 +54,7 @@ class Frame:
     kind
         What it is: ``"train"``, ``"update"``, ``"error"``, ...
     header
-        Its values, of the types that JSON knows.
+        Its values, of the types that JSON knows, or bytes.
     arrays
         Its arrays by name.
     """
@@ -75,7 +78,8 @@ def send_frame(connection: socket.socket, frame: Frame) -> None:
             "kind": frame.kind,
             "header": frame.header,
             "arrays": [[n, a.dtype.str, a.shape] for n, a in arrays.items()],
-        }
+        },
+        default=_bytes_as_text,
     ).encode()
     try:
         connection.sendall(_PREFIX.pack(_MAGIC, VERSION, len(header)) + header)
@@ -84,6 +88,18 @@ def send_frame(connection: socket.socket, frame: Frame) -> None:
             connection.sendall(values.reshape(-1).view(np.uint8).data)
     except OSError as error:
         raise LinkError(f"The other end is gone ({error}).") from None
+
+
+def _bytes_as_text(value: object) -> dict[str, str]:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} has no place in a frame's header.")
+    return {_BASE64: b64encode(value).decode()}
+
+
+def _text_as_bytes(values: dict[str, Any]) -> dict[str, Any] | bytes:
+    if values.keys() != {_BASE64}:
+        return values
+    return b64decode(values[_BASE64], validate=True)
 
 
 def receive_frame(
@@ -116,7 +132,9 @@ def receive_frame(
             f"one {VERSION}; restart the worker after an upgrade."
         )
     try:
-        content = json.loads(_receive(connection, header_bytes))
+        content = json.loads(
+            _receive(connection, header_bytes), object_hook=_text_as_bytes
+        )
         kind, header = str(content["kind"]), dict(content["header"])
         listed = [
             (str(name), np.dtype(dtype), tuple(int(size) for size in shape))

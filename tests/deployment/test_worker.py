@@ -31,7 +31,7 @@ from lola_flwr.deployment.worker_link import (
     token_path,
 )
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import Assignment
+from lola_flwr.protocol import Assignment, PartTask
 
 ROOT = Path(__file__).parents[2]
 TOY = "toy_app.device:device_fn"
@@ -123,6 +123,20 @@ def test_profile_and_update_come_from_the_worker(served, path):
     assert ask_worker(path, "status")["sent_bytes"] == 7
     # One device for the run, however many messages.
     assert device.train(assignment(), {}).report.loss == update.report.loss
+
+
+def test_projections_and_parts_come_from_the_worker(served, path):
+    device = WorkerDevice(TOY, context(), path)
+    update = device.train(assignment(direction_seed=3), {})
+    assert update.report.projections == b"\x00\x01\xff"
+    assert served.held == [(1e6, 3)]
+    task = PartTask(
+        kind="loss", step=4, base_fingerprint="", seed=1, num_groups=2, sizes="1x2"
+    )
+    report, arrays = device.compute_part(task, {"hidden": np.ones(2, "f4")})
+    assert (report.kind, report.step, report.losses) == ("loss", 4, b"\xff\x00")
+    np.testing.assert_array_equal(arrays["hidden"], np.full(2, 2, "f4"))
+    assert ask_worker(path, "status")["messages"] == 2
 
 
 def test_socket_and_token_are_the_owners_alone(served, path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from lola_flwr.clients.update import LocalUpdate, OutOfMemory
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import UpdateReport
+from lola_flwr.protocol import PartReport, UpdateReport
 from lola_flwr.system.devices import DeviceProfile
 
 made = []
@@ -38,7 +39,13 @@ class ToyDevice:
             compute_clock="measured",
         )
         arrays = {name: np.asarray(array) * 2 for name, array in values.items()}
+        if assignment.direction_seed is not None:
+            report = replace(report, projections=b"\x00\x01\xff")
         return LocalUpdate(arrays, os.getpid(), report)
+
+    def compute_part(self, task, arrays):
+        report = PartReport(kind=task.kind, step=task.step, losses=b"\xff\x00")
+        return report, {name: np.asarray(array) * 2 for name, array in arrays.items()}
 
 
 def device_fn(context):

@@ -1,0 +1,117 @@
+"""Which devices are there, and what they say of themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from logging import WARNING
+from typing import Protocol
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from lola_flwr.errors import UserError, quoted
+from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY
+from lola_flwr.system.devices import InvalidProfile
+
+# Asks devices for their profiles: device ids -> what those that answered said.
+AskProfiles = Callable[[Sequence[str]], Mapping[str, Mapping[str, object]]]
+
+
+class Register(Protocol):
+    """Keeps the profiles of the devices that are there."""
+
+    def meet_devices(self, device_ids: Iterable[str]) -> list[str]:
+        """Take note of who is there; return those whose profile is not known yet."""
+
+    def add_device(self, device_id: str, properties: Mapping[str, object]) -> None:
+        """Take in a device's profile, or raise `InvalidProfile`."""
+
+
+def wait_for_devices(
+    connected: Callable[[], Collection[str]],
+    *,
+    needed: int,
+    wait_s: float,
+    why: str = "",
+) -> Collection[str]:
+    """Wait until so many devices are connected; return their ids.
+
+    Parameters
+    ----------
+    connected
+        Gives the ids of the devices that are there now.
+    needed
+        How many are needed.
+    wait_s
+        How long to wait.
+    why
+        Why so many are needed, for the error.
+
+    Raises
+    ------
+    UserError
+        There are fewer in the end.
+    """
+    # Flower's own helpers wait without end, or sleep through their 5 s updates.
+    deadline = time.monotonic() + wait_s
+    while len(devices := connected()) < needed:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{len(devices)} devices are connected after {wait_s:g} s; {needed} "
+                f"are needed{why}. Start more SuperNodes, or in a simulation pass "
+                f"--federation-config 'num-supernodes={needed}'."
+            )
+        time.sleep(0.1)
+    return devices
+
+
+def meet(register: Register, devices: Collection[str], ask: AskProfiles) -> None:
+    """Take note of who is there, and ask those for their profiles that are new."""
+    unknown = register.meet_devices(devices)
+    if not unknown:
+        return
+    answers = ask(unknown)
+    for device in unknown:
+        try:
+            # A device without an answer is asked again in the next round, unless a
+            # profile is assumed for such devices.
+            register.add_device(device, answers.get(device, {}))
+        except InvalidProfile as error:
+            # Its words alone: who keeps log records must not keep the frames that an
+            # exception knows, and with them this round's model.
+            log(WARNING, "device %s is left out: %s", device, str(error))
+
+
+def ask_profiles(
+    grid: Grid, devices: Sequence[str], server_round: int, wait_s: float
+) -> dict[str, ConfigRecord]:
+    """Ask devices for their profiles (Message API), all at once."""
+    messages = [
+        Message(
+            RecordDict(),
+            message_type=f"{MessageType.QUERY}.{PROFILE_ACTION}",
+            dst_node_id=int(device),
+            group_id=str(server_round),
+        )
+        for device in devices
+    ]
+    replies = grid.send_and_receive(messages, timeout=wait_s)
+    return {
+        str(reply.metadata.src_node_id): reply.content.config_records[PROFILE_KEY]
+        for reply in without_errors(replies, server_round)
+        if PROFILE_KEY in reply.content.config_records
+    }
+
+
+def without_errors(replies: Iterable[Message], server_round: int) -> list[Message]:
+    """Leave out, and log, replies that are errors."""
+    good = []
+    for reply in replies:
+        if reply.has_error():
+            node, reason = reply.metadata.src_node_id, quoted(reply.error.reason)
+            log(WARNING, "round %s: node %s failed: %s", server_round, node, reason)
+        else:
+            good.append(reply)
+    return good
