@@ -17,6 +17,7 @@ from lola_flwr.adapters import base_weights, model_partition
 from lola_flwr.blocks import BlockPartition, passed_names
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.d2ft.subnetworks import find_subnetworks
+from lola_flwr.d2ft.trainer import SpreadTrainer
 from lola_flwr.errors import UserError
 from lola_flwr.low_rank import LowRankProjection
 from lola_flwr.low_rank_optimizer import LowRankOptimizer
@@ -172,8 +173,7 @@ def coordinator_for(
     """
     if options.get("reduced_schedules"):
         find_subnetworks(model, partition, num_groups=1)
-    parameters = dict(model.named_parameters())
-    values = {name: _array(name, parameters[name]) for name in partition.trainable}
+    values = _trainable_values(model, partition)
     settings = {"optimizer": optimizer, "lr": lr, **(optimizer_options or {})}
     return Coordinator(
         partition=partition,
@@ -185,6 +185,40 @@ def coordinator_for(
         low_rank=low_rank,
         base_fingerprint=fingerprint(model, partition.frozen),
         **options,
+    )
+
+
+def trainer_for(
+    model: nn.Module,
+    partition: BlockPartition,
+    *,
+    optimizer: str = "AdamW",
+    lr: float = 3e-4,
+    optimizer_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> SpreadTrainer:
+    """Put a trainer together that fine-tunes a model spread over devices (D2FT).
+
+    Parameters
+    ----------
+    model
+        The model; its values are copied, and overwritten in every step.
+    partition
+        Its blocks.
+    optimizer, lr, optimizer_options
+        As for `coordinator_for`.
+    **options
+        Further arguments of ``SpreadTrainer``: ``schedules`` at least.
+
+    Raises
+    ------
+    LayerNotUnderstood
+        The model's layers cannot be cut into sub-networks.
+    """
+    values = _trainable_values(model, partition)
+    settings = {"optimizer": optimizer, "lr": lr, **(optimizer_options or {})}
+    return SpreadTrainer(
+        model, partition, optimizer=ServerOptimizer(values, **settings), **options
     )
 
 
@@ -306,6 +340,13 @@ def _refuse_to_estimate(
 
 def _width(shapes: Sequence[Sequence[int]]) -> int:
     return Counter(size for shape in shapes for size in shape).most_common(1)[0][0]
+
+
+def _trainable_values(
+    model: nn.Module, partition: BlockPartition
+) -> dict[str, npt.NDArray[Any]]:
+    parameters = dict(model.named_parameters())
+    return {name: _array(name, parameters[name]) for name in partition.trainable}
 
 
 def _array(name: str, tensor: Tensor) -> npt.NDArray[Any]:

@@ -254,6 +254,7 @@ class SpreadTrainer:
         names = self.partition.trainable
         values = self.state()
         load_values(self._model, names, [values[name] for name in names])
+        self._model.train()
         rng = rng_for(self._seed, "spread", step)
         spread = SpreadModel(
             model=self._model,

@@ -1,0 +1,244 @@
+"""D2FT's strategy under Flower's own loop, with devices in this process."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.task_identity import TaskIdentity
+
+from lola_flwr.clients import BlockDevice, LoLaClient
+from lola_flwr.d2ft import Budgets, StepSchedules, place_subnetworks
+from lola_flwr.errors import UserError
+from lola_flwr.model_setup import trainer_for
+from lola_flwr.protocol import REPORT_KEY
+from lola_flwr.strategies.d2ft import D2FT
+from lola_flwr.system.devices import DeviceProfile, simulated_device
+from tests.d2ft.test_execution import make
+from tests.strategies.in_process import InProcessGrid
+
+# Inputs, two branches of three layers, losses, and the branches back.
+EXCHANGES = 1 + 6 + 1 + 6
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch):
+    """Flower makes messages only within a task."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def profile_of(index, equal):
+    if equal:
+        return DeviceProfile(f"d{index}", 1e9, 1e9, 10.0)
+    return simulated_device(index, seed=2)
+
+
+def federation(family="roberta", num_devices=3, equal=False, schedules=None, **options):
+    """A strategy and its grid of devices, each of which has a model of its own."""
+    case = make(family)
+    trainer = trainer_for(
+        case.model,
+        case.partition,
+        lr=1e-3 if family == "roberta-lora" else 1e-2,
+        batch_size=2,
+        schedules=StepSchedules(**{"micro_batches": 3, **(schedules or {})}),
+    )
+
+    def make_app(index):
+        model = copy.deepcopy(make(family).model)
+
+        def draw(number, size):
+            rows = [(number * size + i) % 6 for i in range(size)]
+            return {name: tensor[rows] for name, tensor in case.batch.items()}
+
+        return LoLaClient(
+            lambda _: BlockDevice(
+                profile=profile_of(index, equal),
+                load_model=lambda: (model, case.partition),
+                batch_source=draw,
+            )
+        )
+
+    grid = InProcessGrid({100 + i: make_app(i) for i in range(num_devices)})
+    return D2FT(trainer, **options), grid
+
+
+def run(strategy, grid, num_rounds=1, **options):
+    return strategy.start(grid, strategy.initial_arrays(), num_rounds, **options)
+
+
+@pytest.mark.parametrize("family", ["roberta", "roberta-lora", "vit"])
+def test_steps_lower_the_loss(family):
+    records = []
+    strategy, grid = federation(family, on_round=records.append)
+    result = run(strategy, grid, 20)
+    assert isinstance(strategy, Strategy)
+    assert [r.server_round for r in records] == list(range(1, 21))
+    assert [r.skipped for r in records] == 20 * [None]
+    assert {r.exchanges for r in records} == {EXCHANGES}
+    losses = [m["train_loss"] for m in result.train_metrics_clientapp.values()]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.02
+    for name, values in strategy.trainer.state().items():
+        np.testing.assert_array_equal(result.arrays[name].numpy(), values)
+    wireless_s = [r.wireless_s for r in records]
+    np.testing.assert_allclose(np.cumsum([r.round_s for r in records]), wireless_s)
+
+
+def uploads(schedules):
+    """Bytes of activations, and of gradients of such, that devices send."""
+    records, received = [], Counter()
+    strategy, grid = federation(
+        num_devices=4, equal=True, schedules=schedules, on_round=records.append
+    )
+
+    def count(reply):
+        if reply.content.array_records:
+            arrays = [
+                a for r in reply.content.array_records.values() for a in r.items()
+            ]
+            kind = reply.content[REPORT_KEY]["kind"]
+            received[kind] += sum(
+                len(array.data) for name, array in arrays if name != "gradients"
+            )
+        return reply
+
+    grid.alter = count
+    run(strategy, grid, 4)
+    assert [r.skipped for r in records] == 4 * [None]
+    return received["forward"] + received["backward"]
+
+
+def test_half_of_the_traffic_is_half_of_the_activations():
+    all_of_it = uploads({"micro_batches": 6})
+    half = uploads({"micro_batches": 6, "budgets": Budgets(traffic=0.5)})
+    assert half == pytest.approx(all_of_it / 2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "schedules",
+    [
+        StepSchedules(micro_batches=5, budgets=Budgets(compute=0.6)),
+        StepSchedules(
+            micro_batches=6, budgets=Budgets(traffic=0.5), same_micro_batches=False
+        ),
+        StepSchedules(
+            micro_batches=6, budgets=Budgets(traffic=0.5), shared_budgets=True
+        ),
+    ],
+)
+def test_equal_devices_do_as_much(schedules):
+    device_of = place_subnetworks(72, np.ones(4))
+    for step in range(1, 6):
+        operations = schedules.operations(step, device_of)
+        work = np.array(schedules.costs.compute)[operations].sum(axis=1)
+        loads = np.bincount(device_of, work)
+        assert loads.max() <= 1.05 * loads.min()
+
+
+def test_a_device_that_fails_costs_one_step_and_then_rests():
+    records = []
+    strategy, grid = federation(on_round=records.append)
+
+    def fail(reply):
+        if reply.metadata.src_node_id != 101 or not reply.content.array_records:
+            return reply
+        return Message(Error(code=0, reason="out of battery"), reply_to=reply)
+
+    grid.alter = fail
+    before = {n: v.copy() for n, v in strategy.trainer.state().items()}
+    run(strategy, grid, 1)
+    assert "device 101: no reply" in records[0].skipped
+    for name, values in strategy.trainer.state().items():
+        np.testing.assert_array_equal(values, before[name])
+    grid.sent.clear()
+    run(strategy, grid, 2)
+    assert records[-1].skipped is None
+    assert {m.metadata.dst_node_id for m in grid.sent} == {100, 102}
+
+
+@pytest.mark.parametrize("kind", ["no report", "nonsense", "no arrays"])
+def test_a_hostile_device_changes_nothing(kind):
+    records = []
+    strategy, grid = federation(on_round=records.append)
+
+    def spoil(reply):
+        if reply.metadata.src_node_id == 101 and reply.content.array_records:
+            if kind == "no report":
+                del reply.content[REPORT_KEY]
+            elif kind == "nonsense":
+                reply.content[REPORT_KEY] = ConfigRecord({"kind": 3.0})
+            else:
+                reply.content["arrays"] = ArrayRecord({})
+        return reply
+
+    grid.alter = spoil
+    before = {n: v.copy() for n, v in strategy.trainer.state().items()}
+    run(strategy, grid, 1)
+    assert records[0].skipped.startswith("device 101: ")
+    for name, values in strategy.trainer.state().items():
+        np.testing.assert_array_equal(values, before[name])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_goes_on_where_it_stopped(shared):
+    options = {
+        "budgets": Budgets(traffic=0.5),
+        "shared_budgets": shared,
+        "micro_batches": 4,
+    }
+    whole, grid = federation(schedules=options)
+    run(whole, grid, 4)
+    first, grid = federation(schedules=options)
+    run(first, grid, 2)
+    snapshot = first.trainer.snapshot()
+    second, grid = federation(schedules=options)
+    second.trainer.restore(copy.deepcopy(snapshot))
+    run(second, grid, 4)
+    assert second.trainer.server_round == 4
+    for name, values in whole.trainer.state().items():
+        np.testing.assert_array_equal(second.trainer.state()[name], values)
+    other, _ = federation("roberta-lora", schedules=options)
+    with pytest.raises(UserError, match="other frozen weights"):
+        other.trainer.restore(snapshot)
+
+
+def test_evaluations_are_part_of_the_records():
+    records = []
+    strategy, grid = federation(on_round=records.append)
+    result = run(
+        strategy,
+        grid,
+        2,
+        evaluate_fn=lambda step, arrays: MetricRecord({"accuracy": step / 10}),
+    )
+    assert [r.metrics for r in records] == [{"accuracy": 0.1}, {"accuracy": 0.2}]
+    assert result.evaluate_metrics_serverapp[2]["accuracy"] == 0.2
+
+
+def test_errors_come_before_the_first_step():
+    strategy, grid = federation(num_devices=1, wait_s=0.2)
+    with pytest.raises(UserError, match="1 devices are connected"):
+        run(strategy, grid)
+    strategy, grid = federation()
+    arrays = strategy.initial_arrays()
+    del arrays[next(iter(arrays))]
+    with pytest.raises(UserError, match="Initial arrays"):
+        strategy.start(grid, arrays, 1)
+    strategy, grid = federation(
+        schedules={"budgets": Budgets(compute=0.01)}, min_available_nodes=2
+    )
+    with pytest.raises(UserError, match="raise the budgets"):
+        run(strategy, grid)
+
+
+@pytest.mark.parametrize(
+    "options", [{"micro_batches": 0}, {"backward_weight": 0.0}, {"solver": "magic"}]
+)
+def test_schedules_out_of_range(options):
+    with pytest.raises(UserError):
+        StepSchedules(**options)
