@@ -6,16 +6,27 @@ import fcntl
 from collections.abc import Mapping
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from flwr.common.logger import log
 
 from lola_flwr.checkpoint import Checkpoints, Snapshot
-from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.round_log import RoundLog, RoundRecord
 
 Scalar = bool | float | int | str
+
+
+class Resumable(Protocol):
+    """What holds all that the rounds to come depend on."""
+
+    server_round: int
+
+    def snapshot(self) -> Snapshot:
+        """Return it."""
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from what was returned."""
 
 
 class RunDirectory:
@@ -36,7 +47,7 @@ class RunDirectory:
     path
         The directory; it is made. One process at a time can run in it.
     coordinator
-        The run's coordinator, before its first round.
+        The run's coordinator, or trainer, before its first round.
     configuration
         What the run's results depend on. A run is only resumed with the same.
     keep
@@ -54,7 +65,7 @@ class RunDirectory:
     def __init__(
         self,
         path: Path,
-        coordinator: Coordinator,
+        coordinator: Resumable,
         *,
         configuration: Mapping[str, Scalar],
         keep: int = 3,

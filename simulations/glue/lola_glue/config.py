@@ -95,6 +95,53 @@ def _known_trackers(text: str) -> str:
     return text
 
 
+# What keys are by default that say nothing under some method; which, and why.
+_NEUTRAL: dict[str, object] = {
+    "backups": 0,
+    "codec": "fp32",
+    "d2ft-options": "",
+    "devices-per-block": 1,
+    "downlink": "all",
+    "head": "every",
+    "latency-target-s": 0,
+    "low-rank": "",
+    "micro-batch-size": 0,
+    "participation": "needed",
+    "reduced-schedules": False,
+    "rotation-eps": 0,
+    "selector": "all",
+    "zeroth-order": "off",
+}
+_OF_BLOCKS = (
+    "backups",
+    "devices-per-block",
+    "rotation-eps",
+    "selector",
+    "latency-target-s",
+    "zeroth-order",
+    "reduced-schedules",
+)
+_OF_UPDATES = (
+    "codec",
+    "downlink",
+    "head",
+    "low-rank",
+    "micro-batch-size",
+    "participation",
+)
+_MEANINGLESS = {
+    "lola-deft": ("whose model is on every device", ("d2ft-options",)),
+    "fedavg-full": (
+        "where every device trains the one block",
+        (*_OF_BLOCKS, "d2ft-options"),
+    ),
+    "d2ft": (
+        "where no device trains a block by itself",
+        (*_OF_BLOCKS, *_OF_UPDATES),
+    ),
+}
+
+
 class GlueConfig(RunConfig):
     """Run configuration; the keys are those of ``[tool.flwr.app.config]``."""
 
@@ -104,7 +151,8 @@ class GlueConfig(RunConfig):
     num_devices: int = Field(ge=0)
     fleet: str
     interface: Literal["legacy", "message"]
-    method: Literal["lola-deft", "fedavg-full"]
+    method: Literal["lola-deft", "fedavg-full", "d2ft"]
+    d2ft_options: Options
     tuning: str
     tuning_options: Options
     rounds: int = Field(ge=1)
@@ -178,26 +226,16 @@ class GlueConfig(RunConfig):
                 f"backups={self.backups} needs spare devices, but with "
                 'participation="all" there are none; drop one of the two'
             )
-        if self.method == "fedavg-full":
-            for key, value, neutral in (
-                ("backups", self.backups, 0),
-                ("devices-per-block", self.devices_per_block, 1),
-                ("rotation-eps", self.rotation_eps, 0),
-            ):
-                if value != neutral:
-                    yield (
-                        f"{key}={value:g} means nothing with "
-                        'method="fedavg-full", where every device trains the one '
-                        f"block; set it to {neutral}"
-                    )
-            for key, value in (
-                ("selector", self.selector != "all"),
-                ("latency-target-s", self.latency_target_s),
-                ("zeroth-order", self.zeroth_order != "off"),
-                ("reduced-schedules", self.reduced_schedules),
-            ):
-                if value:
-                    yield f'{key} means nothing with method="fedavg-full"; take it out'
+        reason, keys = _MEANINGLESS[self.method]
+        for key in keys:
+            value, neutral = getattr(self, key.replace("-", "_")), _NEUTRAL[key]
+            if value != neutral:
+                yield (
+                    f'{key}={value!r} means nothing with method="{self.method}", '
+                    f"{reason}; set it to {neutral!r}"
+                )
+        if self.method == "d2ft" and self.interface != "message":
+            yield 'method="d2ft" needs interface="message"'
         if self.sampler != "random":
             if find_task(self.task).is_regression:
                 yield (

@@ -1,4 +1,4 @@
-"""The configured choice of blocks, and of devices that do not back-propagate."""
+"""The configured ways to spend a round, as the library knows them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.blocks import BlockPartition
+from lola_flwr.d2ft import Budgets, StepSchedules
 from lola_flwr.errors import UserError
 from lola_flwr.low_rank import LowRankProjection
 from lola_flwr.model_setup import zeroth_order_costs
@@ -96,6 +97,24 @@ def zeroth_order_of(
         return ZerothOrder(costs=costs, use=config.zeroth_order, **options)
     except TypeError as error:
         raise UserError(f"zeroth-order-options: {error}.") from None
+
+
+def schedules_of(config: GlueConfig) -> tuple[StepSchedules, dict[str, Any]]:
+    """Return D2FT's schedules, and the options of its trainer that are left."""
+    options = keyword_arguments(config.d2ft_options)
+    trainer = {"num_groups": options.pop("num_groups", None)}
+    try:
+        budgets = Budgets(
+            **{
+                key: options.pop(key)
+                for key in ("compute", "traffic")
+                if key in options
+            }
+        )
+        schedules = StepSchedules(budgets=budgets, seed=config.seed, **options)
+    except TypeError as error:
+        raise UserError(f"d2ft-options={config.d2ft_options!r}: {error}.") from None
+    return schedules, trainer
 
 
 def low_rank_of(config: GlueConfig) -> LowRankProjection | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from logging import ERROR, INFO
 from typing import Any
 
@@ -21,20 +22,23 @@ from lola_flwr.apps import run_rounds
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients.store import run_store
 from lola_flwr.coordinator import Coordinator
+from lola_flwr.d2ft.trainer import SpreadTrainer
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import coordinator_for
+from lola_flwr.model_setup import coordinator_for, trainer_for
 from lola_flwr.models import check_sequence_length, load_values
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.run_directory import RunDirectory
 from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.selection.importance import Response
 from lola_flwr.strategies import LoLaDeft, message
+from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.tracking import tracking
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.methods import (
     low_rank_of,
     response_of,
+    schedules_of,
     selection_of,
     zeroth_order_of,
 )
@@ -46,6 +50,8 @@ _EVALUATION_BATCH = 128
 # The model's loss and metrics after a round; None in rounds that are not evaluated.
 Evaluate = Callable[[int, Sequence[NDArray[np.floating]]], dict[str, float] | None]
 OnRound = Callable[[RoundRecord], None]
+# Runs all rounds: (grid, context, config, *, evaluate, on_round).
+Run = Callable[..., None]
 
 app = ServerApp()
 
@@ -76,8 +82,18 @@ def fine_tune(grid: Grid, context: Context) -> None:
             "loss"
         ]
 
-    response = response_of(config, model, partition, train, mean_loss)
-    coordinator = make_coordinator(config, model, partition, response=response)
+    trained: Coordinator | SpreadTrainer
+    run: Run
+    if config.method == "d2ft":
+        trained = trainer = make_trainer(config, model, partition)
+        run = partial(run_d2ft, trainer=trainer)
+    else:
+        response = response_of(config, model, partition, train, mean_loss)
+        trained = coordinator = make_coordinator(
+            config, model, partition, response=response
+        )
+        by_interface = run_legacy if config.interface == "legacy" else run_message
+        run = partial(by_interface, coordinator=coordinator)
 
     def evaluate(
         server_round: int, values: Sequence[NDArray[np.floating]]
@@ -88,12 +104,11 @@ def fine_tune(grid: Grid, context: Context) -> None:
         return evaluate_model(model, tokenizer, task, dev, config.max_length)
 
     directory = run_directory(config.output_dir, context.run_id)
-    run = run_legacy if config.interface == "legacy" else run_message
     trackers = config.trackers.split()
     with (
         RunDirectory(
             directory,
-            coordinator,
+            trained,
             configuration=results_depend_on(config),
             keep=config.keep_checkpoints,
             every=config.checkpoint_every,
@@ -106,10 +121,10 @@ def fine_tune(grid: Grid, context: Context) -> None:
             files.on_round(record)
             track(record)
 
-        run(grid, context, config, coordinator, evaluate, on_round)
+        run(grid, context, config, evaluate=evaluate, on_round=on_round)
     log(INFO, "rounds written to %s", files.log.path)
     if config.save_model or config.save_merged:
-        values = coordinator.state()
+        values = trained.state()
         load_values(
             model, partition.trainable, [values[n] for n in partition.trainable]
         )
@@ -129,6 +144,7 @@ def run_legacy(
     grid: Grid,
     context: Context,
     config: GlueConfig,
+    *,
     coordinator: Coordinator,
     evaluate: Evaluate,
     on_round: OnRound,
@@ -160,27 +176,72 @@ def run_message(
     grid: Grid,
     context: Context,
     config: GlueConfig,
+    *,
     coordinator: Coordinator,
     evaluate: Evaluate,
     on_round: OnRound,
 ) -> None:
     """Run the rounds through ``flwr.serverapp.strategy.Strategy``."""
-
-    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        metrics = evaluate(server_round, arrays.to_numpy_ndarrays())
-        return None if metrics is None else MetricRecord({**metrics})
-
     strategy = message.LoLaDeft(
         coordinator,
         min_available_nodes=config.num_devices or None,
         on_round=on_round,
     )
+    _start(strategy, grid, config, evaluate)
+
+
+def run_d2ft(
+    grid: Grid,
+    context: Context,
+    config: GlueConfig,
+    *,
+    trainer: SpreadTrainer,
+    evaluate: Evaluate,
+    on_round: OnRound,
+) -> None:
+    """Take D2FT's steps, each of which is a round of Flower's."""
+    strategy = D2FT(
+        trainer, min_available_nodes=config.num_devices or 2, on_round=on_round
+    )
+    _start(strategy, grid, config, evaluate)
+
+
+def _start(
+    strategy: message.LoLaDeft | D2FT,
+    grid: Grid,
+    config: GlueConfig,
+    evaluate: Evaluate,
+) -> None:
+    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        metrics = evaluate(server_round, arrays.to_numpy_ndarrays())
+        return None if metrics is None else MetricRecord({**metrics})
+
     strategy.start(
         grid,
         strategy.initial_arrays(),
         num_rounds=config.rounds,
         timeout=config.round_timeout_s,
         evaluate_fn=evaluate_fn,
+    )
+
+
+def make_trainer(
+    config: GlueConfig, model: Any, partition: BlockPartition
+) -> SpreadTrainer:
+    """Put D2FT's trainer together for a model and a run configuration."""
+    schedules, options = schedules_of(config)
+    return trainer_for(
+        model,
+        partition,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        optimizer_options=_optimizer_options(config),
+        schedules=schedules,
+        batch_size=config.batch_size,
+        bandwidth_hz=config.bandwidth_hz,
+        max_gradient_norm=config.max_gradient_norm,
+        seed=config.seed,
+        **options,
     )
 
 
