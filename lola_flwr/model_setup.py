@@ -17,13 +17,13 @@ from lola_flwr.adapters import base_weights, model_partition
 from lola_flwr.blocks import BlockPartition, passed_names
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.d2ft.subnetworks import find_subnetworks
-from lola_flwr.d2ft.trainer import SpreadTrainer
 from lola_flwr.errors import UserError
 from lola_flwr.low_rank import LowRankProjection
 from lola_flwr.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.measured_costs import Example, measure_costs
 from lola_flwr.models import fingerprint
 from lola_flwr.server_optimizer import ServerOptimizer
+from lola_flwr.spread_trainer import SpreadTrainer
 from lola_flwr.system.costs import (
     BlockCosts,
     estimate_costs,

@@ -21,10 +21,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from lola_flwr.d2ft.remote import PartFailed, PartReply, PartRequest
-from lola_flwr.d2ft.trainer import SpreadTrainer
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import PART_ACTION, REPORT_KEY
 from lola_flwr.round_log import RoundRecord
+from lola_flwr.spread_trainer import SpreadTrainer
 from lola_flwr.strategies.deadline_grid import DeadlineGrid
 from lola_flwr.strategies.presence import (
     ask_profiles,

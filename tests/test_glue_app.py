@@ -108,6 +108,30 @@ def test_one_seed_gives_one_result_under_both_interfaces(legacy, interface, tmp_
 
 
 @pytest.mark.slow
+def test_d2ft_takes_steps_and_goes_on(tmp_path):
+    options = (
+        *('method="d2ft"', 'interface="message"', "num-devices=2"),
+        'd2ft-options="traffic=0.5, micro_batches=4"',
+    )
+    finished = run(tmp_path, *options, "rounds=2", num_devices=2)
+    assert finished.completed, finished.output
+    finished = run(tmp_path, *options, "rounds=3", "save-model=true", num_devices=2)
+    assert finished.completed, finished.output
+    records = rounds_of(tmp_path)
+    assert [record["server_round"] for record in records] == [1, 2, 3]
+    # Inputs, losses, and of 4 layers 2 branches, forward and back.
+    assert {record["exchanges"] for record in records} == {2 + 4 * 2 * 2}
+    accuracy = records[-1]["metrics"]["accuracy"]
+    assert finished.final.startswith(f"final: accuracy={accuracy:.4f} rounds=3 ")
+    trained = saved_model(tmp_path)
+    initial, _ = load_classifier("random:roberta-tiny", num_labels=2)
+    blocks = partition_parameters(name for name, _ in initial.named_parameters())
+    for name, values in trained.named_parameters():
+        changed = not torch.equal(values, initial.get_parameter(name))
+        assert changed == (name in blocks.trainable), name
+
+
+@pytest.mark.slow
 def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
     finished = run(tmp_path, num_devices=3)
     assert finished.status == "finished:failed"

@@ -374,7 +374,8 @@ def part_slices(
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     slices = branch_slices(parts, branch, first_group, last_group, names, shared=True)
-    return [piece for piece in slices if piece.name in set(trainable)]
+    trained = set(trainable)
+    return [piece for piece in slices if piece.name in trained]
 
 
 def hidden_size(subnetworks: Subnetworks) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lola_flwr.clients.sampling import ChosenBatches
+from lola_flwr.d2ft import Budgets, StepSchedules
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.errors import UserError
 from lola_flwr.low_rank import LowRankProjection
@@ -16,6 +17,7 @@ from lola_glue.device import device_fn
 from lola_glue.methods import (
     low_rank_of,
     response_of,
+    schedules_of,
     selection_of,
     zeroth_order_of,
 )
@@ -145,3 +147,34 @@ def test_the_response_is_the_loss_on_the_servers_own_examples(tiny):
 def test_keys_that_make_no_sense(changes):
     with pytest.raises(UserError, match=r"selector|latency-target-s|zeroth-order"):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"interface": "legacy"}, "interface"),
+        ({"codec": "bf16"}, "codec='bf16' means nothing"),
+        ({"backups": 1}, "backups=1 means nothing"),
+        ({"low_rank": "rank=2"}, "low-rank"),
+        ({"method": "lola-deft"}, "d2ft-options='compute=0.6' means nothing"),
+    ],
+)
+def test_keys_that_d2ft_has_no_use_for(changes, message):
+    usual = {"method": "d2ft", "interface": "message", "d2ft_options": "compute=0.6"}
+    assert config(**usual)
+    with pytest.raises(UserError, match=message):
+        config(**{**usual, **changes})
+
+
+def test_d2ft_s_options_are_those_of_its_schedules():
+    options = "compute=0.6, micro_batches=7, num_groups=4, same_micro_batches=false"
+    schedules, trainer = schedules_of(
+        config(method="d2ft", interface="message", d2ft_options=options)
+    )
+    assert schedules == StepSchedules(
+        micro_batches=7, budgets=Budgets(compute=0.6), same_micro_batches=False
+    )
+    assert trainer == {"num_groups": 4}
+    for wrong in ("compute=1.5", "micro_batches=0", "magic=1"):
+        with pytest.raises(UserError, match=wrong.split("=")[0]):
+            schedules_of(config(method="d2ft", interface="message", d2ft_options=wrong))

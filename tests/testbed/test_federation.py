@@ -88,6 +88,29 @@ def test_the_same_app_comes_to_the_same_metrics_as_in_simulation(testbed, tmp_pa
             assert block["measured_upload_s"] > 0
 
 
+def test_d2ft_takes_the_steps_that_it_takes_in_simulation(testbed, tmp_path):
+    options = (
+        'method="d2ft"',
+        'd2ft-options="traffic=0.5, micro_batches=4"',
+        *("rounds=2", "eval-every=1"),
+    )
+    _, deployed = run(testbed, tmp_path / "deployed", *options)
+    simulated = run_app(
+        APP,
+        num_devices=DEVICES,
+        run_config=[*TINY, RATES, *options, f'output-dir="{tmp_path / "simulated"}"'],
+        home=tmp_path / "home",
+    )
+    assert simulated.completed, simulated.output
+    expected = rounds_of(tmp_path / "simulated")
+    assert [record["skipped"] for record in deployed] == [None, None]
+    for here, there in zip(deployed, expected, strict=True):
+        assert here["train_loss"] == pytest.approx(there["train_loss"], rel=1e-5)
+        assert here["metrics"] == pytest.approx(there["metrics"], rel=1e-4)
+        for key in ("exchanges", "sent_bytes", "received_bytes", "round_s"):
+            assert here[key] == there[key], key
+
+
 def test_the_devices_byte_counters_agree_with_flowers(testbed, tmp_path):
     def sent_bytes():
         return sum(

@@ -22,7 +22,6 @@ from lola_flwr.apps import run_rounds
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients.store import run_store
 from lola_flwr.coordinator import Coordinator
-from lola_flwr.d2ft.trainer import SpreadTrainer
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import coordinator_for, trainer_for
 from lola_flwr.models import check_sequence_length, load_values
@@ -30,6 +29,7 @@ from lola_flwr.round_log import RoundRecord
 from lola_flwr.run_directory import RunDirectory
 from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.selection.importance import Response
+from lola_flwr.spread_trainer import SpreadTrainer
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.tracking import tracking
