@@ -16,9 +16,9 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from lola_flwr.clients.profiles import report_profile
-from lola_flwr.clients.received import assignment_in
+from lola_flwr.clients.received import assignment_in, task_in
 from lola_flwr.clients.update import Device, OutOfMemory
-from lola_flwr.protocol import PART_ACTION, REPORT_KEY, PartTask
+from lola_flwr.protocol import PART_ACTION, REPORT_KEY
 
 
 class LoLaClient(ClientApp):
@@ -64,10 +64,9 @@ class LoLaClient(ClientApp):
         @self.train(PART_ACTION)
         def compute_part(message: Message, context: Context) -> Message:
             ((key, record),) = message.content.array_records.items()
-            (config,) = message.content.config_records.values()
             values = {name: array.numpy() for name, array in record.items()}
-            task = PartTask.from_record(config)
-            report, arrays = device_fn(context).compute_part(task, values)
+            device = device_fn(context)
+            report, arrays = device.compute_part(task_in(message.content), values)
             return Message(
                 RecordDict(
                     {

@@ -22,7 +22,6 @@ from lola_flwr.clients.out_of_memory import reports_out_of_memory
 from lola_flwr.clients.store import LostCopy, Residuals, complete
 from lola_flwr.clients.update import LocalUpdate
 from lola_flwr.d2ft.operations import from_text
-from lola_flwr.d2ft.parts import PartResult, compute_part
 from lola_flwr.d2ft.reduced import reduced_gradient
 from lola_flwr.errors import UserError
 from lola_flwr.execution import Accelerator, Precision, autocast, find_device
@@ -33,6 +32,7 @@ from lola_flwr.packed import GRADIENTS, received_values
 from lola_flwr.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.protocol import Assignment, PartTask, UpdateReport, nothing_report
 from lola_flwr.randomness import rng_for
+from lola_flwr.spread.parts import PartResult, compute_part
 from lola_flwr.system.costs import BlockCosts
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.levers import Levers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import (
@@ -10,6 +10,7 @@ from lola_flwr.protocol import (
     SECAGG_REFUSAL,
     Assignment,
     MalformedRecord,
+    PartTask,
 )
 
 
@@ -23,9 +24,26 @@ def assignment_in(content: RecordDict) -> Assignment:
     UserError
         The message belongs to a secure aggregation.
     """
+    return Assignment.from_record(_only_config(content))
+
+
+def task_in(content: RecordDict) -> PartTask:
+    """Return the part of a step that a message of the strategy asks for.
+
+    Raises
+    ------
+    MalformedRecord
+        There is none.
+    UserError
+        The message belongs to a secure aggregation.
+    """
+    return PartTask.from_record(_only_config(content))
+
+
+def _only_config(content: RecordDict) -> ConfigRecord:
     if SECAGG_KEY in content.config_records:
         raise UserError(SECAGG_REFUSAL)
     records = list(content.config_records.values())
     if len(records) != 1:
         raise MalformedRecord(f"{len(records)} ConfigRecords received instead of one.")
-    return Assignment.from_record(records[0])
+    return records[0]

@@ -23,7 +23,7 @@ from lola_flwr.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.measured_costs import Example, measure_costs
 from lola_flwr.models import fingerprint
 from lola_flwr.server_optimizer import ServerOptimizer
-from lola_flwr.spread_trainer import SpreadTrainer
+from lola_flwr.spread.trainer import SpreadTrainer
 from lola_flwr.system.costs import (
     BlockCosts,
     estimate_costs,
@@ -215,11 +215,9 @@ def trainer_for(
     LayerNotUnderstood
         The model's layers cannot be cut into sub-networks.
     """
-    values = _trainable_values(model, partition)
     settings = {"optimizer": optimizer, "lr": lr, **(optimizer_options or {})}
-    return SpreadTrainer(
-        model, partition, optimizer=ServerOptimizer(values, **settings), **options
-    )
+    own = ServerOptimizer(_trainable_values(model, partition), **settings)
+    return SpreadTrainer(model, partition, optimizer=own, **options)
 
 
 def coordinator_for_weights(

@@ -210,7 +210,7 @@ class UpdateReport(_Record):
 class PartTask(_Record):
     """What the server asks of one device where the model is spread over devices.
 
-    A step of D2FT takes many such tasks; see ``lola_flwr.d2ft.parts``.
+    A step of D2FT takes many such tasks; see ``lola_flwr.spread``.
 
     Parameters
     ----------
@@ -227,19 +227,21 @@ class PartTask(_Record):
         What dropout follows from; the same on both ways through a branch.
     num_groups
         Head groups that each layer is divided into.
-    draws
-        Numbers of the micro-batches to draw, apart by spaces; for inputs and losses.
+    numbers
+        Numbers of the micro-batches that this is about, separated by spaces.
     batch_size
-        Examples of a micro-batch.
+        Examples of a micro-batch, for inputs and losses.
     sizes
         Examples and tokens of each micro-batch that the message has hidden states of:
         ``"8x21 8x17"``.
+    digest
+        For losses: what the device said it knows its micro-batches by.
     layer_index, branch_index, first_group, last_group
         For a branch: which layer, which of its two branches, and which groups, the last
         one excluded, the message has values of.
     rows
-        For a branch: what each of the layer's groups does, a letter each, in each of
-        the micro-batches.
+        For a branch: what each of these groups does, a letter each, in each of the
+        micro-batches.
     wants_inputs
         For ``"backward"``: whether the gradient of the inputs is to be returned.
     """
@@ -249,9 +251,10 @@ class PartTask(_Record):
     base_fingerprint: str
     seed: int
     num_groups: int
-    draws: str = ""
+    numbers: str = ""
     batch_size: int = 0
     sizes: str = ""
+    digest: str = ""
     layer_index: int = 0
     branch_index: int = 0
     first_group: int = 0
@@ -270,6 +273,9 @@ class PartReport(_Record):
         Those of the task.
     sizes
         For inputs: examples and tokens of each micro-batch.
+    digest
+        For inputs: a digest of the micro-batches, by which the device tells whether it
+        drew the same ones when it comes to their losses.
     losses
         For losses: the mean loss of each micro-batch, float32, little-endian.
     """
@@ -279,6 +285,7 @@ class PartReport(_Record):
     layer_index: int = 0
     branch_index: int = 0
     sizes: str = ""
+    digest: str = ""
     losses: bytes = b""
 
 

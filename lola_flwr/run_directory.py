@@ -46,8 +46,8 @@ class RunDirectory:
     ----------
     path
         The directory; it is made. One process at a time can run in it.
-    coordinator
-        The run's coordinator, or trainer, before its first round.
+    resumable
+        The run's coordinator, or D2FT's trainer, before its first round.
     configuration
         What the run's results depend on. A run is only resumed with the same.
     keep
@@ -65,7 +65,7 @@ class RunDirectory:
     def __init__(
         self,
         path: Path,
-        coordinator: Resumable,
+        resumable: Resumable,
         *,
         configuration: Mapping[str, Scalar],
         keep: int = 3,
@@ -75,7 +75,7 @@ class RunDirectory:
             raise UserError(f"every={every} must be at least 1.")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / "lock").open("a")
-        self._coordinator = coordinator
+        self._resumable = resumable
         self._configuration = dict(configuration)
         self._every = every
         self._checkpoints = Checkpoints(path / "checkpoints", keep)
@@ -100,9 +100,9 @@ class RunDirectory:
             self._save(0)
             return
         self._require_same_configuration(path, found)
-        coordinator.restore(found)
+        resumable.restore(found)
         self.log = RoundLog(path / "rounds.jsonl", found.values["log_bytes"])
-        log(INFO, "going on after round %s in %s", coordinator.server_round, path)
+        log(INFO, "going on after round %s in %s", resumable.server_round, path)
 
     def __enter__(self) -> Self:
         return self
@@ -117,14 +117,14 @@ class RunDirectory:
             self._save(log_bytes)
 
     def _save(self, log_bytes: int) -> None:
-        snapshot = self._coordinator.snapshot()
+        snapshot = self._resumable.snapshot()
         values = {
             "configuration": self._configuration,
             "log_bytes": log_bytes,
             **snapshot.values,
         }
         self._checkpoints.save(
-            self._coordinator.server_round, Snapshot(snapshot.arrays, values)
+            self._resumable.server_round, Snapshot(snapshot.arrays, values)
         )
 
     def _require_same_configuration(self, path: Path, found: Snapshot) -> None:

@@ -20,18 +20,21 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from lola_flwr.d2ft.remote import PartFailed, PartReply, PartRequest
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import PART_ACTION, REPORT_KEY
 from lola_flwr.round_log import RoundRecord
-from lola_flwr.spread_trainer import SpreadTrainer
-from lola_flwr.strategies.deadline_grid import DeadlineGrid
+from lola_flwr.spread.exchange import PartFailed, PartReply, PartRequest
+from lola_flwr.spread.trainer import SpreadTrainer
+from lola_flwr.strategies.arrival_grid import ArrivalGrid
+from lola_flwr.strategies.message import only_arrays
 from lola_flwr.strategies.presence import (
     ask_profiles,
     meet,
     wait_for_devices,
     without_errors,
 )
+from lola_flwr.strategies.rounds import with_metrics
+from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 
 
 class D2FT(Strategy):
@@ -84,6 +87,8 @@ class D2FT(Strategy):
         # Flower counts each start's rounds from 1; a resumed run has done some before.
         self._steps_before = trainer.server_round
         self._record: RoundRecord | None = None
+        self._returned: ArrayRecord | None = None
+        self._timeout_s = exchange_wait_s
 
     def initial_arrays(self) -> ArrayRecord:
         """Return the trainable values, to be handed to ``start``."""
@@ -107,6 +112,9 @@ class D2FT(Strategy):
     ) -> Result:
         """Take steps; what ``evaluate_fn`` returns is part of their records.
 
+        A strategy can be started again: it goes on from ``initial_arrays``, with the
+        optimizer's moments and the wireless time that it has.
+
         Parameters
         ----------
         grid, evaluate_fn
@@ -125,22 +133,21 @@ class D2FT(Strategy):
         UserError
             ``initial_arrays`` is of another model, or the first step has no devices.
         """
-        before = self._steps_before = self.trainer.server_round
-        self._record = None
-        if not before:
-            self.trainer.start_from({n: a.numpy() for n, a in initial_arrays.items()})
-        self._exchange_wait_s = min(self._exchange_wait_s, timeout)
+        before = 0 if self._record is not None else self.trainer.server_round
+        self._steps_before, self._record, self._returned = before, None, None
+        self._timeout_s = min(self._exchange_wait_s, timeout)
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             metrics = None
             if evaluate_fn is not None:
                 metrics = evaluate_fn(server_round + before, arrays)
-            self._report({} if metrics is None else dict(metrics))
+            if self._record is not None and self.on_round is not None:
+                self.on_round(with_metrics(self._record, dict(metrics or {})))
             return metrics
 
         return super().start(
-            DeadlineGrid(grid, wait_s=lambda: self._exchange_wait_s),
-            self.initial_arrays(),
+            ArrivalGrid(grid),
+            self.initial_arrays() if before else initial_arrays,
             num_rounds - before,
             timeout,
             train_config,
@@ -156,14 +163,19 @@ class D2FT(Strategy):
         Raises
         ------
         UserError
-            In the first step: too few devices connected, or none can be used. Later
-            steps without any device are skipped.
+            In the first step: too few devices connected, none can be used, or
+            ``arrays`` is of another model. Later steps without any device are skipped.
+            In any: a wrapper clips on the server.
         """
+        refuse_clipping_on_server()
+        if arrays is not self._returned:
+            # The first ones, or what a wrapper has changed, for instance by noise.
+            self.trainer.start_from({n: a.numpy() for n, a in arrays.items()})
         step = server_round + self._steps_before
         start = time.perf_counter()
 
         def exchange(requests: Mapping[str, PartRequest]) -> Mapping[str, PartReply]:
-            return _exchange(grid, step, requests, self._exchange_wait_s)
+            return _exchange(grid, step, requests, self._timeout_s)
 
         try:
             devices = wait_for_devices(
@@ -193,7 +205,8 @@ class D2FT(Strategy):
         record = self._record
         if record is None or record.train_loss is None:
             return None, None
-        return self.initial_arrays(), MetricRecord(
+        self._returned = self.initial_arrays()
+        return self._returned, MetricRecord(
             {
                 "train_loss": record.train_loss,
                 "wireless_s": record.wireless_s,
@@ -213,17 +226,6 @@ class D2FT(Strategy):
     ) -> MetricRecord | None:
         """Return nothing, since nothing was asked for."""
         return None
-
-    def _report(self, metrics: Mapping[str, object]) -> None:
-        """Hand on the step's record, with those of its metrics that are numbers."""
-        if self._record is None or self.on_round is None:
-            return
-        numbers = {
-            name: float(value)
-            for name, value in metrics.items()
-            if isinstance(value, (int, float))
-        }
-        self.on_round(replace(self._record, metrics=numbers))
 
 
 def _exchange(
@@ -254,18 +256,15 @@ def _exchange(
     ]
     replies = {
         str(reply.metadata.src_node_id): PartReply(
-            {
-                name: array.data
-                for record in reply.content.array_records.values()
-                for name, array in record.items()
-            },
+            only_arrays(reply.content),
             reply.content.config_records.get(REPORT_KEY, {}),
         )
         for reply in without_errors(
             grid.send_and_receive(messages, timeout=wait_s), step
         )
     }
-    for device in requests:
-        if device not in replies:
-            raise PartFailed(device, f"no reply within {wait_s:g} s, or an error")
+    missing = [device for device in requests if device not in replies]
+    if missing:
+        reason = f"no reply within {wait_s:g} s, or an error"
+        raise PartFailed(dict.fromkeys(missing, reason))
     return replies

@@ -235,7 +235,7 @@ class LoLaDeft(Strategy):
         metrics = self._rounds.complete(
             DeviceReply(
                 device_id=str(reply.metadata.src_node_id),
-                tensors=_only_arrays(reply.content),
+                tensors=only_arrays(reply.content),
                 num_examples=_only_metrics(reply.content).get(self.weighted_by_key),
                 report=reply.content.config_records.get(REPORT_KEY, {}),
                 upload_s=self._upload_s(str(reply.metadata.src_node_id)),
@@ -337,7 +337,7 @@ class LoLaDeft(Strategy):
         )
 
 
-def _only_arrays(content: RecordDict) -> dict[str, bytes]:
+def only_arrays(content: RecordDict) -> dict[str, bytes]:
     """Return a reply's arrays as bytes; none unless there is just one ArrayRecord."""
     records = list(content.array_records.values())
     if len(records) != 1:

@@ -217,9 +217,8 @@ class Rounds:
         record = self._record
         if record is None or record.server_round != server_round:
             return
-        numbers = {name: float(v) for name, v in metrics.items() if _is_number(v)}  # type: ignore[arg-type]
         if self.on_round is not None:
-            self.on_round(replace(record, metrics=numbers))
+            self.on_round(with_metrics(record, metrics))
 
 
 def evaluation_weights(claims: Sequence[float]) -> list[float]:
@@ -229,6 +228,12 @@ def evaluation_weights(claims: Sequence[float]) -> list[float]:
     """
     limit = _LARGEST_WEIGHT * statistics.median_low(claims) if claims else 0
     return [min(claim, limit) for claim in claims]
+
+
+def with_metrics(record: RoundRecord, metrics: Mapping[str, object]) -> RoundRecord:
+    """Return a record with those metrics of an evaluation that are numbers."""
+    numbers = {name: float(v) for name, v in metrics.items() if _is_number(v)}  # type: ignore[arg-type]
+    return replace(record, metrics=numbers)
 
 
 def _is_number(value: object) -> bool:

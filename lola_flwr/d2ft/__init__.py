@@ -18,7 +18,12 @@ from lola_flwr.d2ft.schedule import (
     solve_two_stage,
 )
 from lola_flwr.d2ft.scores import Scores, score_subnetworks
-from lola_flwr.d2ft.steps import StepSchedules, step_costs
+from lola_flwr.d2ft.steps import (
+    StepSchedules,
+    activation_bytes,
+    compute_s,
+    uploads_s,
+)
 from lola_flwr.d2ft.subnetworks import Subnetworks, find_subnetworks
 from lola_flwr.d2ft.training import scheduled_gradient, split_batch
 
@@ -31,6 +36,8 @@ __all__ = [
     "StepSchedules",
     "Subnetworks",
     "UnitCosts",
+    "activation_bytes",
+    "compute_s",
     "find_subnetworks",
     "operation_values",
     "place_subnetworks",
@@ -41,5 +48,5 @@ __all__ = [
     "solve_knapsack",
     "solve_two_stage",
     "split_batch",
-    "step_costs",
+    "uploads_s",
 ]

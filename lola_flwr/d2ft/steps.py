@@ -19,7 +19,7 @@ from lola_flwr.d2ft.schedule import (
 from lola_flwr.d2ft.scores import Scores
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
-from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
+from lola_flwr.system.channel import uplink_rates_bps
 from lola_flwr.system.devices import DeviceProfile
 
 FloatArray = npt.NDArray[np.float64]
@@ -42,7 +42,9 @@ class StepSchedules:
         Whether the sub-networks of a device share its budget, and compete by their
         scores; otherwise each has its own, as in the paper, where a device holds one.
     backward_weight
-        Worth of a backward pass, in forward passes.
+        Worth of a backward pass, in forward passes (default: half as much again as it
+        costs; what is worth no more than it costs is often left out, which teaches a
+        model little).
     solver
         A name from ``schedule.SOLVERS``.
     costs
@@ -61,15 +63,23 @@ class StepSchedules:
     budgets: Budgets = field(default_factory=Budgets)
     same_micro_batches: bool = True
     shared_budgets: bool = False
-    backward_weight: float = 3.0
+    backward_weight: float | None = None
     solver: str = "knapsack"
     costs: UnitCosts = FULL_TUNING
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.micro_batches < 1:
-            raise UserError(f"micro_batches={self.micro_batches} must be at least 1.")
-        if not self.backward_weight > 0:
+        if type(self.micro_batches) is not int or self.micro_batches < 1:
+            raise UserError(
+                f"micro_batches={self.micro_batches!r} must be a whole number, at "
+                "least 1."
+            )
+        for name in ("same_micro_batches", "shared_budgets"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} must be true or false."
+                )
+        if self.backward_weight is not None and not self.backward_weight > 0:
             raise UserError(f"backward_weight={self.backward_weight} must be positive.")
         if self.solver not in SOLVERS:
             raise UserError(
@@ -105,10 +115,12 @@ class StepSchedules:
         if scores is not None and self.shared_budgets:
             fisher = np.broadcast_to(scores.fisher, shape)
             magnitude = scores.magnitude
+        weight = self.backward_weight
+        if weight is None:
+            _, forward, full = self.costs.compute
+            weight = 1.5 * (full - forward)
         values = operation_values(
-            Scores(fisher, magnitude, chance),
-            owners,
-            backward_weight=self.backward_weight,
+            Scores(fisher, magnitude, chance), owners, backward_weight=weight
         )
         operations = schedule_subnetworks(
             values, owners, self.budgets, costs=self.costs, solver=self.solver
@@ -121,42 +133,16 @@ class StepSchedules:
         return operations
 
 
-@dataclass(frozen=True)
-class StepCosts:
-    """What a step costs by the cost model.
-
-    Parameters
-    ----------
-    seconds
-        How long it takes.
-    sent_bytes
-        What sub-networks send.
-    """
-
-    seconds: float
-    sent_bytes: int
-
-
-def step_costs(
+def compute_s(
     operations: IntArray,
     device_of: IntArray,
-    profiles: Sequence[DeviceProfile],
+    flops_per_s: npt.ArrayLike,
     *,
     num_layers: int,
-    hidden_size: int,
-    tokens: npt.ArrayLike,
     forward_flops: npt.ArrayLike,
-    bandwidth_hz: float,
-    step: int,
-    seed: int,
     costs: UnitCosts = FULL_TUNING,
-) -> StepCosts:
-    """Return what a step costs on a fleet whose devices share an uplink.
-
-    Its time is that of the layers one after the other, each as long as its slowest
-    device, and of the activations and gradients that are sent, each over the sender's
-    whole band. Every sub-network sends its own, as in the paper, where it is the only
-    one of its device: neighbours on one device would send less.
+) -> float:
+    """Return how long a step computes: layer by layer, each as its slowest device.
 
     Parameters
     ----------
@@ -164,25 +150,18 @@ def step_costs(
         Operations, shape [S, M].
     device_of
         Device of each sub-network, shape [S].
-    profiles
-        The K devices.
-    num_layers, hidden_size
-        Layers L, and the width of what passes between them.
-    tokens
-        Tokens of each micro-batch, shape [M].
+    flops_per_s
+        Speed of each device, shape [K].
+    num_layers
+        Layers L.
     forward_flops
         A forward pass of one sub-network over each micro-batch, FLOP, shape [M].
-    bandwidth_hz, step, seed
-        The channel: its band, and what its draw follows from.
     costs
         What operations cost.
     """
-    compute = np.array(costs.compute)[operations] @ np.asarray(forward_flops)  # [S]
-    messages = np.array(costs.traffic)[operations] @ np.asarray(tokens)  # [S]
-    sent_bytes = 4.0 * hidden_size * messages
-    speed = np.array([profile.flops_per_s for profile in profiles])
-    seconds = compute / speed[device_of]
-    compute_s = sum(
+    flops = np.array(costs.compute)[operations] @ np.asarray(forward_flops)  # [S]
+    seconds = flops / np.asarray(flops_per_s)[device_of]
+    return sum(
         float(np.bincount(owners, layer).max())
         for owners, layer in zip(
             device_of.reshape(num_layers, -1),
@@ -190,13 +169,55 @@ def step_costs(
             strict=True,
         )
     )
-    snr = rayleigh_snr(
-        [profile.snr_db for profile in profiles],
-        [profile.name for profile in profiles],
-        server_round=step,
-        seed=seed,
+
+
+def activation_bytes(
+    operations: IntArray,
+    tokens: npt.ArrayLike,
+    hidden_size: int,
+    *,
+    costs: UnitCosts = FULL_TUNING,
+) -> FloatArray:
+    """Return what each sub-network sends in a step, bytes, shape [S].
+
+    Each sends its own activations and gradients of such, in float32, as in the paper,
+    where it is the only one of its device: neighbours on one device may send less.
+
+    Parameters
+    ----------
+    operations
+        Operations, shape [S, M].
+    tokens
+        Tokens of each micro-batch, shape [M].
+    hidden_size
+        Width of what passes between layers.
+    costs
+        What operations cost.
+    """
+    messages = np.array(costs.traffic)[operations] @ np.asarray(tokens)
+    return np.asarray(4.0 * hidden_size * messages)
+
+
+def uploads_s(
+    sent_bytes: npt.ArrayLike,
+    profiles: Sequence[DeviceProfile],
+    *,
+    bandwidth_hz: float,
+    step: int,
+    seed: int,
+) -> float:
+    """Return how long it takes until all devices have sent, each with the whole band.
+
+    Parameters
+    ----------
+    sent_bytes
+        What each device sends, shape [K].
+    profiles
+        The K devices.
+    bandwidth_hz, step, seed
+        The channel: its band, and what its draw follows from.
+    """
+    rate_bps = uplink_rates_bps(
+        profiles, bandwidth_hz=bandwidth_hz, server_round=step, seed=seed
     )
-    rate_bps = full_band_rate_bps(bandwidth_hz, snr)
-    of_device = np.bincount(device_of, sent_bytes, minlength=len(profiles))
-    upload_s = float((8 * of_device / rate_bps).sum())
-    return StepCosts(compute_s + upload_s, int(sent_bytes.sum()))
+    return float((8 * np.asarray(sent_bytes) / rate_bps).sum())

@@ -251,7 +251,7 @@ def find_subnetworks(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     layers = tuple(
         _parts(model.get_submodule(name), name, num_groups)
-        for name in _layer_names(partition)
+        for name in layer_names(partition)
     )
     slices = tuple(
         tuple(
@@ -268,6 +268,11 @@ def find_subnetworks(
 def out_features(linear: nn.Module) -> int:
     """Return the width of a linear map's output, adapter or not."""
     return int(base_of(linear).weight.shape[0])
+
+
+def hidden_size(subnetworks: Subnetworks) -> int:
+    """Return the width of what passes from layer to layer."""
+    return base_of(subnetworks.layers[0].query).in_features
 
 
 def base_of(linear: Any) -> nn.Linear:
@@ -307,7 +312,7 @@ def adapters_of(linear: Any) -> list[tuple[nn.Linear, nn.Linear, float, Any]]:
     ]
 
 
-def _layer_names(partition: BlockPartition) -> list[str]:
+def layer_names(partition: BlockPartition) -> list[str]:
     """Return the module that each block is, or is in: what ends in its number."""
     found: list[str] = []
     for block in partition.blocks:
@@ -387,10 +392,10 @@ def _parts(layer: nn.Module, name: str, num_groups: int | None) -> LayerParts:
     rate = found.pop("attention_dropout")
     num_heads = found.pop("num_heads")
     num_groups = num_heads if num_groups is None else num_groups
-    if not 1 <= num_groups <= num_heads:
+    if type(num_groups) is not int or not 1 <= num_groups <= num_heads:
         raise UserError(
-            f"num_groups={num_groups} must be from 1 to {num_heads}, the heads of "
-            f"{name}."
+            f"num_groups={num_groups!r} must be a whole number from 1 to {num_heads}, "
+            f"the heads of {name}."
         )
     for dropout in ("dropout_1", "dropout_2"):
         if not isinstance(found[dropout], nn.Module):

@@ -1,9 +1,9 @@
 """How a client and the resident worker of its device talk: frames over a Unix socket.
 
-A frame is a header in JSON and the raw bytes of the arrays that it lists; nothing is
-pickled. The worker's socket and the file with its token are readable by their owner
-alone, and every connection begins with the token: the socket may stand in a directory
-that others can enter.
+A frame is a header in JSON, with bytes as base64, and the raw bytes of the arrays that
+it lists; nothing is pickled. The worker's socket and the file with its token are
+readable by their owner alone, and every connection begins with the token: the socket
+may stand in a directory that others can enter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lola_flwr.errors import UserError
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 # Both ends are of one release, but a worker can outlive an upgrade.
-VERSION = 1
+VERSION = 2
 _PREFIX = struct.Struct("!4sHI")  # magic, version, bytes of the header
 _MAGIC = b"LOLA"
 _LARGEST_HEADER_BYTES = 16 << 20

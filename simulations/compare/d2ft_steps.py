@@ -10,13 +10,15 @@ from lola_flwr.d2ft import (
     Operation,
     Scores,
     StepSchedules,
+    activation_bytes,
+    compute_s,
     find_subnetworks,
     place_subnetworks,
     scheduled_gradient,
     score_subnetworks,
-    step_costs,
+    uploads_s,
 )
-from lola_flwr.d2ft.subnetworks import base_of
+from lola_flwr.d2ft.subnetworks import hidden_size
 from lola_flwr.model_setup import model_costs
 from lola_flwr.models import load_values
 from lola_flwr.randomness import rng_for
@@ -31,8 +33,8 @@ from simulations.compare.tasks import PATCH_SIZE, Task
 def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) -> None:
     """Train a model whose sub-networks are spread over the devices, in one process.
 
-    A step's wireless time is that of `step_costs`. ``report`` is called with what is
-    evaluated.
+    A step's wireless time is that of its computation and of its uploads, by
+    ``lola_flwr.d2ft.steps``. ``report`` is called with what is evaluated.
     """
     model, partition = task.model, task.partition
     subnetworks = find_subnetworks(model, partition, num_groups=method.num_groups)
@@ -92,20 +94,25 @@ def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) 
             result, count = counted_flops(scheduled_gradient, *work)
         flops += count
         optimizer.step({n: g.numpy() for n, g in result.gradients.items()})
-        spent = step_costs(
+        sent_bytes = activation_bytes(
+            operations,
+            [_num_tokens(part) for part in parts],
+            hidden_size(subnetworks),
+        )
+        wireless_s += compute_s(
             operations,
             device_of,
-            profiles,
+            [profile.flops_per_s for profile in profiles],
             num_layers=subnetworks.num_layers,
-            hidden_size=base_of(subnetworks.layers[0].query).in_features,
-            tokens=[_num_tokens(part) for part in parts],
             forward_flops=[len(part["labels"]) * unit_flops for part in parts],
+        ) + uploads_s(
+            np.bincount(device_of, sent_bytes, minlength=len(profiles)),
+            profiles,
             bandwidth_hz=settings.bandwidth_hz,
             step=step,
             seed=settings.seed,
         )
-        wireless_s += spent.seconds
-        payload += spent.sent_bytes
+        payload += int(sent_bytes.sum())
         if settings.is_evaluated(step):
             values = optimizer.state()
             load_values(model, names, [values[name] for name in names])

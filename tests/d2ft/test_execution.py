@@ -288,5 +288,7 @@ def test_models_that_are_not_understood():
     with pytest.raises(LayerNotUnderstood, match=r"GPT2Block.* has no query"):
         find_subnetworks(model, partition)
     roberta = make("roberta")
-    with pytest.raises(UserError, match=r"num_groups=5 must be from 1 to 4"):
+    with pytest.raises(
+        UserError, match=r"num_groups=5 must be a whole number from 1 to 4"
+    ):
         find_subnetworks(roberta.model, roberta.partition, num_groups=5)

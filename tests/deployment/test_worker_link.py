@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 
 from lola_flwr.deployment.worker_link import (
+    VERSION,
     Frame,
     LinkError,
     admits,
@@ -70,7 +71,7 @@ def test_anything_else_is_refused(data):
 def test_a_header_that_is_none_is_refused(header):
     left, right = socket.socketpair()
     with left, right:
-        left.sendall(struct.pack("!4sHI", b"LOLA", 1, len(header)) + header)
+        left.sendall(struct.pack("!4sHI", b"LOLA", VERSION, len(header)) + header)
         left.shutdown(socket.SHUT_WR)
         with pytest.raises(LinkError):
             receive_frame(right)
@@ -82,13 +83,13 @@ def test_a_header_that_is_none_is_refused(header):
 )
 def test_arrays_that_may_not_be_are_refused_before_memory_is_taken(pair, listed):
     header = f'{{"kind":"update","header":{{}},"arrays":[{listed}]}}'.encode()
-    pair[0].sendall(struct.pack("!4sHI", b"LOLA", 1, len(header)) + header)
+    pair[0].sendall(struct.pack("!4sHI", b"LOLA", VERSION, len(header)) + header)
     with pytest.raises(LinkError, match="Array"):
         receive_frame(pair[1])
 
 
 def test_another_version_is_refused(pair):
-    pair[0].sendall(struct.pack("!4sHI", b"LOLA", 2, 2) + b"{}")
+    pair[0].sendall(struct.pack("!4sHI", b"LOLA", VERSION + 1, 2) + b"{}")
     with pytest.raises(LinkError, match="restart the worker"):
         receive_frame(pair[1])
 

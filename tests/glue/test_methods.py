@@ -153,10 +153,12 @@ def test_keys_that_make_no_sense(changes):
     ("changes", "message"),
     [
         ({"interface": "legacy"}, "interface"),
-        ({"codec": "bf16"}, "codec='bf16' means nothing"),
+        ({"codec": "bf16"}, 'codec="bf16" means nothing'),
+        ({"sampler": "entropy"}, 'sampler="entropy" means nothing'),
+        ({"block_mean": "median"}, "block-mean"),
         ({"backups": 1}, "backups=1 means nothing"),
         ({"low_rank": "rank=2"}, "low-rank"),
-        ({"method": "lola-deft"}, "d2ft-options='compute=0.6' means nothing"),
+        ({"method": "lola-deft"}, 'd2ft-options="compute=0.6" means nothing'),
     ],
 )
 def test_keys_that_d2ft_has_no_use_for(changes, message):
@@ -175,6 +177,12 @@ def test_d2ft_s_options_are_those_of_its_schedules():
         micro_batches=7, budgets=Budgets(compute=0.6), same_micro_batches=False
     )
     assert trainer == {"num_groups": 4}
-    for wrong in ("compute=1.5", "micro_batches=0", "magic=1"):
+    for wrong in ("compute=1.5", "micro_batches=2.5", "shared_budgets=1", "magic=1"):
         with pytest.raises(UserError, match=wrong.split("=")[0]):
             schedules_of(config(method="d2ft", interface="message", d2ft_options=wrong))
+
+
+def test_defaults_mean_something_under_every_method():
+    """What `_MEANINGLESS` knows of as the default is what pyproject.toml has."""
+    for method in ("lola-deft", "fedavg-full", "d2ft"):
+        assert config(method=method, interface="message").method == method

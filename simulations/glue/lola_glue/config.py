@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -95,49 +96,44 @@ def _known_trackers(text: str) -> str:
     return text
 
 
-# What keys are by default that say nothing under some method; which, and why.
-_NEUTRAL: dict[str, object] = {
+# Keys that say nothing under some method, and what they are by default.
+_OF_BLOCKS: dict[str, object] = {
     "backups": 0,
-    "codec": "fp32",
-    "d2ft-options": "",
     "devices-per-block": 1,
-    "downlink": "all",
-    "head": "every",
     "latency-target-s": 0,
-    "low-rank": "",
-    "micro-batch-size": 0,
-    "participation": "needed",
     "reduced-schedules": False,
     "rotation-eps": 0,
     "selector": "all",
     "zeroth-order": "off",
 }
-_OF_BLOCKS = (
-    "backups",
-    "devices-per-block",
-    "rotation-eps",
-    "selector",
-    "latency-target-s",
-    "zeroth-order",
-    "reduced-schedules",
-)
-_OF_UPDATES = (
-    "codec",
-    "downlink",
-    "head",
-    "low-rank",
-    "micro-batch-size",
-    "participation",
-)
+_OF_UPDATES: dict[str, object] = {
+    "allocator": "exact",
+    "block-mean": "mean",
+    "codec": "fp32",
+    "compute-jitter": 0,
+    "correct-profiles": True,
+    "downlink": "all",
+    "fit-memory": False,
+    "head": "every",
+    "longest-round-s": 3600,
+    "low-rank": "",
+    "micro-batch-size": 0,
+    "norm-factor": 10,
+    "participation": "needed",
+    "profile-error": 0,
+    # What it chooses depends on the weights, which change between two draws.
+    "sampler": "random",
+}
+_OF_D2FT: dict[str, object] = {"d2ft-options": ""}
 _MEANINGLESS = {
-    "lola-deft": ("whose model is on every device", ("d2ft-options",)),
+    "lola-deft": ("where every device has the model", _OF_D2FT),
     "fedavg-full": (
         "where every device trains the one block",
-        (*_OF_BLOCKS, "d2ft-options"),
+        {**_OF_BLOCKS, **_OF_D2FT},
     ),
     "d2ft": (
         "where no device trains a block by itself",
-        (*_OF_BLOCKS, *_OF_UPDATES),
+        {**_OF_BLOCKS, **_OF_UPDATES},
     ),
 }
 
@@ -226,13 +222,14 @@ class GlueConfig(RunConfig):
                 f"backups={self.backups} needs spare devices, but with "
                 'participation="all" there are none; drop one of the two'
             )
-        reason, keys = _MEANINGLESS[self.method]
-        for key in keys:
-            value, neutral = getattr(self, key.replace("-", "_")), _NEUTRAL[key]
+        reason, defaults = _MEANINGLESS[self.method]
+        for key, neutral in defaults.items():
+            value = getattr(self, key.replace("-", "_"))
             if value != neutral:
                 yield (
-                    f'{key}={value!r} means nothing with method="{self.method}", '
-                    f"{reason}; set it to {neutral!r}"
+                    f"{key}={json.dumps(value)} means nothing with "
+                    f'method="{self.method}", {reason}; set it to '
+                    f"{json.dumps(neutral)}"
                 )
         if self.method == "d2ft" and self.interface != "message":
             yield 'method="d2ft" needs interface="message"'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from logging import ERROR, INFO
 from typing import Any
 
@@ -29,7 +28,7 @@ from lola_flwr.round_log import RoundRecord
 from lola_flwr.run_directory import RunDirectory
 from lola_flwr.run_files import describe_run, run_directory
 from lola_flwr.selection.importance import Response
-from lola_flwr.spread_trainer import SpreadTrainer
+from lola_flwr.spread.trainer import SpreadTrainer
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.tracking import tracking
@@ -50,8 +49,6 @@ _EVALUATION_BATCH = 128
 # The model's loss and metrics after a round; None in rounds that are not evaluated.
 Evaluate = Callable[[int, Sequence[NDArray[np.floating]]], dict[str, float] | None]
 OnRound = Callable[[RoundRecord], None]
-# Runs all rounds: (grid, context, config, *, evaluate, on_round).
-Run = Callable[..., None]
 
 app = ServerApp()
 
@@ -83,17 +80,11 @@ def fine_tune(grid: Grid, context: Context) -> None:
         ]
 
     trained: Coordinator | SpreadTrainer
-    run: Run
     if config.method == "d2ft":
-        trained = trainer = make_trainer(config, model, partition)
-        run = partial(run_d2ft, trainer=trainer)
+        trained = make_trainer(config, model, partition)
     else:
         response = response_of(config, model, partition, train, mean_loss)
-        trained = coordinator = make_coordinator(
-            config, model, partition, response=response
-        )
-        by_interface = run_legacy if config.interface == "legacy" else run_message
-        run = partial(by_interface, coordinator=coordinator)
+        trained = make_coordinator(config, model, partition, response=response)
 
     def evaluate(
         server_round: int, values: Sequence[NDArray[np.floating]]
@@ -121,7 +112,12 @@ def fine_tune(grid: Grid, context: Context) -> None:
             files.on_round(record)
             track(record)
 
-        run(grid, context, config, evaluate=evaluate, on_round=on_round)
+        if isinstance(trained, SpreadTrainer):
+            run_d2ft(grid, config, trained, evaluate, on_round)
+        elif config.interface == "legacy":
+            run_legacy(grid, context, config, trained, evaluate, on_round)
+        else:
+            run_message(grid, config, trained, evaluate, on_round)
     log(INFO, "rounds written to %s", files.log.path)
     if config.save_model or config.save_merged:
         values = trained.state()
@@ -144,7 +140,6 @@ def run_legacy(
     grid: Grid,
     context: Context,
     config: GlueConfig,
-    *,
     coordinator: Coordinator,
     evaluate: Evaluate,
     on_round: OnRound,
@@ -174,9 +169,7 @@ def run_legacy(
 
 def run_message(
     grid: Grid,
-    context: Context,
     config: GlueConfig,
-    *,
     coordinator: Coordinator,
     evaluate: Evaluate,
     on_round: OnRound,
@@ -192,9 +185,7 @@ def run_message(
 
 def run_d2ft(
     grid: Grid,
-    context: Context,
     config: GlueConfig,
-    *,
     trainer: SpreadTrainer,
     evaluate: Evaluate,
     on_round: OnRound,
@@ -238,6 +229,7 @@ def make_trainer(
         optimizer_options=_optimizer_options(config),
         schedules=schedules,
         batch_size=config.batch_size,
+        max_tokens=config.max_length,
         bandwidth_hz=config.bandwidth_hz,
         max_gradient_norm=config.max_gradient_norm,
         seed=config.seed,

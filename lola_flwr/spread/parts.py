@@ -13,6 +13,7 @@ message takes Flower some milliseconds.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,16 +27,16 @@ from torch import Tensor, nn
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.d2ft.branches import contribute
 from lola_flwr.d2ft.execution import replaced_layers
-from lola_flwr.d2ft.operations import from_text
+from lola_flwr.d2ft.operations import Operation, from_text
 from lola_flwr.d2ft.subnetworks import (
     Branch,
     LayerNotUnderstood,
     LayerParts,
     Slice,
     Subnetworks,
-    base_of,
     branch_slices,
     find_subnetworks,
+    hidden_size,
 )
 from lola_flwr.errors import UserError
 from lola_flwr.packed import GRADIENTS, VALUES
@@ -133,14 +134,17 @@ class _Part:
     def sizes(self) -> list[tuple[int, int]]:
         return sizes_from_text(self.task.sizes)
 
+    @property
+    def numbers(self) -> list[int]:
+        return [int(number) for number in self.task.numbers.split()]
+
     def batches(self) -> list[Batch]:
-        numbers = [int(number) for number in self.task.draws.split()]
         return [
             {
                 name: tensor.to(self.device)
                 for name, tensor in self.draw(number, self.task.batch_size).items()
             }
-            for number in numbers
+            for number in self.numbers
         ]
 
     def hidden(self, name: str) -> list[Tensor]:
@@ -149,21 +153,22 @@ class _Part:
         return [t.to(self.device) for t in tensors_of(self.arrays[name], shapes)]
 
     def restart_dropout(self, number: int) -> None:
-        """Let dropout be the same wherever this micro-batch passes here."""
+        """Let dropout be the same on both ways of a micro-batch through here."""
         task = self.task
-        place = (task.layer_index, task.branch_index, task.first_group)
-        rng = rng_for(task.seed, "part", *place, number)
+        place: tuple[str | int, ...] = (task.kind,)
+        if task.kind in ("forward", "backward"):
+            place = (task.layer_index, task.branch_index, task.first_group)
+        rng = rng_for(task.seed, "part", *place, "micro-batch", number)
         torch.manual_seed(int(rng.integers(2**63)))
 
-    def report(self, sizes: str = "", losses: bytes = b"") -> PartReport:
+    def report(self, **fields: Any) -> PartReport:
         task = self.task
         return PartReport(
             kind=task.kind,
             step=task.step,
             layer_index=task.layer_index,
             branch_index=task.branch_index,
-            sizes=sizes,
-            losses=losses,
+            **fields,
         )
 
 
@@ -183,7 +188,8 @@ def _inputs(part: _Part) -> PartResult:
         raise _Reached(hidden, mask)
 
     inputs, masks = [], []
-    for number, batch in enumerate(part.batches()):
+    batches = part.batches()
+    for number, batch in zip(part.numbers, batches, strict=True):
         part.restart_dropout(number)
         try:
             with torch.no_grad(), replaced_layers({part.subnetworks.layers[0]: stop}):
@@ -194,16 +200,25 @@ def _inputs(part: _Part) -> PartResult:
         else:
             raise LayerNotUnderstood("The model did not call its first layer.")
     sizes = " ".join(f"{len(x)}x{x.shape[1]}" for x in inputs)
-    return part.report(sizes=sizes), {
+    return part.report(sizes=sizes, digest=_digest(batches)), {
         HIDDEN: array_of(inputs),
         MASKS: array_of(masks).astype(np.uint8),
     }
 
 
+def _digest(batches: Sequence[Batch]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(f"{name} {tuple(batch[name].shape)}".encode())
+            digest.update(batch[name].contiguous().numpy(force=True).tobytes())
+    return digest.hexdigest()[:32]
+
+
 def _token_mask(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Return for each token, [B, S], whether it may be attended to."""
     if mask is None:
-        return torch.ones(hidden.shape[:2])
+        return torch.ones(hidden.shape[:2], device=hidden.device)
     allowed = mask if mask.dtype == torch.bool else mask >= 0
     of_tokens = allowed[:, 0, 0, :]
     if not torch.equal(of_tokens[:, None, None, :].expand_as(allowed), allowed):
@@ -225,12 +240,18 @@ def _loss(part: _Part) -> PartResult:
     slopes: list[Tensor] = []
     total = [torch.zeros_like(parameter) for parameter in head]
     batches = part.batches()
+    if _digest(batches) != part.task.digest:
+        raise UserError(
+            f"The micro-batches {part.task.numbers} are others than a moment ago: "
+            "batch_source must give the same batch whenever it is asked for the same "
+            "number, as it is twice a step."
+        )
     examples = [len(next(iter(batch.values()))) for batch in batches]
     try:
         for parameter in head:
             parameter.requires_grad_(True)
-        for number, (batch, hidden) in enumerate(
-            zip(batches, part.hidden(HIDDEN), strict=True)
+        for number, batch, hidden, size in zip(
+            part.numbers, batches, part.hidden(HIDDEN), examples, strict=True
         ):
             part.restart_dropout(number)
             with replaced_layers(
@@ -246,7 +267,7 @@ def _loss(part: _Part) -> PartResult:
             losses.append(loss.item())
             slopes.append(slope)
             for sum_, gradient in zip(total, found, strict=True):
-                sum_ += gradient * (examples[number] / sum(examples))
+                sum_ += gradient * (size / sum(examples))
     finally:
         for parameter, flag in zip(head, flags, strict=True):
             parameter.requires_grad_(flag)
@@ -270,8 +291,8 @@ def _forward(part: _Part) -> PartResult:
     _load(tensors, part.arrays[VALUES])
     with torch.no_grad():
         outputs = [
-            _contribution(part, number, hidden)
-            for number, hidden in enumerate(part.hidden(HIDDEN))
+            _contribution(part, m, hidden)
+            for m, hidden in enumerate(part.hidden(HIDDEN))
         ]
     return part.report(), {HIDDEN: array_of(outputs)}
 
@@ -289,11 +310,11 @@ def _backward(part: _Part) -> PartResult:
     try:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        for number, (hidden, slope) in enumerate(
+        for m, (hidden, slope) in enumerate(
             zip(part.hidden(HIDDEN), part.hidden(SLOPES), strict=True)
         ):
             hidden.requires_grad_(part.task.wants_inputs)
-            output = _contribution(part, number, hidden)
+            output = _contribution(part, m, hidden)
             inputs = [hidden] * part.task.wants_inputs
             found = torch.autograd.grad(
                 output,
@@ -316,18 +337,25 @@ def _backward(part: _Part) -> PartResult:
     return part.report(), arrays
 
 
-def _contribution(part: _Part, number: int, hidden: Tensor) -> Tensor:
+def _contribution(part: _Part, m: int, hidden: Tensor) -> Tensor:
+    """Compute what the device's groups contribute in the message's m-th."""
     task = part.task
     parts = part.subnetworks.layers[task.layer_index]
+    others = part.subnetworks.num_groups - task.last_group
+    row = [
+        *[Operation.SKIP] * task.first_group,
+        *from_text(task.rows.split()[m]),
+        *[Operation.SKIP] * others,
+    ]
     lengths = [batch * tokens for batch, tokens in part.sizes]
-    start = sum(lengths[:number])
-    mask = torch.from_numpy(part.arrays[MASKS][start : start + lengths[number]] != 0)
+    start = sum(lengths[:m])
+    mask = torch.from_numpy(part.arrays[MASKS][start : start + lengths[m]] != 0)
     of_tokens = mask.view(len(hidden), 1, 1, -1).to(part.device)
-    part.restart_dropout(number)
+    part.restart_dropout(part.numbers[m])
     return contribute(
         parts,
         Branch(task.branch_index),
-        from_text(task.rows.split()[number]),
+        row,
         hidden,
         None if mask.all() else of_tokens,
     )
@@ -378,11 +406,6 @@ def part_slices(
     return [piece for piece in slices if piece.name in trained]
 
 
-def hidden_size(subnetworks: Subnetworks) -> int:
-    """Return the width of what passes from layer to layer."""
-    return base_of(subnetworks.layers[0].query).in_features
-
-
 def sizes_from_text(text: str) -> list[tuple[int, int]]:
     """Read examples and tokens of micro-batches: ``"8x21 8x17"``.
 
@@ -400,7 +423,9 @@ def sizes_from_text(text: str) -> list[tuple[int, int]]:
 
 
 def array_of(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
-    """Put tensors one after the other in one array."""
+    """Put tensors, perhaps none, one after the other in one array."""
+    if not tensors:
+        return np.empty(0, np.float32)
     flat = [tensor.detach().reshape(-1).float() for tensor in tensors]
     return np.asarray(torch.cat(flat).numpy(force=True))
 

@@ -6,6 +6,8 @@ takes nothing along: from the next step on its sub-networks are on the others.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,37 +21,32 @@ from lola_flwr.absences import Absences
 from lola_flwr.blocks import BlockPartition
 from lola_flwr.checkpoint import Snapshot
 from lola_flwr.d2ft.operations import Operation
-from lola_flwr.d2ft.parts import hidden_size
-from lola_flwr.d2ft.remote import (
-    Draw,
-    Exchange,
-    PartFailed,
-    PartReply,
-    PartRequest,
-    SpreadModel,
-    spread_gradient,
+from lola_flwr.d2ft.schedule import (
+    STATELESS_ADAPTER_TUNING,
+    STATELESS_FULL_TUNING,
+    place_subnetworks,
 )
-from lola_flwr.d2ft.schedule import UnitCosts, place_subnetworks
 from lola_flwr.d2ft.scores import Scores
-from lola_flwr.d2ft.steps import StepSchedules, step_costs
+from lola_flwr.d2ft.steps import StepSchedules, compute_s, uploads_s
 from lola_flwr.d2ft.subnetworks import (
     Branch,
+    LayerNotUnderstood,
     base_of,
     find_subnetworks,
+    layer_names,
     parameter_slices,
 )
 from lola_flwr.errors import UserError
 from lola_flwr.fleet import Fleet
 from lola_flwr.models import fingerprint, load_values
+from lola_flwr.protocol import PartTask
 from lola_flwr.randomness import rng_for
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.server_optimizer import ServerOptimizer
+from lola_flwr.spread.exchange import Exchange, PartFailed, PartReply, PartRequest
+from lola_flwr.spread.remote import SpreadModel, spread_gradient
 
 FloatArray = npt.NDArray[np.float32]
-
-# A device computes forward anew on the way back: of all weights, and of adapters.
-REMOTE_FULL_TUNING = UnitCosts(compute=(0, 1, 4))
-REMOTE_ADAPTER_TUNING = UnitCosts(compute=(0, 1, 3))
 
 
 class SpreadTrainer:
@@ -68,8 +65,8 @@ class SpreadTrainer:
         compute forward anew on the way back.
     num_groups
         Head groups that each layer is divided into (default: one for each head).
-    batch_size
-        Examples of a micro-batch.
+    batch_size, max_tokens
+        Examples of a micro-batch, and tokens of an example, at most.
     bandwidth_hz
         Total uplink bandwidth.
     max_gradient_norm
@@ -80,7 +77,7 @@ class SpreadTrainer:
     Raises
     ------
     LayerNotUnderstood
-        The model's layers cannot be cut into sub-networks.
+        The model's layers cannot be cut into sub-networks, or do not follow each other.
     """
 
     def __init__(
@@ -92,6 +89,7 @@ class SpreadTrainer:
         schedules: StepSchedules,
         num_groups: int | None = None,
         batch_size: int = 8,
+        max_tokens: int = 512,
         bandwidth_hz: float = 20e6,
         max_gradient_norm: float = 10.0,
         seed: int = 0,
@@ -101,10 +99,21 @@ class SpreadTrainer:
         self.fleet = Fleet(seed=seed)
         self._model = model
         self._subnetworks = find_subnetworks(model, partition, num_groups=num_groups)
+        numbers = [int(name.rpartition(".")[2]) for name in layer_names(partition)]
+        if numbers != [*range(numbers[0], numbers[0] + len(numbers))]:
+            raise LayerNotUnderstood(
+                f"The blocks are the layers {numbers}: only layers that follow each "
+                "other can be spread over devices."
+            )
         self._optimizer = optimizer
-        costs = REMOTE_ADAPTER_TUNING if partition.layers else REMOTE_FULL_TUNING
-        self._schedules = replace(schedules, costs=costs)
+        self._schedules = replace(
+            schedules,
+            costs=STATELESS_ADAPTER_TUNING
+            if partition.layers
+            else STATELESS_FULL_TUNING,
+        )
         self._batch_size = batch_size
+        self._max_tokens = max_tokens
         self._bandwidth_hz = bandwidth_hz
         self._max_gradient_norm = max_gradient_norm
         self._seed = seed
@@ -151,16 +160,10 @@ class SpreadTrainer:
         try:
             record = self._step(step, devices, counted)
         except PartFailed as failure:
-            outcomes[failure.device_id] = 0.0
-            record = self.skip(step, f"device {failure}")
+            outcomes = dict.fromkeys(failure.reasons, 0.0)
+            record = self.skip(step, str(failure))
         else:
-            outcomes = dict.fromkeys(devices, None)
-            record = replace(
-                record,
-                exchanges=counted.exchanges,
-                sent_bytes=counted.sent_bytes,
-                received_bytes=counted.received_bytes,
-            )
+            outcomes = dict.fromkeys(counted.asked, None)
         names = {device: self.fleet.profiles[device].name for device in devices}
         self.fleet.absences = self.fleet.absences.after(
             step, {names[device]: lacked for device, lacked in outcomes.items()}
@@ -185,13 +188,15 @@ class SpreadTrainer:
 
     def start_from(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in the values to start from, or raise `UserError` if they do not fit."""
-        own = self.state()
-        for name, value in own.items():
-            if name not in values or values[name].shape != value.shape:
-                raise UserError(
-                    f"Initial arrays: {name} is missing or of another shape; pass "
-                    "those of the model that the trainer was made for."
-                )
+        own = {name: value.shape for name, value in self.state().items()}
+        given = {name: value.shape for name, value in values.items()}
+        if own != given:
+            name = min(n for n in own | given if own.get(n) != given.get(n))
+            raise UserError(
+                f"Initial arrays: {name} has shape {given.get(name)}; expected "
+                f"{own.get(name)}. Pass those of the model that the trainer was made "
+                "for."
+            )
         self._optimizer.load(values)
 
     def snapshot(self) -> Snapshot:
@@ -242,7 +247,7 @@ class SpreadTrainer:
         return rested or known
 
     def _step(
-        self, step: int, devices: Sequence[str], exchange: Exchange
+        self, step: int, devices: Sequence[str], exchange: _Counted
     ) -> RoundRecord:
         profiles = [self.fleet.profiles[device] for device in devices]
         device_of = place_subnetworks(
@@ -263,21 +268,35 @@ class SpreadTrainer:
             device_of=device_of,
             device_ids=devices,
             exchange=exchange,
-            task={
-                "step": step,
-                "base_fingerprint": self._base_fingerprint,
-                "seed": int(rng.integers(2**62)),
-            },
+            task=PartTask(
+                kind="",
+                step=step,
+                base_fingerprint=self._base_fingerprint,
+                seed=int(rng.integers(2**62)),
+                num_groups=self._subnetworks.num_groups,
+            ),
         )
-        # Each from the data of another device in turn.
+        # Each from the data of another device in turn; who begins is drawn, or some
+        # would never have one where not all micro-batches run.
+        order = rng.permutation(len(devices))
         first = (step - 1) * self._schedules.micro_batches
-        numbers = range(first, first + operations.shape[1])
-        draws = [Draw(devices[n % len(devices)], n + 1) for n in numbers]
+        numbers: dict[str, list[int]] = {}
+        for m in range(operations.shape[1]):
+            owner = devices[order[m % len(devices)]]
+            numbers.setdefault(owner, []).append(first + m + 1)
         with torch.random.fork_rng():
             torch.manual_seed(int(rng.integers(2**62)))
-            result = spread_gradient(spread, draws, self._batch_size, operations)
+            result = spread_gradient(
+                spread,
+                numbers,
+                self._batch_size,
+                operations,
+                max_tokens=self._max_tokens,
+            )
         gradients = result.gradients
         norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
+        if not math.isfinite(norm):
+            return self.skip(step, "its gradient is not finite")
         if norm > self._max_gradient_norm:
             for gradient in gradients.values():
                 gradient *= self._max_gradient_norm / norm
@@ -285,27 +304,30 @@ class SpreadTrainer:
         self._optimizer.step({name: g.numpy() for name, g in gradients.items()}, step)
         if self._schedules.shared_budgets:
             self._scores = self._scores_of(self._fisher(gradients, ran_fully))
-        width = hidden_size(self._subnetworks)
-        spent = step_costs(
+        seconds = compute_s(
             operations,
             device_of,
-            profiles,
+            [profile.flops_per_s for profile in profiles],
             num_layers=self._subnetworks.num_layers,
-            hidden_size=width,
-            tokens=result.tokens,
             forward_flops=np.array(result.tokens) * self._flops_per_token(),
+            costs=self._schedules.costs,
+        ) + uploads_s(
+            [exchange.received_bytes[device] for device in devices],
+            profiles,
             bandwidth_hz=self._bandwidth_hz,
             step=step,
             seed=self._seed,
-            costs=self._schedules.costs,
         )
         return RoundRecord(
             server_round=step,
             num_devices=len(devices),
-            wireless_s=self._wireless_s + spent.seconds,
-            round_s=spent.seconds,
-            observed_s=spent.seconds,
+            wireless_s=self._wireless_s + seconds,
+            round_s=seconds,
+            observed_s=seconds,
             train_loss=result.loss,
+            exchanges=exchange.exchanges,
+            sent_bytes=exchange.sent_bytes,
+            received_bytes=exchange.received_bytes.total(),
         )
 
     def _flops_per_token(self) -> float:
@@ -350,15 +372,17 @@ class _Counted:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self.exchanges = self.sent_bytes = self.received_bytes = 0
+        self.asked: set[str] = set()
+        self.exchanges = self.sent_bytes = 0
+        self.received_bytes: Counter[str] = Counter()  # by device id
 
     def __call__(self, requests: Mapping[str, PartRequest]) -> Mapping[str, PartReply]:
         self.exchanges += 1
+        self.asked |= requests.keys()
         self.sent_bytes += sum(
             array.nbytes for r in requests.values() for array in r.arrays.values()
         )
         replies = self._exchange(requests)
-        self.received_bytes += sum(
-            len(data) for reply in replies.values() for data in reply.arrays.values()
-        )
+        for device, reply in replies.items():
+            self.received_bytes[device] += sum(map(len, reply.arrays.values()))
         return replies
