@@ -113,11 +113,16 @@ def case(request):
 
 def assert_alike(found, expected):
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-    assert found.gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        torch.testing.assert_close(
-            found.gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name
-        )
+    assert_gradients_alike(found.gradients, expected.gradients)
+
+
+def assert_gradients_alike(found, expected):
+    """Compare norms: most gradients of so small a model are tiny."""
+    assert found.keys() == expected.keys()
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm()
+        assert error <= 1e-3 * gradient.norm() + 1e-7 * largest, name
 
 
 @pytest.mark.parametrize("num_groups", [None, 2, 1])
@@ -267,8 +272,11 @@ def test_what_runs_forward_only_changes_no_dropout_of_the_others():
         return spread_gradient(model, DRAWS, 6, operations).gradients
 
     skipped, forward = gradients(SKIP), gradients(FORWARD)
-    for name in case.partition.blocks[0]:
-        torch.testing.assert_close(forward[name], skipped[name], msg=name)
+    # The head learns from what ran forward only; what is behind it is weighted alike.
+    for found in (skipped, forward):
+        for name in case.partition.head:
+            del found[name]
+    assert_gradients_alike(forward, skipped)
 
 
 BAD = {
