@@ -46,7 +46,9 @@ from lola_flwr.versions import Manifest
 from lola_flwr.zeroth_order.directions import WIRE_TYPE, directions_of
 from lola_flwr.zeroth_order.projections import projected_gradients
 
-# Gives the mini-batch of a round: (server_round, batch_size) -> arguments of the model.
+# Gives a mini-batch: (number, batch_size) -> arguments of the model. The number is that
+# of the round, or of a micro-batch where the model is spread over devices; there it has
+# to give the same batch whenever it is asked for the same number.
 BatchSource = Callable[[int, int], Batch]
 
 
@@ -64,7 +66,7 @@ class BlockDevice:
         overwrites the model's trainable values, so the virtual clients of one
         simulation worker can share it.
     batch_source
-        Draws the round's mini-batch from the device's data.
+        Draws a mini-batch from the device's data.
     loss_function
         Maps model and batch to a mean loss (default: the model's own).
     micro_batch_size

@@ -92,6 +92,12 @@ def figures(record: RoundRecord) -> dict[str, float]:
         "train_loss": record.train_loss,
         **record.metrics,
     }
+    if record.exchanges:
+        values |= {
+            "exchanges": record.exchanges,
+            "bytes/sent": record.sent_bytes,
+            "bytes/received": record.received_bytes,
+        }
     if record.skipped is None:
         values |= {
             "latency/planned_s": record.round_s,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -36,6 +37,14 @@ def test_what_is_not_known_is_left_out():
     skipped = RoundRecord(3, 4, 4.0, skipped="nobody", metrics={"loss": math.nan})
     assert set(figures(skipped)) == {
         *("wireless_s", "devices", "updates/asked", "updates/refused"),
+    }
+
+
+def test_a_spread_model_has_exchanges():
+    record = replace(RECORDS[0], exchanges=26, sent_bytes=7, received_bytes=5)
+    assert figures(record) == {
+        **figures(RECORDS[0]),
+        **{"exchanges": 26, "bytes/sent": 7, "bytes/received": 5},
     }
 
 

@@ -85,6 +85,8 @@ class Run:
     def total_bytes(self, name: str) -> int | None:
         """Sum a count of bytes over all rounds; None if the log does not hold it."""
         counts = [_count(block, name) for r in self.rounds for block in r.blocks]
+        # A model that is spread over devices has no blocks of theirs.
+        counts += [getattr(r, name, None) for r in self.rounds if r.exchanges]
         known = [count for count in counts if count is not None]
         return round(sum(known)) if known else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +12,7 @@ from lola_flwr.allocation import RoundMode
 from lola_flwr.cli.main import main
 from lola_flwr.errors import UserError
 from lola_flwr.report import Report, Run
-from lola_flwr.round_log import RoundLog
+from lola_flwr.round_log import RoundLog, RoundRecord
 from lola_flwr.run_files import describe_run
 from tests.report.sample_runs import HOSTILE, LOST, sample_run
 
@@ -136,6 +137,14 @@ def test_a_hundred_rounds_of_fifty_devices_stay_small():
     run = sample_run("big", num_devices=50, num_rounds=100, mode=everyone)
     assert sum(len(record.blocks) for record in run.rounds) == 99 * 50
     assert len(Report([run]).html().encode()) < 5e6
+
+
+def test_bytes_of_a_spread_model_are_counted():
+    record = RoundRecord(1, 4, 2.0, exchanges=26, sent_bytes=7, received_bytes=5)
+    run = Run("spread", [record, replace(record, exchanges=0)])
+    assert run.total_bytes("received_bytes") == 5
+    assert run.total_bytes("sent_bytes") == 7
+    assert run.total_bytes("payload_bytes") is None
 
 
 def test_no_run_is_no_report():
