@@ -66,7 +66,7 @@ def federation(
         case.partition,
         batch_size=2,
         schedules=StepSchedules(**{"micro_batches": 3, **(schedules or {})}),
-        **{"lr": 1e-3, **(trainer_options or {})},
+        **{"lr": 2e-3, **(trainer_options or {})},
     )
 
     def make_app(index):
@@ -96,13 +96,13 @@ def run(strategy, grid, num_rounds=1, **options):
 def test_steps_lower_the_loss(family):
     records = []
     strategy, grid = federation(family, on_round=records.append)
-    result = run(strategy, grid, 20)
+    result = run(strategy, grid, 12)
     assert isinstance(strategy, Strategy)
-    assert [r.server_round for r in records] == list(range(1, 21))
-    assert [r.skipped for r in records] == 20 * [None]
+    assert [r.server_round for r in records] == list(range(1, 13))
+    assert [r.skipped for r in records] == 12 * [None]
     assert {r.exchanges for r in records} == {EXCHANGES}
     losses = [m["train_loss"] for m in result.train_metrics_clientapp.values()]
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.02
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.01
     for name, values in strategy.trainer.state().items():
         np.testing.assert_array_equal(result.arrays[name].numpy(), values)
     first = records[0].lines()
@@ -149,16 +149,16 @@ def test_every_device_s_data_is_used():
         num_devices=4,
         schedules={"micro_batches": 4, "budgets": Budgets(traffic=0.5)},
     )
-    run(strategy, grid, 12)
+    run(strategy, grid, 8)
     tasks = [m for m in grid.sent if m.metadata.message_type == "train.lola_part"]
     owners = Counter(
         m.metadata.dst_node_id for m in tasks if m.content["config"]["kind"] == "inputs"
     )
     assert owners.keys() == {100, 101, 102, 103}
-    assert owners.total() == 24
+    assert owners.total() == 16
     numbers = [m.content["config"]["numbers"] for m in tasks]
     drawn = {n for text in numbers for n in text.split()}
-    assert len(drawn) == 24, "no micro-batch is drawn twice"
+    assert len(drawn) == 16, "no micro-batch is drawn twice"
 
 
 def test_a_device_that_fails_costs_one_step_and_then_rests():
@@ -208,7 +208,7 @@ def test_a_step_s_gradient_is_held_to_a_norm():
         after = strategy.trainer.state()
         squares = [np.square(after[n] - v).sum() for n, v in before.items()]
         moves.append(np.sqrt(sum(squares)))
-    np.testing.assert_allclose(moves, [1e-6, 1e-7], rtol=1e-2)  # the rate is 1e-3
+    np.testing.assert_allclose(moves, [2e-6, 2e-7], rtol=1e-2)  # the rate is 2e-3
 
 
 def test_layers_that_do_not_follow_each_other_are_refused():
