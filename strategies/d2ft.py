@@ -20,6 +20,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from lola_flwr.absences import Absences
 from lola_flwr.errors import UserError
 from lola_flwr.protocol import PART_ACTION, REPORT_KEY
 from lola_flwr.round_log import RoundRecord
@@ -34,7 +35,7 @@ from lola_flwr.strategies.presence import (
     without_errors,
 )
 from lola_flwr.strategies.rounds import with_metrics
-from lola_flwr.strategies.wrappers import refuse_clipping_on_server
+from lola_flwr.strategies.wrappers import refuse_clipping
 
 
 class D2FT(Strategy):
@@ -87,8 +88,11 @@ class D2FT(Strategy):
         # Flower counts each start's rounds from 1; a resumed run has done some before.
         self._steps_before = trainer.server_round
         self._record: RoundRecord | None = None
+        self._silent = Absences()
         self._returned: ArrayRecord | None = None
         self._timeout_s = exchange_wait_s
+        # Under a wrapper, which has a start of its own, evaluations stay unknown.
+        self._reports = False
 
     def initial_arrays(self) -> ArrayRecord:
         """Return the trainable values, to be handed to ``start``."""
@@ -136,13 +140,13 @@ class D2FT(Strategy):
         before = 0 if self._record is not None else self.trainer.server_round
         self._steps_before, self._record, self._returned = before, None, None
         self._timeout_s = min(self._exchange_wait_s, timeout)
+        self._reports = True
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             metrics = None
             if evaluate_fn is not None:
                 metrics = evaluate_fn(server_round + before, arrays)
-            if self._record is not None and self.on_round is not None:
-                self.on_round(with_metrics(self._record, dict(metrics or {})))
+            self._report(dict(metrics or {}))
             return metrics
 
         return super().start(
@@ -165,9 +169,9 @@ class D2FT(Strategy):
         UserError
             In the first step: too few devices connected, none can be used, or
             ``arrays`` is of another model. Later steps without any device are skipped.
-            In any: a wrapper clips on the server.
+            In any: a wrapper clips updates.
         """
-        refuse_clipping_on_server()
+        refuse_clipping()
         if arrays is not self._returned:
             # The first ones, or what a wrapper has changed, for instance by noise.
             self.trainer.start_from({n: a.numpy() for n, a in arrays.items()})
@@ -183,10 +187,12 @@ class D2FT(Strategy):
                 needed=self._min_available if self._record is None else 1,
                 wait_s=self._wait_s,
             )
-            meet(
+            self._silent = meet(
                 self.trainer,
                 devices,
                 lambda new: ask_profiles(grid, new, step, self._profile_wait_s),
+                server_round=step,
+                silent=self._silent,
             )
             record = self.trainer.step(step, devices, exchange)
         except UserError as error:
@@ -225,7 +231,13 @@ class D2FT(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Return nothing, since nothing was asked for."""
+        if not self._reports:
+            self._report({})
         return None
+
+    def _report(self, metrics: Mapping[str, object]) -> None:
+        if self._record is not None and self.on_round is not None:
+            self.on_round(with_metrics(self._record, metrics))
 
 
 def _exchange(

@@ -336,6 +336,8 @@ def _ask_profiles(
         try:
             answers[device] = future.result(timeout=0)
         except Exception as error:
+            if future.done():
+                answers[device] = {}
             reason = quoted(error) if str(error) else f"none after {wait_s:g} s"
             log(WARNING, "no profile from device %s: %s", device, reason)
     return answers

@@ -11,11 +11,13 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from lola_flwr.absences import Absences
 from lola_flwr.errors import UserError, quoted
 from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY
 from lola_flwr.system.devices import InvalidProfile
 
-# Asks devices for their profiles: device ids -> what those that answered said.
+# Asks devices for their profiles: device ids -> what those said that answered in time;
+# nothing, where the answer was an error.
 AskProfiles = Callable[[Sequence[str]], Mapping[str, Mapping[str, object]]]
 
 
@@ -67,21 +69,54 @@ def wait_for_devices(
     return devices
 
 
-def meet(register: Register, devices: Collection[str], ask: AskProfiles) -> None:
-    """Take note of who is there, and ask those for their profiles that are new."""
-    unknown = register.meet_devices(devices)
+def meet(
+    register: Register,
+    devices: Collection[str],
+    ask: AskProfiles,
+    *,
+    server_round: int,
+    silent: Absences,
+) -> Absences:
+    """Take note of who is there, and ask those for their profiles that are new.
+
+    Parameters
+    ----------
+    register
+        Who keeps the profiles.
+    devices
+        Ids of the devices that are there.
+    ask
+        Asks devices, all at once.
+    server_round
+        Round, from 1.
+    silent
+        Who did not answer in rounds before, by id: everybody waits for an answer, so
+        such devices are asked again after ever longer rests only.
+
+    Returns
+    -------
+    Who has not answered by now.
+    """
+    unknown = [
+        device
+        for device in register.meet_devices(devices)
+        if silent.memory_limit(server_round, device) > 0
+    ]
     if not unknown:
-        return
+        return silent
     answers = ask(unknown)
     for device in unknown:
         try:
-            # A device without an answer is asked again in the next round, unless a
-            # profile is assumed for such devices.
+            # Without an answer the device stays unknown, unless a profile is assumed
+            # for such devices.
             register.add_device(device, answers.get(device, {}))
         except InvalidProfile as error:
             # Its words alone: who keeps log records must not keep the frames that an
             # exception knows, and with them this round's model.
             log(WARNING, "device %s is left out: %s", device, str(error))
+    return silent.after(
+        server_round, {device: None if device in answers else 0.0 for device in unknown}
+    )
 
 
 def ask_profiles(
@@ -97,12 +132,13 @@ def ask_profiles(
         )
         for device in devices
     ]
-    replies = grid.send_and_receive(messages, timeout=wait_s)
-    return {
-        str(reply.metadata.src_node_id): reply.content.config_records[PROFILE_KEY]
-        for reply in without_errors(replies, server_round)
-        if PROFILE_KEY in reply.content.config_records
-    }
+    replies = list(grid.send_and_receive(messages, timeout=wait_s))
+    answers = {str(reply.metadata.src_node_id): ConfigRecord() for reply in replies}
+    for reply in without_errors(replies, server_round):
+        if PROFILE_KEY in reply.content.config_records:
+            profile = reply.content.config_records[PROFILE_KEY]
+            answers[str(reply.metadata.src_node_id)] = profile
+    return answers
 
 
 def without_errors(replies: Iterable[Message], server_round: int) -> list[Message]:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 from flwr.common.logger import log
 
+from lola_flwr.absences import Absences
 from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.heap import give_back_freed_memory
@@ -75,6 +76,7 @@ class Rounds:
         self._wait_s = wait_s
         self._plan: RoundPlan | None = None
         self._record: RoundRecord | None = None
+        self._silent = Absences()
         self._plan_s = 0.0
         self._deadline = (
             RoundDeadline(deadline_factor, deadline_floor_s)
@@ -128,7 +130,13 @@ class Rounds:
                 wait_s=self._wait_s,
                 why=f" (the model has {blocks} blocks)",
             )
-            meet(self._coordinator, devices, ask_profiles)
+            self._silent = meet(
+                self._coordinator,
+                devices,
+                ask_profiles,
+                server_round=server_round,
+                silent=self._silent,
+            )
             start = time.perf_counter()
             self._plan = self._coordinator.plan_round(server_round, devices)
         except UserError as error:

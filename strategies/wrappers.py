@@ -9,6 +9,10 @@ from flwr.serverapp import strategy as message
 
 from lola_flwr.errors import UserError
 
+_CLIP_ON_DEVICES = (
+    message.DifferentialPrivacyClientSideAdaptiveClipping,
+    message.DifferentialPrivacyClientSideFixedClipping,
+)
 _CLIP_ON_SERVER = (
     legacy.DifferentialPrivacyServerSideAdaptiveClipping,
     legacy.DifferentialPrivacyServerSideFixedClipping,
@@ -28,14 +32,41 @@ def refuse_clipping_on_server() -> None:
     UserError
         The strategy was called by such a wrapper.
     """
-    frame = inspect.currentframe()
-    caller = frame and frame.f_back and frame.f_back.f_back
-    wrapper = caller.f_locals.get("self") if caller else None
-    # A frame that knows itself is a cycle, and its callers hold the whole model.
-    del frame, caller
+    wrapper = _wrapper()
     if isinstance(wrapper, _CLIP_ON_SERVER):
         raise UserError(
             f"{type(wrapper).__name__} compares each reply with the whole model, but "
             "devices return one block: wrap the strategy in the ClientSide class of "
             "that name, and clip on the devices."
         )
+
+
+def refuse_clipping() -> None:
+    """Refuse all of Flower's wrappers that clip; called by a strategy.
+
+    Where a model is spread over devices, these send no update that could be clipped.
+
+    Raises
+    ------
+    UserError
+        The strategy was called by such a wrapper.
+    """
+    wrapper = _wrapper()
+    if isinstance(wrapper, (*_CLIP_ON_SERVER, *_CLIP_ON_DEVICES)):
+        raise UserError(
+            f"{type(wrapper).__name__} clips devices' updates, but with D2FT devices "
+            "send hidden states and gradients of such: take the wrapper off, or use "
+            "LoLaDeft."
+        )
+
+
+def _wrapper() -> object:
+    """Return whatever calls the strategy that has called this module's function."""
+    frame = inspect.currentframe()
+    caller = (
+        frame and frame.f_back and frame.f_back.f_back and frame.f_back.f_back.f_back
+    )
+    wrapper = caller.f_locals.get("self") if caller else None
+    # A frame that knows itself is a cycle, and its callers hold the whole model.
+    del frame, caller
+    return wrapper

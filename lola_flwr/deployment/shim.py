@@ -162,7 +162,8 @@ class WorkerDevice:
         except LinkError as error:
             # Training anew in this process would take the memory a second time.
             raise WorkerFailed(
-                f"The worker ended in the middle of it: {error}"
+                f"The worker ended in the middle of it, or is of another release of "
+                f"lola-flwr (end its process then): {error}"
             ) from None
         if answer.kind == "out-of-memory":
             raise OutOfMemory(answer.header["message"])

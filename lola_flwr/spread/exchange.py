@@ -15,9 +15,18 @@ from lola_flwr.errors import quoted
 from lola_flwr.protocol import MalformedRecord, PartReport, PartTask
 from lola_flwr.spread.parts import sizes_from_text, tensors_of
 
-# No hidden state, loss or gradient of a model that can still be trained is larger. What
-# is not finite is not below this either.
-LARGEST_VALUE = 1e6
+# Hidden states, losses, and gradients of a loss with respect to hidden states or to the
+# head: of a model that can still be trained none is larger. (What is not finite is not
+# below a limit either.)
+LARGEST_HIDDEN = 1e4
+LARGEST_LOSS = 1e6
+LARGEST_LOSS_SLOPE = 1e4
+LARGEST_HEAD_GRADIENT = 1e6
+# In terms of the largest gradient that a branch is sent: what it may return of its
+# inputs, and of its parameters, which are sums over tokens of products with hidden
+# states. So whoever goes on with a lie is not taken for the liar.
+LARGEST_SLOPE_GAIN = 1e4
+LARGEST_PARAMETER_GAIN = 1e9
 
 
 class PartFailed(Exception):
@@ -117,7 +126,7 @@ class CheckedReply:
         if len(data) != 4 * count:
             raise self._failure(f"{len(data)} bytes are not {count} losses")
         losses = np.frombuffer(data, "<f4")
-        if not (abs(losses) <= LARGEST_VALUE).all():
+        if not (abs(losses) <= LARGEST_LOSS).all():
             raise self._failure(f"losses={losses.tolist()} are implausible")
         return [float(loss) for loss in losses]
 
@@ -125,9 +134,23 @@ class CheckedReply:
         self,
         name: str,
         shapes: Sequence[Sequence[int]],
+        *,
+        largest: float,
         dtype: np.dtype[Any] | None = None,
     ) -> list[Tensor]:
-        """Return the tensors of some shapes that one array holds (default: float32)."""
+        """Return the tensors that one array holds.
+
+        Parameters
+        ----------
+        name
+            Name of the array.
+        shapes
+            Shapes of the tensors.
+        largest
+            Largest magnitude that they may have.
+        dtype
+            Their type (default: float32).
+        """
         if name not in self._arrays:
             raise self._failure(f"the array {name!r} is missing")
         total = sum(int(np.prod(shape)) for shape in shapes)
@@ -136,10 +159,8 @@ class CheckedReply:
             array = read_npy(self._arrays[name], shape=(total,), dtype=wanted)
         except MalformedArray as error:
             raise self._failure(f"{name}: {error}") from None
-        if not (abs(array) <= LARGEST_VALUE).all():
-            raise self._failure(
-                f"{name} holds NaN, infinity, or more than {LARGEST_VALUE:g}"
-            )
+        if not (abs(array) <= largest).all():
+            raise self._failure(f"{name} holds NaN, infinity, or more than {largest:g}")
         return tensors_of(array, shapes)
 
     def _failure(self, reason: str) -> PartFailed:

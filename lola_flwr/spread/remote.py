@@ -24,7 +24,11 @@ from lola_flwr.d2ft.subnetworks import Branch, Slice, Subnetworks, hidden_size
 from lola_flwr.packed import GRADIENTS, VALUES
 from lola_flwr.protocol import PartTask
 from lola_flwr.spread.exchange import (
-    LARGEST_VALUE,
+    LARGEST_HEAD_GRADIENT,
+    LARGEST_HIDDEN,
+    LARGEST_LOSS_SLOPE,
+    LARGEST_PARAMETER_GAIN,
+    LARGEST_SLOPE_GAIN,
     CheckedReply,
     Exchange,
     PartFailed,
@@ -176,8 +180,8 @@ class SpreadModel:
             shapes = [(*size, hidden_size(self.subnetworks)) for size in sizes]
             for number, hidden, mask in zip(
                 numbers[device],
-                reply.tensors(HIDDEN, shapes),
-                reply.tensors(MASKS, sizes, np.dtype("u1")),
+                reply.tensors(HIDDEN, shapes, largest=LARGEST_HIDDEN),
+                reply.tensors(MASKS, sizes, largest=1, dtype=np.dtype("u1")),
                 strict=True,
             ):
                 drawn.append(MicroBatch(device, number, hidden, mask, reply.digest))
@@ -229,12 +233,12 @@ class SpreadModel:
             found = reply.losses(len(members))
             mean += sum(s * loss for s, loss in zip(shares, found, strict=True))
             shapes = [tuple(outputs[m].shape) for m in members]
-            for m, share, slope in zip(
-                members, shares, reply.tensors(SLOPES, shapes), strict=True
-            ):
+            own = reply.tensors(SLOPES, shapes, largest=LARGEST_LOSS_SLOPE)
+            for m, share, slope in zip(members, shares, own, strict=True):
                 slopes[m] = share * slope
             shapes = [tuple(parameter.shape) for parameter in head.values()]
-            for name, part in zip(head, reply.tensors(GRADIENTS, shapes), strict=True):
+            own = reply.tensors(GRADIENTS, shapes, largest=LARGEST_HEAD_GRADIENT)
+            for name, part in zip(head, own, strict=True):
                 gradient[name] += sum(shares) * part
         return Losses(mean, [slopes[m] for m in range(len(outputs))], gradient)
 
@@ -418,7 +422,7 @@ class _RemoteBranch:
         )
         for device, members in asked.items():
             shapes = [tuple(inputs[m].shape) for m in members]
-            found = replies[device].tensors(HIDDEN, shapes)
+            found = replies[device].tensors(HIDDEN, shapes, largest=LARGEST_HIDDEN)
             for m, part in zip(members, found, strict=True):
                 totals[m] += part
         return totals
@@ -448,16 +452,19 @@ class _RemoteBranch:
         )
         for device, members in asked.items():
             reply, pieces = replies[device], self._pieces(device)
+            sent = max(float(slopes[m].abs().max()) for m in members)
             if pieces:
                 shapes = [tuple(tensor.shape) for _, tensor in pieces]
-                for (piece, _), gradient in zip(
-                    pieces, reply.tensors(GRADIENTS, shapes), strict=True
-                ):
+                found = reply.tensors(
+                    GRADIENTS, shapes, largest=LARGEST_PARAMETER_GAIN * sent
+                )
+                for (piece, _), gradient in zip(pieces, found, strict=True):
                     piece.of(self.gradients[piece.name]).add_(gradient)
             if not wants_inputs:
                 continue
             shapes = [tuple(inputs[m].shape) for m in members]
-            for m, part in zip(members, reply.tensors(SLOPES, shapes), strict=True):
+            found = reply.tensors(SLOPES, shapes, largest=LARGEST_SLOPE_GAIN * sent)
+            for m, part in zip(members, found, strict=True):
                 before = totals[m]
                 totals[m] = part if before is None else before + part
         return totals
@@ -520,10 +527,8 @@ class _RemoteBranch:
         }
         if slopes is not None:
             arrays[SLOPES] = array_of([slopes[m] for m in members])
-            if not (abs(arrays[SLOPES]) <= LARGEST_VALUE).all():
-                # Of plausible parts something implausible was made; whoever is asked to
-                # go on with it would be blamed.
-                raise PartFailed({}, "the gradient became implausibly large")
+            if not np.isfinite(arrays[SLOPES]).all():
+                raise PartFailed({}, "the gradient became infinite on its way back")
         task = replace(
             self.spread.task,
             kind=kind,

@@ -160,10 +160,18 @@ class SpreadTrainer:
         try:
             record = self._step(step, devices, counted)
         except PartFailed as failure:
-            outcomes = dict.fromkeys(failure.reasons, 0.0)
+            # Where nobody knows whose fault it is, one rests that is drawn by lot.
+            lot = rng_for(self._seed, "lot", step).integers(len(devices))
+            outcomes = dict.fromkeys(failure.reasons or [devices[lot]], 0.0)
             record = self.skip(step, str(failure))
         else:
             outcomes = dict.fromkeys(counted.asked, None)
+        record = replace(
+            record,
+            exchanges=counted.exchanges,
+            sent_bytes=counted.sent_bytes,
+            received_bytes=counted.received_bytes.total(),
+        )
         names = {device: self.fleet.profiles[device].name for device in devices}
         self.fleet.absences = self.fleet.absences.after(
             step, {names[device]: lacked for device, lacked in outcomes.items()}
@@ -296,7 +304,7 @@ class SpreadTrainer:
         gradients = result.gradients
         norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
         if not math.isfinite(norm):
-            return self.skip(step, "its gradient is not finite")
+            raise PartFailed({}, "the gradient is not finite")
         if norm > self._max_gradient_norm:
             for gradient in gradients.values():
                 gradient *= self._max_gradient_norm / norm
@@ -325,9 +333,6 @@ class SpreadTrainer:
             round_s=seconds,
             observed_s=seconds,
             train_loss=result.loss,
-            exchanges=exchange.exchanges,
-            sent_bytes=exchange.sent_bytes,
-            received_bytes=exchange.received_bytes.total(),
         )
 
     def _flops_per_token(self) -> float:

@@ -17,6 +17,7 @@ from flwr.app import (
     MetricRecord,
 )
 from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
     Strategy,
 )
@@ -29,6 +30,7 @@ from lola_flwr.d2ft.subnetworks import LayerNotUnderstood
 from lola_flwr.errors import UserError
 from lola_flwr.model_setup import trainer_for
 from lola_flwr.protocol import REPORT_KEY
+from lola_flwr.spread.exchange import PartFailed
 from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 from tests.d2ft.test_execution import make
@@ -221,26 +223,51 @@ def test_layers_that_do_not_follow_each_other_are_refused():
         trainer_for(case.model, gap, schedules=StepSchedules())
 
 
-def test_what_a_wrapper_adds_is_taken_over():
-    strategy, grid = federation(schedules={"budgets": Budgets(traffic=0.5)})
-    strategy.start(grid, strategy.initial_arrays(), 1)
-    arrays = ArrayRecord(
-        {
-            name: Array(array.numpy() + 1)
-            for name, array in strategy.initial_arrays().items()
-        }
-    )
-    before = strategy.trainer.state()["classifier.out_proj.bias"].copy()
-    strategy.configure_train(2, arrays, ConfigRecord(), grid)
-    after = strategy.trainer.state()["classifier.out_proj.bias"]
-    assert (after - before > 0.5).all()
-
-
-def test_clipping_on_the_server_is_refused():
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        DifferentialPrivacyServerSideFixedClipping,
+        DifferentialPrivacyClientSideFixedClipping,
+    ],
+)
+def test_wrappers_that_clip_updates_are_refused(wrapper):
     strategy, grid = federation()
-    wrapped = DifferentialPrivacyServerSideFixedClipping(strategy, 0.1, 1.0, 3)
-    with pytest.raises(UserError, match="ClientSide"):
-        wrapped.start(grid, strategy.initial_arrays(), 1)
+    with pytest.raises(UserError, match=f"{wrapper.__name__} clips"):
+        wrapper(strategy, 0.1, 1.0, 3).start(grid, strategy.initial_arrays(), 1)
+
+
+class Noisy(Strategy):
+    """A wrapper with a start of its own, as Flower's are."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def summary(self):
+        self.inner.summary()
+
+    def configure_train(self, *args):
+        return self.inner.configure_train(*args)
+
+    def configure_evaluate(self, *args):
+        return self.inner.configure_evaluate(*args)
+
+    def aggregate_evaluate(self, *args):
+        return self.inner.aggregate_evaluate(*args)
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = self.inner.aggregate_train(server_round, replies)
+        noisy = {name: Array(a.numpy() + np.float32(0.05)) for name, a in arrays.items()}
+        return ArrayRecord(noisy), metrics
+
+
+def test_rounds_under_a_wrapper_are_reported_and_go_on_from_its_values():
+    records = []
+    strategy, grid = federation(on_round=records.append)
+    before = strategy.trainer.state()["classifier.out_proj.bias"].copy()
+    Noisy(strategy).start(grid, strategy.initial_arrays(), 3)
+    assert [record.server_round for record in records] == [1, 2, 3]
+    after = strategy.trainer.state()["classifier.out_proj.bias"]
+    np.testing.assert_allclose(after - before, 0.1, atol=0.02)
 
 
 def test_a_later_step_without_devices_is_skipped():
@@ -251,6 +278,63 @@ def test_a_later_step_without_devices_is_skipped():
     assert records[0].skipped is None
     assert records[-1].skipped.startswith("0 devices are connected")
     assert records[-1].wireless_s == records[0].wireless_s
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "named"),
+    [
+        ("inputs", "hidden", 9e3, False),
+        ("inputs", "hidden", 9e4, True),
+        ("forward", "hidden", 9e3, False),
+        ("forward", "hidden", 9e5, True),
+        ("backward", "slopes", 9e5, True),
+        ("backward", "gradients", 3e38, True),
+        ("loss", "slopes", 9e3, False),
+        ("loss", "gradients", 9e5, False),
+    ],
+)
+def test_finite_lies_are_their_sender_s_fault(kind, name, value, named):
+    """Nobody else rests for them, and no parameter becomes NaN."""
+    records = []
+    strategy, grid = federation(on_round=records.append)
+    signs = np.random.default_rng(1)
+    lies = []
+
+    def lie(reply):
+        arrays = reply.content.array_records.get("arrays", {})
+        if (
+            reply.metadata.src_node_id == 101
+            and reply.content.config_records.get(REPORT_KEY, {}).get("kind") == kind
+            and name in arrays
+        ):
+            size = arrays[name].numpy().size
+            lied = value * signs.choice([-1, 1], size).astype(np.float32)
+            arrays[name] = Array(lied)
+            lies.append(name)
+        return reply
+
+    grid.alter = lie
+    run(strategy, grid, 3)
+    assert lies
+    skipped = [record.skipped for record in records if record.skipped]
+    assert all(reason.startswith("device 101: ") for reason in skipped)
+    assert bool(skipped) == named
+    for values in strategy.trainer.state().values():
+        assert np.isfinite(values).all()
+
+
+def test_where_nobody_knows_whose_fault_it_is_one_rests_by_lot(monkeypatch):
+    records = []
+    strategy, grid = federation(on_round=records.append)
+
+    def fail(*_, **__):
+        raise PartFailed({}, "the gradient became infinite")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lola_flwr.spread.trainer.spread_gradient", fail)
+        run(strategy, grid, 1)
+    assert records[0].skipped == "the gradient became infinite"
+    assert len(strategy.trainer.fleet.absences.of_device) == 1
 
 
 @pytest.mark.parametrize("kind", ["no report", "nonsense", "no arrays"])
@@ -272,6 +356,8 @@ def test_a_hostile_device_changes_nothing(kind):
     before = {n: v.copy() for n, v in strategy.trainer.state().items()}
     run(strategy, grid, 1)
     assert records[0].skipped.startswith("device 101: ")
+    assert records[0].exchanges > 0
+    assert records[0].received_bytes > 0
     for name, values in strategy.trainer.state().items():
         np.testing.assert_array_equal(values, before[name])
 
@@ -297,6 +383,24 @@ def test_a_run_goes_on_where_it_stopped(shared):
     other, _ = federation("roberta-lora", schedules=options)
     with pytest.raises(UserError, match="other frozen weights"):
         other.trainer.restore(snapshot)
+
+
+def test_a_node_that_tells_no_profile_is_not_waited_for_every_time():
+    strategy, grid = federation()
+    grid.apps[999] = grid.apps[100]
+    deliver = grid.send_and_receive
+    grid.send_and_receive = lambda messages, **options: [
+        reply
+        for reply in deliver(messages, **options)
+        if reply.metadata.src_node_id != 999
+    ]
+    run(strategy, grid, 6)
+    asked = [
+        int(m.metadata.group_id)
+        for m in grid.sent
+        if m.metadata.dst_node_id == 999 and "query" in m.metadata.message_type
+    ]
+    assert asked == [1, 3, 6]
 
 
 def test_evaluations_are_part_of_the_records():

@@ -102,6 +102,8 @@ def zeroth_order_of(
 def schedules_of(config: GlueConfig) -> tuple[StepSchedules, dict[str, Any]]:
     """Return D2FT's schedules, and the options of its trainer that are left."""
     options = keyword_arguments(config.d2ft_options)
+    if "costs" in options:
+        raise UserError("d2ft-options: costs follow from the model; take them out.")
     trainer = {"num_groups": options.pop("num_groups", None)}
     try:
         budgets = Budgets(
