@@ -256,7 +256,9 @@ class Noisy(Strategy):
 
     def aggregate_train(self, server_round, replies):
         arrays, metrics = self.inner.aggregate_train(server_round, replies)
-        noisy = {name: Array(a.numpy() + np.float32(0.05)) for name, a in arrays.items()}
+        noisy = {
+            name: Array(a.numpy() + np.float32(0.05)) for name, a in arrays.items()
+        }
         return ArrayRecord(noisy), metrics
 
 
