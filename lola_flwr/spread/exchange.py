@@ -13,7 +13,7 @@ from torch import Tensor
 from lola_flwr.codec import MalformedArray, read_npy
 from lola_flwr.errors import quoted
 from lola_flwr.protocol import MalformedRecord, PartReport, PartTask
-from lola_flwr.spread.parts import sizes_from_text, tensors_of
+from lola_flwr.spread.wire import sizes_from_text, tensors_of
 
 # Hidden states, losses, and gradients of a loss with respect to hidden states or to the
 # head: of a model that can still be trained none is larger. (What is not finite is not

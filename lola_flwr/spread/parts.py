@@ -6,17 +6,15 @@ its sub-networks, and on the way back another one; between the two, the owners t
 the last layer gave into a loss, so that labels stay where they are.
 
 A device keeps nothing from one message to the next: it is sent the values of its
-sub-networks, and on the way back it computes forward anew. Tensors of several
-micro-batches travel one after the other in one float32 array, since every array of a
-message takes Flower some milliseconds.
+sub-networks, and on the way back it computes forward anew.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,10 +29,8 @@ from lola_flwr.d2ft.operations import Operation, from_text
 from lola_flwr.d2ft.subnetworks import (
     Branch,
     LayerNotUnderstood,
-    LayerParts,
     Slice,
     Subnetworks,
-    branch_slices,
     find_subnetworks,
     hidden_size,
 )
@@ -42,15 +38,19 @@ from lola_flwr.errors import UserError
 from lola_flwr.packed import GRADIENTS, VALUES
 from lola_flwr.protocol import MalformedRecord, PartReport, PartTask
 from lola_flwr.randomness import rng_for
+from lola_flwr.spread.wire import (
+    HIDDEN,
+    MASKS,
+    SLOPES,
+    array_of,
+    part_slices,
+    sizes_from_text,
+    sizes_to_text,
+    tensors_of,
+)
 from lola_flwr.truncated_backprop import Batch, LossFunction
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-
-# Arrays of the messages beside values and gradients of parameters: hidden states,
-# gradients of a loss with respect to such, and for each token whether there is one.
-HIDDEN = "hidden"
-SLOPES = "slopes"
-MASKS = "masks"
 
 
 # What a device sends back: what the arrays are, and the arrays.
@@ -126,6 +126,10 @@ class _Part:
     draw: Callable[[int, int], Batch]
     loss_function: LossFunction
 
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -199,8 +203,7 @@ def _inputs(part: _Part) -> PartResult:
             masks.append(_token_mask(reached.hidden, reached.mask))
         else:
             raise LayerNotUnderstood("The model did not call its first layer.")
-    sizes = " ".join(f"{len(x)}x{x.shape[1]}" for x in inputs)
-    return part.report(sizes=sizes, digest=_digest(batches)), {
+    return part.report(sizes=sizes_to_text(inputs), digest=_digest(batches)), {
         HIDDEN: array_of(inputs),
         MASKS: array_of(masks).astype(np.uint8),
     }
@@ -232,8 +235,7 @@ def _token_mask(hidden: Tensor, mask: Tensor | None) -> Tensor:
 @torch.enable_grad()
 def _loss(part: _Part) -> PartResult:
     first, *others = part.subnetworks.layers
-    parameters = dict(part.model.named_parameters())
-    head = [parameters[name] for name in part.partition.head]
+    head = [part.parameters[name] for name in part.partition.head]
     _load(head, part.arrays[VALUES])
     flags = [parameter.requires_grad for parameter in head]
     losses: list[float] = []
@@ -301,7 +303,7 @@ def _forward(part: _Part) -> PartResult:
 def _backward(part: _Part) -> PartResult:
     slices, tensors = _held(part)
     _load(tensors, part.arrays[VALUES])
-    named = dict(part.model.named_parameters())
+    named = part.parameters
     names = list(dict.fromkeys(piece.name for piece in slices))
     wanted = [named[name] for name in names]
     flags = [parameter.requires_grad for parameter in wanted]
@@ -364,90 +366,16 @@ def _contribution(part: _Part, m: int, hidden: Tensor) -> Tensor:
 def _held(part: _Part) -> tuple[list[Slice], list[Tensor]]:
     """Return the values that a branch's task comes with: what of which parameter."""
     task = part.task
+    names = {id(parameter): name for name, parameter in part.parameters.items()}
     slices = part_slices(
-        part.model,
+        names,
         part.subnetworks.layers[task.layer_index],
         Branch(task.branch_index),
         task.first_group,
         task.last_group,
         part.partition.trainable,
     )
-    parameters = dict(part.model.named_parameters())
-    return slices, [piece.of(parameters[piece.name]) for piece in slices]
-
-
-# --- both sides ----------------------------------------------------------------------
-
-
-def part_slices(
-    model: nn.Module,
-    parts: LayerParts,
-    branch: Branch,
-    first_group: int,
-    last_group: int,
-    trainable: Sequence[str],
-) -> list[Slice]:
-    """Return what a branch's groups need of the trainable parameters, in their order.
-
-    Parameters
-    ----------
-    model
-        The model.
-    parts
-        A layer of it.
-    branch, first_group, last_group
-        Which of its branches, and which groups, the last one excluded.
-    trainable
-        Names of the parameters that are trained.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    slices = branch_slices(parts, branch, first_group, last_group, names, shared=True)
-    trained = set(trainable)
-    return [piece for piece in slices if piece.name in trained]
-
-
-def sizes_from_text(text: str) -> list[tuple[int, int]]:
-    """Read examples and tokens of micro-batches: ``"8x21 8x17"``.
-
-    Raises
-    ------
-    MalformedRecord
-        The text is another.
-    """
-    if not re.fullmatch(
-        r"[1-9]\d{0,6}x[1-9]\d{0,6}( [1-9]\d{0,6}x[1-9]\d{0,6})*", text
-    ):
-        raise MalformedRecord(f"sizes={text[:80]!r} must be like '8x21 8x17'.")
-    pairs = (size.split("x") for size in text.split())
-    return [(int(examples), int(tokens)) for examples, tokens in pairs]
-
-
-def array_of(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
-    """Put tensors, perhaps none, one after the other in one array."""
-    if not tensors:
-        return np.empty(0, np.float32)
-    flat = [tensor.detach().reshape(-1).float() for tensor in tensors]
-    return np.asarray(torch.cat(flat).numpy(force=True))
-
-
-def tensors_of(
-    array: npt.NDArray[Any], shapes: Sequence[Sequence[int]]
-) -> list[Tensor]:
-    """Take an array apart into tensors of some shapes.
-
-    Raises
-    ------
-    UserError
-        It does not hold as many values.
-    """
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    if array.shape != (sum(sizes),):
-        raise UserError(
-            f"An array of shape {array.shape} received instead of {sum(sizes)} values; "
-            "use the same model on server and device."
-        )
-    parts = torch.split(torch.from_numpy(np.array(array, np.float32)), sizes)
-    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+    return slices, [piece.of(part.parameters[piece.name]) for piece in slices]
 
 
 def _load(tensors: Sequence[Tensor], values: npt.NDArray[Any]) -> None:

@@ -10,83 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lola_flwr.blocks import BlockPartition
 from lola_flwr.d2ft.branches import enter, leave
 from lola_flwr.d2ft.operations import Operation, to_text
-from lola_flwr.d2ft.subnetworks import Branch, Slice, Subnetworks, hidden_size
+from lola_flwr.d2ft.subnetworks import Branch, Slice
 from lola_flwr.packed import GRADIENTS, VALUES
-from lola_flwr.protocol import PartTask
 from lola_flwr.spread.exchange import (
-    LARGEST_HEAD_GRADIENT,
     LARGEST_HIDDEN,
-    LARGEST_LOSS_SLOPE,
     LARGEST_PARAMETER_GAIN,
     LARGEST_SLOPE_GAIN,
-    CheckedReply,
-    Exchange,
     PartFailed,
     PartRequest,
 )
-from lola_flwr.spread.parts import (
+from lola_flwr.spread.model import SpreadModel
+from lola_flwr.spread.owners import MicroBatch, draw_micro_batches, losses_of
+from lola_flwr.spread.wire import (
     HIDDEN,
     MASKS,
     SLOPES,
     array_of,
+    numbers_to_text,
     part_slices,
+    sizes_to_text,
 )
 
 IntArray = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """A micro-batch, which a device drew and holds the labels of.
-
-    Parameters
-    ----------
-    owner
-        Id of that device.
-    number
-        Its number in the run.
-    hidden
-        What the first layer is given, [B, S, H].
-    mask
-        Which of its tokens there are, [B, S].
-    digest
-        What its owner knows it by, and the others of its owner in this step.
-    """
-
-    owner: str
-    number: int
-    hidden: Tensor
-    mask: Tensor
-    digest: str
-
-
-@dataclass(frozen=True, eq=False)
-class Losses:
-    """What the owners make of the micro-batches.
-
-    Parameters
-    ----------
-    mean
-        Mean loss over all examples.
-    slopes
-        Its gradient with respect to what the last layer gave for each micro-batch.
-    head
-        Its gradient with respect to the head, by name.
-    """
-
-    mean: float
-    slopes: list[Tensor]
-    head: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,193 +63,61 @@ class SpreadGradient:
     tokens: list[int]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SpreadModel:
-    """A model and the devices that its sub-networks are on.
+def run_layers(
+    spread: SpreadModel,
+    micro_batches: Sequence[MicroBatch],
+    operations: IntArray,
+    gradients: dict[str, Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    """Run all layers under a schedule.
 
     Parameters
     ----------
-    model
-        The server's own model; its trainable values are those to compute with.
-    partition
-        Its blocks.
-    subnetworks
-        Its sub-networks.
-    device_of
-        Number of each sub-network's device, shape [S]; a device's sub-networks are
-        neighbours.
-    device_ids
-        The devices' ids, by number.
-    exchange
-        How they are asked.
-    task
-        What all tasks of the step have in common.
+    spread
+        The model.
+    micro_batches
+        M micro-batches.
+    operations
+        What each sub-network does in each of them, shape [S, M].
+    gradients
+        What the devices find on the way back is added to these, by name.
+
+    Returns
+    -------
+    What the last layer gave for each micro-batch, and a leaf that all of it depends
+    on: its gradient has to be asked for, or devices are not asked for theirs.
     """
-
-    model: nn.Module
-    partition: BlockPartition
-    subnetworks: Subnetworks
-    device_of: IntArray
-    device_ids: Sequence[str]
-    exchange: Exchange
-    task: PartTask
-
-    def ask(self, requests: Mapping[str, PartRequest]) -> dict[str, CheckedReply]:
-        """Send tasks to devices; return their replies, by device id."""
-        if not requests:
-            return {}
-        replies = self.exchange(requests)
-        return {
-            device: CheckedReply(device, request.task, replies[device])
-            for device, request in requests.items()
+    # Autograd goes back only to what wants a gradient, and the devices' parameters
+    # are no tensors here.
+    anchor = torch.zeros((), requires_grad=True)
+    hidden = [one.hidden for one in micro_batches]
+    shape = (spread.subnetworks.num_layers, spread.subnetworks.num_groups, -1)
+    table = operations.reshape(shape)
+    for index, parts in enumerate(spread.subnetworks.layers):
+        rows = {
+            m: tuple(Operation(o) for o in table[index, :, m])
+            for m in range(len(hidden))
+            if (table[index, :, m] != Operation.SKIP).any()
         }
-
-    def draw(
-        self, numbers: Mapping[str, Sequence[int]], batch_size: int, max_tokens: int
-    ) -> list[MicroBatch]:
-        """Have micro-batches drawn, and what the first layer is given for each.
-
-        Parameters
-        ----------
-        numbers
-            Numbers of the micro-batches that each device is to draw.
-        batch_size, max_tokens
-            Examples of a micro-batch, and tokens of an example, at most.
-
-        Returns
-        -------
-        The micro-batches, by number.
-        """
-        tasks = {
-            device: replace(
-                self.task, kind="inputs", numbers=_text(mine), batch_size=batch_size
+        if not rows:
+            continue
+        for branch in Branch:
+            remote = _RemoteBranch(
+                spread,
+                index,
+                branch,
+                [*rows.values()],
+                [micro_batches[m] for m in rows],
+                gradients,
             )
-            for device, mine in numbers.items()
-        }
-        replies = self.ask(
-            {device: PartRequest(task) for device, task in tasks.items()}
-        )
-        drawn = []
-        for device, reply in replies.items():
-            sizes = reply.sizes(len(numbers[device]), batch_size, max_tokens)
-            shapes = [(*size, hidden_size(self.subnetworks)) for size in sizes]
-            for number, hidden, mask in zip(
-                numbers[device],
-                reply.tensors(HIDDEN, shapes, largest=LARGEST_HIDDEN),
-                reply.tensors(MASKS, sizes, largest=1, dtype=np.dtype("u1")),
-                strict=True,
-            ):
-                drawn.append(MicroBatch(device, number, hidden, mask, reply.digest))
-        return sorted(drawn, key=lambda one: one.number)
-
-    def losses(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        batch_size: int,
-        outputs: Sequence[Tensor],
-    ) -> Losses:
-        """Have the owners turn what the last layer gave into a loss.
-
-        Parameters
-        ----------
-        micro_batches, batch_size
-            As for `draw`.
-        outputs
-            What the last layer gave for each of them.
-        """
-        parameters = dict(self.model.named_parameters())
-        head = {name: parameters[name] for name in self.partition.head}
-        values = array_of([*head.values()])
-        mine: dict[str, list[int]] = {}
-        for m, one in enumerate(micro_batches):
-            mine.setdefault(one.owner, []).append(m)
-        requests = {
-            device: PartRequest(
-                replace(
-                    self.task,
-                    kind="loss",
-                    numbers=_text(micro_batches[m].number for m in members),
-                    batch_size=batch_size,
-                    sizes=_sizes_text([outputs[m] for m in members]),
-                    digest=micro_batches[members[0]].digest,
-                ),
-                {HIDDEN: array_of([outputs[m] for m in members]), VALUES: values},
+            entered = [enter(parts, branch, rows[m], hidden[m]) for m in rows]
+            start = anchor if remote.is_trained else anchor.detach()
+            totals = _Contributions.apply(  # type: ignore[no-untyped-call]
+                remote, start, *entered
             )
-            for device, members in mine.items()
-        }
-        replies = self.ask(requests)
-        total = sum(len(output) for output in outputs)
-        mean = 0.0
-        slopes: dict[int, Tensor] = {}
-        gradient = {name: torch.zeros_like(p) for name, p in head.items()}
-        for device, members in mine.items():
-            reply = replies[device]
-            shares = [len(outputs[m]) / total for m in members]
-            found = reply.losses(len(members))
-            mean += sum(s * loss for s, loss in zip(shares, found, strict=True))
-            shapes = [tuple(outputs[m].shape) for m in members]
-            own = reply.tensors(SLOPES, shapes, largest=LARGEST_LOSS_SLOPE)
-            for m, share, slope in zip(members, shares, own, strict=True):
-                slopes[m] = share * slope
-            shapes = [tuple(parameter.shape) for parameter in head.values()]
-            own = reply.tensors(GRADIENTS, shapes, largest=LARGEST_HEAD_GRADIENT)
-            for name, part in zip(head, own, strict=True):
-                gradient[name] += sum(shares) * part
-        return Losses(mean, [slopes[m] for m in range(len(outputs))], gradient)
-
-    def run(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        operations: IntArray,
-        gradients: dict[str, Tensor],
-    ) -> tuple[list[Tensor], Tensor]:
-        """Run all layers under a schedule.
-
-        Parameters
-        ----------
-        micro_batches
-            M micro-batches.
-        operations
-            What each sub-network does in each of them, shape [S, M].
-        gradients
-            What the devices find on the way back is added to these, by name.
-
-        Returns
-        -------
-        What the last layer gave for each micro-batch, and a leaf that all of it depends
-        on: its gradient has to be asked for, or devices are not asked for theirs.
-        """
-        # Autograd goes back only to what wants a gradient, and the devices' parameters
-        # are no tensors here.
-        anchor = torch.zeros((), requires_grad=True)
-        hidden = [one.hidden for one in micro_batches]
-        shape = (self.subnetworks.num_layers, self.subnetworks.num_groups, -1)
-        table = operations.reshape(shape)
-        for index, parts in enumerate(self.subnetworks.layers):
-            rows = {
-                m: tuple(Operation(o) for o in table[index, :, m])
-                for m in range(len(hidden))
-                if (table[index, :, m] != Operation.SKIP).any()
-            }
-            if not rows:
-                continue
-            for branch in Branch:
-                remote = _RemoteBranch(
-                    self,
-                    index,
-                    branch,
-                    [*rows.values()],
-                    [micro_batches[m] for m in rows],
-                    gradients,
-                )
-                entered = [enter(parts, branch, rows[m], hidden[m]) for m in rows]
-                start = anchor if remote.is_trained else anchor.detach()
-                totals = _Contributions.apply(  # type: ignore[no-untyped-call]
-                    remote, start, *entered
-                )
-                for m, total in zip(rows, totals, strict=True):
-                    hidden[m] = leave(parts, branch, rows[m], hidden[m], total)
-        return hidden, anchor
+            for m, total in zip(rows, totals, strict=True):
+                hidden[m] = leave(parts, branch, rows[m], hidden[m], total)
+    return hidden, anchor
 
 
 def spread_gradient(
@@ -328,16 +151,16 @@ def spread_gradient(
     PartFailed
         A device did not do its part.
     """
-    parameters = dict(spread.model.named_parameters())
+    parameters = spread.parameters
     names = spread.partition.trainable
     flags = {name: parameters[name].requires_grad for name in names}
     gradients = {name: torch.zeros_like(parameters[name]) for name in names}
     try:
         for name in names:
             parameters[name].requires_grad_(True)
-        micro_batches = spread.draw(numbers, batch_size, max_tokens)
-        outputs, anchor = spread.run(micro_batches, operations, gradients)
-        losses = spread.losses(micro_batches, batch_size, outputs)
+        micro_batches = draw_micro_batches(spread, numbers, batch_size, max_tokens)
+        outputs, anchor = run_layers(spread, micro_batches, operations, gradients)
+        losses = losses_of(spread, micro_batches, batch_size, outputs)
         trained = [m for m, output in enumerate(outputs) if output.requires_grad]
         if trained:
             _, *own = torch.autograd.grad(
@@ -440,7 +263,7 @@ class _RemoteBranch:
             for device, members in self._members(
                 lambda operation: operation == Operation.FULL
             ).items()
-            if wants_inputs or self._pieces(device)
+            if wants_inputs or self._pieces[device]
         }
         replies = self.spread.ask(
             {
@@ -451,7 +274,7 @@ class _RemoteBranch:
             }
         )
         for device, members in asked.items():
-            reply, pieces = replies[device], self._pieces(device)
+            reply, pieces = replies[device], self._pieces[device]
             sent = max(float(slopes[m].abs().max()) for m in members)
             if pieces:
                 shapes = [tuple(tensor.shape) for _, tensor in pieces]
@@ -472,19 +295,20 @@ class _RemoteBranch:
     @property
     def is_trained(self) -> bool:
         """Whether any of the branch's sub-networks has something to train."""
-        return any(self._pieces(device) for device in set(self._owners()))
+        return any(self._pieces.values())
 
     def _members(self, runs: Callable[[Operation], bool]) -> dict[str, list[int]]:
         """Return the micro-batches in which some sub-network of a device runs."""
-        owners, asked = self._owners(), dict[str, list[int]]()
+        owners, asked = self._owners, dict[str, list[int]]()
         for m, row in enumerate(self.rows):
             running = [d for d, o in zip(owners, row, strict=True) if runs(o)]
             for device in dict.fromkeys(running):
                 asked.setdefault(device, []).append(m)
         return asked
 
+    @cached_property
     def _owners(self) -> list[str]:
-        """Return the device of each of the layer's groups."""
+        """The device of each of the layer's groups."""
         groups = self.spread.subnetworks.num_groups
         first = self.layer_index * groups
         numbers = self.spread.device_of[first : first + groups]
@@ -492,21 +316,28 @@ class _RemoteBranch:
 
     def _groups(self, device: str) -> tuple[int, int]:
         """Return the device's groups of the layer, from first to last - 1."""
-        mine = [g for g, owner in enumerate(self._owners()) if owner == device]
+        mine = [g for g, owner in enumerate(self._owners) if owner == device]
         return mine[0], mine[-1] + 1
 
-    def _pieces(self, device: str) -> list[tuple[Slice, Tensor]]:
-        """Return the values that the device needs: what of which parameter."""
+    @cached_property
+    def _pieces(self) -> dict[str, list[tuple[Slice, Tensor]]]:
+        """The values that each device needs: what of which parameter."""
         spread = self.spread
-        slices = part_slices(
-            spread.model,
-            spread.subnetworks.layers[self.layer_index],
-            self.branch,
-            *self._groups(device),
-            spread.partition.trainable,
-        )
-        parameters = dict(spread.model.named_parameters())
-        return [(piece, piece.of(parameters[piece.name])) for piece in slices]
+        parts = spread.subnetworks.layers[self.layer_index]
+        trainable = spread.partition.trainable
+        return {
+            device: [
+                (piece, piece.of(spread.parameters[piece.name]))
+                for piece in part_slices(
+                    spread.parameter_names,
+                    parts,
+                    self.branch,
+                    *self._groups(device),
+                    trainable,
+                )
+            ]
+            for device in dict.fromkeys(self._owners)
+        }
 
     def _request(
         self,
@@ -523,7 +354,7 @@ class _RemoteBranch:
         arrays: dict[str, npt.NDArray[Any]] = {
             HIDDEN: array_of(hidden),
             MASKS: masks.astype(np.uint8),
-            VALUES: array_of([tensor for _, tensor in self._pieces(device)]),
+            VALUES: array_of([tensor for _, tensor in self._pieces[device]]),
         }
         if slopes is not None:
             arrays[SLOPES] = array_of([slopes[m] for m in members])
@@ -532,21 +363,13 @@ class _RemoteBranch:
         task = replace(
             self.spread.task,
             kind=kind,
-            numbers=_text(self.micro_batches[m].number for m in members),
+            numbers=numbers_to_text(self.micro_batches[m].number for m in members),
             layer_index=self.layer_index,
             branch_index=int(self.branch),
             first_group=first,
             last_group=last,
             rows=" ".join(to_text(self.rows[m][first:last]) for m in members),
-            sizes=_sizes_text(hidden),
+            sizes=sizes_to_text(hidden),
             wants_inputs=wants_inputs,
         )
         return PartRequest(task, arrays)
-
-
-def _text(numbers: Any) -> str:
-    return " ".join(map(str, numbers))
-
-
-def _sizes_text(hidden: Sequence[Tensor]) -> str:
-    return " ".join(f"{len(x)}x{x.shape[1]}" for x in hidden)

@@ -44,7 +44,8 @@ from lola_flwr.randomness import rng_for
 from lola_flwr.round_log import RoundRecord
 from lola_flwr.server_optimizer import ServerOptimizer
 from lola_flwr.spread.exchange import Exchange, PartFailed, PartReply, PartRequest
-from lola_flwr.spread.remote import SpreadModel, spread_gradient
+from lola_flwr.spread.model import SpreadModel
+from lola_flwr.spread.remote import spread_gradient
 
 FloatArray = npt.NDArray[np.float32]
 

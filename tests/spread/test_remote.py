@@ -23,8 +23,9 @@ from lola_flwr.errors import UserError
 from lola_flwr.models import fingerprint
 from lola_flwr.protocol import MalformedRecord, PartReport, PartTask
 from lola_flwr.spread.exchange import PartFailed, PartReply
+from lola_flwr.spread.model import SpreadModel
 from lola_flwr.spread.parts import compute_part
-from lola_flwr.spread.remote import SpreadModel, spread_gradient
+from lola_flwr.spread.remote import spread_gradient
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.truncated_backprop import model_loss
 from tests.d2ft.test_execution import FAMILIES, Case, make
