@@ -297,13 +297,6 @@ def place_subnetworks(
     return np.repeat(np.arange(speed.size), held)
 
 
-def cost_of(
-    operations: IntArray, unit_costs: tuple[int, int, int]
-) -> npt.NDArray[np.int64]:
-    """Return what each sub-network's operations cost together, shape [S]."""
-    return np.asarray(np.array(unit_costs)[operations].sum(axis=1))
-
-
 def _units(share: float, num_items: int, unit_costs: tuple[int, int, int]) -> int:
     # A share such as 0.6 of 15 must not become 8 by rounding.
     return int(np.floor(share * num_items * max(unit_costs) + 1e-9))

@@ -17,10 +17,13 @@ from lola_flwr.d2ft import (
     solve_knapsack,
     solve_two_stage,
 )
-from lola_flwr.d2ft.schedule import cost_of
 from lola_flwr.errors import UserError
 
 ONE = np.zeros(1, np.int64)  # all sub-networks, of which there is one, on one device
+
+
+def cost_of(operations, unit_costs):
+    return np.array(unit_costs)[operations].sum(axis=1)
 
 
 def worth(values, chosen):
