@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from lola_flwr.clients.assigned_block import AssignedBlock, block_mod
     from lola_flwr.clients.block_client import BlockClient
     from lola_flwr.clients.client_app import LoLaClient
-    from lola_flwr.clients.device import BlockDevice
     from lola_flwr.clients.held_copies import held_mod
     from lola_flwr.clients.node import node_partition, node_profile
     from lola_flwr.clients.profiles import profile_mod, report_profile
-    from lola_flwr.clients.sampling import ChosenBatches
+    from lola_flwr.device.block_device import BlockDevice
+    from lola_flwr.device.sampling import ChosenBatches
 
 __all__ = [
     "AssignedBlock",
@@ -35,21 +35,21 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AssignedBlock": "assigned_block",
-    "BlockClient": "block_client",
-    "BlockDevice": "device",
-    "ChosenBatches": "sampling",
-    "LoLaClient": "client_app",
-    "block_mod": "assigned_block",
-    "held_mod": "held_copies",
-    "node_partition": "node",
-    "node_profile": "node",
-    "profile_mod": "profiles",
-    "report_profile": "profiles",
+    "AssignedBlock": "lola_flwr.clients.assigned_block",
+    "BlockClient": "lola_flwr.clients.block_client",
+    "BlockDevice": "lola_flwr.device.block_device",
+    "ChosenBatches": "lola_flwr.device.sampling",
+    "LoLaClient": "lola_flwr.clients.client_app",
+    "block_mod": "lola_flwr.clients.assigned_block",
+    "held_mod": "lola_flwr.clients.held_copies",
+    "node_partition": "lola_flwr.clients.node",
+    "node_profile": "lola_flwr.clients.node",
+    "profile_mod": "lola_flwr.clients.profiles",
+    "report_profile": "lola_flwr.clients.profiles",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -20,17 +20,17 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import Config, NDArrays, Scalar
 from torch import nn
 
-from lola_flwr.blocks import BlockPartition
-from lola_flwr.clients.base_model import check_base
 from lola_flwr.clients.received import assignment_in
+from lola_flwr.device.base_model import check_base
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import (
+from lola_flwr.model.backprop import only_block_trainable
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.statistics import statistics_names
+from lola_flwr.wire.records import (
     REPORT_KEY,
     Assignment,
     UpdateReport,
 )
-from lola_flwr.running_statistics import statistics_names
-from lola_flwr.truncated_backprop import only_block_trainable
 
 
 class AssignedBlock:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
-from lola_flwr.clients.update import Device, OutOfMemory
+from lola_flwr.device.contract import Device, OutOfMemory
 from lola_flwr.errors import UserError
-from lola_flwr.packed import VALUES
-from lola_flwr.protocol import Assignment
+from lola_flwr.wire.packing import VALUES
+from lola_flwr.wire.records import Assignment
 
 
 class BlockClient(NumPyClient):

@@ -17,8 +17,8 @@ from flwr.clientapp import ClientApp
 
 from lola_flwr.clients.profiles import report_profile
 from lola_flwr.clients.received import assignment_in, task_in
-from lola_flwr.clients.update import Device, OutOfMemory
-from lola_flwr.protocol import PART_ACTION, REPORT_KEY
+from lola_flwr.device.contract import Device, OutOfMemory
+from lola_flwr.wire.records import PART_ACTION, REPORT_KEY
 
 
 class LoLaClient(ClientApp):

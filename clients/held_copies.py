@@ -21,9 +21,9 @@ from flwr.common import Code, FitRes, Parameters, Status
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
 from lola_flwr.clients.received import assignment_in
-from lola_flwr.clients.store import LostCopy, complete, replacing, run_store
-from lola_flwr.protocol import REPORT_KEY, Assignment, nothing_report
-from lola_flwr.versions import Manifest
+from lola_flwr.device.store import LostCopy, complete, replacing, run_store
+from lola_flwr.wire.records import REPORT_KEY, Assignment, nothing_report
+from lola_flwr.wire.versions import Manifest
 
 _NAMES_FILE = "names.json"
 # Where Flower's legacy interface puts what FitIns and FitRes hold.

@@ -13,13 +13,13 @@ from flwr.compat.common.recorddict_compat import getpropertiesres_to_recorddict
 
 from lola_flwr.clients.node import node_profile
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import (
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.wire.records import (
     PROFILE_ACTION,
     PROFILE_KEY,
     SECAGG_KEY,
     SECAGG_REFUSAL,
 )
-from lola_flwr.system.devices import DeviceProfile
 
 
 def report_profile(

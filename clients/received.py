@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, RecordDict
 
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import (
+from lola_flwr.wire.records import (
     SECAGG_KEY,
     SECAGG_REFUSAL,
     Assignment,

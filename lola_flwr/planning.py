@@ -17,12 +17,12 @@ from lola_flwr.allocation import (
     RoundMode,
     allocate,
 )
-from lola_flwr.blocks import partition_parameters
-from lola_flwr.round_log import BlockRecord, RoundRecord
+from lola_flwr.costs.estimated import BlockCosts, estimate_costs
+from lola_flwr.costs.shapes import model_shapes
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.run.records import BlockRecord, RoundRecord
 from lola_flwr.system.channel import uplink_rates_bps
-from lola_flwr.system.costs import BlockCosts, estimate_costs
 from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.system.model_shapes import model_shapes
 
 
 @dataclass(frozen=True, eq=False)

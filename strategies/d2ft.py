@@ -20,12 +20,11 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from lola_flwr.absences import Absences
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import PART_ACTION, REPORT_KEY
-from lola_flwr.round_log import RoundRecord
-from lola_flwr.spread.exchange import PartFailed, PartReply, PartRequest
-from lola_flwr.spread.trainer import SpreadTrainer
+from lola_flwr.run.records import RoundRecord
+from lola_flwr.server.absences import Absences
+from lola_flwr.server.spread.exchange import PartFailed, PartReply, PartRequest
+from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.strategies.arrival_grid import ArrivalGrid
 from lola_flwr.strategies.message import only_arrays
 from lola_flwr.strategies.presence import (
@@ -36,6 +35,7 @@ from lola_flwr.strategies.presence import (
 )
 from lola_flwr.strategies.rounds import with_metrics
 from lola_flwr.strategies.wrappers import refuse_clipping
+from lola_flwr.wire.records import PART_ACTION, REPORT_KEY
 
 
 class D2FT(Strategy):

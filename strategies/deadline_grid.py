@@ -13,8 +13,8 @@ from flwr.compat.common import recorddict_compat as compat
 from flwr.serverapp import Grid
 
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import SECAGG_KEY, SECAGG_REFUSAL
 from lola_flwr.strategies.arrival_grid import ArrivalGrid
+from lola_flwr.wire.records import SECAGG_KEY, SECAGG_REFUSAL
 
 
 class DeadlineGrid(ArrivalGrid):  # type: ignore[misc]

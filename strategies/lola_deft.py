@@ -26,13 +26,13 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
-from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError, quoted
-from lola_flwr.protocol import SECAGG_REFUSAL
-from lola_flwr.replies import DeviceReply
-from lola_flwr.round_log import RoundRecord
+from lola_flwr.run.records import RoundRecord
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.replies import DeviceReply
 from lola_flwr.strategies.rounds import Rounds, evaluation_weights
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
+from lola_flwr.wire.records import SECAGG_REFUSAL
 
 EvaluateFunction = Callable[
     [int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None
@@ -67,8 +67,9 @@ class LoLaDeft(FedAvg):
     deadline_factor, deadline_floor_s
         A round's replies are waited for no longer than the factor times what the round
         should take, by the clock of rounds before, and the floor in seconds. Factor 0:
-        as long as the round's time-out says. It takes ``lola_flwr.apps.run_rounds``:
-        Flower's own loop knows of nothing but ``ServerConfig.round_timeout``.
+        as long as the round's time-out says. It takes
+        ``lola_flwr.strategies.run_rounds``: Flower's own loop knows of nothing but
+        ``ServerConfig.round_timeout``.
     evaluate_fn, on_evaluate_config_fn, evaluate_metrics_aggregation_fn
         As in ``flwr.server.strategy.FedAvg``.
     fraction_evaluate

@@ -21,14 +21,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from lola_flwr.coordinator import Coordinator
-from lola_flwr.protocol import REPORT_KEY
-from lola_flwr.replies import DeviceReply
-from lola_flwr.round_log import RoundRecord
+from lola_flwr.run.records import RoundRecord
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.replies import DeviceReply
 from lola_flwr.strategies.deadline_grid import DeadlineGrid
 from lola_flwr.strategies.presence import ask_profiles, without_errors
 from lola_flwr.strategies.rounds import Rounds, evaluation_weights
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
+from lola_flwr.wire.records import REPORT_KEY
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 

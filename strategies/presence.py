@@ -11,10 +11,10 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from lola_flwr.absences import Absences
 from lola_flwr.errors import UserError, quoted
-from lola_flwr.protocol import PROFILE_ACTION, PROFILE_KEY
+from lola_flwr.server.absences import Absences
 from lola_flwr.system.devices import InvalidProfile
+from lola_flwr.wire.records import PROFILE_ACTION, PROFILE_KEY
 
 # Asks devices for their profiles: device ids -> what those said that answered in time;
 # nothing, where the answer was an error.

@@ -20,16 +20,16 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 from flwr.common.logger import log
 
-from lola_flwr.absences import Absences
-from lola_flwr.coordinator import Coordinator
 from lola_flwr.errors import UserError
 from lola_flwr.heap import give_back_freed_memory
-from lola_flwr.packed import VALUES, pack
-from lola_flwr.replies import DeviceReply
-from lola_flwr.round_log import RoundRecord
-from lola_flwr.round_plan import RoundPlan
+from lola_flwr.run.records import RoundRecord
+from lola_flwr.server.absences import Absences
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.replies import DeviceReply
+from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.strategies.presence import AskProfiles, meet, wait_for_devices
+from lola_flwr.wire.packing import VALUES, pack
 
 Encoded = TypeVar("Encoded")
 

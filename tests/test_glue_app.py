@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 
-from lola_flwr.blocks import partition_parameters
-from lola_flwr.models import load_classifier
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import load_classifier
 from lola_flwr.simulation import run_app
 
 APP = Path(__file__).parent.parent / "simulations" / "glue"

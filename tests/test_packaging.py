@@ -39,14 +39,14 @@ def test_wheel_contributes_one_import_name(tmp_path):
     [
         "lola_flwr.allocation",
         "lola_flwr.system.channel",
-        "lola_flwr.system.costs",
+        "lola_flwr.costs.estimated",
         "lola_flwr.system.devices",
-        "lola_flwr.blocks",
-        "lola_flwr.codec",
-        "lola_flwr.payload",
-        "lola_flwr.versions",
-        "lola_flwr.protocol",
-        "lola_flwr.assembly",
+        "lola_flwr.model.blocks",
+        "lola_flwr.wire.codec",
+        "lola_flwr.wire.payload",
+        "lola_flwr.wire.versions",
+        "lola_flwr.wire.records",
+        "lola_flwr.server.assembly",
     ],
 )
 def test_mathematics_needs_neither_torch_nor_flower(module):
@@ -62,5 +62,7 @@ def test_mathematics_needs_neither_torch_nor_flower(module):
 
 
 def test_coordinator_knows_no_flower():
-    program = "import sys, lola_flwr.coordinator\nsys.exit('flwr' in sys.modules)"
+    program = (
+        "import sys, lola_flwr.server.coordinator\nsys.exit('flwr' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lola_flwr.app_config import check_config, read_app, read_overrides
+from lola_flwr.cli.app_config import check_config, read_app, read_overrides
 from lola_flwr.cli.main import main
 
 ROOT = Path(__file__).parent.parent

@@ -12,12 +12,12 @@ import pytest
 from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from lola_flwr.build import coordinator_for
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import coordinator_for
-from lola_flwr.round_log import RoundRecord
+from lola_flwr.model.backprop import block_gradient
+from lola_flwr.run.records import RoundRecord
 from lola_flwr.simulation import run_app
 from lola_flwr.system.devices import simulated_device
-from lola_flwr.truncated_backprop import block_gradient
 from tests.strategies.in_process import InProcessGrid
 
 APP = Path(__file__).parent.parent / "simulations" / "vision"

@@ -12,11 +12,11 @@ from lola_flwr.allocation.allocators import (
     allocate,
     find_allocator,
 )
-from lola_flwr.allocation.payloads import refine_payloads
+from lola_flwr.allocation.band import PowerLimitedUplink
+from lola_flwr.allocation.codec_levels import refine_payloads
 from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
 from lola_flwr.allocation.rotation import rotate
 from lola_flwr.allocation.solution import Allocation, InfeasibleAllocation
-from lola_flwr.allocation.uplink import PowerLimitedUplink
 
 __all__ = [
     "ALLOCATORS",

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.edges import Edges, edges_of
 from lola_flwr.allocation.infeasible import explain_infeasible
 from lola_flwr.allocation.matching import Matching, any_matching, slots_of
 from lola_flwr.allocation.problem import AllocationProblem, IntArray
 from lola_flwr.allocation.shares import with_best_shares, with_equal_shares
 from lola_flwr.allocation.solution import Allocation
-from lola_flwr.allocation.uplink import FloatArray
 
 
 def solve_crunch(problem: AllocationProblem) -> Allocation:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lola_flwr.allocation.band import FloatArray, least_share, upload_s
 from lola_flwr.allocation.problem import AllocationProblem, BoolArray, IntArray
-from lola_flwr.allocation.uplink import FloatArray, least_share, upload_s
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -41,13 +41,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.crunch import solve_crunch_with_shares
 from lola_flwr.allocation.edges import Edges, edges_of
 from lola_flwr.allocation.matching import Matching, cheapest_matching
 from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import best_deadline, with_best_shares
 from lola_flwr.allocation.solution import Allocation
-from lola_flwr.allocation.uplink import FloatArray
 
 # A multiplier of 0 could never rise again under multiplicative steps.
 _LEAST_MULTIPLIER = 1e-9

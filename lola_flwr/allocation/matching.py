@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.problem import BoolArray, IntArray
-from lola_flwr.allocation.uplink import FloatArray
 
 Matching = tuple[IntArray, IntArray]
 

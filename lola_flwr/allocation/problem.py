@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lola_flwr.allocation.uplink import FloatArray, PowerLimitedUplink
+from lola_flwr.allocation.band import FloatArray, PowerLimitedUplink
 from lola_flwr.errors import UserError
 
 IntArray = NDArray[np.int64]

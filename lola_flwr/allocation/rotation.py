@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.edges import Edges, edges_of
 from lola_flwr.allocation.matching import Matching, cheapest_matching
 from lola_flwr.allocation.problem import AllocationProblem, IntArray
 from lola_flwr.allocation.shares import with_best_shares
 from lola_flwr.allocation.solution import Allocation
-from lola_flwr.allocation.uplink import FloatArray
 
 _MAX_PRICES = 50
 

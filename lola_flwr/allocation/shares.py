@@ -5,7 +5,7 @@ whole band, the shares that end the round earliest let every device end at the s
 time T, the root of ``sum tau / (T - c) = 1``: ``rho = tau / (T - c)``. Slow computers
 get more bandwidth, the "bandwidth compensation" of Remark 1 in Wu, Chen, Huang,
 arXiv:2407.09873. With power-limited devices the left side is the sum of the least
-shares of `lola_flwr.allocation.uplink`, which falls with T too.
+shares of `lola_flwr.allocation.band`, which falls with T too.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from lola_flwr.allocation.band import FloatArray, least_share, upload_s
 from lola_flwr.allocation.problem import AllocationProblem, IntArray
 from lola_flwr.allocation.solution import Allocation
-from lola_flwr.allocation.uplink import FloatArray, least_share, upload_s
 
 # Shares are scaled by this so that their sum never rounds to above 1, in whatever
 # order somebody adds them: numpy's pairwise sum of any length errs by less than 64 ulp.

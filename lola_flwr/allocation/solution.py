@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lola_flwr.allocation.band import FloatArray, upload_s
 from lola_flwr.allocation.problem import AllocationProblem, IntArray
-from lola_flwr.allocation.uplink import FloatArray, upload_s
 from lola_flwr.errors import UserError
 
 

@@ -26,7 +26,7 @@ def doctor(
 
     Example: `lola-flwr doctor`
     """
-    from lola_flwr.diagnosis import diagnose
+    from lola_flwr.cli.diagnosis import diagnose
 
     findings = []
     out = console()

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lola_flwr.cli.console import console, print_json, table
-from lola_flwr.errors import UserError
-from lola_flwr.quantities import si
+from lola_flwr.errors import UserError, si
 
 if TYPE_CHECKING:
-    from lola_flwr.system.fleet import Fleet
+    from lola_flwr.system.fleet_file import Fleet
 
 app = typer.Typer(
     name="fleet",
@@ -36,7 +35,7 @@ def generate(
 
     Example: `lola-flwr fleet generate 20 --seed 1 --out fleet.toml`
     """
-    from lola_flwr.system.fleet import fleet_toml, generate_fleet
+    from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
 
     text = fleet_toml(generate_fleet(devices, seed=seed))
     if out is None:
@@ -58,7 +57,7 @@ def show(path: FleetFile, as_json: AsJson = False) -> None:
 
     Example: `lola-flwr fleet show fleet.toml`
     """
-    from lola_flwr.system.fleet import read_fleet
+    from lola_flwr.system.fleet_file import read_fleet
 
     fleet = read_fleet(path)
     if as_json:
@@ -83,13 +82,13 @@ def validate(path: FleetFile) -> None:
 
     Example: `lola-flwr fleet validate fleet.toml`
     """
-    from lola_flwr.system.fleet import read_fleet
+    from lola_flwr.system.fleet_file import read_fleet
 
     print(f"{path}: {len(read_fleet(path))} devices, all of them complete")
 
 
 def fleet_of(path: Path | None, num_devices: int, seed: int) -> Fleet:
     """Return the fleet of a file, or one drawn where no file is given."""
-    from lola_flwr.system.fleet import generate_fleet, read_fleet
+    from lola_flwr.system.fleet_file import generate_fleet, read_fleet
 
     return generate_fleet(num_devices, seed=seed) if path is None else read_fleet(path)

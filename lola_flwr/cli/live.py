@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lola_flwr.cli.console import bars, table
 from lola_flwr.errors import UserError
-from lola_flwr.round_log import RoundRecord, read_rounds
+from lola_flwr.run.records import RoundRecord, read_rounds
 
 _MAX_DEVICES = 16
 _SPARKS = "▁▂▃▄▅▆▇█"

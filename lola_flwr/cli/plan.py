@@ -10,14 +10,13 @@ import typer
 
 from lola_flwr.cli.console import bars, console, print_json, table
 from lola_flwr.cli.fleet import fleet_of
-from lola_flwr.errors import UserError
-from lola_flwr.quantities import si
+from lola_flwr.errors import UserError, si
 
 if TYPE_CHECKING:
     from lola_flwr.allocation import AllocationProblem
+    from lola_flwr.costs.estimated import BlockCosts
     from lola_flwr.planning import Plan
-    from lola_flwr.round_log import BlockRecord
-    from lola_flwr.system.costs import BlockCosts
+    from lola_flwr.run.records import BlockRecord
 
 
 def plan(

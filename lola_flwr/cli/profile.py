@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from lola_flwr.cli.console import console, print_json, table
-from lola_flwr.errors import UserError
-from lola_flwr.quantities import si
+from lola_flwr.errors import UserError, si
 
 
 def profile(

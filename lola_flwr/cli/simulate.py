@@ -59,7 +59,7 @@ def simulate(
     Another: `lola-flwr simulate simulations/glue --fleet fleet.toml task=sst-2
     data-dir=path/to/glue`
     """
-    from lola_flwr.app_config import (
+    from lola_flwr.cli.app_config import (
         as_run_config,
         check_config,
         read_app,
@@ -114,7 +114,7 @@ def _num_devices(
     path = fleet or config.get(_FLEET_KEY) or None
     stated = config.get(_NUMBER_KEY) or None
     if path is not None:
-        from lola_flwr.system.fleet import read_fleet
+        from lola_flwr.system.fleet_file import read_fleet
 
         there = len(read_fleet(Path(path)))
         if {devices, stated} - {None, there}:

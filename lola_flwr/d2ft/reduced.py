@@ -17,20 +17,20 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from lola_flwr.blocks import BlockPartition
+from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.d2ft.execution import scheduled
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import UnitCosts, solve_knapsack
 from lola_flwr.d2ft.subnetworks import find_subnetworks
 from lola_flwr.errors import UserError
-from lola_flwr.system.costs import BlockCosts
-from lola_flwr.truncated_backprop import (
+from lola_flwr.model.backprop import (
     Batch,
     BlockGradient,
     LossFunction,
     block_gradient,
     model_loss,
 )
+from lola_flwr.model.blocks import BlockPartition
 
 # Of a layer that is not trained: a forward pass, and one for its inputs' gradient. What
 # it keeps for the backward pass takes the place of traffic.

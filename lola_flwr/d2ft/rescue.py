@@ -10,10 +10,10 @@ from functools import cache
 import numpy as np
 
 from lola_flwr.allocation import AllocationProblem
+from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.reduced import reduced_costs, reduced_schedule
 from lola_flwr.errors import UserError
-from lola_flwr.system.costs import BlockCosts
 
 # Of a latency target, what the computation may take: the upload needs the rest.
 _COMPUTE_SHARE = 0.5

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.d2ft.subnetworks import Subnetworks, parameter_slices
-from lola_flwr.truncated_backprop import Batch, LossFunction, model_loss
+from lola_flwr.model.backprop import Batch, LossFunction, model_loss
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lola_flwr.blocks import BlockPartition
 from lola_flwr.errors import UserError
+from lola_flwr.model.blocks import BlockPartition
 
 # Where the parts of a layer are found: BERT and RoBERTa; ViT as of transformers 5; ViT
 # before; DistilBERT. The first name of each is that of the parameters' owner.

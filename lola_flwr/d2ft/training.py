@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lola_flwr.d2ft.execution import scheduled
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.subnetworks import Subnetworks
-from lola_flwr.truncated_backprop import (
+from lola_flwr.model.backprop import (
     Batch,
     BlockGradient,
     LossFunction,

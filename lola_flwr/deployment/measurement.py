@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lola_flwr.blocks import BlockPartition
+    from lola_flwr.model.blocks import BlockPartition
 
 VERSION = 1
 # What the system and other programs keep of the memory that is free now.
@@ -201,9 +201,9 @@ def measure_device(
     """
     import torch
 
-    from lola_flwr.blocks import partition_parameters
-    from lola_flwr.model_setup import model_costs
-    from lola_flwr.models import check_sequence_length, load_classifier
+    from lola_flwr.costs.of_model import model_costs
+    from lola_flwr.model.blocks import partition_parameters
+    from lola_flwr.model.loading import check_sequence_length, load_classifier
 
     if torch_device is None:
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -304,7 +304,7 @@ def _step(
     """Train one step; return its seconds and its peak of memory, bytes."""
     import torch
 
-    from lola_flwr.truncated_backprop import block_gradient
+    from lola_flwr.model.backprop import block_gradient
 
     on_gpu = next(iter(batch.values())).device.type == "cuda"
     before: int | None = None

@@ -29,7 +29,6 @@ import numpy.typing as npt
 from flwr.app import Context
 from flwr.common.logger import log
 
-from lola_flwr.clients.update import Device, LocalUpdate, OutOfMemory
 from lola_flwr.deployment.app_code import app_root, load_device_function
 from lola_flwr.deployment.processes import ancestor_running
 from lola_flwr.deployment.worker_link import (
@@ -39,9 +38,10 @@ from lola_flwr.deployment.worker_link import (
     receive_frame,
     send_frame,
 )
+from lola_flwr.device.contract import Device, LocalUpdate, OutOfMemory
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import Assignment, PartReport, PartTask, UpdateReport
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.wire.records import Assignment, PartReport, PartTask, UpdateReport
 
 _START_S = 20.0
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lola_flwr.clients.update import OutOfMemory
 from lola_flwr.deployment.app_code import (
     DeviceContext,
     forget_app,
@@ -44,9 +43,10 @@ from lola_flwr.deployment.worker_link import (
     token_path,
     write_token,
 )
+from lola_flwr.device.contract import OutOfMemory
 from lola_flwr.errors import UserError
 from lola_flwr.heap import give_back_freed_memory
-from lola_flwr.protocol import Assignment, PartTask
+from lola_flwr.wire.records import Assignment, PartTask
 
 _TICK_S = 0.5
 _HELLO_S = 5.0

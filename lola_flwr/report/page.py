@@ -12,8 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_flwr.errors import UserError
-from lola_flwr.quantities import si
+from lola_flwr.errors import UserError, si
 from lola_flwr.report.runs import Run
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_flwr.errors import UserError
-from lola_flwr.round_log import BlockRecord, RoundRecord, read_rounds
+from lola_flwr.run.records import BlockRecord, RoundRecord, read_rounds
 
 # Bytes up as the allocation counted on them, as received, and bytes down.
 _COUNTS = ("payload_bytes", "received_bytes", "sent_bytes")
@@ -28,7 +28,7 @@ class Run:
     rounds
         Its rounds.
     description
-        What `lola_flwr.run_files.describe_run` writes; empty if it is not known.
+        What `lola_flwr.run.directory.describe_run` writes; empty if it is not known.
     """
 
     name: str

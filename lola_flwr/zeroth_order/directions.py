@@ -14,13 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import Assignment
 from lola_flwr.randomness import rng_for
+from lola_flwr.wire.records import Assignment
 
 FloatArray = npt.NDArray[np.float32]
-
-# What the projections travel as.
-WIRE_TYPE = np.dtype("<f4")
 
 # With Flower's message around them, this many projections stay below 1 kB.
 MAX_DIRECTIONS = 32

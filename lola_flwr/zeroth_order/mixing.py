@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from lola_flwr.allocation import AllocationProblem
 from lola_flwr.allocation.infeasible import is_feasible
+from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
-from lola_flwr.system.costs import BlockCosts
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.zeroth_order.directions import MAX_DIRECTIONS
 

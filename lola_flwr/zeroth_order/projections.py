@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lola_flwr.truncated_backprop import Batch, LossFunction, model_loss
+from lola_flwr.model.backprop import Batch, LossFunction, model_loss
 from lola_flwr.zeroth_order.directions import Directions, FloatArray
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from lola_flwr.model_setup import model_costs
-from lola_flwr.models import load_classifier
-from lola_flwr.prefix import ActivationCache, reused_prefix
-from lola_flwr.system.levers import Levers
-from lola_flwr.truncated_backprop import block_gradient, model_loss
+from lola_flwr.costs.memory import Levers
+from lola_flwr.costs.of_model import model_costs
+from lola_flwr.device.prefix import ActivationCache, reused_prefix
+from lola_flwr.model.backprop import block_gradient, model_loss
+from lola_flwr.model.loading import load_classifier
 from simulations.benchmarks.client_step import (
     BATCH_SIZE,
     MODEL,

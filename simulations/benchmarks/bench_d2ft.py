@@ -11,7 +11,7 @@ import time
 import numpy as np
 import torch
 
-from lola_flwr.adapters import model_partition
+from lola_flwr.costs.measured import saved_bytes
 from lola_flwr.d2ft import (
     FULL_TUNING,
     Budgets,
@@ -23,8 +23,8 @@ from lola_flwr.d2ft import (
     split_batch,
 )
 from lola_flwr.d2ft.scores import Scores
-from lola_flwr.measured_costs import saved_bytes
-from lola_flwr.models import load_classifier
+from lola_flwr.model.adapters import model_partition
+from lola_flwr.model.loading import load_classifier
 from simulations.compare.measure import counted_flops
 
 EXAMPLES = 42

@@ -11,14 +11,14 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from lola_flwr.blocks import partition_parameters
-from lola_flwr.coordinator import Coordinator
-from lola_flwr.models import load_classifier
-from lola_flwr.protocol import UpdateReport
-from lola_flwr.replies import DeviceReply
-from lola_flwr.server_optimizer import ServerOptimizer
-from lola_flwr.system.costs import estimate_costs
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import load_classifier
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.optimizer import ServerOptimizer
+from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.records import UpdateReport
 
 
 @pytest.mark.parametrize("num_devices", [200, 2_000])

@@ -17,13 +17,13 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.blocks import BlockPartition, partition_parameters
-from lola_flwr.clients.store import complete
-from lola_flwr.codec import codec_named, encode_with_feedback
-from lola_flwr.models import load_classifier
-from lola_flwr.packed import GRADIENTS, pack, unpack
-from lola_flwr.payload import payload_bits
-from lola_flwr.versions import HeldVersions, model_pieces
+from lola_flwr.device.store import complete
+from lola_flwr.model.blocks import BlockPartition, partition_parameters
+from lola_flwr.model.loading import load_classifier
+from lola_flwr.wire.codec import codec_named, encode_with_feedback
+from lola_flwr.wire.packing import GRADIENTS, pack, unpack
+from lola_flwr.wire.payload import payload_bits
+from lola_flwr.wire.versions import HeldVersions, model_pieces
 
 BLOCK = 3
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from lola_flwr.blocks import partition_parameters
 from lola_flwr.deployment.worker import Worker
-from lola_flwr.models import fingerprint, load_classifier
-from lola_flwr.packed import VALUES, pack
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import fingerprint, load_classifier
+from lola_flwr.wire.packing import VALUES, pack
 
 GLUE = Path(__file__).parents[1] / "glue"
 EMPTY = Path(__file__).parents[1] / "testbed" / "empty"

@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 import transformers
 
-from lola_flwr.blocks import partition_parameters
-from lola_flwr.heap import keep_no_freed_memory
-from lola_flwr.memory import measured_peak
-from lola_flwr.models import load_classifier
-from lola_flwr.prefix import (
+from lola_flwr.device.memory import measured_peak
+from lola_flwr.device.prefix import (
     LayeredWeights,
     LoadedModel,
     StreamedModel,
     save_base,
     skeleton_of,
 )
-from lola_flwr.truncated_backprop import block_gradient
+from lola_flwr.heap import keep_no_freed_memory
+from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import load_classifier
 
 MODEL = "random:roberta-base"
 BATCH_SIZE, SEQUENCE_LENGTH = 16, 64

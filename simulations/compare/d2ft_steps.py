@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lola_flwr.costs.of_model import model_costs
 from lola_flwr.d2ft import (
     Budgets,
     Operation,
@@ -19,12 +20,11 @@ from lola_flwr.d2ft import (
     uploads_s,
 )
 from lola_flwr.d2ft.subnetworks import hidden_size
-from lola_flwr.model_setup import model_costs
-from lola_flwr.models import load_values
+from lola_flwr.model.backprop import Batch
+from lola_flwr.model.loading import load_values
 from lola_flwr.randomness import rng_for
-from lola_flwr.server_optimizer import ServerOptimizer
+from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.system.devices import simulated_device
-from lola_flwr.truncated_backprop import Batch
 from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, Point, Report, RunSettings
 from simulations.compare.tasks import PATCH_SIZE, Task

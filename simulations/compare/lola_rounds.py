@@ -5,29 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from io import BytesIO
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from lola_flwr.allocation import InfeasibleAllocation, RoundMode
-from lola_flwr.clients.device import BlockDevice
-from lola_flwr.clients.sampling import POOL_FACTOR, ChosenBatches
-from lola_flwr.coordinator import Coordinator
-from lola_flwr.low_rank import LowRankProjection
-from lola_flwr.model_setup import (
-    coordinator_for,
-    model_costs,
-    with_pool,
-    zeroth_order_costs,
-)
-from lola_flwr.models import load_values
-from lola_flwr.protocol import Assignment
-from lola_flwr.replies import DeviceReply
-from lola_flwr.selection import NEEDS_RESPONSE, Selection, selector_named
+from lola_flwr.build import coordinator_for
+from lola_flwr.costs.of_model import model_costs, with_pool, zeroth_order_costs
+from lola_flwr.device.block_device import BlockDevice
+from lola_flwr.device.sampling import POOL_FACTOR, ChosenBatches, Rule
+from lola_flwr.model.backprop import Batch
+from lola_flwr.model.loading import load_values
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.replies import DeviceReply
+from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.system.devices import simulated_device
-from lola_flwr.truncated_backprop import Batch
+from lola_flwr.wire.low_rank import LowRankProjection
+from lola_flwr.wire.records import Assignment
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, Point, Report, RunSettings
@@ -104,7 +100,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
             source = ChosenBatches(
                 source=draw,
                 load_model=lambda: model,
-                rule=method.rule,
+                rule=cast(Rule, method.rule),
             ).__call__
         return BlockDevice(
             profile=profile,

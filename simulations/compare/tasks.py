@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lola_flwr.blocks import BlockPartition, partition_parameters
-from lola_flwr.models import load_classifier
+from lola_flwr.model.backprop import Batch
+from lola_flwr.model.blocks import BlockPartition, partition_parameters
+from lola_flwr.model.loading import load_classifier
 from lola_flwr.randomness import rng_for
-from lola_flwr.truncated_backprop import Batch
 from lola_glue.partitions import partition_examples
 from lola_glue.server_app import evaluate_model
 from lola_glue.tasks import load_task

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.allocation import allocate
-from lola_flwr.blocks import BlockPartition, partition_parameters
-from lola_flwr.measured_costs import saved_bytes
-from lola_flwr.models import load_classifier
-from lola_flwr.system.costs import estimate_costs
-from lola_flwr.truncated_backprop import model_loss, only_block_trainable
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.costs.measured import saved_bytes
+from lola_flwr.model.backprop import model_loss, only_block_trainable
+from lola_flwr.model.blocks import BlockPartition, partition_parameters
+from lola_flwr.model.loading import load_classifier
 from simulations.figures.latency import (
     MODEL,
     Draw,
@@ -52,7 +52,7 @@ def depth_rows(
     Parameters
     ----------
     model_name
-        A model of `lola_flwr.models.load_classifier`.
+        A model of `lola_flwr.model.loading.load_classifier`.
     batch_size, sequence_length
         Shape of the mini-batch, without padding.
     repeats

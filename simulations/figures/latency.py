@@ -23,10 +23,10 @@ from lola_flwr.allocation import (
     RoundMode,
     allocate,
 )
-from lola_flwr.blocks import partition_parameters
-from lola_flwr.models import load_classifier
+from lola_flwr.costs.estimated import BlockCosts, estimate_costs
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import load_classifier
 from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
-from lola_flwr.system.costs import BlockCosts, estimate_costs
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 from simulations.figures.tables import Row
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lola_flwr.blocks import partition_parameters
-from lola_flwr.system.costs import estimate_costs
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.model.blocks import partition_parameters
 from simulations.figures.latency import parameter_shapes
 from simulations.figures.learning import LearningRun
 from simulations.figures.tables import Row

@@ -19,8 +19,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lola_flwr.blocks import partition_parameters
-from lola_flwr.models import load_classifier
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import load_classifier
 from simulations.testbed.federation import Federation, Options, federation
 from simulations.testbed.network import network, why_unavailable
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import lambertw
 
+from lola_flwr.allocation.band import PowerLimitedUplink, least_share, upload_s
 from lola_flwr.allocation.shares import best_deadline, best_shares
-from lola_flwr.allocation.uplink import PowerLimitedUplink, least_share, upload_s
 
 times = st.one_of(
     st.sampled_from([0.0, 1e-9, 1.0, 1e9]), st.floats(1e-9, 1e9, allow_nan=False)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
-from lola_flwr import diagnosis
+from lola_flwr.cli import diagnosis
 from lola_flwr.cli.main import main
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lola_flwr.cli.main import main
 from lola_flwr.errors import UserError
 from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.system.fleet import fleet_toml, generate_fleet, parse_fleet
+from lola_flwr.system.fleet_file import fleet_toml, generate_fleet, parse_fleet
 
 PROFILES = st.builds(
     DeviceProfile,

@@ -35,7 +35,7 @@ def test_ctrl_c_says_so(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lola_flwr.system.fleet.generate_fleet", interrupt)
+    monkeypatch.setattr("lola_flwr.system.fleet_file.generate_fleet", interrupt)
     assert main(["fleet", "generate", "3"]) == INTERRUPTED
     assert capsys.readouterr().err.split() == ["stopped"]
 

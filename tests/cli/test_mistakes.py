@@ -8,7 +8,7 @@ import pytest
 
 from lola_flwr import simulation
 from lola_flwr.cli.main import FAILED, MISUSED, main
-from lola_flwr.system.fleet import fleet_toml, generate_fleet
+from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
 
 GLUE = str(Path(__file__).parents[2] / "simulations" / "glue")
 FLEET = fleet_toml(generate_fleet(3))

@@ -18,10 +18,10 @@ from transformers import (
 
 from lola_flwr.allocation import ALLOCATORS, allocate
 from lola_flwr.cli.main import main
-from lola_flwr.models import _RANDOM_SHAPES, load_classifier
+from lola_flwr.costs.shapes import KNOWN_MODELS, model_shapes
+from lola_flwr.model.loading import _RANDOM_SHAPES, load_classifier
 from lola_flwr.planning import named_model_costs, round_problem
-from lola_flwr.system.fleet import generate_fleet
-from lola_flwr.system.model_shapes import KNOWN_MODELS, model_shapes
+from lola_flwr.system.fleet_file import generate_fleet
 
 
 def planned(capsys, *arguments):

@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import (
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
-from lola_flwr.adapters import adapt
+from lola_flwr.build import coordinator_for_weights
 from lola_flwr.clients import (
     AssignedBlock,
     block_mod,
@@ -34,10 +34,10 @@ from lola_flwr.clients import (
     report_profile,
 )
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import coordinator_for_weights
-from lola_flwr.protocol import SECAGG_KEY, MalformedRecord
+from lola_flwr.model.adapters import adapt
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.records import SECAGG_KEY, MalformedRecord
 from tests.strategies.in_process import InProcessGrid
 
 

@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from lola_flwr.blocks import partition_parameters
 from lola_flwr.clients import BlockClient, BlockDevice
-from lola_flwr.codec import CODECS
-from lola_flwr.errors import UserError
-from lola_flwr.models import fingerprint
-from lola_flwr.packed import GRADIENTS, pack, unpack
-from lola_flwr.prefix import (
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.costs.memory import Levers
+from lola_flwr.device.prefix import (
     ActivationCache,
     LayeredWeights,
     StreamedModel,
     save_base,
     skeleton_of,
 )
-from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
-from lola_flwr.system.costs import estimate_costs
+from lola_flwr.errors import UserError
+from lola_flwr.model.backprop import model_loss
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import fingerprint
 from lola_flwr.system.devices import DeviceProfile, InvalidProfile, simulated_device
-from lola_flwr.system.levers import Levers
-from lola_flwr.truncated_backprop import model_loss
+from lola_flwr.wire.codec import CODECS
+from lola_flwr.wire.packing import GRADIENTS, pack, unpack
+from lola_flwr.wire.records import Assignment, MalformedRecord, UpdateReport
 
 
 @pytest.fixture

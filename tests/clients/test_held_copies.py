@@ -17,10 +17,10 @@ from flwr.common import FitIns, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.compat.common import recorddict_compat as compat
 
 from lola_flwr.allocation import RoundMode
+from lola_flwr.build import coordinator_for_weights
 from lola_flwr.clients import AssignedBlock, block_mod, held_mod, profile_mod
-from lola_flwr.clients.store import replacing
-from lola_flwr.model_setup import coordinator_for_weights
-from lola_flwr.replies import DeviceReply
+from lola_flwr.device.store import replacing
+from lola_flwr.server.replies import DeviceReply
 from tests.clients.test_assigned_block import (
     Net,
     federate,

@@ -16,15 +16,15 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
+from lola_flwr.build import coordinator_for_weights
 from lola_flwr.clients import AssignedBlock, block_mod, report_profile
-from lola_flwr.clients.device import BlockDevice
+from lola_flwr.device.block_device import BlockDevice
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import coordinator_for_weights
 from lola_flwr.strategies import LoLaDeft as LegacyLoLaDeft
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
+from tests.model.test_blocks import TorchvisionResNet
 from tests.strategies.in_process import InProcessGrid
-from tests.test_blocks import TorchvisionResNet
 
 BLOCKS = ["layer1", "layer2", "layer3", "layer4"]
 EXAMPLE = torch.zeros(1, 3, 32, 32)

@@ -8,7 +8,6 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from lola_flwr.blocks import partition_parameters
 from lola_flwr.d2ft import (
     Operation,
     find_subnetworks,
@@ -20,9 +19,10 @@ from lola_flwr.d2ft import (
 from lola_flwr.d2ft.execution import run_layer
 from lola_flwr.d2ft.subnetworks import LayerNotUnderstood, parameter_slices
 from lola_flwr.errors import UserError
-from lola_flwr.truncated_backprop import block_gradient
+from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.blocks import partition_parameters
 from tests.conftest import SMALL
-from tests.test_truncated_backprop import saved_bytes
+from tests.model.test_backprop import saved_bytes
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
 SIZES = {**SMALL, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}

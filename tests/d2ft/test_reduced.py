@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lola_flwr.blocks import partition_parameters
+from lola_flwr.costs.of_model import model_costs
 from lola_flwr.d2ft import Operation
 from lola_flwr.d2ft.operations import from_text, to_text
 from lola_flwr.d2ft.reduced import reduced_costs, reduced_gradient, reduced_schedule
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import model_costs
-from lola_flwr.truncated_backprop import block_gradient
+from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.blocks import partition_parameters
 from tests.d2ft.test_execution import make
-from tests.test_truncated_backprop import saved_bytes
+from tests.model.test_backprop import saved_bytes
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
 

@@ -8,20 +8,26 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from lola_flwr.allocation import AllocationProblem, InfeasibleAllocation
-from lola_flwr.blocks import partition_parameters
-from lola_flwr.clients.device import BlockDevice
+from lola_flwr.build import coordinator_for
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.costs.of_model import model_costs
 from lola_flwr.d2ft.operations import from_text
 from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.d2ft.rescue import with_reduced_schedules
 from lola_flwr.d2ft.subnetworks import LayerNotUnderstood
-from lola_flwr.model_setup import coordinator_for, model_costs
-from lola_flwr.models import fingerprint
-from lola_flwr.protocol import Assignment
-from lola_flwr.round_problem import RoundProblem
-from lola_flwr.system.costs import estimate_costs
+from lola_flwr.device.block_device import BlockDevice
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import fingerprint
+from lola_flwr.server.round.problem import RoundProblem
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.records import Assignment
 from tests.d2ft.test_execution import make
-from tests.test_coordinator import PARTITION, SHAPES, honest_reply, make_coordinator
+from tests.server.test_coordinator import (
+    PARTITION,
+    SHAPES,
+    honest_reply,
+    make_coordinator,
+)
 
 COSTS = estimate_costs(SHAPES, PARTITION, batch_size=4000, sequence_length=4)
 IDS = ["a", "b", "c"]

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from lola_flwr.cli.main import main
-from lola_flwr.clients.update import OutOfMemory
 from lola_flwr.deployment.app_code import forget_app, put_on_path
 from lola_flwr.deployment.processes import ProcessId, _stat, this_process
 from lola_flwr.deployment.serve_worker import start_worker
@@ -30,8 +29,9 @@ from lola_flwr.deployment.worker_link import (
     send_frame,
     token_path,
 )
+from lola_flwr.device.contract import OutOfMemory
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import Assignment, PartTask
+from lola_flwr.wire.records import Assignment, PartTask
 
 ROOT = Path(__file__).parents[2]
 TOY = "toy_app.device:device_fn"

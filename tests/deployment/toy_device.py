@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from lola_flwr.clients.update import LocalUpdate, OutOfMemory
+from lola_flwr.device.contract import LocalUpdate, OutOfMemory
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import PartReport, UpdateReport
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.wire.records import PartReport, UpdateReport
 
 made = []
 

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from lola_flwr.clients.sampling import ChosenBatches
 from lola_flwr.d2ft import Budgets, StepSchedules
 from lola_flwr.deployment.app_code import DeviceContext
+from lola_flwr.device.sampling import ChosenBatches
 from lola_flwr.errors import UserError
-from lola_flwr.low_rank import LowRankProjection
-from lola_flwr.selection import BoundedStaleness, Lisa
+from lola_flwr.server.selection import BoundedStaleness, Lisa
+from lola_flwr.wire.low_rank import LowRankProjection
 from lola_glue.config import GlueConfig
 from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.device import device_fn

@@ -9,8 +9,8 @@ import numpy as np
 import psutil
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 
-from lola_flwr.protocol import PROFILE_KEY, REPORT_KEY
 from lola_flwr.randomness import rng_for
+from lola_flwr.wire.records import PROFILE_KEY, REPORT_KEY
 from tests.reliability.app_run import AppGrid
 
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from lola_flwr.absences import Absences
+from lola_flwr.server.absences import Absences
 
 
 def rests(absences, device, rounds):

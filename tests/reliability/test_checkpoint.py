@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lola_flwr.checkpoint import CheckpointDamaged, Checkpoints, Snapshot, read
 from lola_flwr.errors import UserError
+from lola_flwr.run.checkpoint import CheckpointDamaged, Checkpoints, Snapshot, read
 
 SNAPSHOT = Snapshot(
     {

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from lola_flwr.blocks import partition_parameters
 from lola_flwr.clients import BlockClient, BlockDevice
-from lola_flwr.clients.out_of_memory import usable_memory_bytes
-from lola_flwr.models import fingerprint
-from lola_flwr.packed import pack
-from lola_flwr.protocol import Assignment
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.device.out_of_memory import usable_memory_bytes
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import fingerprint
 from lola_flwr.strategies.deadline import RoundDeadline
-from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.packing import pack
+from lola_flwr.wire.records import Assignment
 from tests.reliability.tiny_run import run
-from tests.strategies.in_process import InProcessGrid
-from tests.test_coordinator import (
+from tests.server.test_coordinator import (
     PARTITION,
     SHAPES,
     fleet_of_equals,
     honest_reply,
     make_coordinator,
 )
+from tests.strategies.in_process import InProcessGrid
 
 IDS = ["id-0", "id-1", "id-2", "id-3"]
 

@@ -20,15 +20,15 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lola_flwr.checkpoint import CheckpointDamaged, Checkpoints, Snapshot, read
-from lola_flwr.codec import CODECS, MalformedArray, codec_named, read_npy
-from lola_flwr.packed import GRADIENTS, pack
-from lola_flwr.protocol import Assignment, MalformedRecord, UpdateReport
-from lola_flwr.replies import DeviceReply, UpdateReader, UpdateRefused
+from lola_flwr.run.checkpoint import CheckpointDamaged, Checkpoints, Snapshot, read
+from lola_flwr.server.replies import DeviceReply, UpdateReader, UpdateRefused
 from lola_flwr.strategies import message
 from lola_flwr.strategies.deadline_grid import _is_readable
 from lola_flwr.system.devices import DeviceProfile, InvalidProfile, simulated_device
-from tests.test_coordinator import (
+from lola_flwr.wire.codec import CODECS, MalformedArray, codec_named, read_npy
+from lola_flwr.wire.packing import GRADIENTS, pack
+from lola_flwr.wire.records import Assignment, MalformedRecord, UpdateReport
+from tests.server.test_coordinator import (
     PARTITION,
     SHAPES,
     honest_reply,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lola_flwr.allocation import RoundMode
-from lola_flwr.models import load_values
+from lola_flwr.model.loading import load_values
 from tests.reliability.faults import change_all
 from tests.reliability.tiny_run import make_device, run, tiny_model
 from tests.strategies.in_process import InProcessGrid

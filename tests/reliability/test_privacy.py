@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lola_flwr.blocks import partition_parameters
-from lola_flwr.models import load_classifier
-from lola_flwr.truncated_backprop import block_gradient
+from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import load_classifier
 from lola_glue.tasks import load_task
 from lola_glue.text import make_batch
 

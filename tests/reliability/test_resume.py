@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from lola_flwr.errors import UserError
-from lola_flwr.run_directory import RunDirectory
+from lola_flwr.run.directory import RunDirectory
 from lola_flwr.simulation import run_app
 from tests.reliability.tiny_run import run
 

@@ -5,10 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lola_flwr.assembly import BLOCK_MEANS, BlockUpdate, assemble_gradient
 from lola_flwr.errors import UserError
-from lola_flwr.norm_limits import NormHistory, NormLimits
-from lola_flwr.running_statistics import average_statistics
+from lola_flwr.server.assembly import (
+    BLOCK_MEANS,
+    BlockUpdate,
+    assemble_gradient,
+    average_statistics,
+)
+from lola_flwr.server.norm_limits import NormHistory, NormLimits
 
 
 def update(value, num_examples=8, name="w"):

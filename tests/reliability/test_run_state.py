@@ -6,10 +6,10 @@ from dataclasses import fields
 
 import numpy as np
 
-from lola_flwr.absences import Absence, Absences
-from lola_flwr.norm_limits import NormHistory
-from lola_flwr.run_state import RunState
-from lola_flwr.selection.history import BlockHistory
+from lola_flwr.server.absences import Absence, Absences
+from lola_flwr.server.norm_limits import NormHistory
+from lola_flwr.server.selection.history import BlockHistory
+from lola_flwr.server.state import RunState
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.system.estimation import ComputeEstimate, RateEstimate
 

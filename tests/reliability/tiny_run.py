@@ -13,12 +13,13 @@ from flwr.client import ClientApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.apps import run_rounds
-from lola_flwr.blocks import partition_parameters
+from lola_flwr.build import coordinator_for
 from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient
-from lola_flwr.model_setup import coordinator_for, model_costs
-from lola_flwr.run_directory import RunDirectory
+from lola_flwr.costs.of_model import model_costs
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.run.directory import RunDirectory
 from lola_flwr.strategies import LoLaDeft, message
+from lola_flwr.strategies.run_rounds import run_rounds
 from lola_flwr.system.devices import simulated_device
 from tests.conftest import SMALL
 from tests.strategies.in_process import InProcessGrid

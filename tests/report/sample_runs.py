@@ -9,7 +9,7 @@ import numpy as np
 from lola_flwr.planning import named_model_costs, plan_rounds
 from lola_flwr.report import Run
 from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.system.fleet import generate_fleet
+from lola_flwr.system.fleet_file import generate_fleet
 
 HOSTILE = "</script><script>document.title='taken'</script><b onclick=x>&amp;"
 LOST = "the gradient is not finite"

@@ -12,8 +12,8 @@ from lola_flwr.allocation import RoundMode
 from lola_flwr.cli.main import main
 from lola_flwr.errors import UserError
 from lola_flwr.report import Report, Run
-from lola_flwr.round_log import RoundLog, RoundRecord
-from lola_flwr.run_files import describe_run
+from lola_flwr.run.directory import describe_run
+from lola_flwr.run.records import RoundLog, RoundRecord
 from tests.report.sample_runs import HOSTILE, LOST, sample_run
 
 

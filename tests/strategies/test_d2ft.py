@@ -23,16 +23,16 @@ from flwr.serverapp.strategy import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.blocks import partition_parameters
+from lola_flwr.build import trainer_for
 from lola_flwr.clients import BlockDevice, LoLaClient
 from lola_flwr.d2ft import Budgets, StepSchedules
 from lola_flwr.d2ft.subnetworks import LayerNotUnderstood
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import trainer_for
-from lola_flwr.protocol import REPORT_KEY
-from lola_flwr.spread.exchange import PartFailed
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.server.spread.exchange import PartFailed
 from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.system.devices import DeviceProfile, simulated_device
+from lola_flwr.wire.records import REPORT_KEY
 from tests.d2ft.test_execution import make
 from tests.strategies.in_process import InProcessGrid
 
@@ -333,7 +333,7 @@ def test_where_nobody_knows_whose_fault_it_is_one_rests_by_lot(monkeypatch):
         raise PartFailed({}, "the gradient became infinite")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lola_flwr.spread.trainer.spread_gradient", fail)
+        patched.setattr("lola_flwr.server.spread.trainer.spread_gradient", fail)
         run(strategy, grid, 1)
     assert records[0].skipped == "the gradient became infinite"
     assert len(strategy.trainer.fleet.absences.of_device) == 1

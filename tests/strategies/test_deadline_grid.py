@@ -8,8 +8,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import SECAGG_KEY
 from lola_flwr.strategies import LegacyGrid
+from lola_flwr.wire.records import SECAGG_KEY
 
 
 @pytest.fixture(autouse=True)

@@ -35,15 +35,15 @@ from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.blocks import partition_parameters
+from lola_flwr.build import coordinator_for_weights
 from lola_flwr.clients import BlockClient, BlockDevice
-from lola_flwr.coordinator import Coordinator
+from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import coordinator_for_weights
-from lola_flwr.models import fingerprint
-from lola_flwr.server_optimizer import ServerOptimizer
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import fingerprint
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.strategies import LoLaDeft
-from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
 from tests.strategies.in_process import InProcessGrid
 

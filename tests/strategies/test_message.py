@@ -19,18 +19,18 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.blocks import partition_parameters
 from lola_flwr.clients import BlockDevice, LoLaClient
-from lola_flwr.coordinator import Coordinator
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.costs.of_model import zeroth_order_costs
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import zeroth_order_costs
-from lola_flwr.models import fingerprint
-from lola_flwr.packed import received_values
-from lola_flwr.protocol import PROFILE_KEY, REPORT_KEY, UpdateReport
-from lola_flwr.server_optimizer import ServerOptimizer
+from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.loading import fingerprint
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.strategies.message import LoLaDeft
-from lola_flwr.system.costs import estimate_costs
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.packing import received_values
+from lola_flwr.wire.records import PROFILE_KEY, REPORT_KEY, UpdateReport
 from lola_flwr.zeroth_order.directions import MAX_DIRECTIONS
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from tests.strategies.in_process import InProcessGrid, message_bytes

@@ -15,12 +15,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr import strategies
 from lola_flwr.allocation import RoundMode
-from lola_flwr.blocks import partition_parameters
+from lola_flwr.build import coordinator_for
 from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient
-from lola_flwr.codec import codec_ladder
-from lola_flwr.model_setup import coordinator_for, model_costs
+from lola_flwr.costs.of_model import model_costs
+from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.strategies import message
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.codec import codec_ladder
 from tests.strategies.in_process import InProcessGrid
 
 

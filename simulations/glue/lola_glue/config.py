@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from lola_flwr.allocation import find_allocator
-from lola_flwr.assembly import BLOCK_MEANS
-from lola_flwr.codec import codec_ladder
 from lola_flwr.errors import UserError
-from lola_flwr.payload import HeadPolicy
-from lola_flwr.run_config import RunConfig
-from lola_flwr.selection import SELECTORS
-from lola_flwr.tracking import check_trackers
+from lola_flwr.run.config import RunConfig
+from lola_flwr.run.tracking import check_trackers
+from lola_flwr.server.assembly import BLOCK_MEANS
+from lola_flwr.server.selection import SELECTORS
+from lola_flwr.wire.codec import codec_ladder
+from lola_flwr.wire.payload import HeadPolicy
 from lola_glue.tasks import find_task
 
 if sys.version_info >= (3, 11):  # noqa: UP036

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from lola_flwr import model_setup
-from lola_flwr.adapters import adapt, model_partition
-from lola_flwr.blocks import BlockPartition
-from lola_flwr.clients.sampling import POOL_FACTOR
-from lola_flwr.models import load_classifier
-from lola_flwr.system.costs import BlockCosts
+from lola_flwr.costs import of_model
+from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.device.sampling import POOL_FACTOR
+from lola_flwr.model.adapters import adapt, model_partition
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.loading import load_classifier
 from lola_glue.config import GlueConfig, keyword_arguments
 
 
@@ -40,7 +40,7 @@ def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
         "batch_size": config.batch_size,
         "sequence_length": config.max_length,
     }
-    costs = model_setup.model_costs(
+    costs = of_model.model_costs(
         model,
         layers,
         **sizes,
@@ -49,4 +49,4 @@ def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
     )
     if config.sampler == "random":
         return costs
-    return model_setup.with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)
+    return of_model.with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)

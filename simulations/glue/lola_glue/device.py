@@ -11,26 +11,26 @@ import numpy.typing as npt
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lola_flwr.blocks import BlockPartition
 from lola_flwr.clients import BlockDevice
-from lola_flwr.clients.device import BatchSource
 from lola_flwr.clients.node import node_partition, node_profile, states_profile
-from lola_flwr.clients.sampling import ChosenBatches
-from lola_flwr.clients.store import run_store
+from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.d2ft.operations import from_text
 from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.deployment.app_code import DeviceContext
+from lola_flwr.device.block_device import BatchSource
+from lola_flwr.device.sampling import ChosenBatches
+from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
-from lola_flwr.protocol import Assignment
+from lola_flwr.model.backprop import Batch
+from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.randomness import rng_for
-from lola_flwr.system.costs import BlockCosts
 from lola_flwr.system.devices import (
     DeviceProfile,
     FleetRanges,
     simulated_device,
 )
-from lola_flwr.system.fleet import read_fleet
-from lola_flwr.truncated_backprop import Batch
+from lola_flwr.system.fleet_file import read_fleet
+from lola_flwr.wire.records import Assignment
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from lola_glue.config import GlueConfig, link_rates_bps
 from lola_glue.costs import load_model, model_blocks, model_costs

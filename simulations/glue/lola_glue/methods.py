@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.blocks import BlockPartition
+from lola_flwr.costs.of_model import zeroth_order_costs
 from lola_flwr.d2ft import Budgets, StepSchedules
 from lola_flwr.errors import UserError
-from lola_flwr.low_rank import LowRankProjection
-from lola_flwr.model_setup import zeroth_order_costs
-from lola_flwr.models import load_values
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.loading import load_values
 from lola_flwr.randomness import rng_for
-from lola_flwr.selection import NEEDS_RESPONSE, Selection, selector_named
+from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
+from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.tasks import Examples

@@ -15,23 +15,22 @@ from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
-from lola_flwr.adapters import merge, save_model
 from lola_flwr.allocation import RoundMode
-from lola_flwr.apps import run_rounds
-from lola_flwr.blocks import BlockPartition
-from lola_flwr.clients.store import run_store
-from lola_flwr.coordinator import Coordinator
+from lola_flwr.build import coordinator_for, trainer_for
+from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import coordinator_for, trainer_for
-from lola_flwr.models import check_sequence_length, load_values
-from lola_flwr.round_log import RoundRecord
-from lola_flwr.run_directory import RunDirectory
-from lola_flwr.run_files import describe_run, run_directory
-from lola_flwr.selection.importance import Response
-from lola_flwr.spread.trainer import SpreadTrainer
+from lola_flwr.model.adapters import merge, save_model
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.loading import check_sequence_length, load_values
+from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
+from lola_flwr.run.records import RoundRecord
+from lola_flwr.run.tracking import tracking
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.selection.importance import Response
+from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.d2ft import D2FT
-from lola_flwr.tracking import tracking
+from lola_flwr.strategies.run_rounds import run_rounds
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.methods import (

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lola_flwr.truncated_backprop import Batch
+from lola_flwr.model.backprop import Batch
 from lola_glue.tasks import Examples
 
 

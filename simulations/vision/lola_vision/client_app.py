@@ -8,9 +8,9 @@ from flwr.clientapp import ClientApp
 
 from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient
 from lola_flwr.clients.node import node_partition, node_profile, states_profile
-from lola_flwr.protocol import Assignment
+from lola_flwr.model.backprop import Batch
 from lola_flwr.randomness import rng_for
-from lola_flwr.truncated_backprop import Batch
+from lola_flwr.wire.records import Assignment
 from lola_vision.config import VisionConfig
 from lola_vision.model import build, images
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lola_flwr.run_config import RunConfig
+from lola_flwr.run.config import RunConfig
 
 # Heads of attention; the hidden size is a multiple of it.
 NUM_HEADS = 4

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from lola_flwr.errors import UserError
+from lola_flwr.model.backprop import Batch
 from lola_flwr.randomness import rng_for
-from lola_flwr.truncated_backprop import Batch
 
 TEXTURES = ("rows", "columns", "diagonals", "checkers")
 _NUM_TRAIN, _NUM_HELD_OUT = 2000, 400

@@ -7,10 +7,10 @@ from functools import lru_cache
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from lola_flwr.blocks import BlockPartition, partition_parameters
+from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import model_costs
-from lola_flwr.system.costs import BlockCosts
+from lola_flwr.model.blocks import BlockPartition, partition_parameters
 from lola_vision.config import NUM_HEADS, VisionConfig
 from lola_vision.images import Images, load_images
 

@@ -13,13 +13,13 @@ from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
-from lola_flwr.apps import run_rounds
+from lola_flwr.build import coordinator_for
 from lola_flwr.errors import UserError
-from lola_flwr.model_setup import coordinator_for
-from lola_flwr.models import load_values
-from lola_flwr.round_log import RoundLog, RoundRecord
-from lola_flwr.run_files import describe_run, run_directory
+from lola_flwr.model.loading import load_values
+from lola_flwr.run.directory import describe_run, run_directory
+from lola_flwr.run.records import RoundLog, RoundRecord
 from lola_flwr.strategies import LoLaDeft, message
+from lola_flwr.strategies.run_rounds import run_rounds
 from lola_vision.config import VisionConfig
 from lola_vision.model import build, images
 

@@ -1,0 +1,1 @@
+"""What training a block costs a device: operations, memory, payload."""

@@ -1,0 +1,106 @@
+"""How hidden states, gradients and values travel between server and devices.
+
+Tensors of several micro-batches travel one after the other in one float32 array, since
+every array of a message takes Flower some milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lola_flwr.d2ft.subnetworks import Branch, LayerParts, Slice, branch_slices
+from lola_flwr.errors import UserError
+from lola_flwr.wire.records import MalformedRecord
+
+# Arrays of the messages beside values and gradients of parameters: hidden states,
+# gradients of a loss with respect to such, and for each token whether there is one.
+HIDDEN = "hidden"
+SLOPES = "slopes"
+MASKS = "masks"
+
+
+def numbers_to_text(numbers: Iterable[int]) -> str:
+    """Write numbers of micro-batches: ``"3 9"``."""
+    return " ".join(map(str, numbers))
+
+
+def sizes_to_text(hidden: Sequence[Tensor]) -> str:
+    """Write examples and tokens of hidden states [B, S, H]: ``"8x21 8x17"``."""
+    return " ".join(f"{len(x)}x{x.shape[1]}" for x in hidden)
+
+
+def sizes_from_text(text: str) -> list[tuple[int, int]]:
+    """Read examples and tokens of micro-batches: ``"8x21 8x17"``.
+
+    Raises
+    ------
+    MalformedRecord
+        The text is another.
+    """
+    if not re.fullmatch(
+        r"[1-9]\d{0,6}x[1-9]\d{0,6}( [1-9]\d{0,6}x[1-9]\d{0,6})*", text
+    ):
+        raise MalformedRecord(f"sizes={text[:80]!r} must be like '8x21 8x17'.")
+    pairs = (size.split("x") for size in text.split())
+    return [(int(examples), int(tokens)) for examples, tokens in pairs]
+
+
+def array_of(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+    """Put tensors, perhaps none, one after the other in one array."""
+    if not tensors:
+        return np.empty(0, np.float32)
+    flat = [tensor.detach().reshape(-1).float() for tensor in tensors]
+    return np.asarray(torch.cat(flat).numpy(force=True))
+
+
+def tensors_of(
+    array: npt.NDArray[Any], shapes: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Take an array apart into tensors of some shapes.
+
+    Raises
+    ------
+    UserError
+        It does not hold as many values.
+    """
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    if array.shape != (sum(sizes),):
+        raise UserError(
+            f"An array of shape {array.shape} received instead of {sum(sizes)} values; "
+            "use the same model on server and device."
+        )
+    parts = torch.split(torch.from_numpy(np.array(array, np.float32)), sizes)
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def part_slices(
+    names: Mapping[int, str],
+    parts: LayerParts,
+    branch: Branch,
+    first_group: int,
+    last_group: int,
+    trainable: Sequence[str],
+) -> list[Slice]:
+    """Return what a branch's groups need of the trainable parameters, in their order.
+
+    Parameters
+    ----------
+    names
+        Name of each of the model's parameters, by ``id``.
+    parts
+        A layer of it.
+    branch, first_group, last_group
+        Which of its branches, and which groups, the last one excluded.
+    trainable
+        Names of the parameters that are trained.
+    """
+    slices = branch_slices(parts, branch, first_group, last_group, names, shared=True)
+    trained = set(trainable)
+    return [piece for piece in slices if piece.name in trained]

@@ -1,0 +1,340 @@
+"""What a device computes in a round, whatever carries its messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.costs.memory import Levers
+from lola_flwr.d2ft.operations import from_text
+from lola_flwr.d2ft.reduced import reduced_gradient
+from lola_flwr.device.base_model import check_fingerprint
+from lola_flwr.device.contract import LocalUpdate
+from lola_flwr.device.encoding import encode_update
+from lola_flwr.device.memory import measured_peak
+from lola_flwr.device.out_of_memory import reports_out_of_memory
+from lola_flwr.device.part import PartResult, compute_part
+from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
+from lola_flwr.device.store import LostCopy, Residuals, complete
+from lola_flwr.errors import UserError
+from lola_flwr.heap import keep_no_freed_memory
+from lola_flwr.model.backprop import (
+    Batch,
+    LossFunction,
+    block_gradient,
+    model_loss,
+)
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.precision import Accelerator, Precision, autocast, find_device
+from lola_flwr.randomness import rng_for
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.wire.low_rank import projection_of
+from lola_flwr.wire.packing import GRADIENTS, received_values
+from lola_flwr.wire.records import (
+    PROJECTION_TYPE,
+    Assignment,
+    PartTask,
+    UpdateReport,
+    nothing_report,
+)
+from lola_flwr.wire.versions import Manifest
+from lola_flwr.zeroth_order.directions import directions_of
+from lola_flwr.zeroth_order.projections import projected_gradients
+
+# Gives a mini-batch: (number, batch_size) -> arguments of the model. The number is that
+# of the round, or of a micro-batch where the model is spread over devices; there it has
+# to give the same batch whenever it is asked for the same number.
+BatchSource = Callable[[int, int], Batch]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockDevice:
+    """Trains the block that the server assigns, on the device's own data.
+
+    Parameters
+    ----------
+    profile
+        What this device offers.
+    load_model
+        Gives the device's model and its blocks, or a model that stays on disk; called
+        when there is something to train, and not to report the profile. Every round
+        overwrites the model's trainable values, so the virtual clients of one
+        simulation worker can share it.
+    batch_source
+        Draws a mini-batch from the device's data.
+    loss_function
+        Maps model and batch to a mean loss (default: the model's own).
+    micro_batch_size
+        Examples that are computed at a time; 0: all of the mini-batch. Fewer take less
+        memory, for the same gradient.
+    store
+        Directory of this run (see `clients.store.run_store`) in which the device
+        keeps its copy of the model and what its codecs leave out; devices on one host
+        may share it. None: it keeps nothing, is sent all values in every round, and
+        can use no codec that leaves something out.
+    costs
+        Gives what the blocks cost. By them a device whose profile says that it splits
+        its batches, or streams the layers below the block, does so where the memory of
+        its profile asks for it (default: it does not look at its memory, and streams a
+        model that stays on disk).
+    prefix_cache
+        Where the outputs of the layers below the block are kept, for as long as these
+        do not change; they run without dropout then. What it may hold in memory is
+        taken off the memory that the profile offers.
+    accelerator
+        "cpu", "cuda" or "mps"; "auto" takes a GPU if there is one.
+    precision
+        "fp32", or "bf16" for matrix products in bfloat16.
+    seed
+        Seed of the run; dropout follows from it, the round and the device's name.
+    simulated_compute_s
+        For a simulated device: the seconds that it would need for an assignment. They
+        are reported, as simulated, in place of the measured ones.
+    """
+
+    profile: DeviceProfile
+    load_model: Callable[[], tuple[nn.Module, BlockPartition] | StreamedModel]
+    batch_source: BatchSource
+    loss_function: LossFunction = model_loss
+    micro_batch_size: int = 0
+    store: Path | None = None
+    costs: Callable[[], BlockCosts] | None = None
+    prefix_cache: ActivationCache | None = None
+    accelerator: Accelerator = "cpu"
+    precision: Precision = "fp32"
+    seed: int = 0
+    simulated_compute_s: Callable[[Assignment], float] | None = None
+
+    def __post_init__(self) -> None:
+        cache = self.prefix_cache
+        if cache is not None and cache.in_memory:
+            left = self.profile.memory_bytes - cache.max_bytes
+            profile = replace(self.profile, memory_bytes=left)
+            object.__setattr__(self, "profile", profile)
+
+    @reports_out_of_memory
+    def train(
+        self,
+        assignment: Assignment,
+        values: Mapping[str, npt.NDArray[Any]],
+    ) -> LocalUpdate:
+        """Compute the mean gradient of the assigned block on one mini-batch.
+
+        Parameters
+        ----------
+        assignment
+            What the server asks for.
+        values
+            The model's trainable values, by name or packed: all, or those that the
+            assignment's manifest says were sent.
+
+        Raises
+        ------
+        UserError
+            Server and device do not hold the same model, or the codec needs a store.
+        MalformedManifest
+            The values are not those that the server sent.
+        OutOfMemory
+            The memory does not suffice. A device that is not simulated first looks
+            whether there is as much as the assignment says.
+        """
+        start = time.perf_counter()
+        device = find_device(self.accelerator)
+        loaded = self.load_model()
+        local = LoadedModel(*loaded, device) if isinstance(loaded, tuple) else loaded
+        partition = local.partition
+        check_fingerprint(local.fingerprint(), assignment)
+        names, manifest = partition.trainable, None
+        if assignment.manifest is not None:
+            manifest = Manifest.from_text(assignment.manifest)
+            names = manifest.sent_names(partition.trainable)
+        received = [*received_values(values, local.shapes(names)).values()]
+        held = None
+        if manifest is not None:
+            try:
+                received = complete(received, manifest, self.store)
+            except LostCopy:
+                return LocalUpdate({}, 0, nothing_report(assignment))
+            held = manifest.version if self.store else None
+        local.load(partition.trainable, received)
+        batch = self.batch_source(assignment.server_round, assignment.batch_size)
+        rng = rng_for(self.seed, "dropout", assignment.server_round, self.profile.name)
+        levers = self._levers(assignment, streams=local.streams)
+        cache = self.prefix_cache
+        if assignment.operations is not None:
+            # What a layer is told to do, it does itself.
+            levers, cache = replace(levers, stream_prefix=local.streams), None
+        measures = self.simulated_compute_s is None
+        if measures:
+            keep_no_freed_memory()
+
+        def loss_function(model: nn.Module, batch: Batch) -> Tensor:
+            with autocast(self.precision, device):
+                return self.loss_function(model, batch)
+
+        with (
+            measured_peak(device) if measures else nullcontext() as peak,
+            local.at_block(
+                assignment.block_index, cache, stream=levers.stream_prefix
+            ) as model,
+            # The device's own random state is left as it was.
+            torch.random.fork_rng(),
+        ):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            _train_mode(model)
+            torch.manual_seed(int(rng.integers(2**63)))
+            if assignment.direction_seed is None:
+                gradient = block_gradient
+                if assignment.operations is not None:
+                    gradient = partial(
+                        reduced_gradient, operations=from_text(assignment.operations)
+                    )
+                result = gradient(
+                    model,
+                    partition,
+                    assignment.block_index,
+                    batch,
+                    loss_function=loss_function,
+                    micro_batch_size=levers.micro_batch_size,
+                )
+                loss, num_examples = result.loss, result.num_examples
+            else:
+                projections, loss = projected_gradients(
+                    model,
+                    partition.update_names(
+                        assignment.block_index, head=assignment.sends_head
+                    ),
+                    batch,
+                    directions=directions_of(assignment),
+                    loss_function=loss_function,
+                )
+                num_examples = len(next(iter(batch.values())))
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        sent_projections = None
+        if assignment.direction_seed is None:
+            encoded = self._encoded(result.gradients, partition, assignment)
+            arrays[GRADIENTS] = encoded
+        else:
+            sent_projections = projections.astype(PROJECTION_TYPE).tobytes()
+        simulated = self.simulated_compute_s
+        report = UpdateReport(
+            server_round=assignment.server_round,
+            block_index=assignment.block_index,
+            update_kind=(
+                "gradient" if assignment.direction_seed is None else "zeroth-order"
+            ),
+            loss=loss,
+            compute_s=(
+                time.perf_counter() - start
+                if simulated is None
+                else simulated(assignment)
+            ),
+            compute_clock="measured" if simulated is None else "simulated",
+            held=held,
+            peak_memory_bytes=(
+                None if peak is None else float(local.held_bytes + peak.peak_bytes)
+            ),
+            direction_seed=assignment.direction_seed,
+            projections=sent_projections,
+        )
+        return LocalUpdate(arrays, num_examples, report)
+
+    def compute_part(
+        self, task: PartTask, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> PartResult:
+        """Do a part of a step of a model that is spread over devices.
+
+        Parameters
+        ----------
+        task
+            What the server asks for.
+        arrays
+            What came with it.
+
+        Returns
+        -------
+        What the arrays are that go back, and these arrays.
+
+        Raises
+        ------
+        UserError
+            Server and device do not hold the same model, or this one stays on disk.
+        """
+        device = find_device(self.accelerator)
+        loaded = self.load_model()
+        if not isinstance(loaded, tuple):
+            raise UserError(
+                "A model that stays on disk cannot be spread over devices; load it."
+            )
+        local = LoadedModel(*loaded, device)
+        check_fingerprint(local.fingerprint(), task)
+        # The device's own random state is left as it was.
+        with torch.random.fork_rng(), autocast(self.precision, device):
+            _train_mode(local.model)
+            result: PartResult = compute_part(
+                local.model,
+                local.partition,
+                task,
+                arrays,
+                draw=self.batch_source,
+                loss_function=self.loss_function,
+            )
+        return result
+
+    def _encoded(
+        self,
+        found: Mapping[str, Tensor],
+        partition: BlockPartition,
+        assignment: Assignment,
+    ) -> npt.NDArray[Any]:
+        """Return gradients as they travel: projected, if asked for, and encoded."""
+        gradients = {
+            name: np.asarray(gradient.numpy(force=True), order="C")
+            for name, gradient in found.items()
+        }
+        projection = projection_of(assignment)
+        if projection is not None:
+            gradients = {
+                name: projection.project(assignment.server_round, name, gradient)
+                for name, gradient in gradients.items()
+            }
+        residuals = None
+        if self.store is not None:
+            residuals = Residuals(self.store, self.profile.name)
+        return encode_update(gradients, partition, assignment, residuals)
+
+    def _levers(self, assignment: Assignment, *, streams: bool) -> Levers:
+        """Return how this device computes the gradient: what the server expects."""
+        step = None if self.costs is None else self.costs().step
+        if step is None:
+            return Levers(self.micro_batch_size, stream_prefix=streams)
+        chosen = step.choose(self.profile)[assignment.block_index]
+        return replace(
+            chosen,
+            micro_batch_size=min(
+                chosen.micro_batch_size, self.micro_batch_size or assignment.batch_size
+            ),
+        )
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Put a model into training mode, but for its running statistics.
+
+    Where gradients travel they belong to the frozen base: layers normalize by them in
+    training as the server does in evaluation, and no device changes its own.
+    """
+    model.train()
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()

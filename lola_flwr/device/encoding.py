@@ -1,0 +1,76 @@
+"""Encode what a device uploads, and keep what its codec leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lola_flwr.device.store import Residuals
+from lola_flwr.errors import UserError
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.wire.codec import (
+    FloatArray,
+    WireArray,
+    codec_named,
+    encode_with_feedback,
+)
+from lola_flwr.wire.low_rank import projection_of
+from lola_flwr.wire.packing import pack
+from lola_flwr.wire.records import Assignment
+
+
+def encode_update(
+    gradients: Mapping[str, FloatArray],
+    partition: BlockPartition,
+    assignment: Assignment,
+    residuals: Residuals | None,
+) -> WireArray:
+    """Encode the gradients that an assignment asks for.
+
+    Parameters
+    ----------
+    gradients
+        Gradients of the block and of the head, by parameter.
+    partition
+        The model's blocks.
+    assignment
+        Names the codec, and tells whether the head's gradient is to be sent.
+    residuals
+        What this device's codecs have left out before; None if it keeps nothing.
+
+    Returns
+    -------
+    What travels, of all these parameters in one array.
+
+    Raises
+    ------
+    UserError
+        The codec is unknown, or wants residuals and there is nowhere to keep them.
+    """
+    codec = codec_named(assignment.codec)
+    if codec.has_feedback and residuals is None:
+        raise UserError(
+            f"codec={assignment.codec!r} leaves out what a device must keep for its "
+            "next gradient; give the device a directory: BlockDevice(store=...)."
+        )
+    block = assignment.block_index
+    parts = {f"block-{block}": partition.blocks[block]}
+    if assignment.sends_head:
+        parts["head"] = partition.head
+    projection = projection_of(assignment)
+    if projection is not None:
+        # What was left out in one basis means nothing in another.
+        basis = projection.basis_number(assignment.server_round)
+        parts = {f"{part}-basis-{basis}": names for part, names in parts.items()}
+    wire: dict[str, WireArray] = {}
+    for part, names in parts.items():
+        before = residuals.take(part, assignment.server_round) if residuals else {}
+        left_out: dict[str, FloatArray] = {}
+        for name in names:
+            wire[name], left = encode_with_feedback(
+                codec, gradients[name], before.get(name)
+            )
+            if left is not None:
+                left_out[name] = left
+        if residuals:
+            residuals.put(part, assignment.server_round, left_out)
+    return pack(wire)

@@ -1,0 +1,103 @@
+"""A device that lacks memory says so in an ordinary reply.
+
+Killed by its system it would say nothing: Flower notices after a minute, and in a
+simulation the dead worker fails every later message, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lola_flwr.device.contract import LocalUpdate, OutOfMemory
+from lola_flwr.wire.records import Assignment
+
+if TYPE_CHECKING:
+    from lola_flwr.device.block_device import BlockDevice
+
+Train = Callable[["BlockDevice", Assignment, Any], LocalUpdate]
+
+
+def reports_out_of_memory(train: Train) -> Train:
+    """Let a device's train method raise OutOfMemory, and that before it is too late.
+
+    A device that is not simulated compares the assignment's memory with what is free
+    before it trains.
+    """
+
+    @wraps(train)
+    def guarded(
+        device: BlockDevice, assignment: Assignment, values: Any
+    ) -> LocalUpdate:
+        needed_bytes = assignment.memory_bytes
+        if device.simulated_compute_s is None and needed_bytes is not None:
+            loaded = device.load_model()
+            model = loaded[0] if isinstance(loaded, tuple) else loaded.model
+            free_bytes = usable_memory_bytes(model)
+            if free_bytes < needed_bytes:
+                raise OutOfMemory(
+                    f"block {assignment.block_index} needs {needed_bytes:.3g} B, there "
+                    f"are {free_bytes:.3g} B"
+                )
+        try:
+            return train(device, assignment, values)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            reason = str(error)
+        except RuntimeError as error:
+            # PyTorch has no type of its own for this on CPUs.
+            if "allocate memory" not in str(error):
+                raise
+            reason = str(error)
+        # By now the tensors of the failed attempt are gone.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise OutOfMemory(reason)
+
+    return guarded
+
+
+def usable_memory_bytes(model: nn.Module) -> float:
+    """Return what this process holds or could still get, where the model is, in bytes.
+
+    Infinite where the system does not tell.
+    """
+    where = next((parameter.device for parameter in model.parameters()), None)
+    if where is not None and where.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(where)
+        return float(free_bytes + torch.cuda.memory_reserved(where))
+    try:
+        status = _kib_fields(Path("/proc/self/status"))
+        free = _kib_fields(Path("/proc/meminfo"))["MemAvailable"]
+        return float(min(free, _cgroup_free_bytes()) + status["VmRSS"])
+    except (OSError, KeyError):
+        return math.inf
+
+
+def _kib_fields(path: Path) -> dict[str, int]:
+    """Read the fields in kB of a file under /proc, as bytes."""
+    lines = [line.split() for line in path.read_text().splitlines()]
+    return {
+        words[0].rstrip(":"): int(words[1]) * 1024
+        for words in lines
+        if words[-1:] == ["kB"]
+    }
+
+
+def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return what the container may still take; the page cache can be taken back."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        if limit == "max":
+            return math.inf
+        used_bytes = int((root / "memory.current").read_text())
+        lines = (root / "memory.stat").read_text().splitlines()
+        cached = dict(line.split() for line in lines)["inactive_file"]
+        return float(int(limit) - used_bytes + int(cached))
+    except (OSError, KeyError, ValueError):
+        return math.inf

@@ -1,0 +1,168 @@
+"""Back-propagation from the loss down to one block, and no further.
+
+PyTorch records an operation for the backward pass only where some parameter before it
+wants a gradient. With every parameter frozen but those of one block and of the head,
+nothing below the block is recorded or kept, the layers above it pass the gradient of
+their activations only, and the backward pass ends inside the block: the truncation of
+LoLa-DEFT (arXiv:2407.09873, Fig. 2) for any model, with its own forward code.
+
+The gradient of a mini-batch may be computed in micro-batches, one after the other at
+the same weights: activations are then kept for one micro-batch only. This is gradient
+accumulation, and as many local steps at fixed weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.model.blocks import BlockPartition
+
+Batch = Mapping[str, Tensor]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGradient:
+    """The mean gradient of one mini-batch.
+
+    Parameters
+    ----------
+    gradients
+        Gradient of each parameter of the block and of the head, in the order of
+        ``BlockPartition.update_names``; zeros where the loss does not depend on it.
+    loss
+        Mean loss of the mini-batch.
+    num_examples
+        Examples in the mini-batch.
+    """
+
+    gradients: dict[str, Tensor]
+    loss: float
+    num_examples: int
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss that a Hugging Face model computes when it is given labels."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+class only_block_trainable:
+    """Freeze everything but one block and the head for the duration of a ``with``.
+
+    Entering gives the trainable parameters by name. On exit every ``requires_grad``
+    flag is as it was. (A generator would also restore them when it is collected, at a
+    moment of the garbage collector's choice.)
+
+    Parameters
+    ----------
+    model
+        Model whose parameters ``partition`` divides.
+    partition
+        The model's blocks.
+    block_index
+        Block to train, 0 nearest the input.
+
+    Raises
+    ------
+    IndexError
+        No such block.
+    """
+
+    def __init__(
+        self, model: nn.Module, partition: BlockPartition, block_index: int
+    ) -> None:
+        if not 0 <= block_index < partition.num_blocks:
+            raise IndexError(
+                f"block_index={block_index} is not a block of this model; it has "
+                f"blocks 0 to {partition.num_blocks - 1}."
+            )
+        self._parameters = dict(model.named_parameters())
+        self._trainable = partition.update_names(block_index)
+        self._flags: dict[str, bool] = {}
+
+    def __enter__(self) -> dict[str, nn.Parameter]:
+        self._flags = {name: p.requires_grad for name, p in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+        for name in self._trainable:
+            self._parameters[name].requires_grad_(True)
+        return {name: self._parameters[name] for name in self._trainable}
+
+    def __exit__(self, *_: object) -> None:
+        for name, flag in self._flags.items():
+            self._parameters[name].requires_grad_(flag)
+
+
+def block_gradient(
+    model: nn.Module,
+    partition: BlockPartition,
+    block_index: int,
+    batch: Batch,
+    *,
+    loss_function: LossFunction = model_loss,
+    micro_batch_size: int = 0,
+) -> BlockGradient:
+    """Compute the mean gradient of one block, and of the head, on one mini-batch.
+
+    Parameters
+    ----------
+    model
+        Model in the mode (``train`` or ``eval``) that the gradient is wanted in.
+    partition
+        The model's blocks.
+    block_index
+        Block to train, 0 nearest the input.
+    batch
+        Arguments of the model; the first dimension of each tensor counts the examples.
+    loss_function
+        Maps model and batch to a scalar mean loss (default: the model's own).
+    micro_batch_size
+        Examples that are computed at a time; 0: all of the mini-batch. A micro-batch
+        weighs as much as it has examples, so the result is the same to rounding where
+        the loss is a mean over examples, apart from what dropout draws. (Where it is a
+        mean over tokens, examples of different length weigh differently.)
+
+    Returns
+    -------
+    BlockGradient
+        Equal, to rounding, to that part of the full model's gradient.
+    """
+    num_examples = len(next(iter(batch.values())))
+    mean_loss = 0.0
+    with only_block_trainable(model, partition, block_index) as trainable:
+        found = {name: parameter.grad for name, parameter in trainable.items()}
+        try:
+            for parameter in trainable.values():
+                parameter.grad = None
+            for size, part in _micro_batches(batch, num_examples, micro_batch_size):
+                loss = loss_function(model, part) * (size / num_examples)
+                # Adds each gradient to the sum as soon as it is known.
+                torch.autograd.backward(loss, inputs=list(trainable.values()))
+                mean_loss += loss.item()
+            gradients = {
+                name: torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in trainable.items()
+            }
+        finally:
+            for name, gradient in found.items():
+                trainable[name].grad = gradient
+    return BlockGradient(gradients=gradients, loss=mean_loss, num_examples=num_examples)
+
+
+def _micro_batches(
+    batch: Batch, num_examples: int, micro_batch_size: int
+) -> Iterator[tuple[int, Batch]]:
+    """Cut a mini-batch into pieces of about the same size, and not above the given."""
+    if not 0 < micro_batch_size < num_examples:
+        yield num_examples, batch
+        return
+    count = -(-num_examples // micro_batch_size)
+    ends = [num_examples * piece // count for piece in range(count + 1)]
+    for start, end in pairwise(ends):
+        yield end - start, {name: tensor[start:end] for name, tensor in batch.items()}

@@ -1,0 +1,1 @@
+"""A run on the disk: configuration, directory, records, checkpoints, trackers."""

@@ -1,0 +1,200 @@
+"""A run's directory: what describes it, its rounds and checkpoints, and going on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from flwr.common.logger import log
+
+from lola_flwr.errors import UserError
+from lola_flwr.run.checkpoint import Checkpoints, Snapshot
+from lola_flwr.run.records import RoundLog, RoundRecord
+
+_PACKAGES = ("lola-flwr", "flwr", "torch", "transformers", "numpy")
+
+Scalar = bool | float | int | str
+
+
+class Resumable(Protocol):
+    """What holds all that the rounds to come depend on."""
+
+    server_round: int
+
+    def snapshot(self) -> Snapshot:
+        """Return it."""
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from what was returned."""
+
+
+class RunDirectory:
+    """Keeps a run's records and checkpoints; a run started in it again goes on.
+
+    Where there is a checkpoint, the coordinator is set to it, and the run does the
+    rounds that are left. It ends with the values, bit for bit, of a run that was never
+    stopped, where seed and devices are the same, their compute times simulated, and the
+    codec keeps nothing on a device (a measured time never comes twice, and what "int8"
+    and "topk" left out is lost with the round that was cut off)::
+
+        with RunDirectory(path, coordinator, configuration=config) as files:
+            strategy = LoLaDeft(coordinator, on_round=files.on_round)
+            ...
+
+    Parameters
+    ----------
+    path
+        The directory; it is made. One process at a time can run in it.
+    resumable
+        The run's coordinator, or D2FT's trainer, before its first round.
+    configuration
+        What the run's results depend on. A run is only resumed with the same.
+    keep
+        Checkpoints to keep, at least 1; older ones are removed.
+    every
+        Rounds from one checkpoint to the next: as many are repeated after a crash.
+
+    Raises
+    ------
+    UserError
+        The directory holds a run of another configuration, is in use, or holds no
+        checkpoint that can be read; or `every` is below 1.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        resumable: Resumable,
+        *,
+        configuration: Mapping[str, Scalar],
+        keep: int = 3,
+        every: int = 1,
+    ) -> None:
+        if every < 1:
+            raise UserError(f"every={every} must be at least 1.")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / "lock").open("a")
+        self._resumable = resumable
+        self._configuration = dict(configuration)
+        self._every = every
+        self._checkpoints = Checkpoints(path / "checkpoints", keep)
+        try:
+            # The system gives it back when the process ends, however it ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another process runs in {path}; wait for it, or give this run "
+                "another output directory."
+            ) from None
+        found, damaged = self._checkpoints.latest()
+        for line in damaged:
+            log(WARNING, "checkpoint passed over: %s", line)
+        if found is None:
+            if damaged:
+                raise UserError(
+                    f"None of the {len(damaged)} checkpoints in {path} can be read; "
+                    "give this run another output directory to start anew."
+                )
+            self.log = RoundLog(path / "rounds.jsonl")
+            self._save(0)
+            return
+        self._require_same_configuration(path, found)
+        resumable.restore(found)
+        self.log = RoundLog(path / "rounds.jsonl", found.values["log_bytes"])
+        log(INFO, "going on after round %s in %s", resumable.server_round, path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Write a round's record, and a checkpoint if it is time for one."""
+        log_bytes = self.log.append(record)
+        if record.server_round % self._every == 0:
+            self._save(log_bytes)
+
+    def _save(self, log_bytes: int) -> None:
+        snapshot = self._resumable.snapshot()
+        values = {
+            "configuration": self._configuration,
+            "log_bytes": log_bytes,
+            **snapshot.values,
+        }
+        self._checkpoints.save(
+            self._resumable.server_round, Snapshot(snapshot.arrays, values)
+        )
+
+    def _require_same_configuration(self, path: Path, found: Snapshot) -> None:
+        then, now = found.values["configuration"], self._configuration
+        different = [
+            f"{key}={now.get(key)!r} instead of {then.get(key)!r}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
+        ]
+        if different:
+            raise UserError(
+                f"{path} holds a run with another configuration: "
+                f"{'; '.join(different)}. Give it the same to go on with it, or give "
+                "this run another output directory."
+            )
+
+
+def run_directory(output_dir: str, run_id: int) -> Path:
+    """Return where a run's files go.
+
+    Parameters
+    ----------
+    output_dir
+        What the run configuration says; "" for ``lola-flwr/<run id>`` under FLWR_HOME.
+    run_id
+        Flower's number of the run.
+    """
+    if output_dir:
+        return Path(output_dir).expanduser().absolute()
+    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+    return home / "lola-flwr" / str(run_id)
+
+
+def describe_run(directory: Path, *, app: str, config: Mapping[str, Any]) -> None:
+    """Write ``run.json``: what was run, how it was configured, and with what versions.
+
+    Parameters
+    ----------
+    directory
+        The run's directory; it is made.
+    app
+        Name of the app.
+    config
+        Its run configuration.
+    """
+    description = {
+        "app": app,
+        "config": dict(config),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    # Whoever reads it while it is written sees the old file or the new one.
+    part = directory / "run.json.part"
+    part.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    part.replace(directory / "run.json")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

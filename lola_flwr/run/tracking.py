@@ -1,0 +1,158 @@
+"""A run's figures in the experiment trackers that a user has.
+
+::
+
+    with tracking(["tensorboard"], directory, config) as track:
+        strategy = LoLaDeft(coordinator, on_round=track)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from lola_flwr.errors import UserError, nearest
+from lola_flwr.run.records import RoundRecord
+
+_logger = logging.getLogger(__name__)
+
+# Takes the number of a round and its figures.
+LogRound = Callable[[int, Mapping[str, float]], None]
+Config = Mapping[str, Any]
+
+
+@contextmanager
+def tracking(
+    names: Sequence[str], directory: Path, config: Config
+) -> Iterator[Callable[[RoundRecord], None]]:
+    """Give a function that hands each round's figures to some trackers.
+
+    Parameters
+    ----------
+    names
+        Trackers, out of `TRACKERS`; none is fine.
+    directory
+        The run's directory: what a tracker keeps in files goes there, and the run has
+        its name.
+    config
+        The run's configuration, which trackers show beside the figures.
+
+    Raises
+    ------
+    UserError
+        Unknown tracker, or its package is not installed.
+    """
+    check_trackers(names)
+    with ExitStack() as stack:
+        started = []
+        for name in names:
+            try:
+                log_round = stack.enter_context(TRACKERS[name](directory, config))
+                started.append((name, log_round))
+            except ImportError as error:
+                raise UserError(
+                    f"The tracker {name!r} needs a package that is missing "
+                    f"({error.name}); pip install {name}."
+                ) from None
+
+        def track(record: RoundRecord) -> None:
+            values = figures(record)
+            for name, log_round in started:
+                # A run is worth more than its curves: a tracker out of reach is said,
+                # and the rounds go on. (Trackers raise whatever their clients raise.)
+                try:
+                    log_round(record.server_round, values)
+                except Exception as error:
+                    _logger.warning("tracker %s: %s", name, str(error))
+
+        yield track
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise a `UserError` for a name that is no tracker's."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(
+                f"Unknown tracker {name!r}; use {', '.join(TRACKERS)}."
+                f"{nearest(name, TRACKERS)}"
+            )
+
+
+def figures(record: RoundRecord) -> dict[str, float]:
+    """Return a round's figures by name; what is not known is left out."""
+    values: dict[str, float | None] = {
+        "wireless_s": record.wireless_s,
+        "devices": record.num_devices,
+        "updates/asked": len(record.blocks),
+        "updates/refused": sum(record.refused.values()),
+        "train_loss": record.train_loss,
+        **record.metrics,
+    }
+    if record.exchanges:
+        values |= {
+            "exchanges": record.exchanges,
+            "bytes/sent": record.sent_bytes,
+            "bytes/received": record.received_bytes,
+        }
+    if record.skipped is None:
+        values |= {
+            "latency/planned_s": record.round_s,
+            "latency/observed_s": record.observed_s,
+            "latency/bound_s": record.bound_s,
+        }
+    return {
+        k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)
+    }
+
+
+@contextmanager
+def _tensorboard(directory: Path, config: Config) -> Iterator[LogRound]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(directory / "tensorboard"))
+    rows = "\n".join(f"| {key} | {value} |" for key, value in config.items())
+    writer.add_text("config", f"| key | value |\n|---|---|\n{rows}")
+
+    def log_round(server_round: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, server_round)
+        writer.flush()
+
+    try:
+        yield log_round
+    finally:
+        writer.close()
+
+
+@contextmanager
+def _mlflow(directory: Path, config: Config) -> Iterator[LogRound]:
+    import mlflow
+
+    # Where to is MLflow's own configuration: MLFLOW_TRACKING_URI and so on.
+    with mlflow.start_run(run_name=directory.name):
+        mlflow.log_params(dict(config))
+        yield lambda server_round, values: mlflow.log_metrics(
+            dict(values), step=server_round
+        )
+
+
+@contextmanager
+def _wandb(directory: Path, config: Config) -> Iterator[LogRound]:
+    import wandb
+
+    # Project, account and mode can be set by WANDB_PROJECT and so on.
+    with wandb.init(
+        name=directory.name, config=dict(config), dir=str(directory)
+    ) as run:
+        yield lambda server_round, values: run.log(dict(values), step=server_round)
+
+
+TRACKERS: Mapping[str, Callable[[Path, Config], AbstractContextManager[LogRound]]] = {
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+    "wandb": _wandb,
+}

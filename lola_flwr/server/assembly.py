@@ -1,0 +1,174 @@
+"""Put the devices' block gradients together into one gradient of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.errors import UserError
+
+FloatArrays = dict[str, npt.NDArray[np.float32]]
+# The mean of a stack of arrays along its first axis.
+StackMean = Callable[[npt.NDArray[Any]], npt.NDArray[np.floating]]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockUpdate:
+    """One device's accepted update.
+
+    Parameters
+    ----------
+    gradients
+        Mean gradient of each parameter of its block and of the head.
+    num_examples
+        Examples that the mean is over; the update's weight.
+    statistics
+        The device's running statistics, if it sent any.
+    norm
+        Euclidean norm of the gradients as they were received, before any clipping.
+    zeroth_order
+        Whether the gradient is an estimate from a few of its projections.
+    """
+
+    gradients: Mapping[str, npt.NDArray[np.float32]]
+    num_examples: int
+    statistics: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    norm: float = math.nan
+    zeroth_order: bool = False
+
+    def scaled(self, scale: float) -> BlockUpdate:
+        """Return the update with gradients of another size."""
+        gradients = {
+            n: (g * scale).astype(np.float32) for n, g in self.gradients.items()
+        }
+        return replace(self, gradients=gradients)
+
+
+def assemble_gradient(
+    updates: Sequence[BlockUpdate], block_mean: str = "mean"
+) -> FloatArrays:
+    """Average, per parameter, the gradients of the devices that computed it.
+
+    Parameters
+    ----------
+    updates
+        Updates of one round, each of at least one example.
+    block_mean
+        Name of the mean. ``"mean"`` is weighted by examples. The others are robust, and
+        coordinate-wise: ``"median"``, and ``"trimmed"``, which leaves out the largest
+        and the smallest third (Yin et al., "Byzantine-Robust Distributed Learning:
+        Towards Optimal Statistical Rates", ICML 2018). They do not believe the devices'
+        examples, and they are the plain mean of two updates.
+
+    Returns
+    -------
+    Gradient of every parameter that some update holds. A parameter that nobody computed
+    has no entry, so that the optimizer leaves it alone.
+
+    Raises
+    ------
+    UserError
+        Unknown ``block_mean``.
+    """
+    return block_mean_named(block_mean)(updates)
+
+
+def block_mean_named(name: str) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
+    """Return the mean of that name.
+
+    Raises
+    ------
+    UserError
+        Unknown name; the message lists the known ones.
+    """
+    if name not in _MEANS:
+        raise UserError(
+            f"block_mean={name!r} is unknown; choose from {', '.join(_MEANS)}."
+        )
+    return _MEANS[name]
+
+
+def _weighted_mean(updates: Sequence[BlockUpdate]) -> FloatArrays:
+    examples: dict[str, int] = {}
+    for update in updates:
+        for name in update.gradients:
+            examples[name] = examples.get(name, 0) + update.num_examples
+    total: FloatArrays = {}
+    for update in updates:
+        for name, gradient in update.gradients.items():
+            weight = np.float32(update.num_examples / examples[name])
+            if name in total:
+                total[name] += weight * gradient
+            else:
+                total[name] = weight * gradient
+    return total
+
+
+def _coordinate_wise(mean: StackMean) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
+    """Return the mean of updates that is ``mean`` of each parameter's stack."""
+
+    def assemble(updates: Sequence[BlockUpdate]) -> FloatArrays:
+        names = dict.fromkeys(name for update in updates for name in update.gradients)
+        return {
+            name: mean(
+                np.stack([u.gradients[name] for u in updates if name in u.gradients])
+            ).astype(np.float32)
+            for name in names
+        }
+
+    return assemble
+
+
+def _median(stack: npt.NDArray[Any]) -> npt.NDArray[np.floating]:
+    return np.asarray(np.median(stack, axis=0))
+
+
+def _trimmed_mean(stack: npt.NDArray[Any]) -> npt.NDArray[np.floating]:
+    # scipy.stats takes longer to import than the rest of the package together.
+    from scipy.stats import trim_mean
+
+    return np.asarray(trim_mean(stack, 1 / 3, axis=0))
+
+
+ROBUST_MEANS: dict[str, StackMean] = {"median": _median, "trimmed": _trimmed_mean}
+_MEANS: dict[str, Callable[[Sequence[BlockUpdate]], FloatArrays]] = {
+    "mean": _weighted_mean,
+    **{name: _coordinate_wise(mean) for name, mean in ROBUST_MEANS.items()},
+}
+BLOCK_MEANS = tuple(_MEANS)
+
+
+def average_statistics(
+    updates: Sequence[BlockUpdate], block_mean: str = "mean"
+) -> dict[str, npt.NDArray[Any]]:
+    """Average the devices' statistics.
+
+    Parameters
+    ----------
+    updates
+        Updates of one round.
+    block_mean
+        Name of the mean, as of `assemble_gradient`: ``"mean"`` is weighted by examples.
+
+    Returns
+    -------
+    Mean of each statistic over the updates that hold it, of the type it came in.
+    """
+    means: dict[str, npt.NDArray[Any]] = {}
+    for name in {name: None for update in updates for name in update.statistics}:
+        holding = [update for update in updates if name in update.statistics]
+        values = [update.statistics[name] for update in holding]
+        if block_mean == "mean":
+            weights = [update.num_examples for update in holding]
+            mean = np.average(values, axis=0, weights=weights)
+        else:
+            mean = ROBUST_MEANS[block_mean](np.stack(values))
+        if np.issubdtype(values[0].dtype, np.integer):
+            mean = np.rint(mean)
+        means[name] = np.asarray(mean, dtype=values[0].dtype)
+    return means

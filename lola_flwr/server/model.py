@@ -1,0 +1,202 @@
+"""The model that a run trains: its values, what devices are sent, and its step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.errors import UserError
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.statistics import statistics_names, within_bounds
+from lola_flwr.run.checkpoint import Snapshot
+from lola_flwr.server.assembly import BlockUpdate, average_statistics, block_mean_named
+from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
+from lola_flwr.server.optimizer import ServerOptimizer
+from lola_flwr.wire.payload import array_bytes
+from lola_flwr.wire.versions import HeldVersions, model_pieces
+
+
+class ServedModel:
+    """The model on the server.
+
+    Parameters
+    ----------
+    partition
+        Its blocks.
+    optimizer
+        Holds the trainable values, and steps them.
+    base_fingerprint
+        Digest of the frozen weights.
+    state_dict
+        All arrays in the order to send them in; None: the trainable ones alone are
+        sent. Only trainable ones and running statistics ever change.
+    block_mean
+        Name of the mean that puts the updates of one parameter together, and those of
+        one running statistic.
+    zeroth_order_lr
+        Rate of a plain step by estimated gradients, which goes past the optimizer.
+
+    Raises
+    ------
+    UserError
+        The state dict lacks what is to be trained, or there is no such mean.
+    """
+
+    def __init__(
+        self,
+        partition: BlockPartition,
+        optimizer: ServerOptimizer | LowRankOptimizer,
+        *,
+        base_fingerprint: str,
+        state_dict: Mapping[str, npt.NDArray[Any]] | None = None,
+        block_mean: str = "mean",
+        zeroth_order_lr: float = 0.0,
+    ) -> None:
+        self.base_fingerprint = base_fingerprint
+        self.is_sent_whole = state_dict is not None
+        self._partition = partition
+        self._optimizer = optimizer
+        self._assemble = block_mean_named(block_mean)
+        self._block_mean = block_mean
+        self._zeroth_order_lr = np.float32(zeroth_order_lr)
+        # The optimizer holds the trainable values: no second copy of them is kept.
+        state = optimizer.state()
+        self._state_dict = {
+            name: state[name] if name in state and own.dtype == np.float32 else own
+            for name, own in (state if state_dict is None else state_dict).items()
+        }
+        missing = [name for name in partition.trainable if name not in self._state_dict]
+        if missing:
+            raise UserError(
+                f"state_dict lacks {missing[0]}, which is to be trained; pass that of "
+                "the whole model."
+            )
+
+    # --- values ----------------------------------------------------------------------
+
+    def state(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return the trainable parameters' current values, as views."""
+        return self._optimizer.state()
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what devices are sent, by name in the order of sending.
+
+        The server steps in float32; what it sends has the types of the state dict.
+        """
+        state = self._optimizer.state()
+        return {
+            name: state[name].astype(own.dtype, copy=False) if name in state else own
+            for name, own in self._state_dict.items()
+        }
+
+    def nbytes(self) -> dict[str, int]:
+        """Return the bytes of each array that devices are sent."""
+        return {name: values.nbytes for name, values in self._state_dict.items()}
+
+    def statistics_bytes(self) -> int:
+        """Return the bytes that the running statistics take in a message."""
+        nbytes = self.nbytes()
+        return sum(array_bytes(name, nbytes[name]) for name in statistics_names(nbytes))
+
+    def constants(self) -> dict[str, npt.NDArray[Any]]:
+        """Return those of the arrays that never change, by name."""
+        changing = {*self._optimizer.state(), *statistics_names(self._state_dict)}
+        return {n: v for n, v in self._state_dict.items() if n not in changing}
+
+    def held_versions(self) -> HeldVersions:
+        """Return a memory of which version of this model each device holds."""
+        names, constants = tuple(self._state_dict), self.constants()
+        return HeldVersions(
+            model_pieces(self._partition, names),
+            {i: constants[name] for i, name in enumerate(names) if name in constants},
+        )
+
+    # --- steps -----------------------------------------------------------------------
+
+    def step(self, server_round: int, updates: Sequence[BlockUpdate]) -> None:
+        """Step the model by one round's updates, the order of which can matter.
+
+        Gradients go through the optimizer, estimates of them past it, and statistics
+        are averaged.
+        """
+        gradient = self._assemble([u for u in updates if not u.zeroth_order])
+        estimate = self._assemble([u for u in updates if u.zeroth_order])
+        if gradient:
+            self._optimizer.step(gradient, server_round)
+        if estimate:
+            rate = self._zeroth_order_lr
+            self._optimizer.shift({name: -rate * g for name, g in estimate.items()})
+        self._state_dict |= average_statistics(updates, self._block_mean)
+
+    def start_from(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take in the values to start from.
+
+        Raises
+        ------
+        UserError
+            They are not those of this model, or frozen ones differ.
+        """
+        own, constants = self.arrays(), self.constants()
+        if set(arrays) != set(own):
+            name = min(set(arrays) ^ set(own))
+            raise UserError(
+                f"Initial arrays: {name} is {'missing' if name in own else 'unknown'}; "
+                "pass the arrays of the model that the coordinator was made for."
+            )
+        for name, array in arrays.items():
+            if array.shape != own[name].shape:
+                raise UserError(
+                    f"Initial arrays: {name} has shape {array.shape}; expected "
+                    f"{own[name].shape}."
+                )
+            if name in constants and not np.array_equal(array, own[name]):
+                raise UserError(
+                    f"Initial arrays: {name}, which nobody trains, differs from that "
+                    "of the model that the coordinator was made for; load the same "
+                    "weights for both."
+                )
+        self.adopt(arrays)
+
+    def adopt(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take in values that something around the strategy has changed."""
+        self._optimizer.load(arrays)
+        for name in statistics_names(self._state_dict):
+            own = self._state_dict[name]
+            self._state_dict[name] = within_bounds(name, arrays[name], own.dtype)
+
+    # --- checkpoints -----------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """Return values, statistics, and the optimizer's state."""
+        optimizer = self._optimizer.snapshot()
+        statistics = {
+            f"statistics/{name}": self._state_dict[name]
+            for name in statistics_names(self._state_dict)
+        }
+        return Snapshot(
+            {**optimizer.arrays, **statistics},
+            {
+                "base_fingerprint": self.base_fingerprint,
+                "optimizer": optimizer.values,
+            },
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot, which may hold more than this model's part.
+
+        Raises
+        ------
+        UserError
+            The snapshot is of another model.
+        """
+        if snapshot.values["base_fingerprint"] != self.base_fingerprint:
+            raise UserError(
+                "The checkpoint is of a model with other frozen weights; use the "
+                "model, revision and seed that it was made with."
+            )
+        self._optimizer.restore(Snapshot(snapshot.arrays, snapshot.values["optimizer"]))
+        for name in statistics_names(self._state_dict):
+            self._state_dict[name] = snapshot.arrays[f"statistics/{name}"]

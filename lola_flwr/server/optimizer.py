@@ -1,0 +1,234 @@
+"""The server's step: an optimizer of torch.optim over the assembled gradient."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lola_flwr.errors import UserError
+from lola_flwr.run.checkpoint import Snapshot
+
+
+class ServerOptimizer:
+    """Holds the model's trainable values and steps them.
+
+    Parameters
+    ----------
+    state
+        Initial values by parameter name; copied.
+    optimizer
+        Name of a class of ``torch.optim``.
+    linear_decay_steps
+        Let the learning rate fall linearly, to zero after this many steps (default: it
+        stays).
+    schedule
+        Name of a class of ``torch.optim.lr_scheduler``, stepped once a round, in place
+        of the linear decay.
+    schedule_options
+        Its keyword arguments: ``{"T_max": 40}``.
+    **options
+        The optimizer's keyword arguments: ``lr=3e-4``.
+
+    Raises
+    ------
+    UserError
+        No such optimizer or schedule, or options that it refuses.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, npt.NDArray[np.float32]],
+        *,
+        optimizer: str = "AdamW",
+        linear_decay_steps: int | None = None,
+        schedule: str | None = None,
+        schedule_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        factory = getattr(torch.optim, optimizer, None)
+        if not (
+            isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)
+        ):
+            raise UserError(
+                f"optimizer={optimizer!r} is not an optimizer of torch.optim; try "
+                "'AdamW' or 'SGD'."
+            )
+        self._parameters = {
+            name: torch.nn.Parameter(torch.from_numpy(np.array(values, np.float32)))
+            for name, values in state.items()
+        }
+        factory = _without_compiler(factory)
+        try:
+            # Some optimizers can be made, but not stepped with a dense gradient alone.
+            probe = torch.nn.Parameter(torch.zeros(1))
+            probe.grad = torch.zeros(1)
+            with torch.no_grad():
+                factory([probe], **options).step()
+            self._optimizer = factory(self._parameters.values(), **options)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"optimizer={optimizer!r}: {error}") from None
+        if schedule is None:
+            steps = linear_decay_steps
+            self._schedule: LRScheduler = LambdaLR(
+                self._optimizer,
+                lambda step: 1.0 if steps is None else max(0.0, 1.0 - step / steps),
+            )
+        else:
+            self._schedule = _schedule_named(
+                schedule, self._optimizer, schedule_options or {}
+            )
+
+    def step(
+        self, gradient: Mapping[str, npt.NDArray[np.float32]], server_round: int = 1
+    ) -> None:
+        """Take one step; parameters without a gradient keep their values.
+
+        Parameters
+        ----------
+        gradient
+            Gradients by name; not copied: an optimizer may change them.
+        server_round
+            Round, from 1; no optimizer of torch.optim asks for it.
+        """
+        for name, parameter in self._parameters.items():
+            values = gradient.get(name)
+            parameter.grad = (
+                None
+                if values is None
+                else torch.from_numpy(np.asarray(values, np.float32))
+            )
+        with torch.no_grad():
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+
+    def shift(self, moves: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Move some parameters past the optimizer; its moments stay.
+
+        Parameters
+        ----------
+        moves
+            What is added to the parameters of these names.
+        """
+        with torch.no_grad():
+            for name, move in moves.items():
+                self._parameters[name].add_(torch.from_numpy(move))
+
+    def load(self, values: Mapping[str, npt.NDArray[np.floating]]) -> None:
+        """Overwrite the values; the optimizer's moments stay.
+
+        Parameters
+        ----------
+        values
+            New value of every parameter; other names are ignored.
+        """
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(torch.tensor(values[name]))
+
+    def snapshot(self) -> Snapshot:
+        """Return values, moments and the schedule's place, as views."""
+        held = self._optimizer.state_dict()
+        arrays = {f"model/{name}": values for name, values in self.state().items()}
+        scalars = []
+        for index, entries in held["state"].items():
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    arrays[f"optimizer/{index}/{key}"] = value.numpy(force=True)
+                else:
+                    scalars.append([index, key, value])
+        return Snapshot(
+            arrays,
+            {
+                "steps": self._schedule.last_epoch,
+                "groups": held["param_groups"],
+                "scalars": scalars,
+            },
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot, in an optimizer made with the same arguments.
+
+        Raises
+        ------
+        UserError
+            The snapshot is of other parameters.
+        """
+        values, state = {}, defaultdict[int, dict[str, Any]](dict)
+        for name, array in snapshot.arrays.items():
+            owner, _, rest = name.partition("/")
+            if owner == "model":
+                values[rest] = array
+            elif owner == "optimizer":
+                index, _, key = rest.partition("/")
+                state[int(index)][key] = torch.tensor(array)
+        for index, key, scalar in snapshot.values["scalars"]:
+            state[index][key] = scalar
+        own = {name: v.shape for name, v in self.state().items()}
+        if own != {name: v.shape for name, v in values.items()}:
+            raise UserError(
+                "The checkpoint holds other parameters than this model trains; use the "
+                "model and the method that it was made with."
+            )
+        self.load(values)
+        # A schedule is a function of the steps taken, so they are taken again: what it
+        # keeps between them is not all fit for JSON.
+        with warnings.catch_warnings():
+            # It would like the optimizer to be stepped between its own steps.
+            warnings.simplefilter("ignore")
+            for _ in range(snapshot.values["steps"]):
+                self._schedule.step()
+        self._optimizer.load_state_dict(
+            {"state": state, "param_groups": snapshot.values["groups"]}
+        )
+
+    def state(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return the current values by name, as views: the next step changes them."""
+        return {
+            name: parameter.detach().numpy()
+            for name, parameter in self._parameters.items()
+        }
+
+
+def _without_compiler(
+    factory: type[torch.optim.Optimizer],
+) -> type[torch.optim.Optimizer]:
+    """Derive an optimizer whose methods do not load PyTorch's compiler.
+
+    PyTorch wraps them so that ``torch.compile`` leaves them alone, and the wrappers
+    load it to say so: 70 MiB and 2 s, for a compiler that the server never runs.
+    Without its wrapper, ``step`` has to be called under ``torch.no_grad``.
+    """
+    wrapped = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
+    methods = {name: inspect.unwrap(getattr(factory, name)) for name in wrapped}
+    return type(factory.__name__, (factory,), methods)
+
+
+def _schedule_named(
+    name: str, optimizer: torch.optim.Optimizer, options: Mapping[str, Any]
+) -> LRScheduler:
+    factory = getattr(lr_scheduler, name, None)
+    if not (
+        isinstance(factory, type)
+        and issubclass(factory, LRScheduler)
+        # This one is steered by a metric, and steps know of none.
+        and factory is not lr_scheduler.ReduceLROnPlateau
+    ):
+        raise UserError(
+            f"schedule={name!r} is not a schedule of torch.optim.lr_scheduler that "
+            "counts steps; try 'CosineAnnealingLR' or 'StepLR'."
+        )
+    try:
+        schedule: LRScheduler = factory(optimizer, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"schedule={name!r}: {error}") from None
+    return schedule

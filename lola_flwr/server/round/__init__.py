@@ -1,0 +1,1 @@
+"""One round, from its problem to its record."""

@@ -1,0 +1,147 @@
+"""Take a round's replies in: those that hold, and why the others do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy.typing as npt
+
+from lola_flwr.server.assembly import BlockUpdate
+from lola_flwr.server.norm_limits import NormHistory, NormLimits
+from lola_flwr.server.replies import DeviceReply, UpdateReader, UpdateRefused, Upload
+from lola_flwr.server.round.plan import RoundPlan
+from lola_flwr.wire.records import OUT_OF_MEMORY, UpdateReport
+
+
+@dataclass(frozen=True, eq=False)
+class AcceptedReply:
+    """A reply that can be used.
+
+    Parameters
+    ----------
+    update
+        The update in it.
+    report
+        What the device says about it.
+    upload
+        What it cost to send.
+    """
+
+    update: BlockUpdate
+    report: UpdateReport
+    upload: Upload
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoundReplies:
+    """What the devices of one round replied.
+
+    Parameters
+    ----------
+    accepted
+        By device id, in the order in which they came.
+    refusals
+        Why a device's reply was refused, the first one's if there are more, by id.
+    refused
+        Refused replies, counted by reason.
+    lacked_bytes
+        Of each device that was asked: None if its update was accepted, else the memory
+        that it turned out to lack, or 0 for any other failure. A device that lacks what
+        it was not sent has not failed, and has no entry.
+    lost_copies
+        Devices that said they no longer hold what the server left out.
+    norms
+        Norms of the updates of this round and of those before.
+    """
+
+    accepted: Mapping[str, AcceptedReply]
+    refusals: Mapping[str, str]
+    refused: Mapping[str, int]
+    lacked_bytes: Mapping[str, float | None]
+    lost_copies: Set[str]
+    norms: NormHistory
+
+
+def read_replies(
+    reader: UpdateReader,
+    plan: RoundPlan,
+    replies: Iterable[DeviceReply],
+    sent: Mapping[str, npt.NDArray[Any]],
+    norms: NormHistory,
+    limits: NormLimits,
+) -> RoundReplies:
+    """Check replies, none of which is trusted.
+
+    Parameters
+    ----------
+    reader
+        Reads a single one.
+    plan
+        What the devices were asked for.
+    replies
+        Replies received. A device's first usable one counts.
+    sent
+        The model's arrays when they were asked, by name.
+    norms
+        Norms of the updates of the rounds before.
+    limits
+        How large updates may be.
+    """
+    accepted: dict[str, AcceptedReply] = {}
+    refusals: dict[str, str] = {}
+    refused: Counter[str] = Counter()
+    assignments = plan.assignments
+    lacked_bytes: dict[str, float | None] = dict.fromkeys(assignments, 0.0)
+    lost_copies: set[str] = set()
+    for reply in replies:
+        device = reply.device_id
+        try:
+            if device in accepted:
+                raise UpdateRefused("duplicate", "the device replied before")
+            update, report = reader.read(reply, assignments.get(device), sent)
+        except UpdateRefused as refusal:
+            refused[refusal.reason] += 1
+            refusals.setdefault(device, str(refusal))
+            if refusal.reason == "lost-copy":
+                lost_copies.add(device)
+                if plan.leaves_out(device):
+                    # No failure: it is to be sent everything in the next round.
+                    lacked_bytes.pop(device, None)
+            if refusal.reason == OUT_OF_MEMORY:
+                lacked_bytes[device] = assignments[device].memory_bytes
+            continue
+        num_used = {"gradient": 1, "zeroth-order": 0}.get(report.update_kind)
+        if num_used is None:
+            num_used = len(update.gradients) + len(update.statistics)
+        upload = Upload.of(reply, report, num_used)
+        accepted[device] = AcceptedReply(update, report, upload)
+        lacked_bytes[device] = None
+    # Of first-order updates, in the plan's order, lest it matters who came first.
+    block_of = {
+        device: assignments[device].block_index
+        for device in plan.device_ids
+        if device in accepted and not accepted[device].update.zeroth_order
+    }
+    norms = norms.after((n, accepted[d].update.norm) for d, n in block_of.items())
+    for device, block in block_of.items():
+        update = accepted[device].update
+        scale = limits.scale(update.norm, norms.usual(block))
+        if scale == 0:
+            too_large = UpdateRefused("excessive-norm", f"{update.norm:g}")
+            refused[too_large.reason] += 1
+            refusals.setdefault(device, str(too_large))
+            lacked_bytes[device] = 0.0
+            del accepted[device]
+        elif scale < 1:
+            accepted[device] = replace(accepted[device], update=update.scaled(scale))
+    return RoundReplies(
+        accepted=accepted,
+        refusals=refusals,
+        refused=dict(refused),
+        lacked_bytes=lacked_bytes,
+        lost_copies=lost_copies,
+        norms=norms,
+    )

@@ -1,0 +1,397 @@
+"""Payload codecs: how a gradient travels, and how received bytes are read safely.
+
+A codec turns a float32 array into one array of a wire type and back. What travels for
+an array of a given shape has a shape, a type and so a size of its own that are known
+beforehand: the allocation counts them, and the reader refuses whatever differs before
+it takes any memory. NumPy has no bfloat16, so "bf16" travels as uint16. Every array
+crosses the network in NumPy's .npy format, as Flower serialises it; nothing is ever
+unpickled.
+
+"int8" and "topk" lose so much that what they leave out must not be lost: the device
+adds it to its next gradient of the same block (*error feedback*; Seide et al.,
+Interspeech 2014; Stich, Cordonnier, Jaggi, NeurIPS 2018). See
+`lola_flwr.device.store.Residuals` for how long it is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.errors import UserError, quoted
+
+# A .npy header is padded to this many bytes; one that is longer is not Flower's.
+NPY_HEADER_BYTES = 128
+
+FloatArray = npt.NDArray[np.float32]
+WireArray = npt.NDArray[np.generic]
+
+
+class MalformedArray(ValueError):
+    """Received bytes are not the array that was asked for."""
+
+
+class WireType(NamedTuple):
+    """Shape and type of the array that travels."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array, without the header of its file format."""
+        return self.size * self.dtype.itemsize
+
+
+class Codec(Protocol):
+    """A representation of float32 arrays for the wire."""
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether what it leaves out goes into the device's next gradient."""
+
+    def wire_type(self, shape: Sequence[int]) -> WireType:
+        """Tell what travels for an array of a shape; of one dtype for all shapes."""
+
+    def encode(self, values: FloatArray) -> WireArray:
+        """Return what travels: an array of ``wire_type(values.shape)``."""
+
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+        """Return the values of an array of that ``wire_type``, in their shape.
+
+        Raises
+        ------
+        MalformedArray
+            No encoder gives such an array.
+        """
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A lossless or rounding representation of each value by itself.
+
+    Parameters
+    ----------
+    dtype
+        Type that travels.
+    to_wire
+        From float32 to the wire type, same shape.
+    from_wire
+        Back to float32.
+    """
+
+    dtype: np.dtype[Any]
+    to_wire: Callable[[FloatArray], WireArray]
+    from_wire: Callable[[WireArray], FloatArray]
+    has_feedback: ClassVar[bool] = False
+
+    def wire_type(self, shape: Sequence[int]) -> WireType:
+        """Tell what travels: as many values."""
+        return WireType(tuple(shape), self.dtype)
+
+    def encode(self, values: FloatArray) -> WireArray:
+        """Convert each value."""
+        return self.to_wire(values)
+
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+        """Convert each value back."""
+        return self.from_wire(wire)
+
+
+def _to_bf16(values: FloatArray) -> npt.NDArray[np.uint16]:
+    bits = values.view(np.uint32)
+    # Round to nearest, ties to even, on the 16 bits that bfloat16 drops.
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    # Rounding would carry some of the NaNs over into zeros.
+    rounded = np.where(np.isnan(values), np.uint32(0x7FC00000), rounded)
+    return (rounded >> np.uint32(16)).astype(np.uint16)
+
+
+def _from_bf16(wire: WireArray) -> FloatArray:
+    return (wire.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _to_fp16(values: FloatArray) -> npt.NDArray[np.float16]:
+    # Beyond fp16's range a gradient saturates instead of becoming infinite.
+    largest = float(np.finfo(np.float16).max)
+    return np.clip(values, -largest, largest).astype(np.float16)
+
+
+_LEVELS = 127
+_SHORT_CHANNEL = 64
+
+
+class Int8:
+    """One byte a value and one float32 scale a channel: a row of a weight matrix.
+
+    A channel's scale is its largest magnitude / 127; every value is rounded to the
+    nearest multiple, so no value is off by more than half a scale. Rows of less than
+    64 values (as of a low-rank adapter's second factor, where scales would take half as
+    much as the values) give way to columns if these are longer; an array of one
+    dimension is one channel. Travels as bytes: all scales, then all values.
+    """
+
+    has_feedback: ClassVar[bool] = True
+
+    def wire_type(self, shape: Sequence[int]) -> WireType:
+        """Tell what travels: 4 bytes a channel and 1 byte a value."""
+        channels = _channels(tuple(shape))
+        nbytes = 4 * channels.number + math.prod(shape)
+        return WireType((nbytes,), np.dtype(np.uint8))
+
+    def encode(self, values: FloatArray) -> WireArray:
+        """Scale every channel to whole numbers from -127 to 127."""
+        rows = _channels(values.shape).rows_of(values)
+        # A value that is not finite spoils its channel, which the server then refuses.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            largest = np.abs(rows).max(axis=1, initial=0.0)
+            scale = (largest / _LEVELS).astype("<f4")
+            levels = np.rint(rows / np.where(scale > 0, scale, 1)[:, np.newaxis])
+            # A scale below the normal numbers is too coarse for its own channel.
+            levels = np.clip(levels, -_LEVELS, _LEVELS).astype(np.int8)
+        return np.concatenate([scale.view(np.uint8), levels.view(np.uint8).ravel()])
+
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+        """Multiply every channel by its scale."""
+        shape = tuple(shape)
+        channels = _channels(shape)
+        scale = wire[: 4 * channels.number].view("<f4")
+        levels = wire[4 * channels.number :].view(np.int8)
+        rows = levels.reshape(channels.number, -1)
+        # What overflows here is refused as not finite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = rows * scale.astype(np.float32)[:, np.newaxis]
+        return channels.values_of(values, shape)
+
+
+class _Channels(NamedTuple):
+    """The channels of an array: its rows, or its columns."""
+
+    number: int
+    are_columns: bool
+
+    def rows_of(self, values: FloatArray) -> FloatArray:
+        if self.are_columns:
+            return np.ascontiguousarray(values.reshape(-1, self.number).T)
+        return values.reshape(self.number, -1)
+
+    def values_of(self, rows: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+        return np.ascontiguousarray(rows.T if self.are_columns else rows).reshape(shape)
+
+
+def _channels(shape: tuple[int, ...]) -> _Channels:
+    if len(shape) < 2 or 0 in shape:
+        return _Channels(1, are_columns=False)
+    length = math.prod(shape[1:])
+    if length < min(_SHORT_CHANNEL, shape[0]):
+        return _Channels(length, are_columns=True)
+    return _Channels(shape[0], are_columns=False)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The values of largest magnitude alone: where they stand, and each in bfloat16.
+
+    Travels as bytes: all positions in rising order, in the smallest unsigned type that
+    can hold them, then all values.
+
+    Parameters
+    ----------
+    fraction
+        Share of each array's values that travels, in (0, 1]; at least one value does.
+    """
+
+    fraction: float
+    has_feedback: ClassVar[bool] = True
+
+    def wire_type(self, shape: Sequence[int]) -> WireType:
+        """Tell what travels: position and value, for each value that is kept."""
+        size = math.prod(shape)
+        kept, position = self._kept(size), _position_type(size)
+        return WireType((kept * (position.itemsize + 2),), np.dtype(np.uint8))
+
+    def encode(self, values: FloatArray) -> WireArray:
+        """Pick the largest values."""
+        flat = values.ravel()
+        kept = self._kept(flat.size)
+        largest = np.argpartition(np.abs(flat), flat.size - kept)[flat.size - kept :]
+        positions = np.sort(largest).astype(_position_type(flat.size))
+        return np.concatenate(
+            [positions.view(np.uint8), _to_bf16(flat[positions]).view(np.uint8)]
+        )
+
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+        """Put the values in their places; all others are 0."""
+        size = math.prod(shape)
+        kept, position = self._kept(size), _position_type(size)
+        split = kept * position.itemsize
+        positions = wire[:split].view(position).astype(np.int64)
+        if kept and (positions[-1] >= size or (np.diff(positions) <= 0).any()):
+            raise MalformedArray(
+                f"Positions of the values must rise, and be below {size}."
+            )
+        flat = np.zeros(size, np.float32)
+        flat[positions] = _from_bf16(wire[split:].view("<u2"))
+        return flat.reshape(shape)
+
+    def _kept(self, size: int) -> int:
+        return min(size, max(1, math.ceil(self.fraction * size)))
+
+
+def _position_type(size: int) -> np.dtype[Any]:
+    return np.min_scalar_type(max(size - 1, 0)).newbyteorder("<")
+
+
+CODECS: dict[str, Codec] = {
+    "fp32": Elementwise(
+        np.dtype(np.float32), lambda values: values, lambda wire: wire.astype("f4")
+    ),
+    "bf16": Elementwise(np.dtype(np.uint16), _to_bf16, _from_bf16),
+    "fp16": Elementwise(np.dtype(np.float16), _to_fp16, lambda wire: wire.astype("f4")),
+    "int8": Int8(),
+}
+
+# Each round's coarsest codecs that cost little time: see `allocation.payloads`.
+AUTO = "auto"
+AUTO_LADDER = ("int8", "bf16", "fp32")  # coarsest first
+
+
+def codec_named(name: str) -> Codec:
+    """Return the codec of that name; ``"topk:0.01"`` keeps 1 % of the values.
+
+    Raises
+    ------
+    UserError
+        Unknown name, or an impossible fraction; the message lists the known ones.
+    """
+    if name in CODECS:
+        return CODECS[name]
+    kind, _, text = name.partition(":")
+    if kind == "topk":
+        try:
+            fraction = float(text)
+        except ValueError:
+            fraction = math.nan
+        if not 0 < fraction <= 1:
+            raise UserError(
+                f"codec={name!r}: write the share of the values that travels, above 0 "
+                "and at most 1, as in 'topk:0.01'."
+            )
+        return TopK(fraction)
+    raise UserError(
+        f"codec={name!r} is unknown; choose from {', '.join(CODECS)}, 'topk:0.01' "
+        f"(any fraction) and, where each device may have its own, {AUTO!r}."
+    )
+
+
+def codec_ladder(name: str) -> tuple[str, ...]:
+    """Return the codecs that devices may be given under a name, coarsest first.
+
+    Raises
+    ------
+    UserError
+        As for `codec_named`.
+    """
+    if name == AUTO:
+        return AUTO_LADDER
+    codec_named(name)
+    return (name,)
+
+
+def encode_with_feedback(
+    codec: Codec, gradient: FloatArray, residual: FloatArray | None = None
+) -> tuple[WireArray, FloatArray | None]:
+    """Encode a gradient together with what was left out of the one before.
+
+    Parameters
+    ----------
+    codec
+        The codec.
+    gradient
+        The gradient.
+    residual
+        What was left out before; None if nothing.
+
+    Returns
+    -------
+    What travels, and what it leaves out: the sum of both, decoded, is that of gradient
+    and residual. None where the codec has no feedback, or where the gradient is not
+    finite (nothing of it must go into the next one).
+    """
+    total = gradient if residual is None else gradient + residual
+    wire = codec.encode(total)
+    if not codec.has_feedback:
+        return wire, None
+    with np.errstate(invalid="ignore"):
+        left_out = total - codec.decode(wire, total.shape)
+    return wire, left_out if np.isfinite(left_out).all() else None
+
+
+def read_npy(
+    data: bytes, *, shape: Sequence[int], dtype: np.dtype[np.generic]
+) -> npt.NDArray[np.generic]:
+    """Read an array whose shape and type are known beforehand.
+
+    The header is compared with what is expected before any memory is taken, so that a
+    message cannot make the reader allocate more than the caller announced.
+
+    Parameters
+    ----------
+    data
+        Bytes in .npy format.
+    shape
+        Expected shape.
+    dtype
+        Expected type.
+
+    Returns
+    -------
+    A read-only view of ``data``, of the expected shape.
+
+    Raises
+    ------
+    MalformedArray
+        The bytes are not in .npy format, or hold another shape, type or length.
+    """
+    expected_bytes = math.prod(shape) * dtype.itemsize
+    if len(data) > expected_bytes + NPY_HEADER_BYTES:
+        raise MalformedArray(
+            f"{len(data)} B received; expected at most "
+            f"{expected_bytes + NPY_HEADER_BYTES} B for shape {tuple(shape)}."
+        )
+    stream = BytesIO(data)
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise MalformedArray("Not an array in .npy format 1.0.")
+        header = np.lib.format.read_array_header_1_0(stream)
+    except MalformedArray:
+        raise
+    # NumPy parses the header as a Python literal; hostile bytes make it fail in many
+    # ways, all of which mean the same here.
+    except Exception as error:
+        raise MalformedArray(f"Not an array in .npy format: {quoted(error)}") from None
+    received_shape, fortran_order, received_dtype = header
+    if fortran_order and len(shape) > 1:
+        raise MalformedArray("Column-major array; send row-major arrays.")
+    if received_shape != tuple(shape) or received_dtype != dtype:
+        raise MalformedArray(
+            f"Array of shape {received_shape} and type {received_dtype}; expected "
+            f"{tuple(shape)} and {dtype}."
+        )
+    body = memoryview(data)[stream.tell() :]
+    if len(body) != expected_bytes:
+        raise MalformedArray(
+            f"Array body of {len(body)} B; expected {expected_bytes} B."
+        )
+    return np.frombuffer(body, dtype=dtype).reshape(shape)

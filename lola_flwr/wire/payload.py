@@ -1,0 +1,220 @@
+"""What a device uploads, and how many bits of the channel that takes.
+
+Counted is what Flower really sends: the array of encoded gradients, or one array for
+each parameter where devices return weights, with the header of its format, its name,
+and the records around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.errors import UserError
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.wire.codec import NPY_HEADER_BYTES, Codec, codec_ladder, codec_named
+from lola_flwr.wire.packing import GRADIENTS, packed_type
+from lola_flwr.wire.records import PROJECTION_TYPE
+
+Shapes = Mapping[str, Sequence[int]]
+
+# Which devices send the head's gradient, which all of them have computed: every one;
+# those with the block nearest the head; or those with one block, another each round.
+HeadPolicy = Literal["every", "shallowest", "rotating"]
+
+# What Flower 1.41 adds to a reply (metadata, report, ids of its records), and to each
+# array beside its name. Measured; `tests/wire/test_payload.py` compares.
+_MESSAGE_BYTES = 900
+_ARRAY_BYTES = 315
+
+
+def array_bytes(name: str, nbytes: int) -> int:
+    """Bytes that one array of ``nbytes`` takes in a message."""
+    return nbytes + NPY_HEADER_BYTES + _ARRAY_BYTES + len(name)
+
+
+def projections_bytes(num_directions: int) -> int:
+    """Bytes of the message in which a device sends a gradient's projections."""
+    return _MESSAGE_BYTES + PROJECTION_TYPE.itemsize * num_directions
+
+
+def update_bytes(
+    names: Iterable[str], shapes: Shapes, codec: Codec, *, by_name: bool = False
+) -> int:
+    """Bytes of the message in which a device sends some parameters' update.
+
+    Parameters
+    ----------
+    names
+        The parameters.
+    shapes
+        Shapes of the parameters, by name.
+    codec
+        What they travel in.
+    by_name
+        Whether each parameter is an array of its own.
+    """
+    if by_name:
+        return _MESSAGE_BYTES + sum(
+            array_bytes(name, codec.wire_type(shapes[name]).nbytes) for name in names
+        )
+    packed = packed_type(codec, [shapes[name] for name in names])
+    return _MESSAGE_BYTES + array_bytes(GRADIENTS, packed.nbytes)
+
+
+def payload_bits(
+    partition: BlockPartition,
+    shapes: Shapes,
+    codec: Codec,
+    sends_head: npt.NDArray[np.bool_] | None = None,
+    *,
+    by_name: bool = False,
+) -> npt.NDArray[np.float64]:
+    """Bits that the device of each block uploads, shape [N].
+
+    Parameters
+    ----------
+    partition
+        The model's blocks.
+    shapes
+        Shapes of at least the trainable parameters, by name.
+    codec
+        What the gradients travel in.
+    sends_head
+        Whether a block's device sends the head's gradient too, shape [N] (default:
+        all do).
+    by_name
+        Whether each parameter is an array of its own.
+    """
+    head = np.ones(partition.num_blocks, bool) if sends_head is None else sends_head
+    return np.array(
+        [
+            8.0
+            * update_bytes(
+                partition.update_names(n, head=head[n]), shapes, codec, by_name=by_name
+            )
+            for n in range(partition.num_blocks)
+        ]
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Payloads:
+    """What the devices of one round may be told to upload.
+
+    Parameters
+    ----------
+    codecs
+        Names of the codecs that a device may be given, coarsest first, L of them.
+    bits
+        Bits that each block's device uploads in each codec, shape [L, N].
+    sends_head
+        Whether a block's device sends the head's gradient too, shape [N].
+    """
+
+    codecs: tuple[str, ...]
+    bits: npt.NDArray[np.float64]
+    sends_head: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Uplink:
+    """What a run's devices upload.
+
+    Parameters
+    ----------
+    partition
+        The model's blocks.
+    shapes
+        Shapes of at least the trainable parameters, by name.
+    codec
+        Name of the codec of all devices, or ``"auto"``.
+    head
+        Which devices send the head's gradient.
+    by_name
+        Whether devices return weights, each parameter as an array of its own.
+    statistics_bytes
+        What every device sends besides: the running statistics of a model's layers.
+
+    Raises
+    ------
+    UserError
+        No such codec or policy.
+    """
+
+    partition: BlockPartition
+    shapes: Shapes
+    codec: str
+    head: HeadPolicy
+    by_name: bool = False
+    statistics_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the names: unknown ones are errors now, not in round 1."""
+        self.payloads(1, np.ones(self.partition.num_blocks, bool))
+
+    def payloads(self, server_round: int, trained: npt.NDArray[np.bool_]) -> Payloads:
+        """Return the payloads of a round.
+
+        Parameters
+        ----------
+        server_round
+            Round, from 1.
+        trained
+            Which blocks are trained in it, shape [N].
+        """
+        codecs = codec_ladder(self.codec)
+        sends_head = head_senders(self.head, server_round, trained)
+        bits = [
+            payload_bits(
+                self.partition,
+                self.shapes,
+                codec_named(name),
+                sends_head,
+                by_name=self.by_name,
+            )
+            for name in codecs
+        ]
+        return Payloads(
+            codecs, np.array(bits) + 8.0 * self.statistics_bytes, sends_head
+        )
+
+
+def head_senders(
+    policy: HeadPolicy, server_round: int, trained: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Tell which blocks' devices send the head's gradient, shape [N].
+
+    Parameters
+    ----------
+    policy
+        ``"every"`` block's; that of the ``"shallowest"`` block trained this round,
+        whose device computes least; or ``"rotating"`` through those trained, so that
+        the head meets other devices' data.
+    server_round
+        Round, from 1.
+    trained
+        Which blocks are trained this round, shape [N].
+
+    Raises
+    ------
+    UserError
+        Unknown policy.
+    """
+    blocks = np.flatnonzero(trained)
+    if policy == "every":
+        chosen = blocks
+    elif policy == "shallowest":
+        chosen = blocks[-1:]
+    elif policy == "rotating":
+        chosen = blocks[[(server_round - 1) % len(blocks)]]
+    else:
+        raise UserError(
+            f"head={policy!r} is unknown; choose from "
+            f"{', '.join(map(repr, get_args(HeadPolicy)))}."
+        )
+    return np.isin(np.arange(trained.size), chosen)

@@ -1,0 +1,311 @@
+"""What server and device tell each other, as flat records of scalars.
+
+Both Flower interfaces carry these records: as ``config`` and ``metrics`` of FitIns and
+FitRes, or in ConfigRecords. Arrays travel beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lola_flwr.errors import brief
+
+if TYPE_CHECKING:
+    # A worker may live in Python 3.10, whose typing lacks it.
+    from typing import Self
+
+Scalar = bool | bytes | float | int | str
+
+# Under the Message API: the query for a device's profile, and the ConfigRecords that
+# the profile and the report of an update come back in.
+PROFILE_ACTION = "lola_profile"
+PROFILE_KEY = "lola-profile"
+REPORT_KEY = "lola-report"
+
+# Under the Message API: a training message about a model that is spread over devices.
+PART_ACTION = "lola_part"
+
+# A report that says why there is no update has this key; the one failure that the
+# server learns more from than that there is none; and what was wrong in words.
+FAILURE_KEY = "failure"
+FAILURE_DETAIL_KEY = "detail"
+OUT_OF_MEMORY = "out-of-memory"
+
+# The record by which both sides recognise Flower's secure aggregation.
+SECAGG_KEY = "secaggplus_configs"
+SECAGG_REFUSAL = (
+    "Secure aggregation hides each device's update in a sum over devices, but a block "
+    "comes from one device: take the SecAgg mod and workflow out."
+)
+
+
+# What the projections of zeroth-order training travel as, in a report.
+PROJECTION_TYPE = np.dtype("<f4")
+
+
+class MalformedRecord(ValueError):
+    """A record lacks a field, or a field has the wrong type."""
+
+
+class _Record:
+    """A frozen dataclass of scalars that travels under kebab-case keys."""
+
+    def to_record(self) -> dict[str, Scalar]:
+        """Return the fields under their keys on the wire; what is None has no key."""
+        values = {_key(f.name): getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> Self:
+        """Read the fields from a received record; other keys are ignored.
+
+        Raises
+        ------
+        MalformedRecord
+            A field is missing that is not optional and has no default, has another
+            type, or is not finite.
+        """
+        types = {t.__name__: t for t in (bool, bytes, float, int, str)}
+        values: dict[str, Any] = {}
+        for field in fields(cls):  # type: ignore[arg-type]
+            key, required = _key(field.name), str(field.type).removesuffix(" | None")
+            if key not in record and field.default is not MISSING:
+                continue
+            if key not in record and required != field.type:
+                values[field.name] = None
+                continue
+            value, expected = record.get(key), types[required]
+            # An integral float arrives as int; a bool is an int in Python only.
+            if expected is float and type(value) is int and abs(value) < 2**63:
+                value = float(value)
+            if type(value) is not expected:
+                # A device's text is shortened: it goes into logs and records.
+                raise MalformedRecord(
+                    f"{key}={brief(value)} must be of type {expected.__name__}; "
+                    f"the record has the keys {brief(sorted(map(str, record)))}."
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise MalformedRecord(f"{key}={value!r} must be finite.")
+            values[field.name] = value
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Assignment(_Record):
+    """What the server asks of one device in one round.
+
+    Parameters
+    ----------
+    server_round
+        Round, from 1.
+    block_index
+        Block to train, 0 nearest the input.
+    share
+        Share of the uplink band, in (0, 1].
+    batch_size
+        Examples of the mini-batch.
+    codec
+        Name of the payload codec of the reply.
+    base_fingerprint
+        Digest of the server's frozen weights, which the device must hold too.
+    update_names, frozen_names
+        Where devices are sent the whole model and return weights: names of the
+        parameters of block and head, and of those that nobody trains, one a line.
+    sends_head
+        Whether the update is to hold the head's gradient beside the block's.
+    manifest
+        What the message's arrays leave out since the device holds it: a `Manifest` as
+        text; None if the message holds all arrays.
+    uplink_bps
+        What the share is on this device's link, bit/s: the most that the upload may
+        take. None where no link is known, as in a simulation.
+    memory_bytes
+        Memory that the block should need; None if unknown.
+    direction_seed, num_directions, perturbation, smallest_share
+        Where the device is to train without back-propagation: see
+        ``lola_flwr.zeroth_order``. None: it back-propagates.
+    projection_rank, projection_period, projection_seed
+        How gradients are projected before they are encoded: see
+        ``lola_flwr.wire.low_rank``. None: they are not.
+    operations
+        What each layer is to do, a letter each: see ``lola_flwr.d2ft.reduced``. None:
+        all layers run.
+    """
+
+    server_round: int
+    block_index: int
+    share: float
+    batch_size: int
+    codec: str
+    base_fingerprint: str
+    update_names: str | None = None
+    frozen_names: str | None = None
+    uplink_bps: float | None = None
+    sends_head: bool = True
+    manifest: str | None = None
+    memory_bytes: float | None = None
+    direction_seed: int | None = None
+    num_directions: int | None = None
+    perturbation: float | None = None
+    smallest_share: float | None = None
+    projection_rank: int | None = None
+    projection_period: int | None = None
+    projection_seed: int | None = None
+    operations: str | None = None
+
+
+@dataclass(frozen=True)
+class UpdateReport(_Record):
+    """What a device says about the update that it sends.
+
+    Parameters
+    ----------
+    server_round
+        Round of the assignment that this answers.
+    block_index
+        Block of the assignment that this answers.
+    update_kind
+        What the arrays are. ``"gradient"``: one array, in the assignment's codec.
+        ``"weights"``: those after local training, by name, in float32, since a codec
+        that rounds would round most of a weight's small move away. ``"zeroth-order"``:
+        there are none, and ``projections`` instead.
+        ``"nothing"``: the device does not hold what the message left out.
+    loss
+        Mean training loss; None if unknown.
+    compute_s
+        Seconds from the assignment's arrival to the finished update; None if unknown.
+    compute_clock
+        Where ``compute_s`` comes from: ``"measured"`` on the device, or ``"simulated"``
+        where the device itself is.
+    uplink_limit
+        What holds the upload to ``uplink_bps``: ``"pacing"`` or ``"tc"``; None if
+        nothing does, and the share is advice.
+    held
+        Version of the model that the device now holds, as `Manifest.version` names it,
+        so that the next message may leave out what has not changed since; None if it
+        keeps nothing.
+    peak_memory_bytes
+        Memory that the training step took at its peak, weights included, as measured;
+        None if it was not.
+    direction_seed
+        Seed of the directions that a zeroth-order update is about.
+    projections
+        The gradient's projections on these directions, float32, little-endian: in an
+        array, Flower's records of it would be larger than they are.
+    """
+
+    server_round: int
+    block_index: int
+    update_kind: str
+    loss: float | None
+    compute_s: float | None
+    compute_clock: str
+    uplink_limit: str | None = None
+    held: str | None = None
+    peak_memory_bytes: float | None = None
+    direction_seed: int | None = None
+    projections: bytes | None = None
+
+
+@dataclass(frozen=True)
+class PartTask(_Record):
+    """What the server asks of one device where the model is spread over devices.
+
+    A step of D2FT takes many such tasks; see ``lola_flwr.server.spread``.
+
+    Parameters
+    ----------
+    kind
+        ``"inputs"``: draw micro-batches, and return what the first layer is given.
+        ``"forward"``: return what some of a layer's sub-networks contribute to one of
+        its branches. ``"backward"``: return the gradients of that. ``"loss"``: turn
+        what the last layer gave into the micro-batches' losses.
+    step
+        Step of the training run, from 1.
+    base_fingerprint
+        Digest of the server's frozen weights, which the device must hold too.
+    seed
+        What dropout follows from; the same on both ways through a branch.
+    num_groups
+        Head groups that each layer is divided into.
+    numbers
+        Numbers of the micro-batches that this is about, separated by spaces.
+    batch_size
+        Examples of a micro-batch, for inputs and losses.
+    sizes
+        Examples and tokens of each micro-batch that the message has hidden states of:
+        ``"8x21 8x17"``.
+    digest
+        For losses: what the device said it knows its micro-batches by.
+    layer_index, branch_index, first_group, last_group
+        For a branch: which layer, which of its two branches, and which groups, the last
+        one excluded, the message has values of.
+    rows
+        For a branch: what each of these groups does, a letter each, in each of the
+        micro-batches.
+    wants_inputs
+        For ``"backward"``: whether the gradient of the inputs is to be returned.
+    """
+
+    kind: str
+    step: int
+    base_fingerprint: str
+    seed: int
+    num_groups: int
+    numbers: str = ""
+    batch_size: int = 0
+    sizes: str = ""
+    digest: str = ""
+    layer_index: int = 0
+    branch_index: int = 0
+    first_group: int = 0
+    last_group: int = 0
+    rows: str = ""
+    wants_inputs: bool = True
+
+
+@dataclass(frozen=True)
+class PartReport(_Record):
+    """What a device says about the part of a step that it did.
+
+    Parameters
+    ----------
+    kind, step, layer_index, branch_index
+        Those of the task.
+    sizes
+        For inputs: examples and tokens of each micro-batch.
+    digest
+        For inputs: a digest of the micro-batches, by which the device tells whether it
+        drew the same ones when it comes to their losses.
+    losses
+        For losses: the mean loss of each micro-batch, float32, little-endian.
+    """
+
+    kind: str
+    step: int
+    layer_index: int = 0
+    branch_index: int = 0
+    sizes: str = ""
+    digest: str = ""
+    losses: bytes = b""
+
+
+def nothing_report(assignment: Assignment) -> UpdateReport:
+    """Return the report of a device that lacks what the server believed it to hold."""
+    return UpdateReport(
+        server_round=assignment.server_round,
+        block_index=assignment.block_index,
+        update_kind="nothing",
+        loss=None,
+        compute_s=None,
+        compute_clock="",
+    )
+
+
+def _key(field_name: str) -> str:
+    return field_name.replace("_", "-")

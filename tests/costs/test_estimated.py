@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.blocks import partition_parameters
+
+
+def costs_of(model, **options):
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    partition = partition_parameters(shapes)
+    return estimate_costs(shapes, partition, **options), partition
+
+
+def test_hand_computed_layer():
+    # One matrix pair per layer: h=4, i=16, S=2 tokens, B=3 sequences.
+    shapes = {
+        "embed.w": (10, 4),
+        **{
+            f"l.{n}.{name}": shape
+            for n in range(2)
+            for name, shape in {"up": (16, 4), "down": (4, 16), "norm": (4,)}.items()
+        },
+        "head.w": (2, 4),
+    }
+    costs = estimate_costs(
+        shapes, partition_parameters(shapes), batch_size=3, sequence_length=2
+    )
+    forward = 2 * (2 * 64 + 2 * 2 * 4)  # per token: two matrices and the attention
+    head = 3 * 3 * 2 * 8
+    np.testing.assert_allclose(
+        costs.flops, [6 * forward * (2 + 1 + 2) + head, 6 * forward * (2 + 2) + head]
+    )
+    uploaded = 64 + 64 + 4 + 8
+    np.testing.assert_allclose(costs.gradient_bytes, [4 * uploaded] * 2)
+    weights = 40 + 2 * 132 + 8
+    # The head keeps the last hidden states; one more is on its way back.
+    passed, trained = 6 * 4 + 16, 2 * 4 + 16 + 4 + 4
+    np.testing.assert_allclose(
+        costs.memory_bytes,
+        [
+            4 * (weights + uploaded + 6 * (2 * passed + trained)),
+            4 * (weights + uploaded + 6 * (passed + trained)),
+        ],
+    )
+
+
+@pytest.mark.parametrize("block_index", [0, 1, 2])
+def test_operations_agree_with_pytorchs_counter(roberta, batch, block_index):
+    # The counter knows plain matrix products, but not the CPU's fused attention.
+    roberta.set_attn_implementation("eager")
+    costs, partition = costs_of(roberta, batch_size=6, sequence_length=10)
+    with FlopCounterMode(display=False) as counter:
+        block_gradient(roberta, partition, block_index, batch)
+    counted = counter.get_total_flops()
+    assert costs.flops[block_index] == pytest.approx(counted, rel=0.08)
+
+
+def test_merged_blocks_cost_what_full_fine_tuning_does(roberta, batch):
+    roberta.set_attn_implementation("eager")
+    costs, partition = costs_of(roberta, batch_size=6, sequence_length=10, merged=True)
+    with FlopCounterMode(display=False) as counter:
+        block_gradient(roberta, partition.merged(), 0, batch)
+    assert costs.flops == pytest.approx([counter.get_total_flops()], rel=0.08)
+    parameters = dict(roberta.named_parameters())
+    trained = sum(parameters[name].numel() for name in partition.trainable)
+    np.testing.assert_array_equal(costs.gradient_bytes, [4 * trained])
+    single, _ = costs_of(roberta, batch_size=6, sequence_length=10)
+    assert costs.memory_bytes[0] > single.memory_bytes.max()
+
+
+def test_deeper_blocks_cost_more(roberta):
+    costs, _ = costs_of(roberta, batch_size=8, sequence_length=16)
+    assert np.all(np.diff(costs.flops) < 0)
+    assert np.all(np.diff(costs.memory_bytes) < 0)
+
+
+def test_micro_batches_take_activations_of_fewer_examples(roberta):
+    whole, _ = costs_of(roberta, batch_size=8, sequence_length=16)
+    halves, _ = costs_of(roberta, batch_size=8, sequence_length=16, micro_batch_size=4)
+    half, _ = costs_of(roberta, batch_size=4, sequence_length=16)
+    # While two are added up, the largest array of the update is there twice.
+    largest = max(p.numel() for n, p in roberta.named_parameters() if "layer.0" in n)
+    np.testing.assert_array_equal(halves.memory_bytes, half.memory_bytes + 4 * largest)
+    np.testing.assert_array_equal(halves.flops, whole.flops)
+    assert np.all(half.flops < whole.flops)
+    larger, _ = costs_of(roberta, batch_size=8, sequence_length=16, micro_batch_size=9)
+    np.testing.assert_array_equal(larger.memory_bytes, whole.memory_bytes)

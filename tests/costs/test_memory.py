@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lola_flwr.costs.memory import Levers, StepMemory
+from lola_flwr.system.devices import DeviceProfile
+
+
+def step_memory(batch_size=8):
+    return StepMemory(
+        mini_batch_size=batch_size,
+        batch_size=batch_size,
+        sequence_length=16,
+        layer_bytes=np.array([1e6, 1e6, 2e6]),
+        rest_bytes=3e6,
+        head_bytes=1e5,
+        update_bytes=np.array([1.1e6, 1.1e6, 2.1e6]),
+        array_bytes=np.array([3e5, 3e5, 6e5]),
+        kept_bytes=np.array([6e5, 4e5, 2e5]),
+        passing_bytes=1e5,
+        working_bytes=1e5,
+    )
+
+
+def profile(memory_bytes, splits=False, streams=False):
+    return DeviceProfile(
+        name="a",
+        flops_per_s=1e9,
+        memory_bytes=memory_bytes,
+        splits_batch=splits,
+        streams_prefix=streams,
+    )
+
+
+def test_parts_add_up():
+    step = step_memory()
+    weights = 7.1e6
+    np.testing.assert_allclose(
+        step.peak_bytes(Levers(8)),
+        [weights + 1.1e6 + 8 * 7e5, weights + 1.1e6 + 8 * 5e5, weights + 2.1e6 + 24e5],
+    )
+    # Of several micro-batches the largest array is there twice while it is added up.
+    np.testing.assert_allclose(step.peak_bytes(Levers(2))[0], weights + 1.4e6 + 2 * 7e5)
+    # Above the block, and the step itself or what comes before it: the sum of gradients
+    # so far, if any, a layer and the rows of embeddings.
+    streamed = step.peak_bytes(Levers(8, stream_prefix=True))
+    rows = 3e6 * (1 - np.exp(-8 * 16 * 65536 / 3e6))
+    np.testing.assert_allclose(
+        streamed[:2], [4.1e6 + 6.7e6, 3.1e6 + 2e6 + rows + 8 * 1e5]
+    )
+    touched = 3e6 * (1 - np.exp(-16 * 65536 / 3e6))
+    np.testing.assert_allclose(
+        step.peak_bytes(Levers(1, stream_prefix=True))[2],
+        2.1e6 + 2.1e6 + 2e6 + touched + 1e5,
+    )
+
+
+def test_the_fastest_that_fits_is_chosen():
+    step = step_memory()
+    assert step.choose(profile(20e6, True, True)) == [Levers(8)] * 3
+    assert step.choose(profile(11e6, True, True))[0] == Levers(8, stream_prefix=True)
+    assert step.choose(profile(9e6, True, True))[0] == Levers(2, stream_prefix=True)
+    assert step.choose(profile(10e6, splits=True))[0] == Levers(2)
+    assert step.choose(profile(10.8e6, streams=True))[0] == Levers(8, True)
+    # Without a way to fit it does what needs least.
+    assert step.choose(profile(1e5, True, True))[0] == Levers(1, True)
+    assert step.choose(profile(1e5)) == [Levers(8)] * 3
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(1e5, 2e7), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(1, 9),
+)
+def test_the_server_expects_what_the_devices_choose(fleet, batch_size):
+    step = step_memory(batch_size)
+    profiles = [profile(*device) for device in fleet]
+    required = step.required_bytes(profiles)
+    for row, device in zip(required, profiles, strict=True):
+        for block, levers in enumerate(step.choose(device)):
+            assert row[block] == step.peak_bytes(levers)[block]
+            # By brute force: if anything fits, what is chosen does.
+            sizes = range(1, batch_size + 1) if device.splits_batch else [batch_size]
+            ways = (False, True) if device.streams_prefix else (False,)
+            peaks = [step.peak_bytes(Levers(s, w))[block] for s in sizes for w in ways]
+            assert row[block] <= device.memory_bytes or row[block] == min(peaks)

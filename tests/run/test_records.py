@@ -1,0 +1,68 @@
+"""Records of rounds on file."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lola_flwr.errors import UserError
+from lola_flwr.run.records import BlockRecord, RoundLog, RoundRecord, read_rounds
+
+BLOCK = BlockRecord(
+    block_index=1,
+    depth=2,
+    device="phone",
+    share=0.5,
+    compute_s=1.0,
+    upload_s=2.0,
+    reported_compute_s=None,
+    compute_clock="",
+    loss=None,
+    status="no reply",
+)
+RECORDS = [
+    RoundRecord(
+        1, 3, 3.0, bound_s=2.5, blocks=(BLOCK,), metrics={"accuracy": 0.5}, round_s=3.0
+    ),
+    RoundRecord(2, 3, 3.0, skipped="nobody there", refused={"late": 2}),
+]
+
+
+@pytest.fixture
+def path(tmp_path):
+    log = RoundLog(tmp_path / "run" / "rounds.jsonl")
+    for record in RECORDS:
+        log.append(record)
+    return log.path
+
+
+def test_what_is_written_is_read(path):
+    first, second = read_rounds(path)
+    assert first == RECORDS[0]
+    assert math.isnan(second.bound_s)
+    assert second.to_json() == RECORDS[1].to_json()
+
+
+def test_a_line_that_is_still_being_written_is_left_out(path):
+    with path.open("a") as file:
+        file.write('{"server_round": 3')
+    assert len(read_rounds(path)) == 2
+
+
+def test_what_a_later_version_adds_is_left_out(path):
+    path.write_text(path.read_text().replace('{"server', '{"new": 1, "server'))
+    assert read_rounds(path)[0] == RECORDS[0]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"blocks": [3]}'])
+def test_a_line_that_is_no_record(path, line):
+    with path.open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(UserError, match=r"line 3 is no record"):
+        read_rounds(path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        read_rounds(tmp_path / "rounds.jsonl")

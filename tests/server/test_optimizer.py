@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lola_flwr.errors import UserError
+from lola_flwr.server.optimizer import ServerOptimizer
+
+
+def test_missing_gradients_leave_values_alone():
+    optimizer = ServerOptimizer(
+        {"a": np.float32([1, 2]), "b": np.float32([3])}, optimizer="AdamW", lr=0.1
+    )
+    optimizer.step({"a": np.float32([1, -1])})
+    state = optimizer.state()
+    # AdamW's first step moves by lr against the sign, after decay by lr * 0.01.
+    np.testing.assert_allclose(state["a"], [0.999 - 0.1, 2 * 0.999 + 0.1], rtol=1e-6)
+    np.testing.assert_array_equal(state["b"], [3])
+
+
+def test_sgd_by_name():
+    optimizer = ServerOptimizer({"a": np.float32([1])}, optimizer="SGD", lr=0.5)
+    optimizer.step({"a": np.float32([2])})
+    np.testing.assert_allclose(optimizer.state()["a"], [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Adamw", {}, "optimizer='Adamw' is not an optimizer of torch.optim"),
+        ("Optimizer", {"lr": 1.0}, "optimizer='Optimizer'"),
+        ("SGD", {"lr": -1.0}, "Invalid learning rate"),
+        ("SGD", {"speed": 1.0}, "speed"),
+    ],
+)
+def test_bad_options(name, options, message):
+    with pytest.raises(UserError, match=message):
+        ServerOptimizer({"a": np.float32([1])}, optimizer=name, **options)
+
+
+def test_initial_values_are_copied():
+    initial = np.float32([1])
+    optimizer = ServerOptimizer({"a": initial}, optimizer="SGD", lr=1.0)
+    optimizer.step({"a": np.float32([1])})
+    assert initial[0] == 1
+
+
+def test_learning_rate_decays_to_zero():
+    optimizer = ServerOptimizer(
+        {"a": np.float32([0])}, optimizer="SGD", lr=1.0, linear_decay_steps=4
+    )
+    positions = []
+    for _ in range(5):
+        optimizer.step({"a": np.float32([-1])})
+        positions.append(float(optimizer.state()["a"][0]))
+    # Steps of 1, 3/4, 1/2, 1/4 and 0.
+    np.testing.assert_allclose(positions, [1, 1.75, 2.25, 2.5, 2.5])
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
+def test_optimizers_that_cannot_step_are_refused_at_once(name):
+    with pytest.raises(UserError, match=f"optimizer='{name}'"):
+        ServerOptimizer({"a": np.float32([1])}, optimizer=name, lr=0.1)
+
+
+def test_a_schedule_by_name():
+    optimizer = ServerOptimizer(
+        {"a": np.float32([0])},
+        optimizer="SGD",
+        lr=1.0,
+        schedule="StepLR",
+        schedule_options={"step_size": 2, "gamma": 0.5},
+    )
+    positions = []
+    for _ in range(5):
+        optimizer.step({"a": np.float32([-1])})
+        positions.append(float(optimizer.state()["a"][0]))
+    # Two steps each of 1 and 1/2, then one of 1/4.
+    np.testing.assert_allclose(positions, [1, 2, 2.5, 3, 3.25])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        ("Cosine", {}, "schedule='Cosine' is not a schedule"),
+        ("ReduceLROnPlateau", {}, "counts steps"),
+        ("StepLR", {}, "schedule='StepLR': .*step_size"),
+        ("StepLR", {"speed": 1}, "speed"),
+    ],
+)
+def test_bad_schedules(schedule, options, message):
+    with pytest.raises(UserError, match=message):
+        ServerOptimizer(
+            {"a": np.float32([1])},
+            optimizer="SGD",
+            lr=1.0,
+            schedule=schedule,
+            schedule_options=options,
+        )
+
+
+def test_loaded_values_replace_the_old():
+    optimizer = ServerOptimizer({"a": np.float32([1])}, optimizer="SGD", lr=1.0)
+    optimizer.load({"a": np.array([5.0]), "other": np.array([0.0])})
+    optimizer.step({"a": np.float32([1])})
+    np.testing.assert_array_equal(optimizer.state()["a"], [4])
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad", "RMSprop", "Adafactor"])
+def test_steps_are_those_of_torch(name, rng):
+    start = rng.normal(size=(4, 3)).astype(np.float32)
+    gradients = rng.normal(size=(5, 4, 3)).astype(np.float32)
+    optimizer = ServerOptimizer({"a": start}, optimizer=name, lr=0.01)
+    parameter = torch.nn.Parameter(torch.tensor(start))
+    reference = getattr(torch.optim, name)([parameter], lr=0.01)
+    for gradient in gradients:
+        optimizer.step({"a": gradient})
+        parameter.grad = torch.tensor(gradient)
+        reference.step()
+    expected = parameter.numpy(force=True)
+    np.testing.assert_array_equal(optimizer.state()["a"], expected)
+    assert not np.array_equal(expected, start)
+
+
+def test_the_compiler_of_pytorch_stays_out_of_memory():
+    program = (
+        "import sys, numpy as np\n"
+        "from lola_flwr.server.optimizer import ServerOptimizer\n"
+        "one = np.ones(2, np.float32)\n"
+        "optimizer = ServerOptimizer({'a': one}, optimizer='AdamW', lr=0.1)\n"
+        "optimizer.step({'a': one})\n"
+        "assert optimizer.state()['a'][0] < 1\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

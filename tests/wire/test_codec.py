@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+from io import BytesIO
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lola_flwr.errors import UserError
+from lola_flwr.wire.codec import (
+    CODECS,
+    MalformedArray,
+    TopK,
+    codec_ladder,
+    codec_named,
+    encode_with_feedback,
+    read_npy,
+)
+
+NAMES = (*CODECS, "topk:0.01", "topk:0.3", "topk:1")
+
+
+def floats(limit=60000):
+    return hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0)
+        | st.sampled_from([(70, 3), (3, 70), (130, 64), (700,)]),
+        elements=st.floats(-limit, limit, width=32),
+    )
+
+
+def npy(array) -> bytes:
+    stream = BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def round_trip(codec, values):
+    """What the server reads out of what a device sends."""
+    wire = codec.encode(values)
+    shape, dtype = wire_type = codec.wire_type(values.shape)
+    assert wire.nbytes == wire_type.nbytes
+    decoded = codec.decode(read_npy(npy(wire), shape=shape, dtype=dtype), values.shape)
+    assert decoded.dtype == np.float32
+    assert decoded.shape == values.shape
+    return decoded
+
+
+@given(floats(), st.sampled_from(["fp32", "bf16", "fp16"]))
+def test_round_trip_is_within_the_type_s_rounding(values, name):
+    decoded = round_trip(CODECS[name], values)
+    relative = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}[name]
+    # Below the smallest normal number a type rounds to an absolute step.
+    absolute = {"fp32": 0.0, "bf16": 2.0**-133, "fp16": 2.0**-24}[name]
+    assert np.all(np.abs(decoded - values) <= relative * np.abs(values) + absolute)
+
+
+@given(floats(limit=2.0**100))
+def test_int8_is_within_half_a_level_of_its_channel(values):
+    error = np.abs(round_trip(CODECS["int8"], values) - values)
+    if values.ndim > 1 and values.size:
+        length = values.size // len(values)
+        axes = tuple(range(1, values.ndim))
+        if length < min(64, len(values)):
+            axes = (0,)  # a row's scale would cost too much: one for each column
+        largest = np.abs(values).max(axis=axes, keepdims=True)
+    else:
+        largest = np.abs(values).max(initial=0.0)
+    # Below 127 of the smallest float32 steps a scale is zero.
+    assert np.all(error <= largest / 254 * (1 + 1e-4) + 127 * 2.0**-149)
+
+
+@given(floats(), st.floats(0.01, 1))
+def test_top_k_keeps_the_largest_and_rounds_them(values, fraction):
+    decoded = round_trip(TopK(fraction), values)
+    kept = int(np.ceil(fraction * values.size)) if values.size else 0
+    assert np.count_nonzero(decoded) <= kept
+    left_out = np.abs(values[decoded == 0])
+    smallest_kept = np.abs(decoded[decoded != 0]).min(initial=np.inf)
+    assert np.all(left_out <= smallest_kept * (1 + 2.0**-8) + 2.0**-133)
+    there = decoded != 0
+    rounding = 2.0**-8 * np.abs(values[there])
+    assert np.all(np.abs(decoded[there] - values[there]) <= rounding + 2.0**-133)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "nbytes"),
+    [
+        ("fp32", (768, 768), 4 * 768**2),
+        ("bf16", (768, 768), 2 * 768**2),
+        ("int8", (3072, 768), 3072 * 768 + 4 * 3072),
+        ("int8", (768, 8), 768 * 8 + 4 * 8),
+        ("int8", (8, 768), 768 * 8 + 4 * 8),
+        ("int8", (768,), 768 + 4),
+        ("topk:0.01", (3072, 768), 23593 * 6),
+        ("topk:0.01", (256, 256), 656 * 4),
+        ("topk:0.01", (768,), 8 * 4),
+    ],
+)
+def test_sizes_are_known_beforehand(name, shape, nbytes):
+    assert codec_named(name).wire_type(shape).nbytes == nbytes
+
+
+@given(st.data(), st.sampled_from(NAMES))
+def test_nothing_is_lost_with_error_feedback(data, name):
+    codec = codec_named(name)
+    gradients = data.draw(
+        hnp.arrays(np.float32, (5, 12, 7), elements=st.floats(-100, 100, width=32))
+    )
+    sent, residual = np.zeros((12, 7), np.float32), None
+    for gradient in gradients:
+        wire, residual = encode_with_feedback(codec, gradient, residual)
+        sent += codec.decode(wire, gradient.shape)
+    if not codec.has_feedback:
+        assert residual is None
+        return
+    np.testing.assert_allclose(
+        sent + residual, gradients.sum(axis=0), rtol=0, atol=1e-3
+    )
+
+
+def test_top_k_sends_everything_in_the_end():
+    """Error feedback: a small but constant gradient gets through after some rounds."""
+    codec, residual = codec_named("topk:0.1"), None
+    gradient = np.ones(100, np.float32)
+    gradient[:10] = 5
+    sent = np.zeros(100, np.float32)
+    for _ in range(40):
+        wire, residual = encode_with_feedback(codec, gradient, residual)
+        sent += codec.decode(wire, (100,))
+    np.testing.assert_allclose(sent / 40, gradient, atol=0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_arrives_as_such_and_leaves_nothing(name, bad):
+    gradient = np.ones((3, 4), np.float32)
+    gradient[1, 2] = bad
+    codec = codec_named(name)
+    wire, residual = encode_with_feedback(codec, gradient, np.ones_like(gradient))
+    assert residual is None
+    if (name, bad) != ("fp16", np.inf):  # saturates
+        assert not np.isfinite(codec.decode(wire, gradient.shape)).all()
+
+
+@given(
+    st.data(), st.sampled_from(["int8", "topk:0.3"]), st.sampled_from([(3, 5), (9,)])
+)
+def test_any_bytes_of_the_right_size_are_values_or_the_one_error(data, name, shape):
+    codec = codec_named(name)
+    nbytes = codec.wire_type(shape).nbytes
+    wire = np.frombuffer(
+        data.draw(st.binary(min_size=nbytes, max_size=nbytes)), np.uint8
+    )
+    try:
+        decoded = codec.decode(wire, shape)
+    except MalformedArray:
+        return
+    assert decoded.shape == shape
+    assert decoded.dtype == np.float32
+
+
+@pytest.mark.parametrize("positions", [[5, 4, 6], [1, 1, 2], [0, 1, 9]])
+def test_positions_that_no_encoder_sends(positions):
+    codec = TopK(0.3)
+    wire = np.zeros(codec.wire_type((9,)).nbytes, np.uint8)
+    wire[:3] = positions
+    with pytest.raises(MalformedArray, match="must rise, and be below 9"):
+        codec.decode(wire, (9,))
+
+
+@given(floats())
+def test_bf16_rounds_as_torch_does(values):
+    wire = CODECS["bf16"].encode(values)
+    expected = torch.from_numpy(values.copy()).to(torch.bfloat16)
+    np.testing.assert_array_equal(wire, expected.view(torch.uint16).numpy())
+
+
+def test_fp16_saturates():
+    values = np.float32([1e30, -1e30])
+    np.testing.assert_array_equal(
+        round_trip(CODECS["fp16"], values), np.float32([65504, -65504])
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zip", "codec='zip' is unknown; choose from fp32"),
+        ("topk", "codec='topk': write the share of the values"),
+        ("topk:0", "codec='topk:0': write the share"),
+        ("topk:nan", "codec='topk:nan': write the share"),
+        ("auto:1", "codec='auto:1' is unknown"),
+    ],
+)
+def test_unknown_codecs(name, message):
+    with pytest.raises(UserError, match=message):
+        codec_ladder(name)
+
+
+def test_auto_is_a_ladder_of_codecs_from_coarse_to_fine():
+    sizes = [codec_named(n).wire_type((64, 64)).nbytes for n in codec_ladder("auto")]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "Not an array"),
+        (npy(np.zeros((2, 3), "f4"))[:-1], "body of 23 B; expected 24 B"),
+        (npy(np.zeros((2, 3), "f4")) + b"x", "153 B received; expected at most 152 B"),
+        (npy(np.zeros((3, 2), "f4")), r"shape \(3, 2\) .* expected \(2, 3\)"),
+        (npy(np.zeros((2, 3), "f2")), "type float16"),
+        (npy(np.zeros((2, 3), ">f4")), "type >f4"),
+        (npy(np.asfortranarray(np.zeros((2, 3), "f4"))), "Column-major"),
+    ],
+)
+def test_arrays_that_were_not_asked_for(data, message):
+    with pytest.raises(MalformedArray, match=message):
+        read_npy(data, shape=(2, 3), dtype=np.dtype("f4"))
+
+
+def test_pickled_objects_are_never_loaded():
+    stream = BytesIO()
+    np.save(stream, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(MalformedArray):
+        read_npy(stream.getvalue(), shape=(1,), dtype=np.dtype("f4"))
+
+
+VALID = npy(np.arange(6, dtype="f4").reshape(2, 3))
+
+
+@given(
+    st.binary(max_size=200)
+    | st.builds(
+        lambda position, value: (
+            VALID[:position] + bytes([value]) + VALID[position + 1 :]
+        ),
+        st.integers(0, len(VALID) - 1),
+        st.integers(0, 255),
+    )
+)
+def test_any_bytes_give_the_array_or_the_one_error(data):
+    try:
+        array = read_npy(data, shape=(2, 3), dtype=np.dtype("f4"))
+    except MalformedArray:
+        return
+    assert array.shape == (2, 3)
+    assert array.dtype == np.float32
