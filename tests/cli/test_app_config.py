@@ -15,7 +15,7 @@ from lola_flwr.cli.app_config import (
 )
 from lola_flwr.errors import UserError
 
-GLUE = Path(__file__).parent.parent / "simulations" / "glue"
+GLUE = Path(__file__).parents[2] / "simulations" / "glue"
 APP = FlowerApp(
     Path("app"),
     "app",
