@@ -69,6 +69,16 @@ def test_programs_run(program):
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize("excerpt", blocks("py"))
+def test_excerpts_stand_in_the_app(excerpt):
+    app = ROOT / "simulations" / "quickstart" / "quickstart"
+    assert any(excerpt in path.read_text() for path in app.glob("*.py"))
+
+
+def test_readme_can_be_read_in_one_go():
+    assert len(README.splitlines()) <= 200
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("command", RUNS)

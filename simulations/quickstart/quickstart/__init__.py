@@ -1,0 +1,1 @@
+"""The shortest complete app: devices train a classifier's LoRA adapter together."""

@@ -1,0 +1,56 @@
+"""The server: who trains which block with which share of the uplink, and the steps."""
+
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from lola_flwr.build import coordinator_for
+from lola_flwr.costs.of_model import model_costs
+from lola_flwr.model.adapters import save_model
+from lola_flwr.model.loading import load_values
+from lola_flwr.run.directory import run_directory
+from lola_flwr.run.records import RoundLog
+from lola_flwr.strategies.message import LoLaDeft
+from quickstart.task import load_data, load_model, make_batch
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train for some rounds, and save the adapter."""
+    config = context.run_config
+    model, partition, tokenizer = load_model(config["model"], config["data"])
+    held_out = load_data(config["data"])["test"][:500]
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        load_values(model, partition.trainable, arrays.to_numpy_ndarrays())
+        model.eval()
+        batch = make_batch(held_out, tokenizer)
+        with torch.inference_mode():
+            output = model(**batch)
+        correct = output.logits.argmax(dim=1) == batch["labels"]
+        return MetricRecord(
+            {"loss": output.loss.item(), "accuracy": correct.float().mean().item()}
+        )
+
+    batch_size = config["batch-size"]
+    coordinator = coordinator_for(
+        model,
+        partition,
+        costs=model_costs(model, partition, batch_size=batch_size, sequence_length=64),
+        bandwidth_hz=20e6,
+        batch_size=batch_size,
+        lr=config["lr"],
+    )
+    directory = run_directory(config["output-dir"], context.run_id)
+    log = RoundLog(directory / "rounds.jsonl")
+    strategy = LoLaDeft(coordinator, on_round=log.append)
+    result = strategy.start(
+        grid,
+        strategy.initial_arrays(),
+        num_rounds=config["rounds"],
+        evaluate_fn=evaluate,
+    )
+    load_values(model, partition.trainable, result.arrays.to_numpy_ndarrays())
+    save_model(model, directory / "adapter")

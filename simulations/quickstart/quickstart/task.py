@@ -1,0 +1,55 @@
+"""What is trained, on what: the only file to change for a task of your own."""
+
+from functools import lru_cache
+from itertools import product
+
+import datasets
+import torch
+
+from lola_flwr.device.block_device import Batch
+from lola_flwr.model.adapters import adapt, model_partition
+from lola_flwr.model.loading import load_classifier
+
+# The last two of each are held out: what they mean, the model has to know.
+GOOD = ("great", "lovely", "clever", "moving", "funny", "fresh", "superb", "warm")
+BAD = ("awful", "boring", "clumsy", "cold", "silly", "stale", "terrible", "weak")
+THINGS = ("plot", "music", "acting", "ending", "script", "pace", "cast")
+
+
+@lru_cache
+def load_data(path: str) -> datasets.DatasetDict:
+    """Read a file with the columns text and label, and hold a fifth of it out."""
+    if not path:
+        return datasets.DatasetDict(train=reviews(0, 6), test=reviews(6, 8))
+    kind = "json" if path.endswith(("json", "jsonl")) else "csv"
+    options = {"delimiter": "\t"} if path.endswith("tsv") else {}
+    examples = datasets.load_dataset(kind, data_files=path, split="train", **options)
+    return examples.class_encode_column("label").train_test_split(0.2, seed=0)
+
+
+def reviews(start: int, stop: int) -> datasets.Dataset:
+    """Make sentences of some of the words."""
+    rows = [
+        {"text": f"The {a} was {x}, and the {b} was {y}.", "label": label}
+        for label, words in enumerate((BAD[start:stop], GOOD[start:stop]))
+        for a, b, x, y in product(THINGS, THINGS, words, words)
+        if a != b and x != y
+    ]
+    return datasets.Dataset.from_list(rows).class_encode_column("label").shuffle(0)
+
+
+@lru_cache
+def load_model(name: str, path: str):
+    """Return the model with its adapters, their blocks, and the tokenizer."""
+    labels = load_data(path)["train"].features["label"].num_classes
+    model, tokenizer = load_classifier(name, num_labels=labels)
+    model = adapt(model, "lora", {"r": 8, "target_modules": "all-linear"})
+    return model, model_partition(model), tokenizer
+
+
+def make_batch(rows: dict, tokenizer) -> Batch:
+    """Tokenize some rows into what the model is called with."""
+    encoded = tokenizer(
+        rows["text"], truncation=True, max_length=64, padding=True, return_tensors="pt"
+    )
+    return {**encoded, "labels": torch.tensor(rows["label"])}
