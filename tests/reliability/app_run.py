@@ -58,13 +58,15 @@ class AppGrid(InProcessGrid):
 
 
 def run_app(output_dir, *, make_grid=AppGrid, **overrides):
-    """Run the app; return its round log, records as dicts."""
+    """Run the app; return its round log, records as dicts.
+
+    What its devices keep goes under FLWR_HOME.
+    """
     for name in ("_run_id", "_task_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
     torch.set_num_threads(1)
-    config = app_config(
-        interface="message", output_dir=str(output_dir), keep_checkpoints=1, **overrides
-    )
+    options = {"interface": "message", "keep_checkpoints": 1, **overrides}
+    config = app_config(output_dir=str(output_dir), **options)
     grid = make_grid(config)
     fine_tune(grid, Context(1, 1, {}, RecordDict(), config))
     lines = (Path(output_dir) / "rounds.jsonl").read_text().splitlines()
