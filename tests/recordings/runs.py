@@ -135,8 +135,8 @@ SLOW = {
 # anew with a later version: that one has to go on with it, or to refuse.
 STOPPED = DIRECTORY / "stopped"
 
-# What `make demo` runs.
-DEMO = ("simulate", "simulations/glue", "--devices", "6")
+# What `make demo` simulates.
+DEMO = ("simulations/glue", "--devices", "6")
 
 
 def configuration(name):
