@@ -17,6 +17,7 @@ from lola_flwr.model.backprop import (
     BlockGradient,
     LossFunction,
     model_loss,
+    only_trainable,
 )
 
 
@@ -66,15 +67,10 @@ def scheduled_gradient(
         With everything run fully, the gradient itself. Otherwise it is biased: outputs
         lack what is skipped, and gradients what does not flow back.
     """
-    parameters = dict(model.named_parameters())
-    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     total: dict[str, Tensor] = {}
     sizes = [len(next(iter(batch.values()))) for batch in micro_batches]
     loss_sum = 0.0
-    try:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in set(trainable))
-        wanted = [parameters[name] for name in trainable]
+    with only_trainable(model, trainable) as wanted:
         for index, batch in enumerate(micro_batches):
             table = operations[:, index].reshape(
                 subnetworks.num_layers, subnetworks.num_groups
@@ -82,7 +78,9 @@ def scheduled_gradient(
             with scheduled(subnetworks, [[Operation(o) for o in row] for row in table]):
                 loss = loss_function(model, batch)
                 weight = sizes[index] / sum(sizes)
-                found = torch.autograd.grad(weight * loss, wanted, allow_unused=True)
+                found = torch.autograd.grad(
+                    weight * loss, [*wanted.values()], allow_unused=True
+                )
             for name, gradient in zip(trainable, found, strict=True):
                 if gradient is None:
                     continue
@@ -91,13 +89,10 @@ def scheduled_gradient(
                 else:
                     total[name] = gradient
             loss_sum += loss.item() * sizes[index]
-    finally:
-        for name, flag in flags.items():
-            parameters[name].requires_grad_(flag)
     return BlockGradient(
         gradients={
-            name: total.get(name, torch.zeros_like(parameters[name]))
-            for name in trainable
+            name: total.get(name, torch.zeros_like(parameter))
+            for name, parameter in wanted.items()
         },
         loss=loss_sum / sum(sizes),
         num_examples=sum(sizes),

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.memory import Levers
-from lola_flwr.d2ft.operations import from_text
-from lola_flwr.d2ft.reduced import reduced_gradient
 from lola_flwr.device.base_model import check_fingerprint
 from lola_flwr.device.contract import LocalUpdate
 from lola_flwr.device.encoding import encode_update
@@ -26,15 +23,11 @@ from lola_flwr.device.memory import measured_peak
 from lola_flwr.device.out_of_memory import reports_out_of_memory
 from lola_flwr.device.part import PartResult, compute_part
 from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
+from lola_flwr.device.steps import StepResult, step_for
 from lola_flwr.device.store import LostCopy, Residuals, complete
 from lola_flwr.errors import UserError
 from lola_flwr.heap import keep_no_freed_memory
-from lola_flwr.model.backprop import (
-    Batch,
-    LossFunction,
-    block_gradient,
-    model_loss,
-)
+from lola_flwr.model.backprop import Batch, LossFunction, model_loss
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.precision import Accelerator, Precision, autocast, find_device
 from lola_flwr.randomness import rng_for
@@ -49,8 +42,6 @@ from lola_flwr.wire.records import (
     nothing_report,
 )
 from lola_flwr.wire.versions import Manifest
-from lola_flwr.zeroth_order.directions import directions_of
-from lola_flwr.zeroth_order.projections import projected_gradients
 
 # Gives a mini-batch: (number, batch_size) -> arguments of the model. The number is that
 # of the round, or of a micro-batch where the model is spread over devices; there it has
@@ -153,28 +144,13 @@ class BlockDevice:
         device = find_device(self.accelerator)
         loaded = self.load_model()
         local = LoadedModel(*loaded, device) if isinstance(loaded, tuple) else loaded
-        partition = local.partition
         check_fingerprint(local.fingerprint(), assignment)
-        names, manifest = partition.trainable, None
-        if assignment.manifest is not None:
-            manifest = Manifest.from_text(assignment.manifest)
-            names = manifest.sent_names(partition.trainable)
-        received = [*received_values(values, local.shapes(names)).values()]
-        held = None
-        if manifest is not None:
-            try:
-                received = complete(received, manifest, self.store)
-            except LostCopy:
-                return LocalUpdate({}, 0, nothing_report(assignment))
-            held = manifest.version if self.store else None
-        local.load(partition.trainable, received)
+        try:
+            held = self._take_in(local, assignment, values)
+        except LostCopy:
+            return LocalUpdate({}, 0, nothing_report(assignment))
         batch = self.batch_source(assignment.server_round, assignment.batch_size)
-        rng = rng_for(self.seed, "dropout", assignment.server_round, self.profile.name)
-        levers = self._levers(assignment, streams=local.streams)
-        cache = self.prefix_cache
-        if assignment.operations is not None:
-            # What a layer is told to do, it does itself.
-            levers, cache = replace(levers, stream_prefix=local.streams), None
+        levers, cache = self._levers(assignment, streams=local.streams)
         measures = self.simulated_compute_s is None
         if measures:
             keep_no_freed_memory()
@@ -191,64 +167,75 @@ class BlockDevice:
             # The device's own random state is left as it was.
             torch.random.fork_rng(),
         ):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             _train_mode(model)
+            rng = rng_for(
+                self.seed, "dropout", assignment.server_round, self.profile.name
+            )
             torch.manual_seed(int(rng.integers(2**63)))
-            if assignment.direction_seed is None:
-                gradient = block_gradient
-                if assignment.operations is not None:
-                    gradient = partial(
-                        reduced_gradient, operations=from_text(assignment.operations)
-                    )
-                result = gradient(
-                    model,
-                    partition,
-                    assignment.block_index,
-                    batch,
-                    loss_function=loss_function,
-                    micro_batch_size=levers.micro_batch_size,
-                )
-                loss, num_examples = result.loss, result.num_examples
-            else:
-                projections, loss = projected_gradients(
-                    model,
-                    partition.update_names(
-                        assignment.block_index, head=assignment.sends_head
-                    ),
-                    batch,
-                    directions=directions_of(assignment),
-                    loss_function=loss_function,
-                )
-                num_examples = len(next(iter(batch.values())))
+            result = step_for(assignment)(
+                model,
+                local.partition,
+                assignment,
+                {name: tensor.to(device) for name, tensor in batch.items()},
+                loss_function=loss_function,
+                micro_batch_size=levers.micro_batch_size,
+            )
         arrays: dict[str, npt.NDArray[Any]] = {}
-        sent_projections = None
-        if assignment.direction_seed is None:
-            encoded = self._encoded(result.gradients, partition, assignment)
-            arrays[GRADIENTS] = encoded
-        else:
-            sent_projections = projections.astype(PROJECTION_TYPE).tobytes()
+        if result.gradients is not None:
+            arrays[GRADIENTS] = self._encoded(
+                result.gradients, local.partition, assignment
+            )
+        report = replace(
+            self._report(assignment, result, start),
+            held=held,
+            peak_memory_bytes=(
+                None if peak is None else float(local.held_bytes + peak.peak_bytes)
+            ),
+        )
+        return LocalUpdate(arrays, result.num_examples, report)
+
+    def _take_in(
+        self,
+        local: LoadedModel | StreamedModel,
+        assignment: Assignment,
+        values: Mapping[str, npt.NDArray[Any]],
+    ) -> str | None:
+        """Load what the server sent; return the version that is now held, if any."""
+        names = local.partition.trainable
+        manifest = None
+        if assignment.manifest is not None:
+            manifest = Manifest.from_text(assignment.manifest)
+            names = manifest.sent_names(names)
+        received = [*received_values(values, local.shapes(names)).values()]
+        if manifest is not None:
+            received = complete(received, manifest, self.store)
+        local.load(local.partition.trainable, received)
+        return manifest.version if manifest is not None and self.store else None
+
+    def _report(
+        self, assignment: Assignment, result: StepResult, start: float
+    ) -> UpdateReport:
+        """Return what goes with an update whose computation began at ``start``."""
         simulated = self.simulated_compute_s
-        report = UpdateReport(
+        projections = result.projections
+        return UpdateReport(
             server_round=assignment.server_round,
             block_index=assignment.block_index,
-            update_kind=(
-                "gradient" if assignment.direction_seed is None else "zeroth-order"
-            ),
-            loss=loss,
+            update_kind="gradient" if projections is None else "zeroth-order",
+            loss=result.loss,
             compute_s=(
                 time.perf_counter() - start
                 if simulated is None
                 else simulated(assignment)
             ),
             compute_clock="measured" if simulated is None else "simulated",
-            held=held,
-            peak_memory_bytes=(
-                None if peak is None else float(local.held_bytes + peak.peak_bytes)
-            ),
             direction_seed=assignment.direction_seed,
-            projections=sent_projections,
+            projections=(
+                None
+                if projections is None
+                else projections.astype(PROJECTION_TYPE).tobytes()
+            ),
         )
-        return LocalUpdate(arrays, num_examples, report)
 
     def compute_part(
         self, task: PartTask, arrays: Mapping[str, npt.NDArray[Any]]
@@ -314,8 +301,17 @@ class BlockDevice:
             residuals = Residuals(self.store, self.profile.name)
         return encode_update(gradients, partition, assignment, residuals)
 
-    def _levers(self, assignment: Assignment, *, streams: bool) -> Levers:
-        """Return how this device computes the gradient: what the server expects."""
+    def _levers(
+        self, assignment: Assignment, *, streams: bool
+    ) -> tuple[Levers, ActivationCache | None]:
+        """Return how this device computes the step: what the server expects."""
+        if assignment.operations is not None:
+            # What a layer is told to do, it does itself.
+            own = self._own_levers(assignment, streams=streams)
+            return replace(own, stream_prefix=streams), None
+        return self._own_levers(assignment, streams=streams), self.prefix_cache
+
+    def _own_levers(self, assignment: Assignment, *, streams: bool) -> Levers:
         step = None if self.costs is None else self.costs().step
         if step is None:
             return Levers(self.micro_batch_size, stream_prefix=streams)

@@ -44,7 +44,7 @@ from lola_flwr.d2ft.wire import (
     tensors_of,
 )
 from lola_flwr.errors import UserError
-from lola_flwr.model.backprop import Batch, LossFunction
+from lola_flwr.model.backprop import Batch, LossFunction, only_trainable
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.randomness import rng_for
 from lola_flwr.wire.packing import GRADIENTS, VALUES
@@ -237,7 +237,6 @@ def _loss(part: _Part) -> PartResult:
     first, *others = part.subnetworks.layers
     head = [part.parameters[name] for name in part.partition.head]
     _load(head, part.arrays[VALUES])
-    flags = [parameter.requires_grad for parameter in head]
     losses: list[float] = []
     slopes: list[Tensor] = []
     total = [torch.zeros_like(parameter) for parameter in head]
@@ -249,9 +248,7 @@ def _loss(part: _Part) -> PartResult:
             "number, as it is twice a step."
         )
     examples = [len(next(iter(batch.values()))) for batch in batches]
-    try:
-        for parameter in head:
-            parameter.requires_grad_(True)
+    with only_trainable(part.model, part.partition.head):
         for number, batch, hidden, size in zip(
             part.numbers, batches, part.hidden(HIDDEN), examples, strict=True
         ):
@@ -270,9 +267,6 @@ def _loss(part: _Part) -> PartResult:
             slopes.append(slope)
             for sum_, gradient in zip(total, found, strict=True):
                 sum_ += gradient * (size / sum(examples))
-    finally:
-        for parameter, flag in zip(head, flags, strict=True):
-            parameter.requires_grad_(flag)
     report = part.report(losses=np.array(losses, "<f4").tobytes())
     return report, {SLOPES: array_of(slopes), GRADIENTS: array_of(total)}
 
@@ -306,12 +300,9 @@ def _backward(part: _Part) -> PartResult:
     named = part.parameters
     names = list(dict.fromkeys(piece.name for piece in slices))
     wanted = [named[name] for name in names]
-    flags = [parameter.requires_grad for parameter in wanted]
     totals = {name: torch.zeros_like(named[name]) for name in names}
     slopes: list[Tensor] = []
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+    with only_trainable(part.model, names):
         for m, (hidden, slope) in enumerate(
             zip(part.hidden(HIDDEN), part.hidden(SLOPES), strict=True)
         ):
@@ -328,9 +319,6 @@ def _backward(part: _Part) -> PartResult:
             slopes += found[: len(inputs)]
             for name, gradient in zip(names, found[len(inputs) :], strict=True):
                 totals[name] += gradient
-    finally:
-        for parameter, flag in zip(wanted, flags, strict=True):
-            parameter.requires_grad_(flag)
     arrays: dict[str, npt.NDArray[Any]] = {}
     if slices:
         arrays[GRADIENTS] = array_of([piece.of(totals[piece.name]) for piece in slices])

@@ -13,7 +13,7 @@ accumulation, and as many local steps at fixed weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -52,12 +52,43 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-class only_block_trainable:
-    """Freeze everything but one block and the head for the duration of a ``with``.
+class only_trainable:
+    """Freeze all parameters but some for the duration of a ``with``.
 
     Entering gives the trainable parameters by name. On exit every ``requires_grad``
     flag is as it was. (A generator would also restore them when it is collected, at a
     moment of the garbage collector's choice.)
+
+    Parameters
+    ----------
+    model
+        The model.
+    names
+        Names of the parameters that stay trainable, or become so.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._trainable = tuple(names)
+        self._flags: dict[str, bool] = {}
+
+    def __enter__(self) -> dict[str, nn.Parameter]:
+        self._flags = {name: p.requires_grad for name, p in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+        for name in self._trainable:
+            self._parameters[name].requires_grad_(True)
+        return {name: self._parameters[name] for name in self._trainable}
+
+    def __exit__(self, *_: object) -> None:
+        for name, flag in self._flags.items():
+            self._parameters[name].requires_grad_(flag)
+
+
+def only_block_trainable(
+    model: nn.Module, partition: BlockPartition, block_index: int
+) -> only_trainable:
+    """Freeze everything but one block and the head for the duration of a ``with``.
 
     Parameters
     ----------
@@ -73,30 +104,12 @@ class only_block_trainable:
     IndexError
         No such block.
     """
-
-    def __init__(
-        self, model: nn.Module, partition: BlockPartition, block_index: int
-    ) -> None:
-        if not 0 <= block_index < partition.num_blocks:
-            raise IndexError(
-                f"block_index={block_index} is not a block of this model; it has "
-                f"blocks 0 to {partition.num_blocks - 1}."
-            )
-        self._parameters = dict(model.named_parameters())
-        self._trainable = partition.update_names(block_index)
-        self._flags: dict[str, bool] = {}
-
-    def __enter__(self) -> dict[str, nn.Parameter]:
-        self._flags = {name: p.requires_grad for name, p in self._parameters.items()}
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(False)
-        for name in self._trainable:
-            self._parameters[name].requires_grad_(True)
-        return {name: self._parameters[name] for name in self._trainable}
-
-    def __exit__(self, *_: object) -> None:
-        for name, flag in self._flags.items():
-            self._parameters[name].requires_grad_(flag)
+    if not 0 <= block_index < partition.num_blocks:
+        raise IndexError(
+            f"block_index={block_index} is not a block of this model; it has blocks 0 "
+            f"to {partition.num_blocks - 1}."
+        )
+    return only_trainable(model, partition.update_names(block_index))
 
 
 def block_gradient(

@@ -30,6 +30,7 @@ from lola_flwr.d2ft.wire import (
     part_slices,
     sizes_to_text,
 )
+from lola_flwr.model.backprop import only_trainable
 from lola_flwr.server.spread.exchange import (
     LARGEST_HIDDEN,
     LARGEST_PARAMETER_GAIN,
@@ -153,11 +154,8 @@ def spread_gradient(
     """
     parameters = spread.parameters
     names = spread.partition.trainable
-    flags = {name: parameters[name].requires_grad for name in names}
     gradients = {name: torch.zeros_like(parameters[name]) for name in names}
-    try:
-        for name in names:
-            parameters[name].requires_grad_(True)
+    with only_trainable(spread.model, names):
         micro_batches = draw_micro_batches(spread, numbers, batch_size, max_tokens)
         outputs, anchor = run_layers(spread, micro_batches, operations, gradients)
         losses = losses_of(spread, micro_batches, batch_size, outputs)
@@ -172,9 +170,6 @@ def spread_gradient(
             for name, gradient in zip(names, own, strict=True):
                 if gradient is not None:
                     gradients[name] += gradient
-    finally:
-        for name, flag in flags.items():
-            parameters[name].requires_grad_(flag)
     return SpreadGradient(
         gradients={**gradients, **losses.head},
         loss=losses.mean,

@@ -1,0 +1,147 @@
+"""The three ways to compute what an assignment asks for, on one mini-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from lola_flwr.d2ft.operations import from_text
+from lola_flwr.d2ft.reduced import reduced_gradient
+from lola_flwr.model.backprop import (
+    Batch,
+    BlockGradient,
+    LossFunction,
+    block_gradient,
+)
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.wire.records import Assignment
+from lola_flwr.zeroth_order.directions import directions_of
+from lola_flwr.zeroth_order.projections import projected_gradients
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepResult:
+    """What a step has found.
+
+    Parameters
+    ----------
+    loss
+        Mean loss of the mini-batch.
+    num_examples
+        Its examples.
+    gradients
+        Mean gradient of each parameter of the block and of the head; none where
+        projections take their place.
+    projections
+        Of the gradient, on the directions that the assignment names; shape [count].
+    """
+
+    loss: float
+    num_examples: int
+    gradients: Mapping[str, Tensor] | None = None
+    projections: npt.NDArray[np.float32] | None = None
+
+
+class Step(Protocol):
+    """Computes what an assignment asks for; the arguments are those of a device."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        partition: BlockPartition,
+        assignment: Assignment,
+        batch: Batch,
+        *,
+        loss_function: LossFunction,
+        micro_batch_size: int,
+    ) -> StepResult:
+        """Run the step."""
+
+
+def step_for(assignment: Assignment) -> Step:
+    """Return the step that an assignment asks for."""
+    if assignment.direction_seed is not None:
+        return forward_passes_alone
+    if assignment.operations is not None:
+        return under_a_schedule
+    return down_to_the_block
+
+
+def down_to_the_block(
+    model: nn.Module,
+    partition: BlockPartition,
+    assignment: Assignment,
+    batch: Batch,
+    *,
+    loss_function: LossFunction,
+    micro_batch_size: int,
+) -> StepResult:
+    """Back-propagate from the loss down to the block: the gradient itself."""
+    return _of(
+        block_gradient(
+            model,
+            partition,
+            assignment.block_index,
+            batch,
+            loss_function=loss_function,
+            micro_batch_size=micro_batch_size,
+        )
+    )
+
+
+def under_a_schedule(
+    model: nn.Module,
+    partition: BlockPartition,
+    assignment: Assignment,
+    batch: Batch,
+    *,
+    loss_function: LossFunction,
+    micro_batch_size: int,
+) -> StepResult:
+    """Run some layers forward only, or not at all: a biased gradient."""
+    return _of(
+        reduced_gradient(
+            model,
+            partition,
+            assignment.block_index,
+            batch,
+            operations=from_text(assignment.operations or ""),
+            loss_function=loss_function,
+            micro_batch_size=micro_batch_size,
+        )
+    )
+
+
+def forward_passes_alone(
+    model: nn.Module,
+    partition: BlockPartition,
+    assignment: Assignment,
+    batch: Batch,
+    *,
+    loss_function: LossFunction,
+    micro_batch_size: int,
+) -> StepResult:
+    """Measure the gradient's projections on directions that the server draws, too.
+
+    All of the mini-batch runs at once: nothing is kept for a backward pass.
+    """
+    projections, loss = projected_gradients(
+        model,
+        partition.update_names(assignment.block_index, head=assignment.sends_head),
+        batch,
+        directions=directions_of(assignment),
+        loss_function=loss_function,
+    )
+    num_examples = len(next(iter(batch.values())))
+    return StepResult(loss=loss, num_examples=num_examples, projections=projections)
+
+
+def _of(found: BlockGradient) -> StepResult:
+    return StepResult(
+        loss=found.loss, num_examples=found.num_examples, gradients=found.gradients
+    )
