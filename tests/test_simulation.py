@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lola_flwr import simulation
 from lola_flwr.errors import UserError
-from lola_flwr.simulation import FinishedRun, run_app
+from lola_flwr.simulation import FinishedRun, run_app, runs
 
 ROOT = Path(__file__).parent.parent
 APP = ROOT / "simulations" / "glue"
@@ -36,6 +35,7 @@ def flower(tmp_path, monkeypatch):
     """Stand-ins for Flower's programs, which note their process ids."""
     bin_directory = tmp_path / "bin"
     bin_directory.mkdir()
+    (bin_directory / "python").symlink_to(PYTHON)
     note = f"open({str(tmp_path)!r} + '/{{}}.pid', 'w').write(str(os.getpid()))\n"
     listen = (
         "import socket\n"
@@ -111,7 +111,7 @@ class TestOutput:
 class TestStatus:
     def status(self, directory, body, output=STARTED):
         flwr = program(directory, "flwr", body)
-        return simulation._status(flwr, output, dict(os.environ))
+        return runs._status(flwr, output, dict(os.environ))
 
     def test_how_it_ended(self, tmp_path):
         body = """
@@ -129,11 +129,11 @@ print('{"runs": [{"status": "finished:failed"}]}')"""
         ],
     )
     def test_no_answer(self, tmp_path, body, monkeypatch):
-        monkeypatch.setattr(simulation, "_STATUS_S", 1.0)
+        monkeypatch.setattr(runs, "_STATUS_S", 1.0)
         assert self.status(tmp_path, body).startswith("unknown: `flwr list` ")
 
     def test_answer_that_does_not_come(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(simulation, "_STATUS_S", 0.2)
+        monkeypatch.setattr(runs, "_STATUS_S", 0.2)
         status = self.status(tmp_path, "time.sleep(30)")
         assert status == "unknown: `flwr list` took more than 0.2 s"
 
@@ -180,7 +180,7 @@ class TestStart:
     def test_program_on_the_path(self, flower, monkeypatch):
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
         monkeypatch.setenv("PATH", f"{flower}/bin")
-        assert simulation._program("flwr") == str(flower / "bin" / "flwr")
+        assert runs._program("flwr") == str(flower / "bin" / "flwr")
 
     def test_superlink_that_does_not_start(self, flower):
         program(flower / "bin", "flower-superlink", "sys.exit('no')")
@@ -258,18 +258,56 @@ class TestStop:
         for name in self.NAMES:
             assert stopped(noted(flower, name)), name
 
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+    def test_nothing_is_left_of_a_command_that_is_killed(self, flower, number):
+        # What Ray's programs do: a session of their own, and a parent that is gone.
+        daemon = (
+            "if os.fork(): sys.exit()\nos.setsid()\nif os.fork(): sys.exit()\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            f"open({str(flower)!r} + '/daemon.pid', 'w').write(str(os.getpid()))\n"
+            "time.sleep(60)"
+        )
+        program(flower / "bin", "daemon", daemon)
+        path = flower / "bin" / "flower-superexec"
+        path.write_text(
+            path.read_text().replace("time.sleep(60)", "")
+            + f"\nsubprocess.Popen([{str(flower / 'bin' / 'daemon')!r}])\n"
+            + "time.sleep(60)"
+        )
+        command = (
+            "import sys; from pathlib import Path; "
+            "from lola_flwr.simulation import run_app; "
+            f"sys.executable = {sys.executable!r}; "
+            f"run_app(Path({str(APP)!r}), num_devices=2, run_config=['wait=1'], "
+            f"home=Path({str(flower / 'home')!r}))"
+        )
+        with subprocess.Popen(
+            [PYTHON, "-uc", command], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            while not (flower / "daemon.pid").exists():
+                time.sleep(0.05)
+            process.send_signal(number)
+            process.wait()
+        for name in ("superlink", "flwr", "daemon"):
+            assert stopped(noted(flower, name)), name
+
     def test_a_program_that_does_not_stop_is_killed(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(simulation, "_STOP_S", 0.2)
         stubborn = program(
             tmp_path,
             "stubborn",
             "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            "print('ready', flush=True)\ntime.sleep(60)",
+            "print(os.getpid(), flush=True)\ntime.sleep(60)",
         )
-        with simulation._running(
-            [stubborn], dict(os.environ), subprocess.PIPE, own_group=True
-        ) as process:
+        with runs._running([stubborn], dict(os.environ), subprocess.PIPE) as process:
             assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
+            pid = int(process.stdout.readline())
         process.stdout.close()
-        assert process.returncode == -signal.SIGKILL
+        assert stopped(pid)
+
+    def test_a_guard_takes_over_the_exit_code(self, tmp_path):
+        failing = program(tmp_path, "failing", "sys.exit(3)")
+        with runs._running([failing], dict(os.environ), subprocess.PIPE) as process:
+            assert process.wait() == 3
+        assert process.stdout is not None
+        process.stdout.close()

@@ -11,21 +11,20 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from lola_flwr.errors import UserError
+from lola_flwr.simulation import guard
 
 _START_S = 60.0
-_STOP_S = 20.0
 _STATUS_S = 30.0
 
 
@@ -107,8 +106,8 @@ def run_app(
         )
     superexec, flwr = map(_program, ("flower-superexec", "flwr"))
     with own_superlink(home) as link:
-        # The SuperLink could start a SuperExec itself, but stopping both would leave
-        # the simulation running. All that this one starts is in its process group.
+        # The SuperLink could start a SuperExec itself, but stopping it would leave the
+        # simulation until the SuperLink has ended, too.
         superexec_command = [
             *(superexec, "--insecure", "--runtime-api-address", link.address),
             *("--parent-pid", str(os.getpid())),
@@ -121,7 +120,7 @@ def run_app(
             run_command += ["--run-config", override]
         with (
             link.log.open("ab") as log_file,
-            _running(superexec_command, link.environment, log_file, own_group=True),
+            _running(superexec_command, link.environment, log_file),
         ):
             output = _stream(run_command, link.environment, echo)
             return FinishedRun(_status(flwr, output, link.environment), output)
@@ -218,13 +217,9 @@ def _environment(flwr_home: Path) -> dict[str, str]:
 
 @contextmanager
 def _running(
-    command: Sequence[str],
-    environment: dict[str, str],
-    output: IO[bytes] | int,
-    *,
-    own_group: bool = False,
+    command: Sequence[str], environment: dict[str, str], output: IO[bytes] | int
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start a program, and stop it in the end.
+    """Start a program under a guard, which ends all of it with this process at last.
 
     Parameters
     ----------
@@ -234,39 +229,25 @@ def _running(
         Its environment.
     output
         Where its output goes.
-    own_group
-        Whether the programs that it starts are stopped with it.
     """
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-I", "-S", guard.__file__, *command],
         env=environment,
+        stdin=subprocess.PIPE,
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=own_group,
+        # What a terminal sends to a group of processes is not for the guard.
+        start_new_session=True,
     )
-
-    def send(number: int) -> None:
-        with suppress(ProcessLookupError):
-            if own_group:
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
-
     try:
         yield process
     finally:
-        send(signal.SIGTERM)
-        try:
-            process.wait(timeout=_STOP_S)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            # Too slow, or there was a second Ctrl-C.
-            if process.returncode is None:
-                send(signal.SIGKILL)
-                process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+        # A second Ctrl-C ends the waiting, and the guard goes on by itself.
+        process.wait()
 
 
 def _stream(
