@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -58,6 +59,7 @@ class Report:
             title=self.title,
             runs=list(zip(names, self.runs, strict=True)),
             metrics=_union(run.metric_names for run in self.runs),
+            is_plan=all(run.is_plan for run in self.runs),
             config=_side_by_side([run.config for run in self.runs]),
             versions=_side_by_side(
                 [run.description.get("versions", {}) for run in self.runs]
@@ -101,6 +103,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     environment.filters["size"] = _size
+    environment.filters["moment"] = _moment
     return environment.from_string(_asset("page.html.j2"))
 
 
@@ -120,6 +123,14 @@ def _number(value: float | None) -> str:
 
 def _size(value: int | None) -> str:
     return "–" if value is None else si(value, "B")
+
+
+def _moment(started: object) -> str:
+    """Return when a run started, as people write it; as it stands if it is no time."""
+    try:
+        return f"{datetime.fromisoformat(str(started)):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return str(started)
 
 
 def _different(names: Sequence[str]) -> list[str]:

@@ -41,8 +41,49 @@
   }
   const blockColor = (run, block) => scale(run.num_blocks > 1 ? block / (run.num_blocks - 1) : 0.5);
 
+  // Names cut to a length, and yet different: their ends where their beginnings are alike.
+  function shortened(names, length) {
+    const cuts = [(name) => name, (name) => `${name.slice(0, length - 1)}…`, (name) => `…${name.slice(1 - length)}`];
+    const cut = cuts.map((of) => names.map((name) => (name.length > length ? of(name) : name)))
+      .find((tried) => tried.every((name) => name.length <= length) && new Set(tried).size === names.length);
+    return cut || names.map((name, i) => `${name.slice(0, length - 5)}… ${i + 1}`);
+  }
+
+  // --- files -----------------------------------------------------------------------
+
+  function save(name, url) {
+    const link = element("a", { href: url, download: name });
+    document.body.append(link);
+    link.click();
+    link.remove();
+  }
+
+  function asImage(canvas) {
+    // Charts have no background of their own.
+    const copy = element("canvas", { width: canvas.width, height: canvas.height });
+    const pen = copy.getContext("2d");
+    pen.fillStyle = color("panel");
+    pen.fillRect(0, 0, copy.width, copy.height);
+    pen.drawImage(canvas, 0, 0);
+    return copy.toDataURL("image/png");
+  }
+
+  function asTable(run) {
+    const quoted = (value) => (value === null ? "" : /^[=+@-]|[",\n]/.test(value) && isNaN(value)
+      ? `"'${String(value).replaceAll('"', '""')}"` : String(value));
+    const columns = ["compute_s", "upload_s", "reported_s", "measured_upload_s", "share", "payload_bytes", "received_bytes", "sent_bytes"];
+    const lines = [["round", "wireless_s", "device", "block", "status", ...columns]];
+    run.round.forEach((round, index) => parts(run, index).forEach((part) => lines.push([
+      round, run.wireless_s[index], run.devices[run.device[part]], run.block[part], run.statuses[run.status[part]],
+      ...columns.map((name) => run[name][part]),
+    ])));
+    return lines.map((line) => line.map(quoted).join(",")).join("\n");
+  }
+
   // --- line charts -----------------------------------------------------------------
 
+  const DASHED = [10, 5], DOTTED = [2, 4];
+  const LEGEND_DASH = { 10: "dashed", 2: "dotted" };
   const WHOLE = [1, 2, 5].flatMap((digit) => [1, 10, 100, 1e3, 1e4, 1e5].map((power) => digit * power))
     .sort((a, b) => a - b);
 
@@ -62,9 +103,14 @@
         values: (_, splits) => splits.map((value) => format(value)),
       });
       const single = data[0].length < 40;
+      // What stands in the legend while nothing is pointed at: each line's last value.
+      const ends = data.map((values) => values.findLastIndex((value) => value !== null && value !== undefined));
+      const restLegend = (plot) => { if (plot.cursor.idx === null || plot.cursor.idx === undefined) plot.setLegend({ idxs: ends }); };
       chart.plot = new uPlot(
         {
-          width: place.clientWidth, height: 260, legend: { live: true },
+          width: place.clientWidth, height: 260,
+          legend: { live: true, markers: { dash: (_, i) => LEGEND_DASH[series[i - 1]?.dash?.[0]] || "solid" } },
+          hooks: { setCursor: [restLegend] },
           cursor: { drag: { x: true, y: false }, points: { size: 7 } },
           scales: { x: { time: false } },
           // There is no round 12.5.
@@ -73,7 +119,7 @@
             { label, value: (_, value) => format(value) },
             ...series.map((one) => ({
               label: one.label, width: 2, dash: one.dash, spanGaps: true,
-              stroke: () => color(one.color), points: { show: single || undefined, size: 5 },
+              stroke: () => color(one.color), points: { show: single || undefined, size: data[0].length < 2 ? 10 : 5 },
               value: (_, value) => format(value),
             })),
           ],
@@ -85,6 +131,7 @@
       });
       chart.index = 0;
       chart.onPoint = onPoint;
+      restLegend(chart.plot);
       // The legend switches series off and on, with the keyboard too.
       for (const head of place.querySelectorAll(".u-series th")) head.setAttribute("tabindex", "0");
     }
@@ -138,14 +185,20 @@
 
   function drawLatency() {
     const run = runs[state.run];
-    const series = [
-      { label: "observed", color: "upload" },
-      { label: "planned", color: "compute" },
-      { label: "bound", color: "bound", dash: [6, 4] },
-    ];
-    latency.draw([run.round, run.observed_s, run.planned_s, run.bound_s], series, {
-      onPoint: showRound, summary: "Observed, planned and bound by round",
-    });
+    const lines = [
+      ["observed", run.observed_s, { color: "upload" }],
+      ["planned", run.planned_s, { color: "compute", dash: DASHED }],
+      ["bound", run.bound_s, { color: "bound", dash: DOTTED }],
+    ].slice(run.is_plan ? 1 : 0);
+    const alike = (one, other) => run.round.every((_, i) => one[i] === null || other[i] === null ||
+      Math.abs(one[i] - other[i]) <= 1e-3 * Math.abs(other[i]));
+    const said = [];
+    if (!run.is_plan && alike(run.observed_s, run.planned_s)) said.push("Observed and planned coincide.");
+    if (alike(run.planned_s, run.bound_s)) said.push("Planned and bound coincide: no allocation would have been faster.");
+    byId("coincide").textContent = said.join(" ");
+    const summary = `${lines.map(([label]) => label).join(", ")} by round`;
+    latency.draw([run.round, ...lines.map(([, values]) => values)],
+      lines.map(([label, , look]) => ({ label, ...look })), { onPoint: showRound, summary });
   }
 
   // --- one round -------------------------------------------------------------------
@@ -182,7 +235,8 @@
     const slowest = active.filter((part) => total(part) > Math.max(...active.map(total)) * (1 - 1e-5));
     const balanced = slowest.length > 1 && slowest.length === active.length;
     byId("round-title").textContent =
-      `${title}: ${format(planned, "s")} planned, ${format(run.observed_s[index], "s")} observed` +
+      `${title}: ${format(planned, "s")} planned` +
+      (run.is_plan ? "" : `, ${format(run.observed_s[index], "s")} observed`) +
       (balanced ? "; all devices finish together, so none holds the others up" : "");
     const percent = (seconds) => `${(100 * seconds) / longest}%`;
     const bound = run.bound_s[index];
@@ -337,8 +391,8 @@
       pen.textAlign = "right";
       pen.textBaseline = "middle";
       const every = Math.ceil(12 / map.height);
-      options.rows.forEach((name, i) => {
-        if (i % every === 0) pen.fillText(shortened(name), gutter.left - 6, (i + 0.5) * map.height);
+      shortened(options.rows, 14).forEach((name, i) => {
+        if (i % every === 0) pen.fillText(name, gutter.left - 6, (i + 0.5) * map.height);
       });
       pen.textAlign = "center";
       const step = Math.max(1, Math.ceil(34 / map.width));
@@ -351,8 +405,6 @@
         pen.strokeRect(gutter.left + map.at[1] * map.width, map.at[0] * map.height, map.width, map.height);
       }
     }
-
-    const shortened = (name) => (name.length > 14 ? `${name.slice(0, 13)}…` : name);
 
     function show(row, column) {
       map.at = [row, column];
@@ -479,6 +531,16 @@
   };
   byId("previous").addEventListener("click", step(-1));
   byId("next").addEventListener("click", step(1));
+  for (const figure of document.querySelectorAll("figure")) {
+    const name = figure.querySelector("figcaption").textContent;
+    const button = element("button", { type: "button", class: "save", "aria-label": `Save as an image: ${name}` }, "PNG");
+    button.addEventListener("click", () => save(`${name}.png`, asImage(figure.querySelector("canvas"))));
+    figure.querySelector("figcaption").append(button);
+  }
+  byId("table").addEventListener("click", () => {
+    const run = runs[state.run];
+    save(`${run.name}.csv`, URL.createObjectURL(new Blob([asTable(run)], { type: "text/csv" })));
+  });
   if (metrics.length) drawLearning();
   drawRun();
   document.documentElement.dataset.ready = "yes";

@@ -70,6 +70,12 @@ class Run:
         return config
 
     @property
+    def is_plan(self) -> bool:
+        """Whether its rounds were only planned."""
+        statuses = {block.status for record in self.rounds for block in record.blocks}
+        return statuses == {"planned"}
+
+    @property
     def metric_names(self) -> list[str]:
         """Names of the metrics that any round has, in their order."""
         return list(dict.fromkeys(name for r in self.rounds for name in r.metrics))
@@ -115,6 +121,7 @@ class Run:
             first.append(first[-1] + len(record.blocks))
         return {
             "name": self.name,
+            "is_plan": self.is_plan,
             "round": [record.server_round for record in self.rounds],
             "wireless_s": _rounded(record.wireless_s for record in self.rounds),
             "planned_s": _latencies(self.rounds, "round_s"),

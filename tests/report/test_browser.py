@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 
-from lola_flwr.report import Report
+from lola_flwr.planning import named_model_costs, plan_rounds
+from lola_flwr.report import Report, Run
+from lola_flwr.system.fleet_file import generate_fleet
 from tests.report.chromium import chromium
 from tests.report.sample_runs import HOSTILE, sample_run
 
@@ -145,12 +149,93 @@ def test_a_hostile_name_stays_text(page):
     assert number_of(page, "b") == 0
 
 
-def test_a_narrow_window_does_not_scroll_sideways(page):
-    size = page.get_window_size()
-    page.set_window_size(500, 900)
+WIDE = """
+const width = document.documentElement.clientWidth;
+return [...document.querySelectorAll("main *")].filter((one) => {
+    const box = one.getBoundingClientRect();
+    return box.width > 0 && box.right > width + 1;
+}).map((one) => one.outerHTML.slice(0, 80));
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_nothing_is_cut_off(page, width, theme):
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
     try:
-        assert page.execute_script(
-            "return document.documentElement.scrollWidth <= window.innerWidth"
-        )
+        while (
+            page.execute_script("return document.documentElement.dataset.theme")
+            != theme
+        ):
+            find(page, "#theme").click()
+        assert page.execute_script(WIDE) == []
+        names = page.find_elements("css selector", "#timeline .name")
+        shown = [name.text for name in names if name.get_attribute("role") == "cell"]
+        assert len(set(shown)) == len(shown) > 1
+        if width < 500:
+            # A name has a line of its own, and as many as it needs.
+            assert all(
+                page.execute_script(
+                    "return arguments[0].scrollWidth <= arguments[0].clientWidth", name
+                )
+                for name in names
+            )
     finally:
-        page.set_window_size(size["width"], size["height"])
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_legend_shows_last_values_until_something_is_pointed_at(page):
+    last = page.execute_script(
+        "return JSON.parse(document.querySelector('#data').textContent)[0]"
+        ".observed_s.at(-1)"
+    )
+    shown = find(page, "#latency-chart .u-series:nth-child(2) .u-value").text
+    assert float(shown) == pytest.approx(last, rel=1e-3)
+
+
+def test_lines_that_lie_on_one_another_differ_in_dash_and_words(page):
+    dashes = page.execute_script(
+        """return [...document.querySelectorAll("#latency-chart .u-marker")].map(
+        (marker) => getComputedStyle(marker).borderTopStyle)"""
+    )
+    assert dashes[1:] == ["solid", "dashed", "dotted"]
+    assert "no allocation would have been faster" in find(page, "#coincide").text
+
+
+def test_a_plan_is_called_a_plan(browser, tmp_path):
+    records = plan_rounds(generate_fleet(8), named_model_costs("minilm-l6"), rounds=1)
+    path = Report([Run("plan", records)]).save(tmp_path / "plan.html")
+    browser.get(path.as_uri())
+    text = find(browser, "body").text
+    assert "A plan:" in text
+    assert "observed" not in text.lower()
+    assert not find(browser, "#learning").is_displayed()
+    # One point alone is seen, too.
+    assert colors(browser, "#latency-chart canvas") > 3
+
+
+def test_charts_and_rounds_can_be_saved(page):
+    page.execute_script(
+        """window.saved = [];
+        HTMLAnchorElement.prototype.click = function () {
+            window.saved.push([this.download, this.href]);
+        };
+        URL.createObjectURL = (blob) => { window.blob = blob; return "blob:x"; };"""
+    )
+    find(page, "#latency .save").click()
+    find(page, "#table").click()
+    (chart, image), (table, _) = page.execute_script("return window.saved")
+    assert chart.endswith(".png")
+    assert image.startswith("data:image/png;base64,")
+    assert table == "exact.csv"
+    text = page.execute_async_script("window.blob.text().then(arguments[0])")
+    rows = list(csv.DictReader(text.splitlines()))
+    run = page.execute_script(
+        "return JSON.parse(document.querySelector('#data').textContent)[0]"
+    )
+    assert len(rows) == len(run["device"])
+    assert float(rows[-1]["upload_s"]) == run["upload_s"][-1]
+    assert {row["device"] for row in rows} == set(run["devices"])
