@@ -434,7 +434,6 @@ def test_the_worker_runs_in_python_310(tmp_path, path):
     # The package as it is installed, without what it depends on.
     packages = tmp_path / "packages"
     shutil.copytree(ROOT / "lola_flwr", packages / "lola_flwr")
-    shutil.copytree(ROOT / "clients", packages / "lola_flwr" / "clients")
     wrapper = tmp_path / "python"
     wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {python} "$@"\n')
     wrapper.chmod(0o700)
