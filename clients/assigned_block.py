@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Any, Self
 
-import numpy.typing as npt
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -18,22 +15,20 @@ from flwr.app import (
 )
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import Config, NDArrays, Scalar
-from torch import nn
 
 from lola_flwr.clients.received import assignment_in
-from lola_flwr.device.base_model import check_base
-from lola_flwr.errors import UserError
-from lola_flwr.model.backprop import only_block_trainable
-from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.model.statistics import statistics_names
-from lola_flwr.wire.records import (
-    REPORT_KEY,
-    Assignment,
-    UpdateReport,
+from lola_flwr.device.own_training import (
+    Model,
+    PreparedBlock,
+    asked_names,
+    weights_report,
 )
+from lola_flwr.errors import UserError
+from lola_flwr.model.statistics import statistics_names
+from lola_flwr.wire.records import REPORT_KEY, Assignment, UpdateReport
 
 
-class AssignedBlock:
+class AssignedBlock(PreparedBlock):
     """Prepares a model for its assigned block, and collects the reply.
 
     From here on only the block and the head want gradients, so that back-propagation
@@ -65,59 +60,13 @@ class AssignedBlock:
         gradients.
     """
 
-    def __init__(self, model: nn.Module, received: Message | Config) -> None:
-        self.assignment = (
+    def __init__(self, model: Model, received: Message | Config) -> None:
+        super().__init__(
+            model,
             assignment_in(received.content)
             if isinstance(received, Message)
-            else Assignment.from_record(received)
+            else Assignment.from_record(received),
         )
-        update_names, frozen_names = _names_in(self.assignment)
-        known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-        unknown = [n for n in (*update_names, *frozen_names) if n not in known]
-        if unknown:
-            raise UserError(
-                f"The server asks for {unknown[0]}, which this model lacks; use the "
-                "same model on both."
-            )
-        # Seen from here there is one block: what this device trains.
-        partition = BlockPartition(blocks=(update_names,), head=(), frozen=frozen_names)
-        check_base(model, partition, self.assignment)
-        self._model = model
-        self._start = time.perf_counter()
-        self._prepared = only_block_trainable(model, partition, 0)
-        self._parameters = self._prepared.__enter__()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._prepared.__exit__(kind, error, traceback)
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the present weights of block and head, and statistics, by name."""
-        state = self._model.state_dict()
-        return {
-            **{
-                name: parameter.float().numpy(force=True)
-                for name, parameter in self._parameters.items()
-            },
-            **{n: state[n].numpy(force=True) for n in statistics_names(state)},
-        }
-
-    def report(self, loss: float | None = None) -> UpdateReport:
-        """Return what goes with the weights.
-
-        Parameters
-        ----------
-        loss
-            Mean training loss, for the server's log.
-        """
-        return _weights_report(self.assignment, self._start, loss)
 
     def finish(self, content: RecordDict, loss: float | None = None) -> RecordDict:
         """Let the content of a reply hold the block in place of the whole model.
@@ -189,7 +138,7 @@ def block_mod(
         return call_next(message, context)
     start = time.perf_counter()
     assignment = assignment_in(message.content)
-    update_names, _ = _names_in(assignment)
+    update_names, _ = asked_names(assignment)
     reply = call_next(message, context)
     if reply.has_error():
         return reply
@@ -201,20 +150,9 @@ def block_mod(
         for name, loss in metrics.items()
         if name == loss_key and not isinstance(loss, list)
     ]
-    report = _weights_report(assignment, start, losses[0] if losses else None)
+    report = weights_report(assignment, start, losses[0] if losses else None)
     _filled(reply.content, {n: arrays[n] for n in wanted if n in arrays}, report)
     return reply
-
-
-def _names_in(assignment: Assignment) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of block and head, and of the frozen parameters."""
-    if assignment.update_names is None or assignment.frozen_names is None:
-        raise UserError(
-            "The server expects gradients, and this device trains a model of its own; "
-            "make the server's coordinator with coordinator_for_weights."
-        )
-    update, frozen = assignment.update_names, assignment.frozen_names
-    return tuple(update.splitlines()), tuple(frozen.splitlines())
 
 
 def _only_arrays(content: RecordDict) -> ArrayRecord:
@@ -235,16 +173,3 @@ def _filled(
     content[key] = ArrayRecord(arrays)
     content[REPORT_KEY] = ConfigRecord({**report.to_record()})
     return content
-
-
-def _weights_report(
-    assignment: Assignment, start: float, loss: float | None
-) -> UpdateReport:
-    return UpdateReport(
-        server_round=assignment.server_round,
-        block_index=assignment.block_index,
-        update_kind="weights",
-        loss=None if loss is None else float(loss),
-        compute_s=time.perf_counter() - start,
-        compute_clock="measured",
-    )

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
+from lola_flwr.deployment.host import accelerator
 from lola_flwr.errors import UserError, si
 
 # "ok"; "note": something is not there that not everyone needs; "problem".
@@ -149,14 +150,12 @@ def ray() -> Finding:
 def gpu() -> Finding:
     """Look for an accelerator that PyTorch can use."""
     try:
-        import torch
+        found = accelerator()
     except ImportError as error:
         return Finding("GPU", "problem", f"PyTorch: {error}", "pip install torch")
-    if torch.cuda.is_available():
-        return Finding("GPU", "ok", f"{torch.cuda.get_device_name(0)} (CUDA)")
-    if torch.backends.mps.is_available():
-        return Finding("GPU", "ok", "Apple GPU (MPS)")
-    built = f"PyTorch {torch.__version__} sees none; training uses the CPU"
+    if found is not None:
+        return Finding("GPU", "ok", found)
+    built = f"PyTorch {version('torch')} sees none; training uses the CPU"
     advice = ""
     if shutil.which("nvidia-smi"):
         advice = "nvidia-smi is here: install a CUDA build of PyTorch"

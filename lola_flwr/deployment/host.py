@@ -46,6 +46,21 @@ def describe_host() -> dict[str, Any]:
     return found
 
 
+def accelerator() -> str | None:
+    """Return which accelerator PyTorch can use here; None if there is none.
+
+    Raises
+    ------
+    ImportError
+        There is no PyTorch.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name(0)} (CUDA)"
+    return "Apple GPU (MPS)" if torch.backends.mps.is_available() else None
+
+
 def jetson_model(path: Path = _DEVICE_TREE_MODEL) -> str | None:
     """Return which Jetson this is; None on another device."""
     try:

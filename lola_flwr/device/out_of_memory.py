@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -18,13 +18,24 @@ from torch import nn
 from lola_flwr.device.contract import LocalUpdate, OutOfMemory
 from lola_flwr.wire.records import Assignment
 
-if TYPE_CHECKING:
-    from lola_flwr.device.block_device import BlockDevice
 
-Train = Callable[["BlockDevice", Assignment, Any], LocalUpdate]
+class TrainsOnDemand(Protocol):
+    """A device that loads its model when there is something to train."""
+
+    @property
+    def simulated_compute_s(self) -> Callable[[Assignment], float] | None:
+        """What tells how long a simulated device takes."""
+
+    @property
+    def load_model(self) -> Callable[[], Any]:
+        """What gives the model and its blocks, or a model that stays on disk."""
 
 
-def reports_out_of_memory(train: Train) -> Train:
+D = TypeVar("D", bound=TrainsOnDemand)
+Train = Callable[[D, Assignment, Any], LocalUpdate]
+
+
+def reports_out_of_memory(train: Train[D]) -> Train[D]:
     """Let a device's train method raise OutOfMemory, and that before it is too late.
 
     A device that is not simulated compares the assignment's memory with what is free
@@ -32,9 +43,7 @@ def reports_out_of_memory(train: Train) -> Train:
     """
 
     @wraps(train)
-    def guarded(
-        device: BlockDevice, assignment: Assignment, values: Any
-    ) -> LocalUpdate:
+    def guarded(device: D, assignment: Assignment, values: Any) -> LocalUpdate:
         needed_bytes = assignment.memory_bytes
         if device.simulated_compute_s is None and needed_bytes is not None:
             loaded = device.load_model()

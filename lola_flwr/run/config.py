@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 
 from lola_flwr.errors import UserError, nearest
 
@@ -50,9 +49,9 @@ class RunConfig(BaseModel):
         return self.model_dump(by_alias=True)
 
 
-def _fault_line(fault: ErrorDetails, known: Collection[str]) -> str:
+def _fault_line(fault: Mapping[str, Any], known: Collection[str]) -> str:
     key = ".".join(map(str, fault["loc"]))
-    says = fault["msg"].removeprefix("Value error, ").removesuffix(".")
+    says = str(fault["msg"]).removeprefix("Value error, ").removesuffix(".")
     if fault["type"] == "missing":
         return f"{key} is missing"
     if fault["type"] == "extra_forbidden":

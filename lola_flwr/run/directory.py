@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Protocol, Self
-
-from flwr.common.logger import log
 
 from lola_flwr.errors import UserError
 from lola_flwr.run.checkpoint import Checkpoints, Snapshot
 from lola_flwr.run.records import RoundLog, RoundRecord
 
+# Flower's, which goes into the run's output.
+_logger = logging.getLogger("flwr")
 _PACKAGES = ("lola-flwr", "flwr", "torch", "transformers", "numpy")
 
 Scalar = bool | float | int | str
@@ -96,7 +96,7 @@ class RunDirectory:
             ) from None
         found, damaged = self._checkpoints.latest()
         for line in damaged:
-            log(WARNING, "checkpoint passed over: %s", line)
+            _logger.warning("checkpoint passed over: %s", line)
         if found is None:
             if damaged:
                 raise UserError(
@@ -109,7 +109,7 @@ class RunDirectory:
         self._require_same_configuration(path, found)
         resumable.restore(found)
         self.log = RoundLog(path / "rounds.jsonl", found.values["log_bytes"])
-        log(INFO, "going on after round %s in %s", resumable.server_round, path)
+        _logger.info("going on after round %s in %s", resumable.server_round, path)
 
     def __enter__(self) -> Self:
         return self

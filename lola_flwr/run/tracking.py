@@ -24,6 +24,9 @@ _logger = logging.getLogger(__name__)
 LogRound = Callable[[int, Mapping[str, float]], None]
 Config = Mapping[str, Any]
 
+# What writes for a tracker, where that is a package of another name.
+_WRITERS = {"tensorboard": "tensorboardX"}
+
 
 @contextmanager
 def tracking(
@@ -56,7 +59,7 @@ def tracking(
             except ImportError as error:
                 raise UserError(
                     f"The tracker {name!r} needs a package that is missing "
-                    f"({error.name}); pip install {name}."
+                    f"({error.name}); pip install {_WRITERS.get(name, name)}."
                 ) from None
 
         def track(record: RoundRecord) -> None:
@@ -111,7 +114,7 @@ def figures(record: RoundRecord) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(directory: Path, config: Config) -> Iterator[LogRound]:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboardX import SummaryWriter
 
     writer = SummaryWriter(str(directory / "tensorboard"))
     rows = "\n".join(f"| {key} | {value} |" for key, value in config.items())

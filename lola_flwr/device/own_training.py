@@ -1,0 +1,128 @@
+"""A model that is trained by a project's own code: what of it goes back."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import numpy.typing as npt
+from torch import nn
+
+from lola_flwr.device.base_model import check_base
+from lola_flwr.errors import UserError
+from lola_flwr.model.backprop import only_block_trainable
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.statistics import statistics_names
+from lola_flwr.wire.records import Assignment, UpdateReport
+
+# What clients hand on and need no PyTorch for.
+Model = nn.Module
+
+
+class PreparedBlock:
+    """Prepares a model for its assigned block, until it is left as a context manager.
+
+    Parameters
+    ----------
+    model
+        The model to train, with the values that were received.
+    assignment
+        What the server asks for.
+
+    Raises
+    ------
+    UserError
+        The model is not the server's, or the server expects gradients.
+    """
+
+    def __init__(self, model: Model, assignment: Assignment) -> None:
+        self.assignment = assignment
+        update_names, frozen_names = asked_names(assignment)
+        known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+        unknown = [n for n in (*update_names, *frozen_names) if n not in known]
+        if unknown:
+            raise UserError(
+                f"The server asks for {unknown[0]}, which this model lacks; use the "
+                "same model on both."
+            )
+        # Seen from here there is one block: what this device trains.
+        partition = BlockPartition(blocks=(update_names,), head=(), frozen=frozen_names)
+        check_base(model, partition, assignment)
+        self._model = model
+        self._start = time.perf_counter()
+        self._prepared = only_block_trainable(model, partition, 0)
+        self._parameters = self._prepared.__enter__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._prepared.__exit__(kind, error, traceback)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the present weights of block and head, and statistics, by name."""
+        state = self._model.state_dict()
+        return {
+            **{
+                name: parameter.float().numpy(force=True)
+                for name, parameter in self._parameters.items()
+            },
+            **{n: state[n].numpy(force=True) for n in statistics_names(state)},
+        }
+
+    def report(self, loss: float | None = None) -> UpdateReport:
+        """Return what goes with the weights.
+
+        Parameters
+        ----------
+        loss
+            Mean training loss, for the server's log.
+        """
+        return weights_report(self.assignment, self._start, loss)
+
+
+def asked_names(assignment: Assignment) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of block and head, and of the frozen parameters.
+
+    Raises
+    ------
+    UserError
+        The assignment has none: the server expects gradients.
+    """
+    if assignment.update_names is None or assignment.frozen_names is None:
+        raise UserError(
+            "The server expects gradients, and this device trains a model of its own; "
+            "make the server's coordinator with coordinator_for_weights."
+        )
+    update, frozen = assignment.update_names, assignment.frozen_names
+    return tuple(update.splitlines()), tuple(frozen.splitlines())
+
+
+def weights_report(
+    assignment: Assignment, start: float, loss: float | None
+) -> UpdateReport:
+    """Return what goes with weights that a project's own code has trained.
+
+    Parameters
+    ----------
+    assignment
+        What the server asked for.
+    start
+        What ``time.perf_counter`` said before the training.
+    loss
+        Mean training loss, where the project tells it.
+    """
+    return UpdateReport(
+        server_round=assignment.server_round,
+        block_index=assignment.block_index,
+        update_kind="weights",
+        loss=None if loss is None else float(loss),
+        compute_s=time.perf_counter() - start,
+        compute_clock="measured",
+    )
