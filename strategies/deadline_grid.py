@@ -17,7 +17,7 @@ from lola_flwr.strategies.arrival_grid import ArrivalGrid
 from lola_flwr.wire.records import SECAGG_KEY, SECAGG_REFUSAL
 
 
-class DeadlineGrid(ArrivalGrid):  # type: ignore[misc]
+class DeadlineGrid(ArrivalGrid):
     """Wraps the Grid that a strategy sends its rounds through.
 
     Parameters

@@ -245,7 +245,7 @@ class LoLaDeft(Strategy):
         if metrics is None:
             return None, None
         self._returned = self._sent = self.initial_arrays()
-        return self._sent, MetricRecord(metrics)
+        return self._sent, MetricRecord({**metrics})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
