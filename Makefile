@@ -38,6 +38,7 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest simulations/benchmarks -o python_files='bench_*.py'

@@ -7,6 +7,10 @@ resident worker trains) is a second of the round.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sys
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -34,22 +38,17 @@ __all__ = [
     "report_profile",
 ]
 
-_MODULES = {
-    "AssignedBlock": "lola_flwr.clients.assigned_block",
-    "BlockClient": "lola_flwr.clients.block_client",
-    "BlockDevice": "lola_flwr.device.block_device",
-    "ChosenBatches": "lola_flwr.device.sampling",
-    "LoLaClient": "lola_flwr.clients.client_app",
-    "block_mod": "lola_flwr.clients.assigned_block",
-    "held_mod": "lola_flwr.clients.held_copies",
-    "node_partition": "lola_flwr.clients.node",
-    "node_profile": "lola_flwr.clients.node",
-    "profile_mod": "lola_flwr.clients.profiles",
-    "report_profile": "lola_flwr.clients.profiles",
-}
+
+@cache
+def _homes() -> dict[str, str | None]:
+    """Return which module each name is in, as the imports above say."""
+    tree = ast.parse(inspect.getsource(sys.modules[__name__]))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {alias.name: node.module for node in imports for alias in node.names}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULES:
+    home = _homes().get(name) if name in __all__ else None
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(home), name)

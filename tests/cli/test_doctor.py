@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import metadata
 
 import pytest
 from packaging.requirements import Requirement
@@ -20,6 +21,10 @@ def test_a_quick_look(capsys):
     assert "SuperLink" not in findings
     assert main(["doctor", "--quick"]) == 0
     assert f"✓ {'Python':<17}" in capsys.readouterr().out
+
+
+def test_extras_that_are_looked_at_exist():
+    assert {*diagnosis._EXTRAS} <= {*metadata("lola-flwr").get_all("Provides-Extra")}
 
 
 @pytest.mark.slow

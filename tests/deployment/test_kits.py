@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 KITS = Path(__file__).parents[2] / "clients"
 MAKE_KEYS = KITS / "linux" / "make-keys.sh"
@@ -34,6 +37,24 @@ def keys(tmp_path_factory):
     made = make_keys(directory, "node", "board-1", "phone.2")
     assert made.returncode == 0, made.stderr
     return directory
+
+
+def test_kits_ask_for_the_versions_that_the_package_does():
+    project = tomllib.loads((KITS.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    wanted = {(r := Requirement(line)).name: r.specifier for line in lines}
+    asked = {
+        requirement.name: requirement.specifier
+        for script in SCRIPTS
+        for text in re.findall(r'"([a-z-]+>=[^"$]*)"', script.read_text())
+        # Server and devices are of one version of Flower.
+        if (requirement := Requirement(text)).name != "flwr"
+    }
+    assert len(asked) > 10
+    assert {name: wanted[name] for name in asked.keys() & wanted.keys()} == {
+        name: asked[name] for name in asked.keys() & wanted.keys()
+    }
 
 
 def test_there_are_kits():
