@@ -6,8 +6,8 @@ from itertools import product
 import datasets
 import torch
 
-from lola_flwr.device.block_device import Batch
 from lola_flwr.model.adapters import adapt, model_partition
+from lola_flwr.model.backprop import Batch
 from lola_flwr.model.loading import load_classifier
 
 # The last two of each are held out: what they mean, the model has to know.
