@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -247,6 +248,25 @@ def test_the_types_of_every_app_are_checked():
     apps = {path.parent for path in (ROOT / "simulations").rglob("pyproject.toml")}
     bases = PYPROJECT["tool"]["mypy"]["mypy_path"].split(":")
     assert {ROOT / base for base in bases} == apps
+
+
+def test_what_pages_and_docstrings_refer_to_exists():
+    """Modules and names after ``lola_flwr.``, and paths of modules."""
+    folders = ("lola_flwr", "simulations", "docs", "clients", "strategies")
+    files = [ROOT / "README.md", *(p for f in folders for p in (ROOT / f).rglob("*"))]
+    for path in files:
+        if path.suffix not in {".py", ".md", ".toml", ".sh", ".ipynb", ".service"}:
+            continue
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"lola_flwr(?:\.\w+)+", text):
+            module = name
+            while module not in modules():
+                module = module.rpartition(".")[0]
+            attribute = name.removeprefix(module).strip(".").partition(".")[0]
+            found = importlib.import_module(module)
+            assert not attribute or hasattr(found, attribute), f"{path}: {name}"
+        for name in re.findall(r"`((?:lola_flwr|clients|strategies)/\S+?)`", text):
+            assert list(ROOT.glob(name)), f"{path}: {name}"
 
 
 def write_quotes():

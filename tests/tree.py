@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lola_flwr"
 
 
+@cache
 def package_files() -> dict[str, Path]:
     """Return the package's files by their path in it, links to directories followed."""
     return {
@@ -19,6 +21,7 @@ def package_files() -> dict[str, Path]:
     }
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Return the package's modules by the name that they are imported by."""
     found = {}

@@ -1,8 +1,8 @@
 """What training each block costs a device, measured on an example of the model's input.
 
-For models that ``system.costs`` has no formula for: convolutions, stages of different
-widths, a decoder behind the blocks. The forward pass and the backward pass down to each
-block are run once; PyTorch's own counter counts their operations.
+For models that `lola_flwr.costs.estimated` has no formula for: convolutions, stages of
+different widths, a decoder behind the blocks. The forward pass and the backward pass
+down to each block are run once; PyTorch's own counter counts their operations.
 """
 
 from __future__ import annotations

@@ -70,10 +70,10 @@ class BlockDevice:
         Examples that are computed at a time; 0: all of the mini-batch. Fewer take less
         memory, for the same gradient.
     store
-        Directory of this run (see `clients.store.run_store`) in which the device
-        keeps its copy of the model and what its codecs leave out; devices on one host
-        may share it. None: it keeps nothing, is sent all values in every round, and
-        can use no codec that leaves something out.
+        Directory of this run (`lola_flwr.device.store.run_store` makes it) in which the
+        device keeps its copy of the model and what its codecs leave out; devices on one
+        host may share it. None: it keeps nothing, is sent all values in every round,
+        and can use no codec that leaves something out.
     costs
         Gives what the blocks cost. By them a device whose profile says that it splits
         its batches, or streams the layers below the block, does so where the memory of

@@ -69,7 +69,7 @@ class Device(Protocol):
         assignment
             What the server asks for.
         values
-            The trainable values that it sent, as `packed.received_values` reads them.
+            The trainable values that it sent, as `received_values` reads them.
 
         Raises
         ------

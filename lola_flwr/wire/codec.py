@@ -262,7 +262,7 @@ CODECS: dict[str, Codec] = {
     "int8": Int8(),
 }
 
-# Each round's coarsest codecs that cost little time: see `allocation.payloads`.
+# Each round's coarsest codecs that cost little time: see `allocation.codec_levels`.
 AUTO = "auto"
 AUTO_LADDER = ("int8", "bf16", "fp32")  # coarsest first
 

@@ -58,7 +58,7 @@ class LoadedModel:
     def load(
         self, names: Sequence[str], values: Sequence[NDArray[np.floating]]
     ) -> None:
-        """Take in values that the server sent, as ``models.load_values`` does."""
+        """Take in values that the server sent, as ``load_values`` does."""
         load_values(self.model, names, values)
 
     @contextmanager

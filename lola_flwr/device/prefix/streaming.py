@@ -187,7 +187,7 @@ class StreamedModel:
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
-        """Return the digest of the frozen weights, as ``models.fingerprint`` does."""
+        """Return the digest of the frozen weights, as `model.loading` does."""
         if self._fingerprint is None:
             total = hashlib.sha256()
             for name in self.partition.frozen:
