@@ -195,8 +195,8 @@ def estimate_costs(
     )
     working = max(layer.working_floats_per_token for layer in layers)
     step = StepMemory(
-        mini_batch_size=batch_size,
-        batch_size=micro_batch_size,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
         sequence_length=sequence_length,
         layer_bytes=layer_bytes,
         rest_bytes=4.0 * sum(elements.values()) - layer_bytes.sum() - head_bytes,

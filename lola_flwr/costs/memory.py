@@ -43,9 +43,9 @@ class StepMemory:
 
     Parameters
     ----------
-    mini_batch_size
-        Sequences whose gradient is wanted.
     batch_size
+        Sequences whose gradient is wanted.
+    micro_batch_size
         Sequences that are computed at a time where the memory allows it.
     sequence_length
         Tokens of a sequence.
@@ -69,8 +69,8 @@ class StepMemory:
         What a layer takes of one sequence while it runs and nothing is kept.
     """
 
-    mini_batch_size: int
     batch_size: int
+    micro_batch_size: int
     sequence_length: int
     layer_bytes: FloatArray
     rest_bytes: float
@@ -83,8 +83,8 @@ class StepMemory:
 
     def peak_bytes(self, levers: Levers) -> FloatArray:
         """Return the peak for each block, shape [N]."""
-        size = min(levers.micro_batch_size, self.batch_size)
-        several = size < self.mini_batch_size
+        size = min(levers.micro_batch_size, self.micro_batch_size)
+        several = size < self.batch_size
         step = self.update_bytes + size * (self.kept_bytes + self.passing_bytes)
         step = step + several * self.array_bytes
         if not levers.stream_prefix:
@@ -110,7 +110,7 @@ class StepMemory:
         streams
             Whether it can stream the layers below its block.
         """
-        sizes = [self.batch_size]
+        sizes = [self.micro_batch_size]
         while splits and sizes[-1] > 1:
             sizes.append(-(-sizes[-1] // 2))
         # Mapping a layer anew costs less than halving what a layer computes at a time.

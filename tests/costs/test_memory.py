@@ -10,8 +10,8 @@ from lola_flwr.system.devices import DeviceProfile
 
 def step_memory(batch_size=8):
     return StepMemory(
-        mini_batch_size=batch_size,
         batch_size=batch_size,
+        micro_batch_size=batch_size,
         sequence_length=16,
         layer_bytes=np.array([1e6, 1e6, 2e6]),
         rest_bytes=3e6,
