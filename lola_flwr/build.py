@@ -1,4 +1,7 @@
-"""Build a coordinator around a model: its optimizer, its fingerprint."""
+"""Build the server's side around a model: a coordinator, or D2FT's trainer.
+
+What they are told is here, too, so that one import has it all.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,58 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from lola_flwr.allocation import RoundMode
+from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.measured import Example
 from lola_flwr.costs.of_model import model_costs
+from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.d2ft.subnetworks import find_subnetworks
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapters import model_partition
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import fingerprint
+from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
-from lola_flwr.server.optimizer import ServerOptimizer
+from lola_flwr.server.model import ServedModel
+from lola_flwr.server.norm_limits import NormLimits
+from lola_flwr.server.optimizer import ServerOptimizer, ServerStep
+from lola_flwr.server.selection import Selection
+from lola_flwr.server.settings import DeviceOptions, RoundSettings, Transfer
+from lola_flwr.server.spread.plan import MicroBatches
 from lola_flwr.server.spread.trainer import SpreadTrainer
-from lola_flwr.wire.low_rank import LowRankProjection
+from lola_flwr.system.channel import Channel
+
+__all__ = [
+    "AllocationOptions",
+    "Channel",
+    "DeviceOptions",
+    "MicroBatches",
+    "NormLimits",
+    "RoundMode",
+    "RoundSettings",
+    "Selection",
+    "ServerStep",
+    "Transfer",
+    "coordinator_for",
+    "coordinator_for_weights",
+    "model_costs",
+    "trainer_for",
+]
+
+# A damped move towards the weights that devices return.
+_TO_WEIGHTS = ServerStep(optimizer="SGD", lr=1.0)
 
 
 def coordinator_for(
     model: nn.Module,
     partition: BlockPartition,
     *,
-    optimizer: str = "AdamW",
-    lr: float = 3e-4,
-    optimizer_options: Mapping[str, Any] | None = None,
-    low_rank: LowRankProjection | None = None,
-    **options: Any,
+    costs: BlockCosts,
+    batch_size: int = 32,
+    step: ServerStep | None = None,
+    settings: RoundSettings | None = None,
+    state_dict: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> Coordinator:
     """Put a coordinator together that fine-tunes a model from its present values.
 
@@ -41,44 +73,53 @@ def coordinator_for(
         The model; its values are copied.
     partition
         Its blocks.
-    optimizer, lr, optimizer_options
-        Name and keyword arguments of the server's optimizer and of its schedule, as for
-        ``ServerOptimizer``.
-    low_rank
-        How gradients are projected; the optimizer then steps in the projected space.
-    **options
-        Further arguments of ``Coordinator``: ``costs`` and ``bandwidth_hz`` at least.
+    costs
+        What each block costs a device.
+    batch_size
+        Examples of a device's mini-batch.
+    step
+        How the server steps. Where gradients are projected (``transfer.low_rank``) it
+        steps in the projected space.
+    settings
+        How the rounds go.
+    state_dict
+        All arrays of the model in the order to send them in, where devices do not hold
+        the frozen ones themselves (default: the trainable ones alone are sent).
 
     Raises
     ------
     LayerNotUnderstood
         ``reduced_schedules`` of a model whose layers cannot run in part.
     """
-    if options.get("reduced_schedules"):
+    step = ServerStep() if step is None else step
+    settings = RoundSettings() if settings is None else settings
+    if settings.devices.reduced_schedules:
         find_subnetworks(model, partition, num_groups=1)
     values = _trainable_values(model, partition)
-    settings = {"optimizer": optimizer, "lr": lr, **(optimizer_options or {})}
-    return Coordinator(
-        partition=partition,
-        optimizer=(
-            ServerOptimizer(values, **settings)
-            if low_rank is None
-            else LowRankOptimizer(values, low_rank, **settings)
-        ),
-        low_rank=low_rank,
+    low_rank = settings.transfer.low_rank
+    served = ServedModel(
+        partition,
+        ServerOptimizer(values, **step.arguments())
+        if low_rank is None
+        else LowRankOptimizer(values, low_rank, **step.arguments()),
         base_fingerprint=fingerprint(model, partition.frozen),
-        **options,
+        state_dict=state_dict,
+        block_mean=step.block_mean,
     )
+    return Coordinator(served, costs, batch_size=batch_size, settings=settings)
 
 
 def trainer_for(
     model: nn.Module,
     partition: BlockPartition,
     *,
-    optimizer: str = "AdamW",
-    lr: float = 3e-4,
-    optimizer_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    schedules: StepSchedules,
+    num_groups: int | None = None,
+    micro_batches: MicroBatches | None = None,
+    step: ServerStep | None = None,
+    channel: Channel | None = None,
+    max_gradient_norm: float = 10.0,
+    seed: int = 0,
 ) -> SpreadTrainer:
     """Put a trainer together that fine-tunes a model spread over devices (D2FT).
 
@@ -88,19 +129,37 @@ def trainer_for(
         The model; its values are copied, and overwritten in every step.
     partition
         Its blocks.
-    optimizer, lr, optimizer_options
-        As for `coordinator_for`.
-    **options
-        Further arguments of ``SpreadTrainer``: ``schedules`` at least.
+    step
+        How the server steps.
+    schedules, num_groups, micro_batches, channel, max_gradient_norm, seed
+        As in `SpreadTrainer`.
 
     Raises
     ------
     LayerNotUnderstood
         The model's layers cannot be cut into sub-networks.
+    UserError
+        ``step.block_mean``: devices do not have updates of their own here.
     """
-    settings = {"optimizer": optimizer, "lr": lr, **(optimizer_options or {})}
-    own = ServerOptimizer(_trainable_values(model, partition), **settings)
-    return SpreadTrainer(model, partition, optimizer=own, **options)
+    step = ServerStep() if step is None else step
+    if step.block_mean != "mean":
+        raise UserError(
+            f"block_mean={step.block_mean!r}: with D2FT no device has an update of its "
+            "own to put together with others'; leave it at 'mean'."
+        )
+    return SpreadTrainer(
+        model,
+        partition,
+        optimizer=ServerOptimizer(
+            _trainable_values(model, partition), **step.arguments()
+        ),
+        schedules=schedules,
+        num_groups=num_groups,
+        micro_batches=micro_batches,
+        channel=channel,
+        max_gradient_norm=max_gradient_norm,
+        seed=seed,
+    )
 
 
 def coordinator_for_weights(
@@ -111,11 +170,8 @@ def coordinator_for_weights(
     stack: str | None = None,
     blocks: str | Sequence[str] | None = None,
     example: Example | None = None,
-    bandwidth_hz: float = 20e6,
-    optimizer: str = "SGD",
-    lr: float = 1.0,
-    optimizer_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    step: ServerStep = _TO_WEIGHTS,
+    settings: RoundSettings | None = None,
 ) -> Coordinator:
     """Make the coordinator of a project whose devices train the model themselves.
 
@@ -137,13 +193,10 @@ def coordinator_for_weights(
         The model's input for some examples (``torch.zeros(1, 3, 224, 224)``): costs
         are measured on it. Needed for convolutions, and whatever else the estimate
         from shapes does not know.
-    bandwidth_hz
-        Total uplink bandwidth.
-    optimizer, lr, optimizer_options
-        Name and keyword arguments of the server's optimizer and of its schedule, as
-        for ``ServerOptimizer``.
-    **options
-        Further arguments of ``Coordinator``.
+    step
+        How the server steps.
+    settings
+        How the rounds go.
 
     Raises
     ------
@@ -175,13 +228,10 @@ def coordinator_for_weights(
         model,
         partition,
         costs=costs,
-        bandwidth_hz=bandwidth_hz,
-        optimizer=optimizer,
-        lr=lr,
-        optimizer_options=optimizer_options,
         batch_size=batch_size,
+        step=step,
+        settings=settings,
         state_dict=state,
-        **options,
     )
 
 

@@ -1,6 +1,7 @@
-"""Flower strategies: thin adapters over one coordinator."""
+"""Flower strategies: thin adapters over one loop."""
 
 from lola_flwr.strategies.deadline_grid import DeadlineGrid, LegacyGrid
 from lola_flwr.strategies.lola_deft import LoLaDeft
+from lola_flwr.strategies.rounds import Waits
 
-__all__ = ["DeadlineGrid", "LegacyGrid", "LoLaDeft"]
+__all__ = ["DeadlineGrid", "LegacyGrid", "LoLaDeft", "Waits"]

@@ -92,6 +92,11 @@ class ArrivalGrid(Grid):
         return [reply for reply, _ in replies]
 
 
+def upload_seconds(arrivals: ArrivalGrid | None, device_id: str) -> float | None:
+    """Return how long a device's latest upload took; None where nothing tells."""
+    return None if arrivals is None else arrivals.upload_s.get(device_id)
+
+
 class _Arrivals:
     """Waits for the replies to some messages, in threads.
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from logging import INFO, WARNING
+from logging import INFO
 
 from flwr.app import (
     Array,
@@ -20,20 +18,18 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from lola_flwr.errors import UserError
-from lola_flwr.run.records import RoundRecord
-from lola_flwr.server.absences import Absences
-from lola_flwr.server.spread.exchange import PartFailed, PartReply, PartRequest
+from lola_flwr.server.spread.exchange import (
+    Exchange,
+    PartFailed,
+    PartReply,
+    PartRequest,
+)
+from lola_flwr.server.spread.plan import StepPlan
 from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.strategies.arrival_grid import ArrivalGrid
 from lola_flwr.strategies.message import only_arrays
-from lola_flwr.strategies.presence import (
-    ask_profiles,
-    meet,
-    wait_for_devices,
-    without_errors,
-)
-from lola_flwr.strategies.rounds import with_metrics
+from lola_flwr.strategies.presence import ask_profiles, without_errors
+from lola_flwr.strategies.rounds import OnRound, Rounds, Waits
 from lola_flwr.strategies.wrappers import refuse_clipping
 from lola_flwr.wire.records import PART_ACTION, REPORT_KEY
 
@@ -52,11 +48,8 @@ class D2FT(Strategy):
     min_available_nodes
         Devices that must be connected before the first step. Later steps go on with
         those that are there.
-    wait_s
-        How long to wait for them before the run ends with an error.
-    profile_wait_s
-        How long to wait for the profiles of new ones, whose first message starts their
-        program.
+    waits
+        How long to wait for devices and their profiles.
     exchange_wait_s
         How long to wait for the replies of one exchange; a step in which one is missing
         is skipped.
@@ -74,21 +67,20 @@ class D2FT(Strategy):
         trainer: SpreadTrainer,
         *,
         min_available_nodes: int = 2,
-        wait_s: float = 60.0,
-        profile_wait_s: float = 300.0,
+        waits: Waits | None = None,
         exchange_wait_s: float = 300.0,
-        on_round: Callable[[RoundRecord], None] | None = None,
+        on_round: OnRound | None = None,
     ) -> None:
         self.trainer = trainer
-        self.on_round = on_round
-        self._min_available = min_available_nodes
-        self._wait_s = wait_s
-        self._profile_wait_s = profile_wait_s
+        self._waits = waits or Waits()
+        self._rounds: Rounds[StepPlan, Exchange] = Rounds(
+            trainer,
+            min_available=min_available_nodes,
+            waits=self._waits,
+            on_round=on_round,
+        )
         self._exchange_wait_s = exchange_wait_s
-        # Flower counts each start's rounds from 1; a resumed run has done some before.
-        self._steps_before = trainer.server_round
-        self._record: RoundRecord | None = None
-        self._silent = Absences()
+        self._figures: Mapping[str, float] | None = None
         self._returned: ArrayRecord | None = None
         self._timeout_s = exchange_wait_s
         # Under a wrapper, which has a start of its own, evaluations stay unknown.
@@ -96,13 +88,13 @@ class D2FT(Strategy):
 
     def initial_arrays(self) -> ArrayRecord:
         """Return the trainable values, to be handed to ``start``."""
-        return ArrayRecord({n: Array(v) for n, v in self.trainer.state().items()})
+        return ArrayRecord({n: Array(v) for n, v in self.trainer.values().items()})
 
     def summary(self) -> None:
         """Log what will be done."""
         partition = self.trainer.partition
         log(INFO, "\t├──> %d layers, spread over the devices", partition.num_blocks)
-        log(INFO, "\t└──> Nodes to wait for: %d", self._min_available)
+        log(INFO, "\t└──> Nodes to wait for: %d", self._rounds.min_available)
 
     def start(
         self,
@@ -137,16 +129,16 @@ class D2FT(Strategy):
         UserError
             ``initial_arrays`` is of another model, or the first step has no devices.
         """
-        before = 0 if self._record is not None else self.trainer.server_round
-        self._steps_before, self._record, self._returned = before, None, None
+        self._rounds.restart()
+        before = self._rounds.rounds_before
+        self._returned = None
         self._timeout_s = min(self._exchange_wait_s, timeout)
         self._reports = True
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            metrics = None
-            if evaluate_fn is not None:
-                metrics = evaluate_fn(server_round + before, arrays)
-            self._report(dict(metrics or {}))
+            server_round += before
+            metrics = None if evaluate_fn is None else evaluate_fn(server_round, arrays)
+            self._rounds.report(server_round, {} if metrics is None else dict(metrics))
             return metrics
 
         return super().start(
@@ -175,51 +167,29 @@ class D2FT(Strategy):
         if arrays is not self._returned:
             # The first ones, or what a wrapper has changed, for instance by noise.
             self.trainer.start_from({n: a.numpy() for n, a in arrays.items()})
-        step = server_round + self._steps_before
-        start = time.perf_counter()
+        step = server_round + self._rounds.rounds_before
+        plan = self._rounds.plan(
+            step,
+            connected=lambda: [str(node) for node in grid.get_node_ids()],
+            ask_profiles=lambda new: ask_profiles(
+                grid, new, step, self._waits.profiles_s
+            ),
+        )
 
         def exchange(requests: Mapping[str, PartRequest]) -> Mapping[str, PartReply]:
             return _exchange(grid, step, requests, self._timeout_s)
 
-        try:
-            devices = wait_for_devices(
-                lambda: [str(node) for node in grid.get_node_ids()],
-                needed=self._min_available if self._record is None else 1,
-                wait_s=self._wait_s,
-            )
-            self._silent = meet(
-                self.trainer,
-                devices,
-                lambda new: ask_profiles(grid, new, step, self._profile_wait_s),
-                server_round=step,
-                silent=self._silent,
-            )
-            record = self.trainer.step(step, devices, exchange)
-        except UserError as error:
-            if self._record is None and not self._steps_before:
-                raise
-            record = self.trainer.skip(step, str(error))
-        self._record = replace(record, measured_s=time.perf_counter() - start)
-        for line in self._record.lines():
-            log(WARNING if record.skipped else INFO, "%s", line)
+        self._figures = None if plan is None else self._rounds.complete(exchange)
         return []
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the values and the metrics of the step that was taken."""
-        record = self._record
-        if record is None or record.train_loss is None:
+        if self._figures is None:
             return None, None
         self._returned = self.initial_arrays()
-        return self._returned, MetricRecord(
-            {
-                "train_loss": record.train_loss,
-                "wireless_s": record.wireless_s,
-                "sent_bytes": record.sent_bytes,
-                "received_bytes": record.received_bytes,
-            }
-        )
+        return self._returned, MetricRecord({**self._figures})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -232,12 +202,8 @@ class D2FT(Strategy):
     ) -> MetricRecord | None:
         """Return nothing, since nothing was asked for."""
         if not self._reports:
-            self._report({})
+            self._rounds.report(server_round + self._rounds.rounds_before, {})
         return None
-
-    def _report(self, metrics: Mapping[str, object]) -> None:
-        if self._record is not None and self.on_round is not None:
-            self.on_round(with_metrics(self._record, metrics))
 
 
 def _exchange(

@@ -27,10 +27,15 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
 from lola_flwr.errors import UserError, quoted
-from lola_flwr.run.records import RoundRecord
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
-from lola_flwr.strategies.rounds import Rounds, evaluation_weights
+from lola_flwr.strategies.arrival_grid import ArrivalGrid, upload_seconds
+from lola_flwr.strategies.rounds import (
+    BlockRounds,
+    OnRound,
+    Waits,
+    evaluation_weights,
+)
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 from lola_flwr.wire.records import SECAGG_REFUSAL
 
@@ -57,19 +62,12 @@ class LoLaDeft(FedAvg):
     min_available_clients
         Devices that must be connected before the first round is planned (default: as
         many as the model has blocks). Later rounds go on with those that are there.
-    wait_s
-        How long to wait for them before the run ends with an error.
-    profile_wait_s
-        How long to wait for the profiles of new ones, whose first message starts their
-        program.
+    waits
+        How long to wait for devices, their profiles, and a round's replies. That a
+        round ends at its deadline takes ``lola_flwr.strategies.run_rounds``: Flower's
+        own loop knows of nothing but ``ServerConfig.round_timeout``.
     on_round
         Called with each round's record, after its evaluation.
-    deadline_factor, deadline_floor_s
-        A round's replies are waited for no longer than the factor times what the round
-        should take, by the clock of rounds before, and the floor in seconds. Factor 0:
-        as long as the round's time-out says. It takes
-        ``lola_flwr.strategies.run_rounds``: Flower's own loop knows of nothing but
-        ``ServerConfig.round_timeout``.
     evaluate_fn, on_evaluate_config_fn, evaluate_metrics_aggregation_fn
         As in ``flwr.server.strategy.FedAvg``.
     fraction_evaluate
@@ -91,11 +89,8 @@ class LoLaDeft(FedAvg):
         coordinator: Coordinator,
         *,
         min_available_clients: int | None = None,
-        wait_s: float = 60.0,
-        profile_wait_s: float = 300.0,
-        on_round: Callable[[RoundRecord], None] | None = None,
-        deadline_factor: float = 4.0,
-        deadline_floor_s: float = 60.0,
+        waits: Waits | None = None,
+        on_round: OnRound | None = None,
         evaluate_fn: EvaluateFunction | None = None,
         fraction_evaluate: float = 0.0,
         min_evaluate_clients: int = 2,
@@ -104,13 +99,12 @@ class LoLaDeft(FedAvg):
         evaluate_metrics_aggregation_fn: MetricsAggregationFn | None = None,
     ) -> None:
         self.coordinator = coordinator
-        self._rounds = Rounds(
+        self._waits = waits or Waits()
+        self._rounds = BlockRounds(
             coordinator,
             min_available=min_available_clients,
-            wait_s=wait_s,
+            waits=self._waits,
             on_round=on_round,
-            deadline_factor=deadline_factor,
-            deadline_floor_s=deadline_floor_s,
         )
         min_available = self._rounds.min_available
         super().__init__(
@@ -124,7 +118,6 @@ class LoLaDeft(FedAvg):
             on_evaluate_config_fn=on_evaluate_config_fn,
             evaluate_metrics_aggregation_fn=evaluate_metrics_aggregation_fn,
         )
-        self._profile_wait_s = profile_wait_s
         # Arrays that never change are encoded once.
         positions = {name: n for n, name in enumerate(coordinator.arrays())}
         self._constants = {
@@ -132,8 +125,8 @@ class LoLaDeft(FedAvg):
             for name, values in coordinator.constants().items()
         }
         self._returned = self._parameters()
-        # Seconds of each device's latest upload; ``run_rounds`` knows them.
-        self.upload_s: Callable[[], Mapping[str, float]] = dict
+        # Tells how long uploads took; ``run_rounds`` sets it.
+        self.arrivals: ArrivalGrid | None = None
 
     def wait_s(self) -> float:
         """Return how long the present round's replies may take, in seconds."""
@@ -172,7 +165,7 @@ class LoLaDeft(FedAvg):
             server_round,
             connected=connected,
             ask_profiles=lambda devices: _ask_profiles(
-                clients, devices, server_round, self._profile_wait_s
+                clients, devices, server_round, self._waits.profiles_s
             ),
         )
         if plan is None:
@@ -216,7 +209,7 @@ class LoLaDeft(FedAvg):
                 tensors=result.parameters.tensors,
                 num_examples=result.num_examples,
                 report=result.metrics,
-                upload_s=self.upload_s().get(proxy.cid),
+                upload_s=upload_seconds(self.arrivals, proxy.cid),
             )
             for proxy, result in results
         )

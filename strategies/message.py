@@ -21,12 +21,17 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from lola_flwr.run.records import RoundRecord
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
+from lola_flwr.strategies.arrival_grid import upload_seconds
 from lola_flwr.strategies.deadline_grid import DeadlineGrid
 from lola_flwr.strategies.presence import ask_profiles, without_errors
-from lola_flwr.strategies.rounds import Rounds, evaluation_weights
+from lola_flwr.strategies.rounds import (
+    BlockRounds,
+    OnRound,
+    Waits,
+    evaluation_weights,
+)
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 from lola_flwr.wire.records import REPORT_KEY
 
@@ -47,17 +52,10 @@ class LoLaDeft(Strategy):
     min_available_nodes
         Devices that must be connected before the first round is planned (default: as
         many as the model has blocks). Later rounds go on with those that are there.
-    wait_s
-        How long to wait for them before the run ends with an error.
-    profile_wait_s
-        How long to wait for the profiles of new ones, whose first message starts their
-        program.
+    waits
+        How long to wait for devices, their profiles, and a round's replies.
     on_round
         Called with each round's record, after its evaluation.
-    deadline_factor, deadline_floor_s
-        A round's replies are waited for no longer than the factor times what the round
-        should take, by the clock of rounds before, and the floor in seconds. Factor 0:
-        as long as the ``timeout`` of ``start`` says.
     fraction_evaluate
         Share of the devices that evaluate the model on their own data (default: none,
         since every message costs a device seconds).
@@ -81,11 +79,8 @@ class LoLaDeft(Strategy):
         coordinator: Coordinator,
         *,
         min_available_nodes: int | None = None,
-        wait_s: float = 60.0,
-        profile_wait_s: float = 300.0,
-        on_round: Callable[[RoundRecord], None] | None = None,
-        deadline_factor: float = 4.0,
-        deadline_floor_s: float = 60.0,
+        waits: Waits | None = None,
+        on_round: OnRound | None = None,
         fraction_evaluate: float = 0.0,
         min_evaluate_nodes: int = 2,
         weighted_by_key: str = "num-examples",
@@ -102,15 +97,13 @@ class LoLaDeft(Strategy):
         self.evaluate_metrics_aggr_fn = (
             evaluate_metrics_aggr_fn or aggregate_metricrecords
         )
-        self._rounds = Rounds(
+        self._waits = waits or Waits()
+        self._rounds = BlockRounds(
             coordinator,
             min_available=min_available_nodes,
-            wait_s=wait_s,
+            waits=self._waits,
             on_round=on_round,
-            deadline_factor=deadline_factor,
-            deadline_floor_s=deadline_floor_s,
         )
-        self._profile_wait_s = profile_wait_s
         # Frozen arrays are encoded once.
         self._frozen = {
             name: Array(values) for name, values in coordinator.constants().items()
@@ -211,7 +204,7 @@ class LoLaDeft(Strategy):
             server_round,
             connected=lambda: [str(node) for node in grid.get_node_ids()],
             ask_profiles=lambda devices: ask_profiles(
-                grid, devices, server_round, self._profile_wait_s
+                grid, devices, server_round, self._waits.profiles_s
             ),
         )
         if plan is None:
@@ -238,7 +231,9 @@ class LoLaDeft(Strategy):
                 tensors=only_arrays(reply.content),
                 num_examples=_only_metrics(reply.content).get(self.weighted_by_key),
                 report=reply.content.config_records.get(REPORT_KEY, {}),
-                upload_s=self._upload_s(str(reply.metadata.src_node_id)),
+                upload_s=upload_seconds(
+                    self._arrivals, str(reply.metadata.src_node_id)
+                ),
             )
             for reply in without_errors(replies, server_round)
         )
@@ -290,9 +285,6 @@ class LoLaDeft(Strategy):
         if not usable:
             return None
         return self.evaluate_metrics_aggr_fn(usable, self.weighted_by_key)
-
-    def _upload_s(self, device: str) -> float | None:
-        return None if self._arrivals is None else self._arrivals.upload_s.get(device)
 
     def _take_in(self, arrays: ArrayRecord) -> ArrayRecord:
         """Make the arrays of this round the coordinator's; return what to send."""

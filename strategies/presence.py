@@ -5,30 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import WARNING
-from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from lola_flwr.errors import UserError, quoted
-from lola_flwr.server.absences import Absences
+from lola_flwr.server.method import Register
 from lola_flwr.system.devices import InvalidProfile
 from lola_flwr.wire.records import PROFILE_ACTION, PROFILE_KEY
 
 # Asks devices for their profiles: device ids -> what those said that answered in time;
 # nothing, where the answer was an error.
 AskProfiles = Callable[[Sequence[str]], Mapping[str, Mapping[str, object]]]
-
-
-class Register(Protocol):
-    """Keeps the profiles of the devices that are there."""
-
-    def meet_devices(self, device_ids: Iterable[str]) -> list[str]:
-        """Take note of who is there; return those whose profile is not known yet."""
-
-    def add_device(self, device_id: str, properties: Mapping[str, object]) -> None:
-        """Take in a device's profile, or raise `InvalidProfile`."""
 
 
 def wait_for_devices(
@@ -75,37 +64,25 @@ def meet(
     ask: AskProfiles,
     *,
     server_round: int,
-    silent: Absences,
-) -> Absences:
-    """Take note of who is there, and ask those for their profiles that are new.
+) -> None:
+    """Ask the devices that are new for their profiles, and take these in.
 
     Parameters
     ----------
     register
-        Who keeps the profiles.
+        Keeps the profiles.
     devices
         Ids of the devices that are there.
     ask
-        Asks devices, all at once.
+        Asks some for their profiles.
     server_round
         Round, from 1.
-    silent
-        Who did not answer in rounds before, by id: everybody waits for an answer, so
-        such devices are asked again after ever longer rests only.
-
-    Returns
-    -------
-    Who has not answered by now.
     """
-    unknown = [
-        device
-        for device in register.meet_devices(devices)
-        if silent.memory_limit(server_round, device) > 0
-    ]
-    if not unknown:
-        return silent
-    answers = ask(unknown)
-    for device in unknown:
+    asked = register.meet_devices(server_round, devices)
+    if not asked:
+        return
+    answers = ask(asked)
+    for device in asked:
         try:
             # Without an answer the device stays unknown, unless a profile is assumed
             # for such devices.
@@ -114,9 +91,7 @@ def meet(
             # Its words alone: who keeps log records must not keep the frames that an
             # exception knows, and with them this round's model.
             log(WARNING, "device %s is left out: %s", device, str(error))
-    return silent.after(
-        server_round, {device: None if device in answers else 0.0 for device in unknown}
-    )
+    register.note_answers(server_round, asked, answers.keys())
 
 
 def ask_profiles(

@@ -1,4 +1,4 @@
-"""What both strategies do in a round, whatever carries their messages."""
+"""What every strategy does in a round, whatever its method and its messages."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from logging import INFO, WARNING
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy.typing as npt
 from flwr.common.logger import log
 
 from lola_flwr.errors import UserError
 from lola_flwr.heap import give_back_freed_memory
-from lola_flwr.run.records import RoundRecord
-from lola_flwr.server.absences import Absences
+from lola_flwr.run.records import Record
 from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.method import Answers, Method, Plan
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.strategies.deadline import RoundDeadline
@@ -33,62 +33,77 @@ from lola_flwr.wire.packing import VALUES, pack
 
 Encoded = TypeVar("Encoded")
 
+OnRound = Callable[[Record], None]
+
 # An evaluation's largest weight, in median ones.
 _LARGEST_WEIGHT = 10
 
 
-class Rounds:
-    """Carries the coordinator's rounds out, from waiting for devices to the record.
+@dataclass(frozen=True, kw_only=True)
+class Waits:
+    """How long devices are waited for.
 
     Parameters
     ----------
-    coordinator
+    devices_s
+        For enough of them before the run ends with an error; in later rounds, for any.
+    profiles_s
+        For the profiles of new ones, whose first message starts their program.
+    deadline_factor, deadline_floor_s
+        For a round's replies: no longer than the factor times what the round should
+        take, by the clock of rounds before, and the floor. A factor of 0: as long as
+        Flower waits.
+    """
+
+    devices_s: float = 60.0
+    profiles_s: float = 300.0
+    deadline_factor: float = 4.0
+    deadline_floor_s: float = 60.0
+
+
+class Rounds(Generic[Plan, Answers]):
+    """Carries a method's rounds out, from waiting for devices to the record.
+
+    Parameters
+    ----------
+    method
         Plans and completes the rounds.
     min_available
-        Devices that must be connected before the first round is planned (default: as
-        many as the model has blocks). Later rounds go on with those that are there.
-    wait_s
-        How long to wait for them; in later rounds, for any device at all.
+        Devices that must be connected before the first round is planned. Later rounds
+        go on with those that are there.
+    waits
+        How long to wait for them.
     on_round
         Called with each round's record, after its evaluation.
-    deadline_factor, deadline_floor_s
-        How long to wait for a round's replies: the factor times what the round should
-        take by the clock, and the floor. A factor of 0: as long as Flower waits.
+    why
+        Why so many devices are needed, for the error.
     """
 
     def __init__(
         self,
-        coordinator: Coordinator,
+        method: Method[Plan, Answers],
         *,
-        min_available: int | None,
-        wait_s: float,
-        on_round: Callable[[RoundRecord], None] | None,
-        deadline_factor: float,
-        deadline_floor_s: float,
+        min_available: int,
+        waits: Waits,
+        on_round: OnRound | None,
+        why: str = "",
     ) -> None:
-        self.min_available = (
-            coordinator.partition.num_blocks if min_available is None else min_available
-        )
+        self.min_available = min_available
         self.on_round = on_round
         # Flower counts each start's rounds from 1; a resumed run has done some before.
-        self.rounds_before = coordinator.server_round
-        self._coordinator = coordinator
-        self._wait_s = wait_s
-        self._plan: RoundPlan | None = None
-        self._record: RoundRecord | None = None
-        self._silent = Absences()
+        self.rounds_before = method.server_round
+        self._method = method
+        self._waits = waits
+        self._why = why
+        self._plan: Plan | None = None
+        self._record: Record | None = None
         self._plan_s = 0.0
-        self._deadline = (
-            RoundDeadline(deadline_factor, deadline_floor_s)
-            if deadline_factor
-            else None
-        )
-        self._sent_at = 0.0
 
     def restart(self) -> None:
         """Begin a run: its first round has to succeed, whatever went before."""
-        if self._record is not None:
-            self.rounds_before = 0
+        self.rounds_before = (
+            0 if self._record is not None else self._method.server_round
+        )
         self._plan = self._record = None
 
     def plan(
@@ -97,7 +112,7 @@ class Rounds:
         *,
         connected: Callable[[], Collection[str]],
         ask_profiles: AskProfiles,
-    ) -> RoundPlan | None:
+    ) -> Plan | None:
         """Wait for devices, ask new ones for their profiles, and plan the round.
 
         Rounds are the run's here, not those of Flower's loop: ``rounds_before`` more.
@@ -118,38 +133,88 @@ class Rounds:
         Raises
         ------
         UserError
-            In the run's first round: too few devices connected, or the devices cannot
-            compute all blocks.
+            In the run's first round: too few devices connected, or no plan for them.
         """
         self._plan = None
         try:
-            blocks = self._coordinator.partition.num_blocks
             devices = wait_for_devices(
                 connected,
                 needed=self.min_available if self._record is None else 1,
-                wait_s=self._wait_s,
-                why=f" (the model has {blocks} blocks)",
+                wait_s=self._waits.devices_s,
+                why=self._why,
             )
-            self._silent = meet(
-                self._coordinator,
-                devices,
-                ask_profiles,
-                server_round=server_round,
-                silent=self._silent,
-            )
+            meet(self._method, devices, ask_profiles, server_round=server_round)
             start = time.perf_counter()
-            self._plan = self._coordinator.plan_round(server_round, devices)
+            self._plan = self._method.plan_round(server_round, devices)
         except UserError as error:
             if self._record is None and not self.rounds_before:
                 raise
-            self._record = self._coordinator.skip_round(server_round, str(error))
-            log(WARNING, "%s", self._record.lines()[0])
+            self._record = self._method.skip_round(server_round, str(error))
+            _log(self._record)
         else:
             self._plan_s = time.perf_counter() - start
             # What the last round's replies took would otherwise stay the process's.
             give_back_freed_memory()
-            self._sent_at = time.monotonic()
         return self._plan
+
+    def complete(self, answers: Answers) -> dict[str, float] | None:
+        """Take the round's answers in; return its figures, or None if skipped."""
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return None
+        start = time.perf_counter()
+        record = self._method.complete_round(plan, answers)
+        record = record.taken(self._plan_s + time.perf_counter() - start)
+        self._record = record
+        _log(record)
+        return None if record.skipped else record.figures()
+
+    def report(self, server_round: int, metrics: Mapping[str, object]) -> None:
+        """Hand on the round's record, with those of its metrics that are numbers."""
+        record = self._record
+        if record is None or record.server_round != server_round:
+            return
+        if self.on_round is not None:
+            numbers = {name: float(v) for name, v in metrics.items() if _is_number(v)}  # type: ignore[arg-type]
+            self.on_round(replace(record, metrics=numbers))
+
+
+class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
+    """Carries a coordinator's rounds out.
+
+    Parameters
+    ----------
+    coordinator
+        Plans and completes the rounds.
+    min_available
+        As for `Rounds` (default: as many as the model has blocks).
+    waits, on_round
+        As for `Rounds`.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        *,
+        min_available: int | None,
+        waits: Waits,
+        on_round: OnRound | None,
+    ) -> None:
+        blocks = coordinator.partition.num_blocks
+        super().__init__(
+            coordinator,
+            min_available=blocks if min_available is None else min_available,
+            waits=waits,
+            on_round=on_round,
+            why=f" (the model has {blocks} blocks)",
+        )
+        self._coordinator = coordinator
+        self._deadline = (
+            RoundDeadline(waits.deadline_factor, waits.deadline_floor_s)
+            if waits.deadline_factor
+            else None
+        )
+        self._sent_at = 0.0
 
     def contents(
         self,
@@ -170,6 +235,7 @@ class Rounds:
         encode
             Encodes an array. Devices that are sent the same share what it returns.
         """
+        self._sent_at = time.monotonic()
         packed: dict[tuple[str, ...], Encoded] = {}
         for device in plan.assignments:
             names = plan.sent_names(device, [*encoded])
@@ -177,7 +243,7 @@ class Rounds:
                 yield device, {name: encoded[name] for name in names}
                 continue
             if names not in packed:
-                values = self._coordinator.state()
+                values = self._coordinator.values()
                 packed[names] = encode(pack({name: values[name] for name in names}))
             yield device, {VALUES: packed[names]}
 
@@ -188,45 +254,17 @@ class Rounds:
         seconds: float = self._deadline.wait_s(self._plan.allocation.round_s)
         return seconds
 
-    def complete(self, replies: Iterable[DeviceReply]) -> dict[str, int | float] | None:
-        """Take the round's replies in; return its metrics, or None if skipped."""
-        plan, self._plan = self._plan, None
-        if plan is None:
-            return None
-        replies = list(replies)
-        if self._deadline is not None:
+    def complete(self, answers: Iterable[DeviceReply]) -> dict[str, float] | None:
+        """Take the round's replies in; return its figures, or None if skipped."""
+        replies, plan = list(answers), self._plan
+        if plan is not None and self._deadline is not None:
             self._deadline.learn(
                 plan.allocation.round_s,
                 time.monotonic() - self._sent_at,
                 asked=len(plan.assignments),
                 answered=len({reply.device_id for reply in replies}),
             )
-        start = time.perf_counter()
-        record = self._coordinator.complete_round(plan, replies)
-        self._record = replace(
-            record, measured_strategy_s=self._plan_s + time.perf_counter() - start
-        )
-        for line in record.lines():
-            log(INFO, "%s", line)
-        if all(block.status != "accepted" for block in record.blocks):
-            first = record.blocks[0]
-            log(WARNING, "no update could be used; %s: %s", first.device, first.status)
-        metrics: dict[str, int | float] = {
-            "round_s": record.round_s,
-            "wireless_s": record.wireless_s,
-            "refused": sum(record.refused.values()),
-        }
-        if record.train_loss is not None:
-            metrics["train_loss"] = record.train_loss
-        return metrics
-
-    def report(self, server_round: int, metrics: Mapping[str, object]) -> None:
-        """Hand on the round's record, with those of its metrics that are numbers."""
-        record = self._record
-        if record is None or record.server_round != server_round:
-            return
-        if self.on_round is not None:
-            self.on_round(with_metrics(record, metrics))
+        return super().complete(replies)
 
 
 def evaluation_weights(claims: Sequence[float]) -> list[float]:
@@ -238,10 +276,12 @@ def evaluation_weights(claims: Sequence[float]) -> list[float]:
     return [min(claim, limit) for claim in claims]
 
 
-def with_metrics(record: RoundRecord, metrics: Mapping[str, object]) -> RoundRecord:
-    """Return a record with those metrics of an evaluation that are numbers."""
-    numbers = {name: float(v) for name, v in metrics.items() if _is_number(v)}  # type: ignore[arg-type]
-    return replace(record, metrics=numbers)
+def _log(record: Record) -> None:
+    for line in record.lines():
+        log(WARNING if record.skipped else INFO, "%s", line)
+    warning = None if record.skipped else record.warning()
+    if warning is not None:
+        log(WARNING, "%s", warning)
 
 
 def _is_number(value: object) -> bool:

@@ -31,7 +31,7 @@ def run_rounds(
         How long to wait at most for the devices of a round.
     """
     arrivals = LegacyGrid(grid, wait_s=lambda: min(round_timeout_s, strategy.wait_s()))
-    strategy.upload_s = lambda: arrivals.upload_s
+    strategy.arrivals = arrivals
     DefaultWorkflow()(
         arrivals,
         LegacyContext(

@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.build import coordinator_for
+from lola_flwr.build import ServerStep, coordinator_for
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.run.records import RoundRecord
@@ -118,9 +118,9 @@ def test_the_layers_of_the_model_are_its_blocks():
 def test_the_coordinator_starts_from_the_models_values():
     model, partition, costs = build(config())
     coordinator = coordinator_for(
-        model, partition, costs=costs, bandwidth_hz=1e6, optimizer="SGD", lr=0.1
+        model, partition, costs=costs, step=ServerStep(optimizer="SGD", lr=0.1)
     )
-    state, parameters = coordinator.state(), dict(model.named_parameters())
+    state, parameters = coordinator.values(), dict(model.named_parameters())
     assert list(state) == list(partition.trainable)
     for name, values in state.items():
         np.testing.assert_array_equal(values, parameters[name].numpy(force=True))

@@ -96,6 +96,44 @@ class RoundMode:
                 "participation='all' there are none; drop one of the two."
             )
 
+    def check(self, num_blocks: int) -> None:
+        """Compare the mode with the model's number of blocks.
+
+        Raises
+        ------
+        UserError
+            It names blocks that there are not, or leaves nothing to train.
+        """
+        outside = [b for b in self.blocks or () if not 0 <= b < num_blocks]
+        if outside:
+            raise UserError(
+                f"Unknown block: blocks names {outside[0]}, but the blocks are 0 to "
+                f"{num_blocks - 1}."
+            )
+        wanted = self.devices_per_block
+        if isinstance(wanted, Sequence) and len(wanted) != num_blocks:
+            raise UserError(
+                f"Shape mismatch: devices_per_block has {len(wanted)} counts, but "
+                f"there are {num_blocks} blocks."
+            )
+        if not self.demand(num_blocks).any():
+            raise UserError(
+                "Nothing to train: devices_per_block is 0 for all of "
+                f"blocks={self.blocks}."
+            )
+
+    def demand(self, num_blocks: int) -> IntArray:
+        """Return how many devices each block needs, shape (N,); 0: left out."""
+        demand = np.zeros(num_blocks, dtype=np.int64)
+        chosen = (
+            slice(None)
+            if self.blocks is None
+            else np.array(self.blocks, dtype=np.int64)
+        )
+        wanted = np.asarray(self.devices_per_block, dtype=np.int64)
+        demand[chosen] = wanted[chosen] if wanted.ndim else wanted
+        return demand
+
 
 @dataclass(frozen=True, eq=False)
 class AllocationProblem:
@@ -191,26 +229,7 @@ class AllocationProblem:
         object.__setattr__(self, "compute_s", compute_s)
         object.__setattr__(self, "full_band_upload_s", upload)
         object.__setattr__(self, "feasible", feasible)
-        self._check_mode()
-
-    def _check_mode(self) -> None:
-        """Compare the round's mode with the number of blocks."""
-        blocks, wanted = self.mode.blocks, self.mode.devices_per_block
-        outside = [b for b in blocks or () if not 0 <= b < self.num_blocks]
-        if outside:
-            raise UserError(
-                f"Unknown block: blocks names {outside[0]}, but the blocks are 0 to "
-                f"{self.num_blocks - 1}."
-            )
-        if isinstance(wanted, Sequence) and len(wanted) != self.num_blocks:
-            raise UserError(
-                f"Shape mismatch: devices_per_block has {len(wanted)} counts, but "
-                f"there are {self.num_blocks} blocks."
-            )
-        if not self.demand.any():
-            raise UserError(
-                f"Nothing to train: devices_per_block is 0 for all of blocks={blocks}."
-            )
+        self.mode.check(self.num_blocks)
 
     @property
     def num_devices(self) -> int:
@@ -225,12 +244,7 @@ class AllocationProblem:
     @property
     def demand(self) -> IntArray:
         """Devices each block needs this round, shape (N,); 0 for a block left out."""
-        blocks = self.mode.blocks
-        demand = np.zeros(self.num_blocks, dtype=np.int64)
-        chosen = slice(None) if blocks is None else np.array(blocks, dtype=np.int64)
-        wanted = np.asarray(self.mode.devices_per_block, dtype=np.int64)
-        demand[chosen] = wanted[chosen] if wanted.ndim else wanted
-        return demand
+        return self.mode.demand(self.num_blocks)
 
     @property
     def all_devices(self) -> bool:

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from lola_flwr.cli.console import bars, table
 from lola_flwr.errors import UserError
-from lola_flwr.run.records import RoundRecord, read_rounds
+from lola_flwr.run.records import Record, RoundRecord
+from lola_flwr.run.round_log import read_rounds
 
 _MAX_DEVICES = 16
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -35,7 +36,7 @@ class RunView:
         self._num_rounds = num_rounds
         self._start = time.monotonic()
         self._size = -1
-        self._rounds: list[RoundRecord] = []
+        self._rounds: list[Record] = []
 
     def __rich__(self) -> RenderableType:
         """Return what there is to see now."""
@@ -44,11 +45,10 @@ class RunView:
         if not self._rounds:
             return Text(f"waiting for the first round ... {passed_s:.0f} s", "dim")
         last = self._rounds[-1]
-        return Group(
-            _progress(last, self._num_rounds, passed_s),
-            _metrics(self._rounds),
-            *([_devices(last)] if last.blocks else []),
-        )
+        parts = [_progress(last, self._num_rounds, passed_s), _metrics(self._rounds)]
+        if isinstance(last, RoundRecord) and last.blocks:
+            parts.append(_devices(last))
+        return Group(*parts)
 
     def _follow(self) -> None:
         try:
@@ -61,7 +61,7 @@ class RunView:
             return
 
 
-def _progress(last: RoundRecord, total: int | None, passed_s: float) -> Table:
+def _progress(last: Record, total: int | None, passed_s: float) -> Table:
     line = Table.grid(padding=(0, 2))
     known = "" if total is None else f" of {total}"
     line.add_row(
@@ -73,7 +73,7 @@ def _progress(last: RoundRecord, total: int | None, passed_s: float) -> Table:
     return line
 
 
-def _metrics(rounds: Sequence[RoundRecord]) -> Table:
+def _metrics(rounds: Sequence[Record]) -> Table:
     line = Table.grid(padding=(0, 2))
     last = rounds[-1]
     words = [
@@ -89,7 +89,11 @@ def _metrics(rounds: Sequence[RoundRecord]) -> Table:
         if name != "loss":
             values = [metrics[name] for metrics in evaluated if name in metrics]
             words.append(f"{name} {values[-1]:.4f} {_spark(values)}")
-    refused = sum(sum(record.refused.values()) for record in rounds)
+    refused = sum(
+        sum(record.refused.values())
+        for record in rounds
+        if isinstance(record, RoundRecord)
+    )
     if refused:
         words.append(f"{refused} updates refused")
     line.add_row(*map(Text, words))

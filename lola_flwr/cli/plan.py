@@ -69,26 +69,36 @@ def plan(
 
     from lola_flwr.allocation import ALLOCATORS, find_allocator
     from lola_flwr.planning import (
+        AllocationOptions,
+        Known,
+        RunStatement,
         compare,
+        matching_seed,
         named_model_costs,
         planned_blocks,
-        round_problem,
+        solve_round,
     )
+    from lola_flwr.system.channel import Channel
 
     find_allocator(allocator)
     costs = named_model_costs(
         model, batch_size=batch_size, sequence_length=max_length, codec=codec
     )
-    problem = round_problem(
-        there,
-        costs,
-        bandwidth_hz=bandwidth_hz,
-        server_round=server_round,
+    run = RunStatement(
+        costs=costs,
+        channel=Channel(bandwidth_hz=bandwidth_hz, fading=fading),
+        allocation=AllocationOptions(allocator=allocator),
         seed=seed,
-        fading=fading,
     )
-    plans = compare(problem, list(dict.fromkeys([allocator, *ALLOCATORS])), seed=seed)
-    parts = planned_blocks(problem, plans[0].allocation, there, costs)
+    by_name = sorted(there, key=lambda device: device.name)
+    solved = solve_round(run, Known.at_first(run, by_name, server_round))
+    parts = planned_blocks(run, solved)
+    problem = solved.stated.problem
+    plans = compare(
+        problem,
+        list(dict.fromkeys([allocator, *ALLOCATORS])),
+        seed=matching_seed(seed, server_round),
+    )
     if as_json:
         print_json(_as_json(problem, costs, plans, parts, model))
     else:

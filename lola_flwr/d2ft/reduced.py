@@ -15,22 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch import nn
 
 from lola_flwr.costs.estimated import BlockCosts
-from lola_flwr.d2ft.execution import scheduled
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import UnitCosts, solve_knapsack
-from lola_flwr.d2ft.subnetworks import find_subnetworks
 from lola_flwr.errors import UserError
-from lola_flwr.model.backprop import (
-    Batch,
-    BlockGradient,
-    LossFunction,
-    block_gradient,
-    model_loss,
-)
-from lola_flwr.model.blocks import BlockPartition
 
 # Of a layer that is not trained: a forward pass, and one for its inputs' gradient. What
 # it keeps for the backward pass takes the place of traffic.
@@ -99,32 +88,6 @@ def reduced_schedule(
         traffic_budget=kept_layers,
     )
     return tuple(Operation(operation) for operation in operations)
-
-
-def reduced_gradient(
-    model: nn.Module,
-    partition: BlockPartition,
-    block_index: int,
-    batch: Batch,
-    operations: Sequence[Operation],
-    *,
-    loss_function: LossFunction = model_loss,
-    micro_batch_size: int = 0,
-) -> BlockGradient:
-    """Compute a block's gradient under a reduced schedule.
-
-    Parameters are those of `block_gradient`, and the operation of each layer.
-    """
-    subnetworks = find_subnetworks(model, partition, num_groups=1)
-    with scheduled(subnetworks, [[operation] for operation in operations]):
-        return block_gradient(
-            model,
-            partition,
-            block_index,
-            batch,
-            loss_function=loss_function,
-            micro_batch_size=micro_batch_size,
-        )
 
 
 def reduced_costs(

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.d2ft.operations import Operation
-from lola_flwr.d2ft.scores import Scores
 from lola_flwr.errors import UserError
 
 FloatArray = npt.NDArray[np.float64]
@@ -50,6 +49,25 @@ ADAPTER_TUNING = UnitCosts(compute=(0, 1, 2))
 # The same where a device keeps nothing, and computes forward anew on the way back.
 STATELESS_FULL_TUNING = UnitCosts(compute=(0, 1, 4))
 STATELESS_ADAPTER_TUNING = UnitCosts(compute=(0, 1, 3))
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of S sub-networks over M micro-batches.
+
+    Parameters
+    ----------
+    fisher
+        Forward score, shape [S, M].
+    magnitude
+        Backward score, shape [S].
+    gradient
+        What decides between micro-batches, shape [S, M].
+    """
+
+    fisher: FloatArray
+    magnitude: FloatArray
+    gradient: FloatArray
 
 
 def operation_values(

@@ -10,36 +10,14 @@ micro-batch, so that between micro-batches a gradient score decides: the sum of
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lola_flwr.d2ft.schedule import Scores
 from lola_flwr.d2ft.subnetworks import Subnetworks, parameter_slices
 from lola_flwr.model.backprop import Batch, LossFunction, model_loss
-
-FloatArray = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """Scores of S sub-networks over M micro-batches.
-
-    Parameters
-    ----------
-    fisher
-        Forward score, shape [S, M].
-    magnitude
-        Backward score, shape [S].
-    gradient
-        What decides between micro-batches, shape [S, M].
-    """
-
-    fisher: FloatArray
-    magnitude: FloatArray
-    gradient: FloatArray
 
 
 def score_subnetworks(

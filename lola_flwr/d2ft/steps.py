@@ -12,11 +12,11 @@ from lola_flwr.d2ft.schedule import (
     FULL_TUNING,
     SOLVERS,
     Budgets,
+    Scores,
     UnitCosts,
     operation_values,
     schedule_subnetworks,
 )
-from lola_flwr.d2ft.scores import Scores
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.channel import uplink_rates_bps

@@ -1,4 +1,4 @@
-"""The gradient of a batch whose micro-batches run under a schedule."""
+"""Gradients under a schedule: of a batch in micro-batches, or of a device's block."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from lola_flwr.d2ft.execution import scheduled
 from lola_flwr.d2ft.operations import Operation
-from lola_flwr.d2ft.subnetworks import Subnetworks
+from lola_flwr.d2ft.subnetworks import Subnetworks, find_subnetworks
 from lola_flwr.model.backprop import (
     Batch,
     BlockGradient,
     LossFunction,
+    block_gradient,
     model_loss,
     only_trainable,
 )
+from lola_flwr.model.blocks import BlockPartition
 
 
 def split_batch(batch: Batch, count: int) -> list[Batch]:
@@ -97,3 +99,29 @@ def scheduled_gradient(
         loss=loss_sum / sum(sizes),
         num_examples=sum(sizes),
     )
+
+
+def reduced_gradient(
+    model: nn.Module,
+    partition: BlockPartition,
+    block_index: int,
+    batch: Batch,
+    operations: Sequence[Operation],
+    *,
+    loss_function: LossFunction = model_loss,
+    micro_batch_size: int = 0,
+) -> BlockGradient:
+    """Compute a block's gradient under a reduced schedule.
+
+    Parameters are those of `block_gradient`, and the operation of each layer.
+    """
+    subnetworks = find_subnetworks(model, partition, num_groups=1)
+    with scheduled(subnetworks, [[operation] for operation in operations]):
+        return block_gradient(
+            model,
+            partition,
+            block_index,
+            batch,
+            loss_function=loss_function,
+            micro_batch_size=micro_batch_size,
+        )

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lola_flwr.errors import UserError
-from lola_flwr.run.records import BlockRecord, RoundRecord, read_rounds
+from lola_flwr.run.records import BlockRecord, Record, RoundRecord, StepRecord
+from lola_flwr.run.round_log import read_rounds
 
 # Bytes up as the allocation counted on them, as received, and bytes down.
 _COUNTS = ("payload_bytes", "received_bytes", "sent_bytes")
@@ -32,7 +33,7 @@ class Run:
     """
 
     name: str
-    rounds: Sequence[RoundRecord]
+    rounds: Sequence[Record]
     description: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -85,14 +86,15 @@ class Run:
         """Refused updates of all rounds, counted by reason."""
         total: Counter[str] = Counter()
         for record in self.rounds:
-            total.update(record.refused)
+            total.update(_refused(record))
         return total
 
     def total_bytes(self, name: str) -> int | None:
         """Sum a count of bytes over all rounds; None if the log does not hold it."""
-        counts = [_count(block, name) for r in self.rounds for block in r.blocks]
+        counts = [_count(block, name) for r in self.rounds for block in _blocks(r)]
         # A model that is spread over devices has no blocks of theirs.
-        counts += [getattr(r, name, None) for r in self.rounds if r.exchanges]
+        steps = [r for r in self.rounds if isinstance(r, StepRecord)]
+        counts += [getattr(step, name, None) for step in steps]
         known = [count for count in counts if count is not None]
         return round(sum(known)) if known else None
 
@@ -112,13 +114,13 @@ class Run:
         The active devices' parts of all rounds stand one after the other; ``first``
         tells with which of them a round begins.
         """
-        blocks = [block for record in self.rounds for block in record.blocks]
+        blocks = [block for record in self.rounds for block in _blocks(record)]
         devices = sorted({block.device for block in blocks})
         row_of = {device: row for row, device in enumerate(devices)}
         statuses = sorted({block.status for block in blocks})
         first = [0]
         for record in self.rounds:
-            first.append(first[-1] + len(record.blocks))
+            first.append(first[-1] + len(_blocks(record)))
         return {
             "name": self.name,
             "is_plan": self.is_plan,
@@ -135,7 +137,7 @@ class Run:
                     for name in self.metric_names
                 },
             },
-            "refused": [sum(record.refused.values()) for record in self.rounds],
+            "refused": [sum(_refused(record).values()) for record in self.rounds],
             "devices": devices,
             "statuses": statuses,
             "num_blocks": max((b.block_index + b.depth for b in blocks), default=0),
@@ -158,15 +160,23 @@ class Run:
         }
 
 
+def _blocks(record: Record) -> Sequence[BlockRecord]:
+    return record.blocks if isinstance(record, RoundRecord) else ()
+
+
+def _refused(record: Record) -> Mapping[str, int]:
+    return record.refused if isinstance(record, RoundRecord) else {}
+
+
 def _count(block: BlockRecord, name: str) -> float | None:
     """Return a count of bytes; None where the record holds none."""
     return getattr(block, name, 0) or None
 
 
-def _latencies(rounds: Iterable[RoundRecord], name: str) -> list[float | None]:
+def _latencies(rounds: Iterable[Record], name: str) -> list[float | None]:
     """Return a latency of each round; None where it was skipped."""
     return _rounded(
-        None if record.skipped is not None else getattr(record, name)
+        None if record.skipped is not None else getattr(record, name, None)
         for record in rounds
     )
 

@@ -15,7 +15,8 @@ from typing import Any, Protocol, Self
 
 from lola_flwr.errors import UserError
 from lola_flwr.run.checkpoint import Checkpoints, Snapshot
-from lola_flwr.run.records import RoundLog, RoundRecord
+from lola_flwr.run.records import Record
+from lola_flwr.run.round_log import RoundLog
 
 # Flower's, which goes into the run's output.
 _logger = logging.getLogger("flwr")
@@ -27,7 +28,9 @@ Scalar = bool | float | int | str
 class Resumable(Protocol):
     """What holds all that the rounds to come depend on."""
 
-    server_round: int
+    @property
+    def server_round(self) -> int:
+        """Last complete round."""
 
     def snapshot(self) -> Snapshot:
         """Return it."""
@@ -117,7 +120,7 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def on_round(self, record: RoundRecord) -> None:
+    def on_round(self, record: Record) -> None:
         """Write a round's record, and a checkpoint if it is time for one."""
         log_bytes = self.log.append(record)
         if record.server_round % self._every == 0:

@@ -1,18 +1,16 @@
-"""What happened in a round: a record, as log lines and as a line of a JSON file."""
+"""What happened in a round: a record, as log lines and as a line of JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from lola_flwr.errors import UserError
-
-_Record = TypeVar("_Record", "BlockRecord", "RoundRecord")
+if TYPE_CHECKING:
+    # A worker may live in Python 3.10, whose typing lacks it.
+    from typing import Self
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
-class RoundRecord:
-    """One round.
+class Record:
+    """What any round comes to, whatever the method.
 
     Parameters
     ----------
@@ -76,31 +74,15 @@ class RoundRecord:
         Devices K that the round could choose from.
     wireless_s
         Sum of ``observed_s`` up to and with this round.
-    num_excluded
-        Devices that were left out where all others take part: they have not the memory
-        for a block, or rest after failures.
     round_s
         Planned latency of the round.
     observed_s
-        Latency with the compute times that devices reported, and the upload times that
-        were measured, in place of the planned ones; equals ``round_s`` where there are
-        none.
-    bound_s
-        Lower bound of the best possible latency; nan if the allocator gives none.
+        Latency with what was measured in place of what was planned; equals ``round_s``
+        where nothing was.
     train_loss
-        Mean loss over the accepted updates' examples; None without any.
-    refused
-        Refused replies, counted by reason.
-    blocks
-        Each active device's part.
+        Mean loss over the examples that were trained on; None without any.
     skipped
-        Why nobody was asked to take part; None if the round took place.
-    measured_strategy_s
-        Seconds that the server itself took to plan the round and to step the model.
-    exchanges, sent_bytes, received_bytes, measured_s
-        Where the model is spread over devices: messages that followed one upon the
-        other, the bytes of the arrays in them, to and from all devices, and how long
-        all of that took.
+        Why the round did not take place; None if it did.
     metrics
         Evaluation of the model after this round, by metric; empty where none was made.
     """
@@ -108,27 +90,79 @@ class RoundRecord:
     server_round: int
     num_devices: int
     wireless_s: float
-    num_excluded: int = 0
     round_s: float = 0.0
     observed_s: float = 0.0
-    bound_s: float = math.nan
     train_loss: float | None = None
-    refused: Mapping[str, int] = field(default_factory=dict)
-    blocks: tuple[BlockRecord, ...] = ()
     skipped: str | None = None
-    measured_strategy_s: float = 0.0
-    exchanges: int = 0
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    measured_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Return the record as log lines."""
         if self.skipped is not None:
             return [f"round {self.server_round} is skipped: {self.skipped}"]
-        if self.exchanges:
-            return [self._spread_line()]
+        return self._lines()
+
+    def _lines(self) -> list[str]:
+        raise NotImplementedError
+
+    def warning(self) -> str | None:
+        """Return what went wrong in a round that took place; None if nothing did."""
+        return None
+
+    def taken(self, seconds: float) -> Self:
+        """Return the record of a round that took so long here."""
+        raise NotImplementedError
+
+    def figures(self) -> dict[str, float]:
+        """Return the round's figures by name, but for those of an evaluation."""
+        return {"wireless_s": self.wireless_s} | (
+            {} if self.train_loss is None else {"train_loss": self.train_loss}
+        )
+
+    def final_line(self) -> str:
+        """Sum a run up from its last record: metrics, rounds, wireless time, loss."""
+        parts = [f"{k}={v:.4f}" for k, v in self.metrics.items() if k != "loss"]
+        parts += [f"rounds={self.server_round}", f"wireless_s={self.wireless_s:.3f}"]
+        parts += [f"loss={self.metrics['loss']:.4f}"] if "loss" in self.metrics else []
+        return f"final: {' '.join(parts)}"
+
+    def to_json(self) -> str:
+        """Return the record as one line of strict JSON; what is not finite is null.
+
+        A line has the fields of all kinds of records, so that a file is one table.
+        """
+        values = {**_all_fields(), **asdict(self)}
+        values["bound_s"] = _finite(values["bound_s"])
+        values["metrics"] = {k: _finite(v) for k, v in self.metrics.items()}
+        return json.dumps(values, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class RoundRecord(Record):
+    """One round of LoLa-DEFT.
+
+    Parameters
+    ----------
+    num_excluded
+        Devices that were left out where all others take part: they have not the memory
+        for a block, or rest after failures.
+    bound_s
+        Lower bound of the best possible latency; nan if the allocator gives none.
+    refused
+        Refused replies, counted by reason.
+    blocks
+        Each active device's part.
+    measured_strategy_s
+        Seconds that the server itself took to plan the round and to step the model.
+    """
+
+    num_excluded: int = 0
+    bound_s: float = math.nan
+    refused: Mapping[str, int] = field(default_factory=dict)
+    blocks: tuple[BlockRecord, ...] = ()
+    measured_strategy_s: float = 0.0
+
+    def _lines(self) -> list[str]:
         bound = "" if math.isnan(self.bound_s) else f", bound {self.bound_s:.3f} s"
         loss = "none" if self.train_loss is None else f"{self.train_loss:.4f}"
         lines = [
@@ -191,121 +225,72 @@ class RoundRecord:
             lines.append(f"  refused updates: {counts}")
         return lines
 
-    def _spread_line(self) -> str:
-        return (
+    def warning(self) -> str | None:
+        """Return that no update could be used, if so."""
+        if not self.blocks or any(b.status == "accepted" for b in self.blocks):
+            return None
+        first = self.blocks[0]
+        return f"no update could be used; {first.device}: {first.status}"
+
+    def taken(self, seconds: float) -> Self:
+        """Return the record of a round that the server took so long for."""
+        return replace(self, measured_strategy_s=seconds)
+
+    def figures(self) -> dict[str, float]:
+        """Return the round's figures by name, but for those of an evaluation."""
+        return {
+            "round_s": self.round_s,
+            "refused": sum(self.refused.values()),
+            **super().figures(),
+        }
+
+
+@dataclass(frozen=True)
+class StepRecord(Record):
+    """One step of D2FT, in which the model is spread over the devices.
+
+    Parameters
+    ----------
+    exchanges
+        Messages that followed one upon the other.
+    sent_bytes, received_bytes
+        Bytes of the arrays in them, to and from all devices.
+    measured_s
+        How long all of that took.
+    """
+
+    exchanges: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    measured_s: float = 0.0
+
+    def _lines(self) -> list[str]:
+        return [
             f"step {self.server_round}: latency {self.round_s:.3f} s planned, "
             f"{self.measured_s:.3f} s measured; wireless time {self.wireless_s:.3f} s; "
             f"{self.num_devices} devices, "
             f"{self.exchanges} exchanges, {self.sent_bytes / 1e6:.1f} MB sent to them, "
             f"{self.received_bytes / 1e6:.1f} MB received; train loss "
             f"{self.train_loss:.4f}"
-        )
+        ]
 
-    def final_line(self) -> str:
-        """Sum a run up from its last record: metrics, rounds, wireless time, loss."""
-        parts = [f"{k}={v:.4f}" for k, v in self.metrics.items() if k != "loss"]
-        parts += [f"rounds={self.server_round}", f"wireless_s={self.wireless_s:.3f}"]
-        parts += [f"loss={self.metrics['loss']:.4f}"] if "loss" in self.metrics else []
-        return f"final: {' '.join(parts)}"
+    def taken(self, seconds: float) -> Self:
+        """Return the record of a step that took so long."""
+        return replace(self, measured_s=seconds)
 
-    def to_json(self) -> str:
-        """Return the record as one line of strict JSON; what is not finite is null."""
-        values = asdict(self)
-        values["bound_s"] = _finite(self.bound_s)
-        values["metrics"] = {k: _finite(v) for k, v in self.metrics.items()}
-        return json.dumps(values, allow_nan=False)
+    def figures(self) -> dict[str, float]:
+        """Return the step's figures by name, but for those of an evaluation."""
+        return {
+            "sent_bytes": self.sent_bytes,
+            "received_bytes": self.received_bytes,
+            **super().figures(),
+        }
 
 
-def read_rounds(path: Path) -> list[RoundRecord]:
-    """Read the records of a file that a `RoundLog` wrote, or is still writing.
-
-    Raises
-    ------
-    UserError
-        The file cannot be read, or a line of it is no record.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"{path} cannot be read: {reason}.") from None
-    # A line without an end is still being written.
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [_read_record(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
-
-
-def _read_record(line: str, where: str) -> RoundRecord:
-    try:
-        values = json.loads(line)
-        blocks = tuple(_known(BlockRecord, block) for block in values.pop("blocks", ()))
-        values["bound_s"] = _or_nan(values.get("bound_s"))
-        metrics = values.get("metrics", {})
-        values["metrics"] = {name: _or_nan(value) for name, value in metrics.items()}
-        return _known(RoundRecord, {**values, "blocks": blocks})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where} is no record of a round: {error}.") from None
-
-
-def _known(record: type[_Record], values: Mapping[str, Any]) -> _Record:
-    """Make a record of those values that it has fields for."""
-    names = {f.name for f in fields(record)}
-    return record(**{name: v for name, v in values.items() if name in names})
+def _all_fields() -> dict[str, Any]:
+    """Return what the fields say that one kind of record has and another lacks."""
+    return {**asdict(RoundRecord(0, 0, 0.0)), **asdict(StepRecord(0, 0, 0.0))}
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-class RoundLog:
-    """Appends records to a JSON-lines file.
-
-    Parameters
-    ----------
-    path
-        The file; its directory is made.
-    num_bytes
-        To go on with a run: the file's length after its last complete round. What is
-        beyond, of a round that was cut off, is dropped. (Default: start a file.)
-
-    Raises
-    ------
-    UserError
-        There is such a file already, nothing is overwritten; or the one to go on with
-        is shorter.
-    """
-
-    def __init__(self, path: Path, num_bytes: int | None = None) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if num_bytes:
-            if not path.is_file() or path.stat().st_size < num_bytes:
-                raise UserError(
-                    f"{path} lacks rounds that the checkpoint beside it counts; put it "
-                    "back, or give this run another output directory."
-                )
-            os.truncate(path, num_bytes)
-            return
-        path.touch()
-        if num_bytes is None and path.stat().st_size:
-            raise UserError(
-                f"{path} holds the rounds of an earlier run; give this run another "
-                "output directory, or move that file away."
-            )
-        os.truncate(path, 0)
-
-    def append(self, record: RoundRecord) -> int:
-        """Write one record, down to the disk; return the file's length."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            return file.tell()
-
-    def last(self) -> RoundRecord | None:
-        """Return the last record; None if there is none yet."""
-        records = read_rounds(self.path)
-        return records[-1] if records else None

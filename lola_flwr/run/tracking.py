@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_flwr.errors import UserError, nearest
-from lola_flwr.run.records import RoundRecord
+from lola_flwr.run.records import Record, RoundRecord, StepRecord
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _WRITERS = {"tensorboard": "tensorboardX"}
 @contextmanager
 def tracking(
     names: Sequence[str], directory: Path, config: Config
-) -> Iterator[Callable[[RoundRecord], None]]:
+) -> Iterator[Callable[[Record], None]]:
     """Give a function that hands each round's figures to some trackers.
 
     Parameters
@@ -62,7 +62,7 @@ def tracking(
                     f"({error.name}); pip install {_WRITERS.get(name, name)}."
                 ) from None
 
-        def track(record: RoundRecord) -> None:
+        def track(record: Record) -> None:
             values = figures(record)
             for name, log_round in started:
                 # A run is worth more than its curves: a tracker out of reach is said,
@@ -85,27 +85,30 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def figures(record: RoundRecord) -> dict[str, float]:
+def figures(record: Record) -> dict[str, float]:
     """Return a round's figures by name; what is not known is left out."""
     values: dict[str, float | None] = {
         "wireless_s": record.wireless_s,
         "devices": record.num_devices,
-        "updates/asked": len(record.blocks),
-        "updates/refused": sum(record.refused.values()),
         "train_loss": record.train_loss,
         **record.metrics,
     }
-    if record.exchanges:
-        values |= {
-            "exchanges": record.exchanges,
-            "bytes/sent": record.sent_bytes,
-            "bytes/received": record.received_bytes,
-        }
     if record.skipped is None:
         values |= {
             "latency/planned_s": record.round_s,
             "latency/observed_s": record.observed_s,
-            "latency/bound_s": record.bound_s,
+        }
+    if isinstance(record, RoundRecord):
+        values |= {
+            "updates/asked": len(record.blocks),
+            "updates/refused": sum(record.refused.values()),
+            "latency/bound_s": None if record.skipped else record.bound_s,
+        }
+    if isinstance(record, StepRecord):
+        values |= {
+            "exchanges": record.exchanges,
+            "bytes/sent": record.sent_bytes,
+            "bytes/received": record.received_bytes,
         }
     return {
         k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 # A device that always fails still costs a block one round in so many.
 _LONGEST_REST = 32
@@ -84,15 +83,6 @@ class Absences:
         """Return the bytes below which a device's blocks must stay in a round."""
         absence = self.of_device.get(device, _NONE)
         return absence.memory_bytes if server_round < absence.until_round else math.inf
-
-    def to_values(self) -> dict[str, Any]:
-        """Return them as JSON knows them."""
-        return {device: asdict(absence) for device, absence in self.of_device.items()}
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Absences:
-        """Read what ``to_values`` returned."""
-        return cls({device: Absence(**fields) for device, fields in values.items()})
 
     def failures(self, device: str) -> int:
         """Return how often a device failed, as ``Absence`` counts it."""

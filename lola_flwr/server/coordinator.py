@@ -6,230 +6,139 @@ adapter that carries its plans out and hands it the replies as bytes and records
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.allocation import Allocator, RoundMode
 from lola_flwr.costs.estimated import BlockCosts
-from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.randomness import rng_for
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.run.records import RoundRecord
-from lola_flwr.server.fleet import Fleet
-from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
+from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.model import ServedModel
-from lola_flwr.server.norm_limits import NormHistory, NormLimits
-from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.server.replies import DeviceReply, UpdateReader
 from lola_flwr.server.round.intake import read_replies
+from lola_flwr.server.round.learning import learned
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.round.planner import RoundPlanner
-from lola_flwr.server.round.problem import ProblemStatement
 from lola_flwr.server.round.record import round_record
-from lola_flwr.server.selection.chooser import BlockChooser, Selection
-from lola_flwr.server.selection.importance import Response
+from lola_flwr.server.selection.choice import relative_moves
+from lola_flwr.server.selection.history import BlockHistory
+from lola_flwr.server.selection.importance import measure_importance
+from lola_flwr.server.settings import RoundSettings
 from lola_flwr.server.state import RunState
-from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.wire.low_rank import LowRankProjection
-from lola_flwr.wire.payload import HeadPolicy, Uplink
-from lola_flwr.zeroth_order.mixing import ZerothOrder
+from lola_flwr.wire.payload import UpdateSizes
 
 
 class Coordinator:
     """The server's side of LoLa-DEFT, apart from any transport.
 
+    What it knows is one frozen value, ``state``; apart from it are the model's values
+    and the optimizer's.
+
     Parameters
     ----------
-    partition
-        Blocks of the model.
+    model
+        The model that is trained.
     costs
-        What each block costs a device.
-    bandwidth_hz
-        Total uplink bandwidth.
-    optimizer
-        Holds the trainable values of the model, and steps them.
-    base_fingerprint
-        Digest of the frozen weights, which every device must hold.
-    allocator
-        Name of an allocator, ``"package.module:function"``, or a function from problem
-        to allocation.
-    mode
-        Which blocks need how many devices (default: every block one).
-    selection
-        Which blocks of these a round trains (default: all of them).
-    response
-        Gives the loss that the model has with some trainable values on data of the
-        server's, for a selection by importance.
-    zeroth_order
-        How devices without the memory for back-propagation are used (default: they are
-        not).
-    low_rank
-        How devices project their gradients before they send them; the optimizer is
-        then one that steps in the projected space (default: they do not).
-    reduced_schedules
-        Whether a device may take a block that its memory or the latency target does not
-        allow, by running some layers forward only or not at all. Its gradient is then
-        biased.
-    rotation_eps
-        Relative latency that may be given up for letting blocks meet other devices'
-        data; 0 turns rotation off.
-    correct_profiles
-        Whether reported compute times correct the planned ones of later rounds, and
-        measured uploads the stated rates of links.
+        What each of its blocks costs a device.
     batch_size
         Examples of a device's mini-batch; no reply can weigh more. (A device that
         returns weights may have trained on any number.)
-    max_gradient_norm
-        Every update whose Euclidean norm is larger is scaled down to this: one device
-        cannot throw the optimizer's moments out for all.
-    norm_factor
-        So is, to this many times the median of its block's latest norms, every update
-        that is larger than that; one ten times as large again is refused. Infinite
-        turns both off.
-    block_mean
-        How the updates of one block, and of the head, are put together: "mean", or one
-        that a few hostile devices cannot move, "median" or "trimmed".
-    longest_round_s
-        A device that would need longer for a block, had it the whole band to itself, is
-        not given that block.
-    codec
-        Name of the codec that gradients travel in; ``"auto"`` gives each device the
-        finest that costs the round little, see ``codec_slack``.
-    codec_slack
-        With ``codec="auto"``: relative latency that may be given up for finer codecs
-        than the coarsest; see `lola_flwr.allocation.codec_levels`.
-    head
-        Which devices send the head's gradient, which all have computed: ``"every"``
-        one, that of the ``"shallowest"`` block, or ``"rotating"`` from block to block.
-    downlink
-        ``"all"``: devices are sent all arrays in every round. ``"changed"``: those that
-        keep a copy are sent what has changed since.
-    state_dict
-        All arrays of the model in the order to send them in, where devices do not hold
-        the frozen ones themselves (default: the trainable ones alone are sent). Only
-        trainable ones and running statistics ever change.
-    assumed_profile
-        Profile of devices that report none, but for its name (default: such devices
-        are left out).
-    broadcast_s, server_s
-        Constant parts of every round: downlink and server time.
-    seed
-        Seed of the run: channel draws and random allocators follow from it.
+    settings
+        How the rounds go.
+
+    Raises
+    ------
+    UserError
+        The settings name blocks, a codec or a policy that there is not.
     """
 
     def __init__(
         self,
-        *,
-        partition: BlockPartition,
+        model: ServedModel,
         costs: BlockCosts,
-        bandwidth_hz: float,
-        optimizer: ServerOptimizer | LowRankOptimizer,
-        base_fingerprint: str,
-        allocator: str | Allocator = "exact",
-        mode: RoundMode | None = None,
-        selection: Selection | None = None,
-        response: Response | None = None,
-        zeroth_order: ZerothOrder | None = None,
-        low_rank: LowRankProjection | None = None,
-        reduced_schedules: bool = False,
-        rotation_eps: float = 0.0,
-        correct_profiles: bool = True,
+        *,
         batch_size: int = 32,
-        max_gradient_norm: float = 10.0,
-        norm_factor: float = 10.0,
-        block_mean: str = "mean",
-        longest_round_s: float = 3600.0,
-        codec: str = "fp32",
-        codec_slack: float = 0.1,
-        head: HeadPolicy = "every",
-        downlink: Literal["all", "changed"] = "all",
-        state_dict: Mapping[str, npt.NDArray[Any]] | None = None,
-        assumed_profile: DeviceProfile | None = None,
-        broadcast_s: float = 0.0,
-        server_s: float = 0.0,
-        seed: int = 0,
+        settings: RoundSettings | None = None,
     ) -> None:
-        if downlink not in ("all", "changed"):
-            raise UserError(f"downlink={downlink!r} must be 'all' or 'changed'.")
-        selection = Selection() if selection is None else selection
-        mode = RoundMode() if mode is None else mode
-        selection.check(mode)
-        self.partition = partition
-        self.server_round = 0  # the last complete one
-        self._wireless_s = 0.0
-        self._norms = NormHistory()
-        self._model = ServedModel(
-            partition,
-            optimizer,
-            base_fingerprint=base_fingerprint,
-            state_dict=state_dict,
-            block_mean=block_mean,
-            zeroth_order_lr=0.0 if zeroth_order is None else zeroth_order.lr,
-        )
-        self._fleet = Fleet(
-            assumed_profile=assumed_profile,
-            correct_profiles=correct_profiles,
-            held=self._model.held_versions() if downlink == "changed" else None,
-            seed=seed,
-        )
-        start = self._model.state()
-        self._chooser = BlockChooser(
-            partition, selection, start=start, response=response, seed=seed
-        )
-        uplink = Uplink(
-            partition,
-            {
-                name: values.shape if low_rank is None else low_rank.shape(values.shape)
-                for name, values in start.items()
-            },
-            codec,
-            head,
-            by_name=self._model.is_sent_whole,
-            statistics_bytes=self._model.statistics_bytes(),
-        )
-        self._statement = ProblemStatement(
+        settings = RoundSettings() if settings is None else settings
+        partition = model.partition
+        settings.allocation.mode.check(partition.num_blocks)
+        self.state = RunState(history=BlockHistory.of(partition.num_blocks))
+        self._model = model
+        self._settings = settings
+        if settings.selection.response is not None:
+            model.remember_start()
+        low_rank = settings.transfer.low_rank
+        self._planner = RoundPlanner(
             partition=partition,
             costs=costs,
-            uplink=uplink,
-            bandwidth_hz=bandwidth_hz,
-            mode=mode,
-            zeroth_order=zeroth_order,
-            reduced_schedules=reduced_schedules,
-            latency_target_s=selection.latency_target_s,
-            constant_s=broadcast_s + server_s,
-            seed=seed,
-        )
-        self._planner = RoundPlanner(
-            statement=self._statement,
-            allocator=allocator,
-            low_rank=low_rank,
-            rotation_eps=rotation_eps,
+            sizes=UpdateSizes(
+                partition,
+                {
+                    name: v.shape if low_rank is None else low_rank.shape(v.shape)
+                    for name, v in model.state().items()
+                },
+                settings.transfer.codec,
+                settings.transfer.head,
+                by_name=model.is_sent_whole,
+                statistics_bytes=model.statistics_bytes(),
+            ),
+            settings=settings,
             batch_size=batch_size,
-            longest_round_s=longest_round_s,
-            codec_slack=codec_slack,
+            base_fingerprint=model.base_fingerprint,
+            is_sent_whole=model.is_sent_whole,
         )
-        names = tuple(self._model.nbytes())
-        self._reader = UpdateReader(partition, names, max_gradient_norm)
-        self._limits = NormLimits(max_gradient_norm, norm_factor)
+        is_tracked = settings.transfer.downlink == "changed"
+        self._versions = model.versions() if is_tracked else None
+        self._reader = UpdateReader(
+            partition, tuple(model.nbytes()), settings.limits.max_norm
+        )
+
+    @property
+    def partition(self) -> BlockPartition:
+        """Blocks of the model."""
+        return self._model.partition
+
+    @property
+    def server_round(self) -> int:
+        """Last complete round; 0 before the first."""
+        return self.state.server_round
 
     # --- devices ---------------------------------------------------------------------
 
-    def meet_devices(self, device_ids: Iterable[str]) -> list[str]:
-        """Take note of who is there; return those whose profile is not known yet."""
-        return self._fleet.meet(device_ids)
+    def meet_devices(self, server_round: int, device_ids: Iterable[str]) -> list[str]:
+        """Take note of who is there; return those to ask for their profiles."""
+        there = list(device_ids)
+        fleet, held = self.state.fleet.met(there), self.state.held.of_these(there)
+        self.state = replace(self.state, fleet=fleet, held=held)
+        return fleet.to_ask(server_round, there)
 
     def add_device(self, device_id: str, properties: Mapping[str, object]) -> None:
-        """Take in a device's profile, or raise `InvalidProfile`; see `Fleet.add`."""
-        self._fleet.add(device_id, properties)
+        """Take in a device's profile, or raise `InvalidProfile`."""
+        assumed = self._settings.devices.assumed_profile
+        fleet = self.state.fleet.with_device(device_id, properties, assumed)
+        self.state = replace(self.state, fleet=fleet)
+
+    def note_answers(
+        self, server_round: int, asked: Iterable[str], answered: Collection[str]
+    ) -> None:
+        """Take note of which devices, of those asked for their profiles, answered."""
+        fleet = self.state.fleet.answered(server_round, asked, answered)
+        self.state = replace(self.state, fleet=fleet)
 
     def draw_evaluators(
         self, server_round: int, device_ids: Iterable[str], count: int
     ) -> list[str]:
         """Draw devices to evaluate the model: a function of seed, round and names."""
-        return self._fleet.draw_evaluators(server_round, device_ids, count)
+        return self.state.fleet.draw_evaluators(
+            self._settings.seed, server_round, device_ids, count
+        )
 
     # --- rounds ----------------------------------------------------------------------
 
@@ -250,14 +159,12 @@ class Coordinator:
         InfeasibleAllocation
             The devices cannot compute all blocks, or none has a usable profile.
         """
-        return self._planner.plan(
-            server_round,
-            device_ids,
-            fleet=self._fleet,
-            model=self._model,
-            chooser=self._chooser,
-            partial=self.server_round > 0,
-        )
+        if self._settings.selection.measures_in(server_round):
+            self.state = self._with_importance(server_round)
+        version = None
+        if self._versions is not None:
+            version = self._versions.of([*self._model.arrays().values()])
+        return self._planner.plan(self.state, server_round, device_ids, version)
 
     def complete_round(
         self, plan: RoundPlan, replies: Iterable[DeviceReply]
@@ -271,9 +178,13 @@ class Coordinator:
         replies
             Replies received. Blocks without a usable one keep their values.
         """
-        sent = self._model.arrays()
         checked = read_replies(
-            self._reader, plan, replies, sent, self._norms, self._limits
+            self._reader,
+            plan,
+            replies,
+            self._model.arrays(),
+            self.state.norms,
+            self._settings.limits,
         )
         # In the plan's order, so that the sum does not depend on who came first.
         updates = [
@@ -281,39 +192,70 @@ class Coordinator:
             for device in plan.device_ids
             if device in checked.accepted
         ]
-        if updates:
-            state = self._model.state()
-            stepped = {name for _, update in updates for name in update.gradients}
-            self._chooser.before_step({name: state[name] for name in stepped})
-            self._model.step(plan.server_round, [update for _, update in updates])
-            blocks = [block for block, _ in updates]
-            self._chooser.after_step(plan.server_round, blocks, state)
+        moves = self._stepped(plan.server_round, updates) if updates else {}
         record = round_record(
             plan,
             checked,
-            self._statement,
+            self._planner.statement,
             sent_nbytes=self._model.nbytes(),
-            wireless_s=self._wireless_s,
+            wireless_s=self.state.wireless_s,
         )
-        self._fleet.learn(plan, checked)
-        self._norms = checked.norms
-        self._wireless_s = record.wireless_s
-        self.server_round = plan.server_round
+        self.state = learned(
+            self.state,
+            plan,
+            checked,
+            record,
+            relative_moves=moves,
+            correct_profiles=self._settings.devices.correct_profiles,
+        )
         return record
 
     def skip_round(self, server_round: int, reason: str) -> RoundRecord:
         """Return the record of a round that nobody was asked to take part in."""
-        self.server_round = server_round
+        self.state = replace(self.state, server_round=server_round)
         return RoundRecord(
             server_round=server_round,
-            num_devices=len(self._fleet.profiles),
-            wireless_s=self._wireless_s,
+            num_devices=len(self.state.fleet.profiles),
+            wireless_s=self.state.wireless_s,
             skipped=reason,
         )
 
+    def _stepped(
+        self, server_round: int, updates: Collection[tuple[int, BlockUpdate]]
+    ) -> dict[int, float]:
+        """Step the model; return how far each block that was stepped has moved."""
+        values = self._model.state()
+        before: dict[str, npt.NDArray[np.float32]] = {}
+        if not self._settings.selection.takes_all:
+            names = {name for _, update in updates for name in update.gradients}
+            before = {name: values[name].copy() for name in names}
+        zeroth_order = self._settings.devices.zeroth_order
+        self._model.step(
+            server_round,
+            [update for _, update in updates],
+            zeroth_order_lr=0.0 if zeroth_order is None else zeroth_order.lr,
+        )
+        blocks = [block for block, _ in updates]
+        return relative_moves(self.partition, blocks, before, values)
+
+    def _with_importance(self, server_round: int) -> RunState:
+        """Return the state with what trials teach about the blocks' importance."""
+        selection = self._settings.selection
+        assert selection.response is not None
+        history = measure_importance(
+            self.state.history,
+            self.partition,
+            start=self._model.start,
+            values=self._model.state(),
+            response=selection.response,
+            trials=selection.trials,
+            rng=rng_for(self._settings.seed, "trials", server_round),
+        )
+        return replace(self.state, history=history)
+
     # --- the model -------------------------------------------------------------------
 
-    def state(self) -> dict[str, npt.NDArray[np.float32]]:
+    def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the trainable parameters' current values, as views."""
         return self._model.state()
 
@@ -333,7 +275,6 @@ class Coordinator:
     def start_from(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in the values to start from, or raise `UserError` if they do not fit."""
         self._model.start_from(arrays)
-        self._chooser.start_from(self._model.state())
 
     def adopt(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in values that something around the strategy has changed."""
@@ -343,29 +284,17 @@ class Coordinator:
 
     def snapshot(self) -> Snapshot:
         """Return all that the rounds to come depend on, to be saved between rounds."""
-        state = RunState(
-            server_round=self.server_round,
-            wireless_s=self._wireless_s,
-            profiles=self._fleet.profiles,
-            estimate=self._fleet.estimate,
-            rates=self._fleet.rates,
-            meetings=self._fleet.meetings,
-            history=self._chooser.history,
-            absences=self._fleet.absences,
-            norms=self._norms,
-        )
         model = self._model.snapshot()
-        return Snapshot(
-            {**model.arrays, **self._chooser.snapshot()},
-            {**model.values, "state": state.to_values()},
-        )
+        return Snapshot(model.arrays, {**model.values, "state": self.state.to_values()})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot, in a coordinator made with the same arguments."""
-        self._model.restore(snapshot)
+        """Go on from a snapshot, in a coordinator made with the same arguments.
+
+        Raises
+        ------
+        UserError
+            The snapshot is of another model, or of another version's state.
+        """
         state = RunState.from_values(snapshot.values["state"])
-        self._fleet.restore(state)
-        self._chooser.restore(state.history, snapshot.arrays)
-        self._norms = state.norms
-        self._wireless_s = state.wireless_s
-        self.server_round = state.server_round
+        self._model.restore(snapshot)
+        self.state = state

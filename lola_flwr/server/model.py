@@ -16,7 +16,12 @@ from lola_flwr.server.assembly import BlockUpdate, average_statistics, block_mea
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.wire.payload import array_bytes
-from lola_flwr.wire.versions import HeldVersions, model_pieces
+from lola_flwr.wire.versions import Versions, model_pieces
+
+FloatArrays = Mapping[str, npt.NDArray[np.float32]]
+
+# Prefix of the values that training started from, in a snapshot.
+_START = "start/"
 
 
 class ServedModel:
@@ -34,10 +39,9 @@ class ServedModel:
         All arrays in the order to send them in; None: the trainable ones alone are
         sent. Only trainable ones and running statistics ever change.
     block_mean
-        Name of the mean that puts the updates of one parameter together, and those of
-        one running statistic.
-    zeroth_order_lr
-        Rate of a plain step by estimated gradients, which goes past the optimizer.
+        How the updates of one block, and of the head, are put together, and those of
+        one running statistic: "mean", or one that a few hostile devices cannot move,
+        "median" or "trimmed".
 
     Raises
     ------
@@ -53,15 +57,15 @@ class ServedModel:
         base_fingerprint: str,
         state_dict: Mapping[str, npt.NDArray[Any]] | None = None,
         block_mean: str = "mean",
-        zeroth_order_lr: float = 0.0,
     ) -> None:
+        self.partition = partition
         self.base_fingerprint = base_fingerprint
         self.is_sent_whole = state_dict is not None
-        self._partition = partition
         self._optimizer = optimizer
         self._assemble = block_mean_named(block_mean)
         self._block_mean = block_mean
-        self._zeroth_order_lr = np.float32(zeroth_order_lr)
+        # Values to measure moves from; empty, unless `remember_start` was called.
+        self._start: FloatArrays = {}
         # The optimizer holds the trainable values: no second copy of them is kept.
         state = optimizer.state()
         self._state_dict = {
@@ -106,28 +110,40 @@ class ServedModel:
         changing = {*self._optimizer.state(), *statistics_names(self._state_dict)}
         return {n: v for n, v in self._state_dict.items() if n not in changing}
 
-    def held_versions(self) -> HeldVersions:
-        """Return a memory of which version of this model each device holds."""
+    def versions(self) -> Versions:
+        """Return what tells this model's versions by its arrays."""
         names, constants = tuple(self._state_dict), self.constants()
-        return HeldVersions(
-            model_pieces(self._partition, names),
+        return Versions(
+            model_pieces(self.partition, names),
             {i: constants[name] for i, name in enumerate(names) if name in constants},
         )
 
     # --- steps -----------------------------------------------------------------------
 
-    def step(self, server_round: int, updates: Sequence[BlockUpdate]) -> None:
-        """Step the model by one round's updates, the order of which can matter.
+    def step(
+        self,
+        server_round: int,
+        updates: Sequence[BlockUpdate],
+        *,
+        zeroth_order_lr: float = 0.0,
+    ) -> None:
+        """Step the model by one round's updates; statistics are averaged.
 
-        Gradients go through the optimizer, estimates of them past it, and statistics
-        are averaged.
+        Parameters
+        ----------
+        server_round
+            Round, from 1.
+        updates
+            The updates; their order can matter.
+        zeroth_order_lr
+            Rate of a plain step by estimated gradients, which goes past the optimizer.
         """
         gradient = self._assemble([u for u in updates if not u.zeroth_order])
         estimate = self._assemble([u for u in updates if u.zeroth_order])
         if gradient:
             self._optimizer.step(gradient, server_round)
         if estimate:
-            rate = self._zeroth_order_lr
+            rate = np.float32(zeroth_order_lr)
             self._optimizer.shift({name: -rate * g for name, g in estimate.items()})
         self._state_dict |= average_statistics(updates, self._block_mean)
 
@@ -159,6 +175,17 @@ class ServedModel:
                     "weights for both."
                 )
         self.adopt(arrays)
+        if self._start:
+            self.remember_start()
+
+    def remember_start(self) -> None:
+        """Keep a copy of the present trainable values, as those to start from."""
+        self._start = {name: values.copy() for name, values in self.state().items()}
+
+    @property
+    def start(self) -> FloatArrays:
+        """The trainable values that training started from, if they are kept."""
+        return self._start
 
     def adopt(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in values that something around the strategy has changed."""
@@ -177,7 +204,11 @@ class ServedModel:
             for name in statistics_names(self._state_dict)
         }
         return Snapshot(
-            {**optimizer.arrays, **statistics},
+            {
+                **optimizer.arrays,
+                **statistics,
+                **{_START + name: values for name, values in self._start.items()},
+            },
             {
                 "base_fingerprint": self.base_fingerprint,
                 "optimizer": optimizer.values,
@@ -200,3 +231,4 @@ class ServedModel:
         self._optimizer.restore(Snapshot(snapshot.arrays, snapshot.values["optimizer"]))
         for name in statistics_names(self._state_dict):
             self._state_dict[name] = snapshot.arrays[f"statistics/{name}"]
+        self._start = {name: snapshot.arrays[_START + name] for name in self._start}

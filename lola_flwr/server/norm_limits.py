@@ -31,8 +31,8 @@ class NormLimits:
         What is ten times as large again is refused. Infinite turns both off.
     """
 
-    max_norm: float
-    factor: float
+    max_norm: float = 10.0
+    factor: float = 10.0
 
     def scale(self, norm: float, usual_norm: float) -> float:
         """Return what an update of that norm is multiplied with; 0: it is refused.

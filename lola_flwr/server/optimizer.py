@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,57 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lola_flwr.errors import UserError
 from lola_flwr.run.checkpoint import Snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStep:
+    """How the server steps, by the names of `torch.optim`.
+
+    Parameters
+    ----------
+    optimizer
+        Name of a class of ``torch.optim``.
+    lr
+        Its learning rate.
+    options
+        Its other keyword arguments: ``{"momentum": 0.9}``.
+    linear_decay_steps, schedule, schedule_options
+        As in `ServerOptimizer`.
+    block_mean
+        How updates are put together, as in `lola_flwr.server.model.ServedModel`.
+    """
+
+    optimizer: str = "AdamW"
+    lr: float = 3e-4
+    options: Mapping[str, Any] = field(default_factory=dict)
+    linear_decay_steps: int | None = None
+    schedule: str | None = None
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    block_mean: str = "mean"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of a `ServerOptimizer`.
+
+        Raises
+        ------
+        UserError
+            An option is one that has a field of its own.
+        """
+        own = {f.name for f in fields(self)} & {*self.options}
+        if own:
+            name = min(own)
+            raise UserError(
+                f"options={{{name!r}: ...}}: {name} is an argument of its own; give it "
+                "as that."
+            )
+        return {
+            "optimizer": self.optimizer,
+            "lr": self.lr,
+            "linear_decay_steps": self.linear_decay_steps,
+            "schedule": self.schedule,
+            "schedule_options": self.schedule_options,
+            **self.options,
+        }
 
 
 class ServerOptimizer:
@@ -139,20 +191,12 @@ class ServerOptimizer:
         """Return values, moments and the schedule's place, as views."""
         held = self._optimizer.state_dict()
         arrays = {f"model/{name}": values for name, values in self.state().items()}
-        scalars = []
         for index, entries in held["state"].items():
             for key, value in entries.items():
-                if isinstance(value, torch.Tensor):
-                    arrays[f"optimizer/{index}/{key}"] = value.numpy(force=True)
-                else:
-                    scalars.append([index, key, value])
+                arrays[f"optimizer/{index}/{key}"] = value.numpy(force=True)
         return Snapshot(
             arrays,
-            {
-                "steps": self._schedule.last_epoch,
-                "groups": held["param_groups"],
-                "scalars": scalars,
-            },
+            {"steps": self._schedule.last_epoch, "groups": held["param_groups"]},
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -171,8 +215,6 @@ class ServerOptimizer:
             elif owner == "optimizer":
                 index, _, key = rest.partition("/")
                 state[int(index)][key] = torch.tensor(array)
-        for index, key, scalar in snapshot.values["scalars"]:
-            state[index][key] = scalar
         own = {name: v.shape for name, v in self.state().items()}
         if own != {name: v.shape for name, v in values.items()}:
             raise UserError(

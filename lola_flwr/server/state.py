@@ -1,31 +1,36 @@
-"""What the coordinator has learned in a run, beside the model, as JSON."""
+"""What a run's rounds to come depend on, beside the model, as one frozen value."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from lola_flwr.server.absences import Absences
+from lola_flwr.errors import UserError
+from lola_flwr.run.values import from_values, to_values
+from lola_flwr.server.fleet import Fleet
 from lola_flwr.server.norm_limits import NormHistory
 from lola_flwr.server.selection.history import BlockHistory
-from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.estimation import ComputeEstimate, RateEstimate
+from lola_flwr.wire.versions import HeldVersions
 
 if TYPE_CHECKING:
     # A worker may live in Python 3.10, whose typing lacks it.
     from typing import Self
 
+_State = TypeVar("_State")
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RunState:
     """Everything that later rounds depend on, but for the model and its optimizer.
 
     Random numbers are no part of it: they follow from the seed, the round and the
-    devices' names (``lola_flwr.randomness``).
+    devices' names (``lola_flwr.randomness``). Nor is what a strategy learns of the wall
+    clock, which another process on another machine has to learn anew.
 
     Parameters
     ----------
@@ -33,66 +38,105 @@ class RunState:
         Last complete round; 0 before the first.
     wireless_s
         Sum of the rounds' observed latencies so far.
-    profiles
-        Profiles of the devices that are there, by device id.
+    fleet
+        The devices that are there, and who failed lately.
     estimate
-        Correction of the compute times that they claim by what was observed.
+        Correction of the compute times that devices claim by what was observed.
     rates
         The same for the rates of their uplinks.
     meetings
-        How often a device's update of a block was accepted, by name and block.
+        How often a device's update of each of the N blocks was accepted, [N] by the
+        device's name.
     history
         What became of each block.
-    absences
-        Who failed lately.
     norms
         Norms of the updates received lately.
+    held
+        Which pieces of the model devices hold.
     """
 
-    server_round: int
-    wireless_s: float
-    profiles: Mapping[str, DeviceProfile]
-    estimate: ComputeEstimate
-    rates: RateEstimate
-    meetings: Counter[tuple[str, int]]
+    server_round: int = 0
+    wireless_s: float = 0.0
+    fleet: Fleet = field(default_factory=Fleet)
+    estimate: ComputeEstimate = field(default_factory=ComputeEstimate)
+    rates: RateEstimate = field(default_factory=RateEstimate)
+    meetings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     history: BlockHistory
-    absences: Absences
-    norms: NormHistory
+    norms: NormHistory = field(default_factory=NormHistory)
+    held: HeldVersions = field(default_factory=HeldVersions)
+
+    def meetings_of(self, device_name: str) -> tuple[int, ...]:
+        """Return how often each block met a device's data, [N]."""
+        return self.meetings.get(device_name, (0,) * self.history.num_blocks)
+
+    def block_updates(self) -> npt.NDArray[np.int64]:
+        """Return how many updates of each block have been accepted, [N]."""
+        none = np.zeros(self.history.num_blocks, np.int64)
+        return sum((np.array(counts) for counts in self.meetings.values()), none)
 
     def to_values(self) -> dict[str, Any]:
-        """Return the state as JSON knows it: keys that are no strings become lists."""
-        return {
-            "server_round": self.server_round,
-            "wireless_s": self.wireless_s,
-            "profiles": {d: asdict(profile) for d, profile in self.profiles.items()},
-            "device_log_factor": dict(self.estimate.device_log_factor),
-            "block_log_factor": [*self.estimate.block_log_factor.items()],
-            "rate_log_factor": dict(self.rates.device_log_factor),
-            "last_round": self.history.last_round.tolist(),
-            "relative_move": self.history.relative_move.tolist(),
-            "importance": self.history.importance.tolist(),
-            "meetings": [[*pair, count] for pair, count in self.meetings.items()],
-            "absences": self.absences.to_values(),
-            "norms": [*self.norms.of_block.items()],
-        }
+        """Return the state as JSON knows it."""
+        values: dict[str, Any] = to_values(self)
+        return values
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """Read what ``to_values`` returned, after a way through JSON."""
-        return cls(
-            server_round=values["server_round"],
-            wireless_s=values["wireless_s"],
-            profiles={d: DeviceProfile(**p) for d, p in values["profiles"].items()},
-            estimate=ComputeEstimate(
-                values["device_log_factor"], dict(values["block_log_factor"])
-            ),
-            rates=RateEstimate(values["rate_log_factor"]),
-            history=BlockHistory(
-                last_round=np.array(values["last_round"], np.int64),
-                relative_move=np.array(values["relative_move"], np.float64),
-                importance=np.array(values["importance"], np.float64),
-            ),
-            meetings=Counter({(d, n): count for d, n, count in values["meetings"]}),
-            absences=Absences.from_values(values["absences"]),
-            norms=NormHistory({n: tuple(norms) for n, norms in values["norms"]}),
-        )
+        """Read what ``to_values`` returned, after a way through JSON.
+
+        Raises
+        ------
+        UserError
+            The values are not those of this version's state.
+        """
+        if "last_round" in values:
+            values = _of_first_layout(values)
+        state = restored(cls, values)
+        # A run that goes on has another id, and devices keep their copies by run.
+        return replace(state, held=HeldVersions())
+
+
+def restored(kind: type[_State], values: Mapping[str, Any]) -> _State:
+    """Read a state of a kind from what a checkpoint holds.
+
+    Raises
+    ------
+    UserError
+        The values are not those of this version's state.
+    """
+    try:
+        return from_values(kind, values)
+    except ValueError as error:
+        raise UserError(
+            f"The checkpoint is of another version of lola-flwr ({error}); go on with "
+            "that version, or give this run another output directory."
+        ) from None
+
+
+def _of_first_layout(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a state that was written when its parts lay side by side."""
+    num_blocks = len(values["last_round"])
+    meetings: dict[str, list[int]] = {}
+    for device, block, count in values["meetings"]:
+        meetings.setdefault(device, [0] * num_blocks)[block] = count
+    fleet = Fleet()
+    return {
+        "server_round": values["server_round"],
+        "wireless_s": values["wireless_s"],
+        "fleet": {
+            **to_values(fleet),
+            "profiles": values["profiles"],
+            "absences": {"of_device": values["absences"]},
+        },
+        "estimate": {
+            "device_log_factor": values["device_log_factor"],
+            "block_log_factor": dict(values["block_log_factor"]),
+        },
+        "rates": {"device_log_factor": values["rate_log_factor"]},
+        "meetings": meetings,
+        "history": {
+            **{n: values[n] for n in ("last_round", "relative_move", "importance")},
+            "blocks": None,
+        },
+        "norms": {"of_block": dict(values["norms"])},
+        "held": to_values(HeldVersions()),
+    }

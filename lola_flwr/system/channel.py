@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,31 @@ if TYPE_CHECKING:
     from lola_flwr.system.devices import DeviceProfile
 
 FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """What a run's devices share.
+
+    Parameters
+    ----------
+    bandwidth_hz
+        Total uplink bandwidth.
+    fading
+        Whether the channel fades (Rayleigh), or every device has its mean SNR.
+    broadcast_s, server_s
+        Constant parts of every round: downlink and server time.
+    """
+
+    bandwidth_hz: float = 20e6
+    fading: bool = True
+    broadcast_s: float = 0.0
+    server_s: float = 0.0
+
+    @property
+    def constant_s(self) -> float:
+        """Constant part of every round, seconds."""
+        return self.broadcast_s + self.server_s
 
 
 def db_to_linear(value_db: npt.ArrayLike) -> FloatArray:

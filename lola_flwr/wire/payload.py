@@ -122,8 +122,8 @@ class Payloads:
 
 
 @dataclass(frozen=True, eq=False)
-class Uplink:
-    """What a run's devices upload.
+class UpdateSizes:
+    """How large the updates of a run's devices are.
 
     Parameters
     ----------

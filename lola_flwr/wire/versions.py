@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -226,8 +226,24 @@ def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-class HeldVersions:
-    """The server's memory of what each device holds.
+@dataclass(frozen=True)
+class ModelVersion:
+    """What one version of the model consists of.
+
+    Parameters
+    ----------
+    pieces
+        Positions of each piece's arrays, as `model_pieces` gives them.
+    digests
+        Digest of each piece.
+    """
+
+    pieces: tuple[tuple[int, ...], ...]
+    digests: tuple[str, ...]
+
+
+class Versions:
+    """Tells versions of one model by its arrays.
 
     Parameters
     ----------
@@ -249,38 +265,51 @@ class HeldVersions:
             for piece in self._pieces
             if constants.keys() >= set(piece)
         }
-        self._held: dict[str, frozenset[str]] = {}
 
-    def manifests(
-        self, device_ids: Iterable[str], arrays: Sequence[npt.NDArray[Any]]
-    ) -> dict[str, Manifest]:
-        """Return the manifest of a message that sends what it lacks to each device.
-
-        Parameters
-        ----------
-        device_ids
-            The devices.
-        arrays
-            All arrays of the version that they are to hold, in order.
-        """
+    def of(self, arrays: Sequence[npt.NDArray[Any]]) -> ModelVersion:
+        """Return the version that all arrays, in order, are."""
         digests = [
             self._constant.get(piece) or digest(arrays[i] for i in piece)
             for piece in self._pieces
         ]
-        manifests = {}
-        for device in device_ids:
-            held = self._held.get(device, frozenset())
-            manifests[device] = Manifest(
-                tuple(
-                    Piece(content, positions, sent=content not in held)
-                    for content, positions in zip(digests, self._pieces, strict=True)
+        return ModelVersion(self._pieces, tuple(digests))
+
+
+@dataclass(frozen=True)
+class HeldVersions:
+    """The server's memory of what each device holds.
+
+    Parameters
+    ----------
+    of_device
+        Digests of the pieces that a device holds, by its id.
+    """
+
+    of_device: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def manifest(self, device_id: str, version: ModelVersion) -> Manifest:
+        """Return the manifest of a message that sends a device what it lacks.
+
+        Parameters
+        ----------
+        device_id
+            The device.
+        version
+            What it is to hold then.
+        """
+        held = self.of_device.get(device_id, ())
+        return Manifest(
+            tuple(
+                Piece(content, positions, sent=content not in held)
+                for content, positions in zip(
+                    version.digests, version.pieces, strict=True
                 )
             )
-        return manifests
+        )
 
-    def acknowledge(
+    def acknowledged(
         self, device_id: str, manifest: Manifest, version: str | None
-    ) -> None:
+    ) -> HeldVersions:
         """Take in which version a device says it holds, after it was sent one.
 
         Parameters
@@ -292,15 +321,16 @@ class HeldVersions:
         version
             What it says; None if it keeps nothing.
         """
-        if version == manifest.version:
-            self._held[device_id] = frozenset(p.digest for p in manifest.pieces)
-        else:
-            self.forget(device_id)
+        if version != manifest.version:
+            return self.without(device_id)
+        digests = tuple(piece.digest for piece in manifest.pieces)
+        return HeldVersions({**self.of_device, device_id: digests})
 
-    def forget(self, device_id: str) -> None:
+    def without(self, device_id: str) -> HeldVersions:
         """Take in that a device holds nothing."""
-        self._held.pop(device_id, None)
+        return self.of_these(d for d in self.of_device if d != device_id)
 
-    def keep_only(self, device_ids: Iterable[str]) -> None:
+    def of_these(self, device_ids: Iterable[str]) -> HeldVersions:
         """Forget all other devices."""
-        self._held = {d: self._held[d] for d in device_ids if d in self._held}
+        held = self.of_device
+        return HeldVersions({d: held[d] for d in device_ids if d in held})

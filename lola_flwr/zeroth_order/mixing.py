@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.estimation import ComputeEstimate
 from lola_flwr.zeroth_order.directions import MAX_DIRECTIONS
 
 FloatArray = npt.NDArray[np.float64]
@@ -93,7 +94,7 @@ def mix(
     profiles: Sequence[DeviceProfile],
     *,
     rate_bps: FloatArray,
-    correct: Callable[[FloatArray, Sequence[str]], FloatArray],
+    estimate: ComputeEstimate,
     unasked: BoolArray,
 ) -> tuple[AllocationProblem, BoolArray]:
     """Add the devices that are to train by forward passes alone to a round's problem.
@@ -108,8 +109,8 @@ def mix(
         The K devices, in the order of its rows.
     rate_bps
         Their full-band rates, shape [K].
-    correct
-        Corrects predicted compute times [K, N] of the devices of some names.
+    estimate
+        Corrects the compute times that follow from the profiles.
     unasked
         Pairs of device and block that had better not be asked to back-propagate, shape
         [K, N]: whether the others suffice decides about "fallback".
@@ -137,7 +138,9 @@ def mix(
     mixed = replace(
         problem,
         compute_s=np.where(
-            rows, correct(claimed_s, [p.name for p in profiles]), problem.compute_s
+            rows,
+            estimate.correct(claimed_s, [p.name for p in profiles]),
+            problem.compute_s,
         ),
         full_band_upload_s=np.where(
             rows, costs.payload_bits / rate_bps[:, None], problem.full_band_upload_s

@@ -12,17 +12,16 @@ import numpy as np
 import torch
 
 from lola_flwr.costs.measured import saved_bytes
-from lola_flwr.d2ft import (
+from lola_flwr.d2ft.operations import Operation
+from lola_flwr.d2ft.schedule import (
     FULL_TUNING,
     Budgets,
-    Operation,
-    find_subnetworks,
+    Scores,
     operation_values,
     schedule_subnetworks,
-    scheduled_gradient,
-    split_batch,
 )
-from lola_flwr.d2ft.scores import Scores
+from lola_flwr.d2ft.subnetworks import find_subnetworks
+from lola_flwr.d2ft.training import scheduled_gradient, split_batch
 from lola_flwr.model.adapters import model_partition
 from lola_flwr.model.loading import load_classifier
 from simulations.compare.measure import counted_flops

@@ -14,9 +14,12 @@ import pytest
 from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
+from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.model import ServedModel
 from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.server.replies import DeviceReply
+from lola_flwr.server.settings import RoundSettings
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.records import UpdateReport
 
@@ -29,12 +32,9 @@ def test_round_of_a_tiny_model(benchmark, num_devices):
     partition = partition_parameters(shapes)
     values = {name: parameters[name].numpy(force=True) for name in partition.trainable}
     coordinator = Coordinator(
-        partition=partition,
-        costs=estimate_costs(shapes, partition, batch_size=32, sequence_length=64),
-        bandwidth_hz=20e6,
-        optimizer=ServerOptimizer(values, lr=3e-4),
-        base_fingerprint="",
-        rotation_eps=0.1,
+        ServedModel(partition, ServerOptimizer(values, lr=3e-4), base_fingerprint=""),
+        estimate_costs(shapes, partition, batch_size=32, sequence_length=64),
+        settings=RoundSettings(allocation=AllocationOptions(rotation_eps=0.1)),
     )
     ids = [str(index) for index in range(num_devices)]
     for index, device in enumerate(ids):
@@ -50,7 +50,7 @@ def test_round_of_a_tiny_model(benchmark, num_devices):
 
     def one_round():
         server_round = next(rounds)
-        coordinator.meet_devices(ids)
+        coordinator.meet_devices(server_round, ids)
         plan = coordinator.plan_round(server_round, ids)
         replies = [
             DeviceReply(

@@ -6,20 +6,17 @@ import numpy as np
 import torch
 
 from lola_flwr.costs.of_model import model_costs
-from lola_flwr.d2ft import (
-    Budgets,
-    Operation,
-    Scores,
+from lola_flwr.d2ft.operations import Operation
+from lola_flwr.d2ft.schedule import Budgets, Scores, place_subnetworks
+from lola_flwr.d2ft.scores import score_subnetworks
+from lola_flwr.d2ft.steps import (
     StepSchedules,
     activation_bytes,
     compute_s,
-    find_subnetworks,
-    place_subnetworks,
-    scheduled_gradient,
-    score_subnetworks,
     uploads_s,
 )
-from lola_flwr.d2ft.subnetworks import hidden_size
+from lola_flwr.d2ft.subnetworks import find_subnetworks, hidden_size
+from lola_flwr.d2ft.training import scheduled_gradient
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.loading import load_values
 from lola_flwr.randomness import rng_for

@@ -12,7 +12,15 @@ import numpy.typing as npt
 import torch
 
 from lola_flwr.allocation import InfeasibleAllocation, RoundMode
-from lola_flwr.build import coordinator_for
+from lola_flwr.build import (
+    AllocationOptions,
+    Channel,
+    DeviceOptions,
+    RoundSettings,
+    ServerStep,
+    Transfer,
+    coordinator_for,
+)
 from lola_flwr.costs.of_model import model_costs, with_pool, zeroth_order_costs
 from lola_flwr.device.block_device import BlockDevice
 from lola_flwr.device.sampling import POOL_FACTOR, ChosenBatches, Rule
@@ -62,25 +70,31 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
     )
 
     def coordinator_with(latency_target_s: float) -> Coordinator:
+        selection = Selection(
+            selector,
+            latency_target_s=latency_target_s,
+            response=_response(task) if method.selector == NEEDS_RESPONSE else None,
+        )
+        mode = RoundMode(participation="all" if merged else "needed")
         return coordinator_for(
             model,
             partition,
             costs=costs,
-            bandwidth_hz=settings.bandwidth_hz,
             batch_size=settings.batch_size,
-            lr=task.lr,
-            optimizer_options={"linear_decay_steps": settings.linear_decay_steps},
-            mode=RoundMode(participation="all" if merged else "needed"),
-            selection=Selection(selector, latency_target_s=latency_target_s),
-            response=_response(task) if method.selector == NEEDS_RESPONSE else None,
-            zeroth_order=zeroth_order,
-            low_rank=(
-                LowRankProjection(**method.low_rank, seed=settings.seed)
-                if method.low_rank
-                else None
+            step=ServerStep(lr=task.lr, linear_decay_steps=settings.linear_decay_steps),
+            settings=RoundSettings(
+                channel=Channel(bandwidth_hz=settings.bandwidth_hz),
+                transfer=Transfer(
+                    codec=method.codec,
+                    low_rank=LowRankProjection(**method.low_rank, seed=settings.seed)
+                    if method.low_rank
+                    else None,
+                ),
+                allocation=AllocationOptions(mode=mode),
+                selection=selection,
+                devices=DeviceOptions(zeroth_order=zeroth_order),
+                seed=settings.seed,
             ),
-            codec=method.codec,
-            seed=settings.seed,
         )
 
     def device(index: int) -> BlockDevice:
@@ -131,7 +145,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
 
     def train(name: str, assignment: Assignment) -> DeviceReply:
         nonlocal flops, memory
-        work = devices[name].train, assignment, coordinator.state()
+        work = devices[name].train, assignment, coordinator.values()
         kind = assignment.block_index, assignment.direction_seed is None
         if kind not in measured:
             measured.add(kind)
@@ -156,7 +170,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
             payload += sum(block.received_bytes for block in record.blocks)
             wireless_s = record.wireless_s
         if settings.is_evaluated(server_round):
-            state = coordinator.state()
+            state = coordinator.values()
             names = partition.trainable
             load_values(model, names, [state[name] for name in names])
             report(

@@ -12,7 +12,8 @@ from rich.console import Console
 from lola_flwr import simulation
 from lola_flwr.cli.live import RunView
 from lola_flwr.cli.main import main
-from lola_flwr.run.records import BlockRecord, RoundLog, RoundRecord
+from lola_flwr.run.records import BlockRecord, RoundRecord
+from lola_flwr.run.round_log import RoundLog
 from lola_flwr.simulation import FinishedRun
 
 APP = """

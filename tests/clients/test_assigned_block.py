@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import (
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
-from lola_flwr.build import coordinator_for_weights
+from lola_flwr.build import ServerStep, coordinator_for_weights
 from lola_flwr.clients import (
     AssignedBlock,
     block_mod,
@@ -38,6 +38,7 @@ from lola_flwr.model.adapters import adapt
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.records import SECAGG_KEY, MalformedRecord
+from tests.flat_settings import grouped
 from tests.strategies.in_process import InProcessGrid
 
 
@@ -149,7 +150,11 @@ def federate(model, app, rounds=1, *, wrap=lambda strategy: strategy, **options)
     train_config = options.pop("train_config", None)
     records = []
     strategy = LoLaDeft(
-        coordinator_for_weights(model, batch_size=16, **options),
+        coordinator_for_weights(
+            model,
+            batch_size=16,
+            **grouped(options, ServerStep(optimizer="SGD", lr=1.0)),
+        ),
         on_round=records.append,
     )
     result = wrap(strategy).start(

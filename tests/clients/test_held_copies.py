@@ -17,7 +17,12 @@ from flwr.common import FitIns, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.compat.common import recorddict_compat as compat
 
 from lola_flwr.allocation import RoundMode
-from lola_flwr.build import coordinator_for_weights
+from lola_flwr.build import (
+    AllocationOptions,
+    RoundSettings,
+    Transfer,
+    coordinator_for_weights,
+)
 from lola_flwr.clients import AssignedBlock, block_mod, held_mod, profile_mod
 from lola_flwr.device.store import replacing
 from lola_flwr.server.replies import DeviceReply
@@ -122,7 +127,12 @@ class LegacyClient(NumPyClient):
 def test_the_legacy_interface_too(model, tmp_path):
     """Rounds by hand, through the records in which Flower carries FitIns and FitRes."""
     coordinator = coordinator_for_weights(
-        model, batch_size=16, mode=RoundMode(blocks=(1,)), downlink="changed"
+        model,
+        batch_size=16,
+        settings=RoundSettings(
+            allocation=AllocationOptions(mode=RoundMode(blocks=(1,))),
+            transfer=Transfer(downlink="changed"),
+        ),
     )
     app = ClientApp(
         lambda context: LegacyClient().to_client(),

@@ -16,7 +16,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
-from lola_flwr.build import coordinator_for_weights
+from lola_flwr.build import DeviceOptions, RoundSettings, coordinator_for_weights
 from lola_flwr.clients import AssignedBlock, block_mod, report_profile
 from lola_flwr.device.block_device import BlockDevice
 from lola_flwr.errors import UserError
@@ -81,7 +81,7 @@ def coordinator_of(model, **options):
         batch_size=24,
         blocks=BLOCKS,
         example=EXAMPLE,
-        correct_profiles=False,
+        settings=RoundSettings(devices=DeviceOptions(correct_profiles=False)),
         **options,
     )
 
@@ -222,7 +222,7 @@ def test_statistics_stay_fixed_where_gradients_travel(model):
             net(batch["x"]), batch["y"]
         ),
     )
-    state = coordinator.state()
+    state = coordinator.values()
     update = device.train(assignment, {n: state[n] for n in partition.trainable})
     names = partition.update_names(assignment.block_index)
     (gradients,) = update.arrays.values()

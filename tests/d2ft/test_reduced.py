@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lola_flwr.costs.of_model import model_costs
-from lola_flwr.d2ft import Operation
-from lola_flwr.d2ft.operations import from_text, to_text
-from lola_flwr.d2ft.reduced import reduced_costs, reduced_gradient, reduced_schedule
+from lola_flwr.d2ft.operations import Operation, from_text, to_text
+from lola_flwr.d2ft.reduced import reduced_costs, reduced_schedule
+from lola_flwr.d2ft.training import reduced_gradient
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import partition_parameters

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from lola_flwr.allocation import AllocationProblem, InfeasibleAllocation
-from lola_flwr.build import coordinator_for
+from lola_flwr.build import DeviceOptions, RoundSettings, coordinator_for
 from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.d2ft.operations import from_text
@@ -18,8 +18,9 @@ from lola_flwr.d2ft.subnetworks import LayerNotUnderstood
 from lola_flwr.device.block_device import BlockDevice
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint
-from lola_flwr.server.round.problem import RoundProblem
+from lola_flwr.planning import RoundProblem
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.payload import Payloads
 from lola_flwr.wire.records import Assignment
 from tests.d2ft.test_execution import make
 from tests.server.test_coordinator import (
@@ -65,15 +66,21 @@ def test_schedules_stay_with_their_devices_where_others_are_left_out():
     schedules = {(0, 0): from_text("of"), (2, 0): from_text("ff")}
     whole = RoundProblem(
         problem=AllocationProblem(ones, ones, ones > 0),
+        rows=np.arange(3),
+        profiles=tuple(simulated_device(index, seed=0) for index in range(3)),
         rate_bps=np.ones(3),
         claimed_s=ones,
         required_bytes=ones,
+        memory_limit_bytes=np.ones(3),
+        payloads=Payloads(("",), ones[:1], np.ones(2, bool)),
         without_backward=np.zeros(3, bool),
         schedules=schedules,
     )
     problem = AllocationProblem(ones[1:], ones[1:], ones[1:] > 0)
     left = whole.of_rows(np.array([1, 2]), problem)
     assert left.schedules == {(1, 0): schedules[2, 0]}
+    assert left.rows.tolist() == [1, 2]
+    assert left.profiles == whole.profiles[1:]
     assert [left.operations(row, 0) for row in (0, 1)] == [None, "ff"]
 
 
@@ -147,8 +154,12 @@ def test_a_model_whose_layers_cannot_run_in_part_is_refused_at_the_start():
     partition = partition_parameters(name for name, _ in model.named_parameters())
     options = {
         "costs": model_costs(model, partition, batch_size=4, sequence_length=8),
-        "bandwidth_hz": 1e6,
     }
     coordinator_for(model, partition, **options)
     with pytest.raises(LayerNotUnderstood, match="GPT2Block"):
-        coordinator_for(model, partition, reduced_schedules=True, **options)
+        coordinator_for(
+            model,
+            partition,
+            settings=RoundSettings(devices=DeviceOptions(reduced_schedules=True)),
+            **options,
+        )

@@ -5,11 +5,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lola_flwr.d2ft import (
+from lola_flwr.d2ft.operations import Operation
+from lola_flwr.d2ft.schedule import (
     ADAPTER_TUNING,
     FULL_TUNING,
     Budgets,
-    Operation,
     Scores,
     operation_values,
     place_subnetworks,

@@ -7,20 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lola_flwr.d2ft import (
-    Budgets,
-    Operation,
-    Scores,
-    StepSchedules,
-    activation_bytes,
-    compute_s,
-    place_subnetworks,
-    uploads_s,
-)
+from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import (
     FULL_TUNING,
     STATELESS_ADAPTER_TUNING,
     STATELESS_FULL_TUNING,
+    Budgets,
+    Scores,
+    place_subnetworks,
+)
+from lola_flwr.d2ft.steps import (
+    StepSchedules,
+    activation_bytes,
+    compute_s,
+    uploads_s,
 )
 from lola_flwr.errors import UserError
 from lola_flwr.system.devices import DeviceProfile

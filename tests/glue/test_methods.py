@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from lola_flwr.d2ft import Budgets, StepSchedules
+from lola_flwr.d2ft.schedule import Budgets
+from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.device.sampling import ChosenBatches
 from lola_flwr.errors import UserError
@@ -170,13 +171,13 @@ def test_keys_that_d2ft_has_no_use_for(changes, message):
 
 def test_d2ft_s_options_are_those_of_its_schedules():
     options = "compute=0.6, micro_batches=7, num_groups=4, same_micro_batches=false"
-    schedules, trainer = schedules_of(
+    schedules, num_groups = schedules_of(
         config(method="d2ft", interface="message", d2ft_options=options)
     )
     assert schedules == StepSchedules(
         micro_batches=7, budgets=Budgets(compute=0.6), same_micro_batches=False
     )
-    assert trainer == {"num_groups": 4}
+    assert num_groups == 4
     for wrong in ("compute=1.5", "micro_batches=2.5", "shared_budgets=1", "magic=1"):
         with pytest.raises(UserError, match=wrong.split("=")[0]):
             schedules_of(config(method="d2ft", interface="message", d2ft_options=wrong))

@@ -385,10 +385,8 @@ def test_statistics_are_not_compared():
 def test_a_round_steps_the_adapters(batch):
     model, partition = adapted_roberta("pissa")
     costs = model_costs(model, partition, batch_size=6, sequence_length=10)
-    coordinator = coordinator_for(
-        model, partition, costs=costs, bandwidth_hz=20e6, batch_size=6
-    )
-    initial = {name: values.copy() for name, values in coordinator.state().items()}
+    coordinator = coordinator_for(model, partition, costs=costs, batch_size=6)
+    initial = {name: values.copy() for name, values in coordinator.values().items()}
     devices = {}
     for index in range(3):
         profile = simulated_device(index, seed=0)
@@ -401,7 +399,7 @@ def test_a_round_steps_the_adapters(batch):
     plan = coordinator.plan_round(1, devices)
     replies = []
     for device_id, assignment in plan.assignments.items():
-        update = devices[device_id].train(assignment, coordinator.state())
+        update = devices[device_id].train(assignment, coordinator.values())
         replies.append((device_id, update))
     record = coordinator.complete_round(
         plan,
@@ -416,7 +414,7 @@ def test_a_round_steps_the_adapters(batch):
         ],
     )
     assert [block.status for block in record.blocks] == ["accepted"] * 3
-    for name, values in coordinator.state().items():
+    for name, values in coordinator.values().items():
         assert not np.array_equal(values, initial[name]), name
 
     unlike = replace(
@@ -424,7 +422,7 @@ def test_a_round_steps_the_adapters(batch):
     )  # the same names, another base
     assignment = next(iter(plan.assignments.values()))
     with pytest.raises(UserError, match="differ from the server's"):
-        unlike.train(assignment, coordinator.state())
+        unlike.train(assignment, coordinator.values())
 
 
 class TestCosts:

@@ -189,7 +189,7 @@ def round_of(replies):
     for reply in replies:
         reply.report.setdefault("server-round", 1)
     coordinator.complete_round(plan, replies).to_json()
-    assert all(np.isfinite(v).all() for v in coordinator.state().values())
+    assert all(np.isfinite(v).all() for v in coordinator.values().values())
     coordinator.plan_round(2, ids)
 
 

@@ -43,7 +43,7 @@ def accuracy(tmp_path, make_grid, defence):
         options=options,
     )
     model = tiny_model().eval()
-    state = coordinator.state()
+    state = coordinator.values()
     names = coordinator.partition.trainable
     load_values(model, names, [state[name] for name in names])
     # Data that no device has.

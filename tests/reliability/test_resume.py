@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -38,11 +39,11 @@ def assert_same_end(one, other):
     assert first.arrays.keys() == second.arrays.keys()
     for name, array in first.arrays.items():
         np.testing.assert_array_equal(array, second.arrays[name], strict=True)
-    states = [dict(snapshot.values["state"]) for snapshot in (first, second)]
-    profiles = [sorted(s.pop("profiles").values(), key=str) for s in states]
+    states = [copy.deepcopy(snapshot.values["state"]) for snapshot in (first, second)]
+    profiles = [sorted(s["fleet"].pop("profiles").values(), key=str) for s in states]
     assert states[0] == states[1]
     assert profiles[0] == profiles[1]
-    for key in ("steps", "groups", "scalars"):
+    for key in ("steps", "groups"):
         values = [s.values["optimizer"][key] for s in (first, second)]
         # What has been through JSON has lists for tuples.
         assert json.dumps(values[0]) == json.dumps(values[1])

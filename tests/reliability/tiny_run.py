@@ -22,6 +22,7 @@ from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.run_rounds import run_rounds
 from lola_flwr.system.devices import simulated_device
 from tests.conftest import SMALL
+from tests.flat_settings import grouped
 from tests.strategies.in_process import InProcessGrid
 
 BATCH = 4
@@ -37,7 +38,7 @@ def make_coordinator(model, partition, *, batch_size=BATCH, **options):
     options = {"bandwidth_hz": 1e6, "lr": 1e-2, "rotation_eps": 0.2, **options}
     costs = model_costs(model, partition, batch_size=batch_size, sequence_length=10)
     return coordinator_for(
-        model, partition, costs=costs, batch_size=batch_size, **options
+        model, partition, costs=costs, batch_size=batch_size, **grouped(options)
     )
 
 

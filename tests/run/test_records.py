@@ -7,7 +7,8 @@ import math
 import pytest
 
 from lola_flwr.errors import UserError
-from lola_flwr.run.records import BlockRecord, RoundLog, RoundRecord, read_rounds
+from lola_flwr.run.records import BlockRecord, RoundRecord
+from lola_flwr.run.round_log import RoundLog, read_rounds
 
 BLOCK = BlockRecord(
     block_index=1,

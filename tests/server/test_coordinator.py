@@ -13,10 +13,10 @@ from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.server.coordinator import Coordinator
-from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import InvalidProfile, simulated_device
 from lola_flwr.wire.records import UpdateReport
+from tests.flat_settings import coordinator_of
 
 SHAPES = {
     "embed.w": (9, 4),
@@ -34,16 +34,13 @@ def make_coordinator(
     # The gradients of these tests are round numbers; most are not to be scaled down.
     options.setdefault("max_gradient_norm", 1e3)
     state = {name: np.ones(SHAPES[name], np.float32) for name in PARTITION.trainable}
-    coordinator = Coordinator(
-        partition=PARTITION,
-        costs=costs,
-        bandwidth_hz=1e6,
-        optimizer=ServerOptimizer(
-            state, **{"optimizer": "SGD", "lr": 1.0, **(optimizer_options or {})}
-        ),
-        base_fingerprint="base",
+    coordinator = coordinator_of(
+        PARTITION,
+        state,
+        costs,
         batch_size=batch_size,
-        **options,
+        optimizer_options={"optimizer": "SGD", "lr": 1.0, **(optimizer_options or {})},
+        **{"bandwidth_hz": 1e6, **options},
     )
     for index in range(num_devices):
         profile = simulated_device(index, seed=1)
@@ -97,7 +94,7 @@ def test_every_block_is_stepped_by_its_device():
         ],
     )
 
-    state = coordinator.state()
+    state = coordinator.values()
     for block in range(3):
         for name in PARTITION.blocks[block]:
             np.testing.assert_allclose(state[name], 1 - (1 + block))
@@ -119,7 +116,7 @@ def test_a_missing_block_keeps_its_values():
     record = coordinator.complete_round(plan, [honest_reply(plan, d) for d in there])
     missing = plan.assignments[lost].block_index
     for name in PARTITION.blocks[missing]:
-        np.testing.assert_array_equal(coordinator.state()[name], 1)
+        np.testing.assert_array_equal(coordinator.values()[name], 1)
     assert record.blocks[missing].status == "no reply"
 
 
@@ -176,7 +173,7 @@ def test_a_bad_reply_is_refused_and_counted_and_the_round_goes_on(reason):
     record = coordinator.complete_round(plan, replies)
 
     assert record.refused == {reason.strip(): 1}
-    state = coordinator.state()
+    state = coordinator.values()
     refused_block = plan.assignments[bad].block_index
     for block in range(3):
         expected = 1.0 if block == refused_block else 0.5
@@ -191,7 +188,7 @@ def test_a_second_reply_of_one_device_is_refused():
     replies = [honest_reply(plan, device) for device in plan.assignments]
     record = coordinator.complete_round(plan, [*replies, replies[0]])
     assert record.refused == {"duplicate": 1}
-    np.testing.assert_array_equal(coordinator.state()["head.w"], 0.5)
+    np.testing.assert_array_equal(coordinator.values()["head.w"], 0.5)
 
 
 def test_result_does_not_depend_on_the_order_of_arrival():
@@ -205,7 +202,7 @@ def test_result_does_not_depend_on_the_order_of_arrival():
             for i, device in enumerate(sorted(plan.assignments))
         ]
         coordinator.complete_round(plan, [replies[index] for index in order])
-        states.append(coordinator.state()["head.w"].copy())
+        states.append(coordinator.values()["head.w"].copy())
     np.testing.assert_array_equal(*states)
 
 
@@ -225,12 +222,12 @@ def test_plans_depend_on_names_not_on_ids():
 
 def test_devices_are_asked_for_their_profile_once():
     coordinator = make_coordinator(num_devices=2)
-    assert coordinator.meet_devices(["id-0", "new", "id-1"]) == ["new"]
+    assert coordinator.meet_devices(1, ["id-0", "new", "id-1"]) == ["new"]
     same_name = simulated_device(0, seed=1).to_properties()
     with pytest.raises(InvalidProfile, match="taken by another device"):
         coordinator.add_device("new", same_name)
     # The device restarts and comes back under another id: its name is free again.
-    assert coordinator.meet_devices(["new", "id-1"]) == ["new"]
+    assert coordinator.meet_devices(1, ["new", "id-1"]) == ["new"]
     coordinator.add_device("new", same_name)
 
 
@@ -244,7 +241,7 @@ def test_the_name_of_a_nodes_id_is_its_own():
     coordinator.add_device("7", {**properties, "name": "node 7"})
     # The device that says nothing still gets the name that was wanted.
     coordinator.add_device("8", {})
-    assert coordinator.meet_devices(["7", "8"]) == []
+    assert coordinator.meet_devices(1, ["7", "8"]) == []
 
 
 def test_too_few_devices_say_so():
@@ -394,7 +391,7 @@ def test_all_devices_take_part_where_asked():
         by_block.setdefault(block, []).append(value)
     for block, values in by_block.items():
         for name in PARTITION.blocks[block]:
-            np.testing.assert_allclose(coordinator.state()[name], 1 - np.mean(values))
+            np.testing.assert_allclose(coordinator.values()[name], 1 - np.mean(values))
 
 
 def test_devices_without_memory_are_excluded_and_counted_where_all_take_part():
@@ -404,7 +401,7 @@ def test_devices_without_memory_are_excluded_and_counted_where_all_take_part():
     tiny = {"flops-per-s": 1e9, "memory-bytes": 1e5, "snr-db": 10.0}
     coordinator.add_device("tiny", {"name": "tiny", **tiny})
     plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "tiny"])
-    assert plan.num_excluded == 1
+    assert plan.solved.num_excluded == 1
     assert "tiny" not in plan.assignments
 
 
@@ -465,7 +462,7 @@ def test_one_huge_gradient_does_not_freeze_the_optimizer():
                 for device in plan.assignments
             ]
             coordinator.complete_round(plan, replies)
-        return float(1 - coordinator.state()["head.w"].mean())
+        return float(1 - coordinator.values()["head.w"].mean())
 
     assert distance_after(1e30) > 0.5 * distance_after(0.5)
 
@@ -475,7 +472,7 @@ def test_updates_within_the_norm_are_left_alone():
     plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
     replies = [honest_reply(plan, device, value=1e3) for device in plan.assignments]
     coordinator.complete_round(plan, replies)
-    np.testing.assert_allclose(coordinator.state()["head.w"], 1 - 1e3, rtol=1e-6)
+    np.testing.assert_allclose(coordinator.values()["head.w"], 1 - 1e3, rtol=1e-6)
 
 
 def test_no_device_with_a_profile():
@@ -505,7 +502,7 @@ def weights_reply(plan, device_id, *, value=0.4, **changes) -> DeviceReply:
 
 def assert_moved_to_weights(coordinator):
     """Blocks go a third of the way from 1 to 0.4, 1 - 0.6 / 3; the head goes there."""
-    for name, values in coordinator.state().items():
+    for name, values in coordinator.values().items():
         expected = 0.4 if name == "head.w" else 0.8
         np.testing.assert_allclose(values, expected, rtol=1e-6)
 
@@ -535,12 +532,13 @@ def test_weights_of_a_model_of_one_block_are_averaged_as_fedavg_does():
         SHAPES, PARTITION, batch_size=8, sequence_length=4, merged=True
     )
     state = {name: np.ones(SHAPES[name], np.float32) for name in partition.trainable}
-    coordinator = Coordinator(
-        partition=partition,
-        costs=costs,
+    coordinator = coordinator_of(
+        partition,
+        state,
+        costs,
         bandwidth_hz=1e6,
-        optimizer=ServerOptimizer(state, optimizer="SGD", lr=1.0),
-        base_fingerprint="base",
+        optimizer="SGD",
+        lr=1.0,
         mode=RoundMode(participation="all"),
         max_gradient_norm=1e3,
         batch_size=8,
@@ -557,7 +555,7 @@ def test_weights_of_a_model_of_one_block_are_averaged_as_fedavg_does():
         )
     assert coordinator.complete_round(plan, replies).refused == {}
     # Weighted by examples: (2 * 0.0 + 6 * 0.5) / 8.
-    for values in coordinator.state().values():
+    for values in coordinator.values().values():
         np.testing.assert_allclose(values, 0.375, rtol=1e-6)
 
 
@@ -618,7 +616,7 @@ def test_bad_weights_are_refused(reason, name, array):
     tensors = {n: npy(values) for n, values in whole.items() if values is not None}
     reply = DeviceReply(device, tensors, 100, {})
     assert coordinator.complete_round(plan, [reply]).refused == {reason: 1}
-    for values in coordinator.state().values():
+    for values in coordinator.values().values():
         np.testing.assert_array_equal(values, 1)
 
 
@@ -630,7 +628,7 @@ def test_a_huge_move_is_scaled_down_like_a_gradient():
     # A block is damped by the number of blocks, 3; the head is not.
     moved = [
         (values - 1) * (1 if name == "head.w" else 3)
-        for name, values in coordinator.state().items()
+        for name, values in coordinator.values().items()
     ]
     norm = np.sqrt(sum(np.square(m, dtype=np.float64).sum() for m in moved))
     assert norm == pytest.approx(3.0, rel=1e-5)
@@ -640,10 +638,10 @@ def test_devices_without_a_profile_get_the_assumed_one():
     assumed = simulated_device(0, seed=1)
     coordinator = make_coordinator(num_devices=0, assumed_profile=assumed)
     ids = ["1", "2", "3"]
-    for device in coordinator.meet_devices(ids):
+    for device in coordinator.meet_devices(1, ids):
         coordinator.add_device(device, {})
     assert len(coordinator.plan_round(1, ids).assignments) == 3
-    assert coordinator.meet_devices(ids) == []
+    assert coordinator.meet_devices(1, ids) == []
     with pytest.raises(InvalidProfile, match="lacks"):
         make_coordinator(num_devices=0).add_device("1", {})
 
@@ -658,7 +656,7 @@ def test_starting_values():
     coordinator = make_coordinator(state_dict=state_dict)
     trained = {n: np.zeros(SHAPES[n]) for n in PARTITION.trainable}
     coordinator.start_from({**state_dict, **trained})
-    assert not any(values.any() for values in coordinator.state().values())
+    assert not any(values.any() for values in coordinator.values().values())
     for change, message in [
         ({"embed.w": np.zeros((9, 4))}, "embed.w, which nobody trains, differs"),
         ({"head.w": np.zeros((2, 5))}, r"head.w has shape \(2, 5\); expected \(2, 4\)"),

@@ -23,17 +23,20 @@ from flwr.serverapp.strategy import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.build import trainer_for
+from lola_flwr.build import MicroBatches, ServerStep, trainer_for
 from lola_flwr.clients import BlockDevice, LoLaClient
-from lola_flwr.d2ft import Budgets, StepSchedules
+from lola_flwr.d2ft.schedule import Budgets
+from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.d2ft.subnetworks import LayerNotUnderstood
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.server.spread.exchange import PartFailed
+from lola_flwr.strategies import Waits
 from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 from lola_flwr.wire.records import REPORT_KEY
 from tests.d2ft.test_execution import make
+from tests.flat_settings import with_fields
 from tests.strategies.in_process import InProcessGrid
 
 # Inputs, two branches of three layers, losses, and the branches back.
@@ -63,12 +66,14 @@ def federation(
 ):
     """A strategy and its grid of devices, each of which has a model of its own."""
     case = make(family)
+    options_left = dict(trainer_options or {})
     trainer = trainer_for(
         case.model,
         case.partition,
-        batch_size=2,
+        micro_batches=MicroBatches(micro_batch_size=2),
         schedules=StepSchedules(**{"micro_batches": 3, **(schedules or {})}),
-        **{"lr": 2e-3, **(trainer_options or {})},
+        step=with_fields(ServerStep(lr=2e-3), options_left),
+        **options_left,
     )
 
     def make_app(index):
@@ -105,7 +110,7 @@ def test_steps_lower_the_loss(family):
     assert {r.exchanges for r in records} == {EXCHANGES}
     losses = [m["train_loss"] for m in result.train_metrics_clientapp.values()]
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.01
-    for name, values in strategy.trainer.state().items():
+    for name, values in strategy.trainer.values().items():
         np.testing.assert_array_equal(result.arrays[name].numpy(), values)
     first = records[0].lines()
     assert len(first) == 1
@@ -173,10 +178,10 @@ def test_a_device_that_fails_costs_one_step_and_then_rests():
         return Message(Error(code=0, reason="out of battery"), reply_to=reply)
 
     grid.alter = fail
-    before = {n: v.copy() for n, v in strategy.trainer.state().items()}
+    before = {n: v.copy() for n, v in strategy.trainer.values().items()}
     run(strategy, grid, 1)
     assert records[0].lines()[0].startswith("round 1 is skipped: device 101: no reply")
-    for name, values in strategy.trainer.state().items():
+    for name, values in strategy.trainer.values().items():
         np.testing.assert_array_equal(values, before[name])
     grid.sent.clear()
     run(strategy, grid, 2)
@@ -205,9 +210,9 @@ def test_a_step_s_gradient_is_held_to_a_norm():
     for limit in (1e-3, 1e-4):
         case_options = {"max_gradient_norm": limit, "optimizer": "SGD"}
         strategy, grid = federation(trainer_options=case_options)
-        before = {n: v.copy() for n, v in strategy.trainer.state().items()}
+        before = {n: v.copy() for n, v in strategy.trainer.values().items()}
         run(strategy, grid, 1)
-        after = strategy.trainer.state()
+        after = strategy.trainer.values()
         squares = [np.square(after[n] - v).sum() for n, v in before.items()]
         moves.append(np.sqrt(sum(squares)))
     np.testing.assert_allclose(moves, [2e-6, 2e-7], rtol=1e-2)  # the rate is 2e-3
@@ -265,17 +270,19 @@ class Noisy(Strategy):
 def test_rounds_under_a_wrapper_are_reported_and_go_on_from_its_values():
     records = []
     strategy, grid = federation(on_round=records.append)
-    before = strategy.trainer.state()["classifier.out_proj.bias"].copy()
+    before = strategy.trainer.values()["classifier.out_proj.bias"].copy()
     Noisy(strategy).start(grid, strategy.initial_arrays(), 3)
     assert [record.server_round for record in records] == [1, 2, 3]
-    after = strategy.trainer.state()["classifier.out_proj.bias"]
+    after = strategy.trainer.values()["classifier.out_proj.bias"]
     np.testing.assert_allclose(after - before, 0.1, atol=0.02)
 
 
 def test_a_later_step_without_devices_is_skipped():
     records = []
-    strategy, grid = federation(wait_s=0.2)
-    strategy.on_round = lambda record: (records.append(record), grid.apps.clear())
+    strategy, grid = federation(
+        waits=Waits(devices_s=0.2),
+        on_round=lambda record: (records.append(record), grid.apps.clear()),
+    )
     run(strategy, grid, 2)
     assert records[0].skipped is None
     assert records[-1].skipped.startswith("0 devices are connected")
@@ -321,7 +328,7 @@ def test_finite_lies_are_their_sender_s_fault(kind, name, value, named):
     skipped = [record.skipped for record in records if record.skipped]
     assert all(reason.startswith("device 101: ") for reason in skipped)
     assert bool(skipped) == named
-    for values in strategy.trainer.state().values():
+    for values in strategy.trainer.values().values():
         assert np.isfinite(values).all()
 
 
@@ -336,7 +343,7 @@ def test_where_nobody_knows_whose_fault_it_is_one_rests_by_lot(monkeypatch):
         patched.setattr("lola_flwr.server.spread.trainer.spread_gradient", fail)
         run(strategy, grid, 1)
     assert records[0].skipped == "the gradient became infinite"
-    assert len(strategy.trainer.fleet.absences.of_device) == 1
+    assert len(strategy.trainer.state.fleet.absences.of_device) == 1
 
 
 @pytest.mark.parametrize("kind", ["no report", "nonsense", "no arrays"])
@@ -355,12 +362,12 @@ def test_a_hostile_device_changes_nothing(kind):
         return reply
 
     grid.alter = spoil
-    before = {n: v.copy() for n, v in strategy.trainer.state().items()}
+    before = {n: v.copy() for n, v in strategy.trainer.values().items()}
     run(strategy, grid, 1)
     assert records[0].skipped.startswith("device 101: ")
     assert records[0].exchanges > 0
     assert records[0].received_bytes > 0
-    for name, values in strategy.trainer.state().items():
+    for name, values in strategy.trainer.values().items():
         np.testing.assert_array_equal(values, before[name])
 
 
@@ -380,8 +387,8 @@ def test_a_run_goes_on_where_it_stopped(shared):
     second.trainer.restore(copy.deepcopy(snapshot))
     run(second, grid, 4)
     assert second.trainer.server_round == 4
-    for name, values in whole.trainer.state().items():
-        np.testing.assert_array_equal(second.trainer.state()[name], values)
+    for name, values in whole.trainer.values().items():
+        np.testing.assert_array_equal(second.trainer.values()[name], values)
     other, _ = federation("roberta-lora", schedules=options)
     with pytest.raises(UserError, match="other frozen weights"):
         other.trainer.restore(snapshot)
@@ -419,7 +426,7 @@ def test_evaluations_are_part_of_the_records():
 
 
 def test_errors_come_before_the_first_step():
-    strategy, grid = federation(num_devices=1, wait_s=0.2)
+    strategy, grid = federation(num_devices=1, waits=Waits(devices_s=0.2))
     with pytest.raises(UserError, match="1 devices are connected"):
         run(strategy, grid)
     strategy, grid = federation()

@@ -35,16 +35,15 @@ from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.build import coordinator_for_weights
+from lola_flwr.build import DeviceOptions, RoundSettings, coordinator_for_weights
 from lola_flwr.clients import BlockClient, BlockDevice
 from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint
-from lola_flwr.server.coordinator import Coordinator
-from lola_flwr.server.optimizer import ServerOptimizer
-from lola_flwr.strategies import LoLaDeft
+from lola_flwr.strategies import LoLaDeft, Waits
 from lola_flwr.system.devices import simulated_device
+from tests.flat_settings import coordinator_of
 from tests.strategies.in_process import InProcessGrid
 
 
@@ -100,11 +99,12 @@ def federation(roberta, batch):
         partition = partition_parameters(parameters)
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         values = {n: parameters[n].numpy(force=True) for n in partition.trainable}
-        coordinator = Coordinator(
-            partition=partition,
-            costs=estimate_costs(shapes, partition, batch_size=6, sequence_length=10),
+        coordinator = coordinator_of(
+            partition,
+            values,
+            estimate_costs(shapes, partition, batch_size=6, sequence_length=10),
             bandwidth_hz=1e6,
-            optimizer=ServerOptimizer(values, lr=1e-2),
+            lr=1e-2,
             base_fingerprint=fingerprint(model, partition.frozen),
             batch_size=6,
         )
@@ -140,7 +140,7 @@ def test_what_goes_out_is_in_the_blocks_order(federation):
     server, _ = federation()
     strategy = server.strategy
     arrays = parameters_to_ndarrays(strategy.initialize_parameters(None))
-    state = strategy.coordinator.state()
+    state = strategy.coordinator.values()
     assert list(state) == list(strategy.coordinator.partition.trainable)
     for array, values in zip(arrays, state.values(), strict=True):
         np.testing.assert_array_equal(array, values)
@@ -150,7 +150,7 @@ def test_what_goes_out_is_in_the_blocks_order(federation):
 def test_a_failing_device_costs_its_block_only(federation, failure):
     records = []
     server, devices = federation(num_devices=3, on_round=records.append)
-    before = {k: v.copy() for k, v in server.strategy.coordinator.state().items()}
+    before = {k: v.copy() for k, v in server.strategy.coordinator.values().items()}
     devices[1].fails.add(failure)
     server.fit(num_rounds=1, timeout=None)
     (record,) = records
@@ -158,7 +158,7 @@ def test_a_failing_device_costs_its_block_only(federation, failure):
     assert lost.status != "accepted"
     assert sum(block.status == "accepted" for block in record.blocks) == 2
     partition = server.strategy.coordinator.partition
-    after = server.strategy.coordinator.state()
+    after = server.strategy.coordinator.values()
     for index, names in enumerate(partition.blocks):
         changed = any(not np.array_equal(before[n], after[n]) for n in names)
         assert changed == (index != lost.block_index)
@@ -189,7 +189,7 @@ def test_a_profile_that_lies_is_left_out(federation, monkeypatch):
 
 
 def test_too_few_devices_end_the_run_with_what_to_do(federation):
-    server, _ = federation(num_devices=2, wait_s=0.2)
+    server, _ = federation(num_devices=2, waits=Waits(devices_s=0.2))
     with pytest.raises(UserError, match=r"2 devices are connected after 0.2 s; 3 are"):
         server.fit(num_rounds=1, timeout=None)
 
@@ -198,7 +198,9 @@ def test_later_rounds_go_on_with_who_is_there_and_are_skipped_without_anybody(
     federation,
 ):
     records = []
-    server, devices = federation(num_devices=3, wait_s=0.2, on_round=records.append)
+    server, devices = federation(
+        num_devices=3, waits=Waits(devices_s=0.2), on_round=records.append
+    )
     manager = server.client_manager()
 
     def leave_and_come_back(record):
@@ -247,7 +249,11 @@ def test_a_client_that_knows_nothing_takes_part(federation, roberta):
     records = []
     _, devices = federation(num_devices=3)
     coordinator = coordinator_for_weights(
-        roberta, batch_size=6, assumed_profile=simulated_device(0, seed=0)
+        roberta,
+        batch_size=6,
+        settings=RoundSettings(
+            devices=DeviceOptions(assumed_profile=simulated_device(0, seed=0))
+        ),
     )
     strategy = LoLaDeft(coordinator, on_round=records.append)
     server = Server(client_manager=SimpleClientManager(), strategy=strategy)
@@ -273,7 +279,7 @@ def test_a_client_that_knows_nothing_takes_part(federation, roberta):
     assert all(block.ignored_arrays for block in record.blocks)
     # A block moves by a third, unless the whole update was scaled down.
     for names in coordinator.partition.blocks:
-        move = coordinator.state()[names[0]] - roberta.get_parameter(names[0]).numpy(
+        move = coordinator.values()[names[0]] - roberta.get_parameter(names[0]).numpy(
             force=True
         )
         np.testing.assert_allclose(move, move.flat[0], rtol=1e-3)
@@ -324,7 +330,7 @@ def test_the_words_of_a_failing_device_stay_on_one_line(federation, caplog):
 def test_a_silent_device_does_not_hold_the_round_up(federation, caplog):
     records = []
     server, devices = federation(
-        num_devices=4, profile_wait_s=0.3, on_round=records.append
+        num_devices=4, waits=Waits(profiles_s=0.3), on_round=records.append
     )
     released = threading.Event()
     devices[0].get_properties = lambda *_, **__: released.wait(30)
@@ -377,7 +383,11 @@ def test_noise_goes_to_what_is_trained_only(federation, roberta):
         evaluated.append(dict(zip(names, arrays, strict=True)))
 
     coordinator = coordinator_for_weights(
-        roberta, batch_size=6, assumed_profile=simulated_device(0, seed=0)
+        roberta,
+        batch_size=6,
+        settings=RoundSettings(
+            devices=DeviceOptions(assumed_profile=simulated_device(0, seed=0))
+        ),
     )
     names = list(coordinator.arrays())
     before = {name: values.copy() for name, values in coordinator.arrays().items()}

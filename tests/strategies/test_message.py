@@ -25,14 +25,14 @@ from lola_flwr.costs.of_model import zeroth_order_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint
-from lola_flwr.server.coordinator import Coordinator
-from lola_flwr.server.optimizer import ServerOptimizer
+from lola_flwr.strategies import Waits
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.packing import received_values
 from lola_flwr.wire.records import PROFILE_KEY, REPORT_KEY, UpdateReport
 from lola_flwr.zeroth_order.directions import MAX_DIRECTIONS
 from lola_flwr.zeroth_order.mixing import ZerothOrder
+from tests.flat_settings import coordinator_of
 from tests.strategies.in_process import InProcessGrid, message_bytes
 
 
@@ -62,11 +62,12 @@ def federation(roberta, batch):
             lr=0.5,
             num_directions=num_directions,
         )
-        coordinator = Coordinator(
-            partition=partition,
-            costs=estimate_costs(shapes, partition, **sizes),
+        coordinator = coordinator_of(
+            partition,
+            values,
+            estimate_costs(shapes, partition, **sizes),
             bandwidth_hz=1e6,
-            optimizer=ServerOptimizer(values, lr=1e-2),
+            lr=1e-2,
             base_fingerprint=fingerprint(model, partition.frozen),
             batch_size=6,
             zeroth_order=zeroth_order,
@@ -119,7 +120,7 @@ def test_rounds_lower_the_loss_and_cost_one_message_each(federation):
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05
     assert [record.server_round for record in records] == list(range(1, 13))
     assert {b.status for record in records for b in record.blocks} == {"accepted"}
-    for name, values in strategy.coordinator.state().items():
+    for name, values in strategy.coordinator.values().items():
         np.testing.assert_array_equal(result.arrays[name].numpy(), values)
 
 
@@ -204,7 +205,7 @@ def train_message_of(reply):
 def test_a_bad_reply_is_refused_and_costs_its_block_only(federation, kind):
     records = []
     strategy, grid = federation(num_devices=3, on_round=records.append)
-    before = {k: v.copy() for k, v in strategy.coordinator.state().items()}
+    before = {k: v.copy() for k, v in strategy.coordinator.values().items()}
 
     def alter(reply):
         is_bad = reply.metadata.message_type == "train" and (
@@ -218,7 +219,7 @@ def test_a_bad_reply_is_refused_and_costs_its_block_only(federation, kind):
     assert sum(record.refused.values()) == 1
     lost = next(b for b in record.blocks if b.device == "device-0001")
     assert lost.status not in ("accepted", "no reply")
-    after = strategy.coordinator.state()
+    after = strategy.coordinator.values()
     for index, names in enumerate(strategy.coordinator.partition.blocks):
         changed = any(not np.array_equal(before[n], after[n]) for n in names)
         assert changed == (index != lost.block_index)
@@ -269,7 +270,7 @@ def test_a_profile_that_lies_is_left_out(federation, caplog):
 
 
 def test_too_few_devices_end_the_run_with_what_to_do(federation):
-    strategy, grid = federation(num_devices=2, wait_s=0.2)
+    strategy, grid = federation(num_devices=2, waits=Waits(devices_s=0.2))
     with pytest.raises(UserError, match=r"2 devices are connected after 0.2 s; 3 are"):
         run(strategy, grid)
 
@@ -278,7 +279,7 @@ def test_later_rounds_go_on_with_who_is_there_and_are_skipped_without_anybody(
     federation,
 ):
     records = []
-    strategy, grid = federation(num_devices=3, wait_s=0.2)
+    strategy, grid = federation(num_devices=3, waits=Waits(devices_s=0.2))
     everybody = dict(grid.apps)
 
     def leave_and_come_back(record):

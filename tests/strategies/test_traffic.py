@@ -22,6 +22,7 @@ from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.strategies import message
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.codec import codec_ladder
+from tests.flat_settings import grouped
 from tests.strategies.in_process import InProcessGrid
 
 
@@ -49,9 +50,8 @@ class Federation:
             model,
             self.partition,
             costs=model_costs(model, self.partition, batch_size=6, sequence_length=10),
-            lr=1e-2,
             batch_size=6,
-            **{"bandwidth_hz": 1e6, **options},
+            **grouped({"bandwidth_hz": 1e6, "lr": 1e-2, **options}),
         )
 
         def device(index):
@@ -145,7 +145,7 @@ def federation(request, roberta, batch, tmp_path):
 
 
 def nbytes(federation, names):
-    state = federation.coordinator.state()
+    state = federation.coordinator.values()
     return sum(state[name].nbytes for name in names)
 
 
@@ -165,8 +165,8 @@ def test_after_the_first_time_only_what_changed_is_sent(federation):
         assert block.sent_bytes == sent[1]
     lavish = federation(downlink="all", **one_block)
     assert {b.sent_bytes for r in lavish.run(8) for b in r.blocks} == {everything}
-    for name, values in thrifty.coordinator.state().items():
-        np.testing.assert_array_equal(values, lavish.coordinator.state()[name])
+    for name, values in thrifty.coordinator.values().items():
+        np.testing.assert_array_equal(values, lavish.coordinator.values()[name])
 
 
 def test_a_device_that_lost_its_copy_says_so_and_is_sent_everything(
@@ -182,7 +182,7 @@ def test_a_device_that_lost_its_copy_says_so_and_is_sent_everything(
     absences = []
 
     def lose_copy(server_round):
-        absences.append(federated.coordinator._fleet.absences.of_device)
+        absences.append(federated.coordinator.state.fleet.absences.of_device)
         if server_round == 3:
             shutil.rmtree(tmp_path / "disk")
 
@@ -252,7 +252,7 @@ def test_auto_gives_fast_uplinks_finer_codecs(federation):
 def test_the_head_comes_from_whom_the_policy_says(federation, head, senders):
     federated = federation(head=head)
     head_bytes = nbytes(federated, federated.partition.head)
-    before = {k: v.copy() for k, v in federated.coordinator.state().items()}
+    before = {k: v.copy() for k, v in federated.coordinator.values().items()}
     records = federated.run(4)
     for record, sending in zip(records, senders, strict=True):
         for block in record.blocks:
@@ -265,6 +265,6 @@ def test_the_head_comes_from_whom_the_policy_says(federation, head, senders):
                 received += head_bytes
                 assert counted > head_bytes
             assert block.received_bytes == received
-    after = federated.coordinator.state()
+    after = federated.coordinator.values()
     for name in federated.partition.trainable:
         assert not np.array_equal(before[name], after[name]), name

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from lola_flwr.build import coordinator_for
+from lola_flwr.build import (
+    Channel,
+    RoundSettings,
+    ServerStep,
+    Transfer,
+    coordinator_for,
+)
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.device.block_device import BlockDevice
 from lola_flwr.device.encoding import encode_update
@@ -107,11 +113,12 @@ def test_devices_upload_less_and_the_model_learns(roberta, batch, codec):
         roberta,
         partition,
         costs=model_costs(roberta, partition, batch_size=6, sequence_length=10),
-        bandwidth_hz=1e6,
         batch_size=6,
-        lr=1e-2,
-        low_rank=projection,
-        codec=codec,
+        step=ServerStep(lr=1e-2),
+        settings=RoundSettings(
+            channel=Channel(bandwidth_hz=1e6),
+            transfer=Transfer(low_rank=projection, codec=codec),
+        ),
     )
     devices = {
         f"id-{index}": BlockDevice(
@@ -128,7 +135,7 @@ def test_devices_upload_less_and_the_model_learns(roberta, batch, codec):
         plan = coordinator.plan_round(server_round, devices)
         replies = []
         for name, assignment in plan.assignments.items():
-            update = devices[name].train(assignment, coordinator.state())
+            update = devices[name].train(assignment, coordinator.values())
             assert update.arrays[GRADIENTS].size == sum(
                 math.prod(projection.shape(roberta.get_parameter(name).shape))
                 for name in partition.update_names(assignment.block_index)

@@ -22,7 +22,7 @@ from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.packing import GRADIENTS, pack, packed_type
 from lola_flwr.wire.payload import (
-    Uplink,
+    UpdateSizes,
     head_senders,
     payload_bits,
     projections_bytes,
@@ -224,8 +224,8 @@ def test_who_sends_the_head(policy, senders):
 
 def test_a_round_s_payloads_differ_by_the_head_and_by_codec():
     shapes = full_layers()
-    uplink = Uplink(partition_parameters(shapes), shapes, "auto", "shallowest")
-    payloads = uplink.payloads(1, np.ones(12, bool))
+    sizes = UpdateSizes(partition_parameters(shapes), shapes, "auto", "shallowest")
+    payloads = sizes.payloads(1, np.ones(12, bool))
     assert payloads.codecs == ("int8", "bf16", "fp32")
     assert (np.diff(payloads.bits, axis=0) > 0).all(), "from coarse to fine"
     head = 768 * 768 + 768 + 2 * 768 + 2
@@ -242,4 +242,4 @@ def test_a_round_s_payloads_differ_by_the_head_and_by_codec():
 def test_unknown_names(codec, head, message):
     shapes = full_layers()
     with pytest.raises(UserError, match=message):
-        Uplink(partition_parameters(shapes), shapes, codec, head)
+        UpdateSizes(partition_parameters(shapes), shapes, codec, head)

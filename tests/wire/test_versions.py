@@ -17,12 +17,14 @@ from lola_flwr.wire.versions import (
     MalformedManifest,
     Manifest,
     Piece,
+    Versions,
     digest,
     model_pieces,
 )
 
 NAMES = ("embed.w", "layer.0.a", "layer.0.b", "layer.1.a", "layer.1.b", "head.w", "pos")
 PIECES = ((1, 2), (3, 4), (5, 6), (0,))
+VERSIONS = Versions(PIECES)
 
 
 def test_pieces_are_blocks_head_and_the_rest():
@@ -112,9 +114,8 @@ def sent(manifest, arrays):
 
 
 def test_arrays_that_are_not_those_announced(tmp_path):
-    versions = HeldVersions(PIECES)
     arrays = model(0)
-    manifest = versions.manifests(["a"], arrays)["a"]
+    manifest = HeldVersions().manifest("a", VERSIONS.of(arrays))
     changed = [values.copy() for values in arrays]
     changed[3][0, 0] += 1
     with pytest.raises(MalformedManifest, match="do not have the digest"):
@@ -124,12 +125,11 @@ def test_arrays_that_are_not_those_announced(tmp_path):
 
 
 def test_a_damaged_copy_is_never_used(tmp_path):
-    versions = HeldVersions(PIECES)
     arrays = model(0)
-    first = versions.manifests(["a"], arrays)["a"]
+    first = HeldVersions().manifest("a", VERSIONS.of(arrays))
     complete(arrays, first, tmp_path)
-    versions.acknowledge("a", first, first.version)
-    second = versions.manifests(["a"], arrays)["a"]
+    held = HeldVersions().acknowledged("a", first, first.version)
+    second = held.manifest("a", VERSIONS.of(arrays))
     assert second.sent_positions == ()
     victim = tmp_path / f"piece-{second.pieces[0].digest}.safetensors"
     content = bytearray(victim.read_bytes())
@@ -140,13 +140,13 @@ def test_a_damaged_copy_is_never_used(tmp_path):
 
 
 def test_a_device_without_a_store_is_sent_everything_and_completes_it():
-    versions = HeldVersions(PIECES)
+    held = HeldVersions()
     for seed in range(3):
         arrays = model(seed)
-        manifest = versions.manifests(["a"], arrays)["a"]
+        manifest = held.manifest("a", VERSIONS.of(arrays))
         assert manifest.sent_positions == tuple(range(7))
         np.testing.assert_array_equal(complete(arrays, manifest, None), arrays)
-        versions.acknowledge("a", manifest, None)
+        held = held.acknowledged("a", manifest, None)
 
 
 class DownlinkMachine(RuleBasedStateMachine):
@@ -163,7 +163,7 @@ class DownlinkMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp())
         # Two devices share a disk, as in a simulation.
         self.directory = {d: self.root / ("c" if d == "c" else "ab") for d in "abc"}
-        self.versions = HeldVersions(PIECES)
+        self.held = HeldVersions()
         self.arrays = model(0)
         self.counter = 0
         # What each device surely has: the oracle for what need not be sent.
@@ -185,7 +185,7 @@ class DownlinkMachine(RuleBasedStateMachine):
         fate=st.sampled_from(["done", "done", "message lost", "reply lost"]),
     )
     def send(self, device, fate):
-        manifest = self.versions.manifests([device], self.arrays)[device]
+        manifest = self.held.manifest(device, VERSIONS.of(self.arrays))
         digests = {digest(self.arrays[i] for i in piece): piece for piece in PIECES}
         expected = [
             i
@@ -204,12 +204,12 @@ class DownlinkMachine(RuleBasedStateMachine):
             )
         except LostCopy:
             if fate == "done":
-                self.versions.forget(device)
+                self.held = self.held.without(device)
                 self.told[device] = frozenset()
             return
         np.testing.assert_array_equal(whole, self.arrays)
         if fate == "done":
-            self.versions.acknowledge(device, manifest, manifest.version)
+            self.held = self.held.acknowledged(device, manifest, manifest.version)
             self.told[device] = frozenset(digests)
 
     @rule(device=st.sampled_from(DEVICES))
@@ -218,7 +218,7 @@ class DownlinkMachine(RuleBasedStateMachine):
 
     @rule(device=st.sampled_from(DEVICES))
     def leave(self, device):
-        self.versions.keep_only(d for d in self.DEVICES if d != device)
+        self.held = self.held.of_these(d for d in self.DEVICES if d != device)
         self.told[device] = frozenset()
 
     @invariant()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lola_flwr.allocation import InfeasibleAllocation
-from lola_flwr.build import coordinator_for
+from lola_flwr.build import Channel, DeviceOptions, RoundSettings, coordinator_for
 from lola_flwr.costs.estimated import estimate_costs, estimate_zeroth_order_costs
 from lola_flwr.costs.of_model import model_costs, zeroth_order_costs
 from lola_flwr.device.block_device import BlockDevice
@@ -267,7 +267,7 @@ def test_blocks_move_against_the_estimated_gradient():
     coordinator, ids = fleet(3, 0, zeroth_order=settings(use="always"))
     plan = coordinator.plan_round(1, ids)
     device, assignment = next(iter(plan.assignments.items()))
-    before = {n: v.copy() for n, v in coordinator.state().items()}
+    before = {n: v.copy() for n, v in coordinator.values().items()}
     values = np.linspace(-1, 1, 16)
     record = coordinator.complete_round(plan, [projections_reply(plan, device, values)])
     assert record.refused == {}
@@ -287,7 +287,7 @@ def test_blocks_move_against_the_estimated_gradient():
     )
     for name, was in before.items():
         move = 0.5 * expected[name] if name in names else 0
-        np.testing.assert_allclose(coordinator.state()[name], was - move, rtol=1e-6)
+        np.testing.assert_allclose(coordinator.values()[name], was - move, rtol=1e-6)
 
 
 def test_estimates_pass_the_optimizer_by():
@@ -298,7 +298,7 @@ def test_estimates_pass_the_optimizer_by():
     small = sorted(without_backward(plan))[0]
     coordinator.complete_round(plan, [projections_reply(plan, small, np.full(16, 0.1))])
     block = plan.assignments[small].block_index
-    moved = abs(coordinator.state()[PARTITION.blocks[block][0]] - 1)
+    moved = abs(coordinator.values()[PARTITION.blocks[block][0]] - 1)
     # AdamW with a rate of 1 would have moved every weight by 1.
     assert 0 < moved.max() <= 1.01e-4
 
@@ -325,7 +325,7 @@ def test_bad_projections_are_refused(reason, change):
     kept = {key: value for key, value in report.items() if value is not None}
     reply = replace(reply, report=kept)
     assert coordinator.complete_round(plan, [reply]).refused == {reason: 1}
-    for values in coordinator.state().values():
+    for values in coordinator.values().values():
         np.testing.assert_array_equal(values, 1)
 
 
@@ -352,7 +352,7 @@ def test_a_lie_moves_no_further_than_the_largest_norm():
         device = next(iter(plan.assignments))
         reply = projections_reply(plan, device, np.full(16, value))
         coordinator.complete_round(plan, [reply])
-        moved.append(coordinator.state()["head.w"].copy())
+        moved.append(coordinator.values()["head.w"].copy())
     np.testing.assert_array_equal(*moved)
 
 
@@ -377,17 +377,20 @@ def test_settings_out_of_range(changes):
 def test_devices_without_back_propagation_learn(roberta, batch):
     partition = partition_of(roberta)
     sizes = {"batch_size": 6, "sequence_length": 10}
+    zeroth_order = ZerothOrder(
+        costs=zeroth_order_costs(roberta, partition, **sizes, num_directions=16),
+        use="always",
+        lr=0.5,
+        num_directions=16,
+    )
     coordinator = coordinator_for(
         roberta,
         partition,
         costs=model_costs(roberta, partition, **sizes),
-        bandwidth_hz=1e6,
         batch_size=6,
-        zeroth_order=ZerothOrder(
-            costs=zeroth_order_costs(roberta, partition, **sizes, num_directions=16),
-            use="always",
-            lr=0.5,
-            num_directions=16,
+        settings=RoundSettings(
+            channel=Channel(bandwidth_hz=1e6),
+            devices=DeviceOptions(zeroth_order=zeroth_order),
         ),
     )
     devices = {
@@ -406,7 +409,7 @@ def test_devices_without_back_propagation_learn(roberta, batch):
         plan = coordinator.plan_round(server_round, devices)
         replies = []
         for name, assignment in plan.assignments.items():
-            update = devices[name].train(assignment, coordinator.state())
+            update = devices[name].train(assignment, coordinator.values())
             tensors = {n: npy(array) for n, array in update.arrays.items()}
             replies.append(
                 DeviceReply(

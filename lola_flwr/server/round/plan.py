@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from functools import cached_property
 
 from lola_flwr.allocation import Allocation, AllocationProblem
+from lola_flwr.planning import SolvedRound
 from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.wire.payload import Payloads
 from lola_flwr.wire.records import Assignment
 from lola_flwr.wire.versions import Manifest
 
@@ -21,51 +19,52 @@ class RoundPlan:
 
     Parameters
     ----------
-    server_round
-        Round, from 1.
     device_ids
-        The K devices in the order of the problem's rows.
-    profiles
-        Their profiles, by device id.
-    num_excluded
-        Devices that were left out where all others take part: they have not the memory
-        for a block, or rest after failures.
-    problem, allocation
+        The k devices in the order of the problem's rows.
+    solved
         What was solved, and the solution.
     assignments
         Assignment of each active device, by device id.
-    claimed_s
-        Seconds that each active device takes to compute, by its profile alone, by
-        device id.
-    payloads
-        What the devices may be told to upload.
-    codec_level
-        Codec of each device, an index into ``payloads.codecs``, shape (K,).
     manifests
         Which of the model's arrays each active device is sent, by device id; without
         one a device is sent all of them.
     """
 
-    server_round: int
     device_ids: tuple[str, ...]
-    profiles: Mapping[str, DeviceProfile]
-    num_excluded: int
-    problem: AllocationProblem
-    allocation: Allocation
+    solved: SolvedRound
     assignments: Mapping[str, Assignment]
-    claimed_s: Mapping[str, float]
-    payloads: Payloads
-    codec_level: npt.NDArray[np.int64]
     manifests: Mapping[str, Manifest]
+
+    @property
+    def server_round(self) -> int:
+        """Round, from 1."""
+        return self.solved.server_round
+
+    @property
+    def problem(self) -> AllocationProblem:
+        """What was solved."""
+        return self.solved.problem
+
+    @property
+    def allocation(self) -> Allocation:
+        """The solution."""
+        return self.solved.allocation
+
+    @cached_property
+    def profiles(self) -> Mapping[str, DeviceProfile]:
+        """Profiles of the devices, by device id."""
+        return dict(zip(self.device_ids, self.solved.stated.profiles, strict=True))
+
+    @cached_property
+    def claimed_s(self) -> Mapping[str, float]:
+        """Seconds that each active device takes to compute, by its profile alone."""
+        claimed_s = self.solved.stated.claimed_s
+        return {d: float(claimed_s[row, block]) for row, d, block in self.active()}
 
     def active(self) -> Iterator[tuple[int, str, int]]:
         """Give row, id and block of each active device, in the order of the rows."""
-        blocks = self.allocation.block_of_device.tolist()
-        for row, (device, block) in enumerate(
-            zip(self.device_ids, blocks, strict=True)
-        ):
-            if block >= 0:
-                yield row, device, block
+        for row, block in self.solved.active():
+            yield row, self.device_ids[row], block
 
     def leaves_out(self, device_id: str) -> bool:
         """Tell whether a device is not sent the whole model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,3 +166,25 @@ class CheckedReply:
 
     def _failure(self, reason: str) -> PartFailed:
         return PartFailed({self._device_id: reason})
+
+
+class CountedExchange:
+    """An exchange whose messages are counted."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self.asked: set[str] = set()
+        self.exchanges = self.sent_bytes = 0
+        self.received_bytes: Counter[str] = Counter()  # by device id
+
+    def __call__(self, requests: Mapping[str, PartRequest]) -> Mapping[str, PartReply]:
+        """Send requests, by device id, and return the replies."""
+        self.exchanges += 1
+        self.asked |= requests.keys()
+        self.sent_bytes += sum(
+            array.nbytes for r in requests.values() for array in r.arrays.values()
+        )
+        replies = self._exchange(requests)
+        for device, reply in replies.items():
+            self.received_bytes[device] += sum(map(len, reply.arrays.values()))
+        return replies

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from lola_flwr.costs.of_model import zeroth_order_costs
-from lola_flwr.d2ft import Budgets, StepSchedules
+from lola_flwr.d2ft.schedule import Budgets
+from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
 from lola_flwr.randomness import rng_for
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
+from lola_flwr.server.selection.importance import FloatArrays, Response
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.tasks import Examples
 
-FloatArrays = Mapping[str, npt.NDArray[np.float32]]
-
 
 def selection_of(
-    config: GlueConfig, model: Any, partition: BlockPartition
+    config: GlueConfig,
+    model: Any,
+    partition: BlockPartition,
+    response: Response | None = None,
 ) -> Selection:
-    """Return how the run chooses each round's blocks."""
+    """Return how the run chooses each round's blocks, by what a response tells."""
     parameters = dict(model.named_parameters())
     selector = selector_named(
         config.selector,
@@ -39,6 +39,7 @@ def selection_of(
         selector,
         latency_target_s=config.latency_target_s or math.inf,
         value=config.block_value,
+        response=response,
     )
 
 
@@ -48,7 +49,7 @@ def response_of(
     partition: BlockPartition,
     train: Examples,
     mean_loss: Callable[[Examples], float],
-) -> Callable[[FloatArrays], float] | None:
+) -> Response | None:
     """Return what measures the loss on the server's own examples, if anything needs it.
 
     Parameters
@@ -99,12 +100,12 @@ def zeroth_order_of(
         raise UserError(f"zeroth-order-options: {error}.") from None
 
 
-def schedules_of(config: GlueConfig) -> tuple[StepSchedules, dict[str, Any]]:
-    """Return D2FT's schedules, and the options of its trainer that are left."""
+def schedules_of(config: GlueConfig) -> tuple[StepSchedules, int | None]:
+    """Return D2FT's schedules, and the head groups of each layer (None: its heads)."""
     options = keyword_arguments(config.d2ft_options)
     if "costs" in options:
         raise UserError("d2ft-options: costs follow from the model; take them out.")
-    trainer = {"num_groups": options.pop("num_groups", None)}
+    num_groups = options.pop("num_groups", None)
     try:
         budgets = Budgets(
             **{
@@ -116,7 +117,7 @@ def schedules_of(config: GlueConfig) -> tuple[StepSchedules, dict[str, Any]]:
         schedules = StepSchedules(budgets=budgets, seed=config.seed, **options)
     except TypeError as error:
         raise UserError(f"d2ft-options={config.d2ft_options!r}: {error}.") from None
-    return schedules, trainer
+    return schedules, num_groups
 
 
 def low_rank_of(config: GlueConfig) -> LowRankProjection | None:

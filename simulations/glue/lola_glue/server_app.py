@@ -15,15 +15,26 @@ from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
-from lola_flwr.allocation import RoundMode
-from lola_flwr.build import coordinator_for, trainer_for
+from lola_flwr.build import (
+    AllocationOptions,
+    Channel,
+    DeviceOptions,
+    MicroBatches,
+    NormLimits,
+    RoundMode,
+    RoundSettings,
+    ServerStep,
+    Transfer,
+    coordinator_for,
+    trainer_for,
+)
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapters import merge, save_model
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import check_sequence_length, load_values
 from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
-from lola_flwr.run.records import RoundRecord
+from lola_flwr.run.records import Record
 from lola_flwr.run.tracking import tracking
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.selection.importance import Response
@@ -47,7 +58,7 @@ _EVALUATION_BATCH = 128
 
 # The model's loss and metrics after a round; None in rounds that are not evaluated.
 Evaluate = Callable[[int, Sequence[NDArray[np.floating]]], dict[str, float] | None]
-OnRound = Callable[[RoundRecord], None]
+OnRound = Callable[[Record], None]
 
 app = ServerApp()
 
@@ -107,7 +118,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
     ):
         describe_run(directory, app="lola-glue", config=config.to_run_config())
 
-        def on_round(record: RoundRecord) -> None:
+        def on_round(record: Record) -> None:
             files.on_round(record)
             track(record)
 
@@ -119,7 +130,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
             run_message(grid, config, trained, evaluate, on_round)
     log(INFO, "rounds written to %s", files.log.path)
     if config.save_model or config.save_merged:
-        values = trained.state()
+        values = trained.values()
         load_values(
             model, partition.trainable, [values[n] for n in partition.trainable]
         )
@@ -219,20 +230,19 @@ def make_trainer(
     config: GlueConfig, model: Any, partition: BlockPartition
 ) -> SpreadTrainer:
     """Put D2FT's trainer together for a model and a run configuration."""
-    schedules, options = schedules_of(config)
+    schedules, num_groups = schedules_of(config)
     return trainer_for(
         model,
         partition,
-        optimizer=config.optimizer,
-        lr=config.lr,
-        optimizer_options=_optimizer_options(config),
         schedules=schedules,
-        batch_size=config.batch_size,
-        max_tokens=config.max_length,
-        bandwidth_hz=config.bandwidth_hz,
+        num_groups=num_groups,
+        micro_batches=MicroBatches(
+            micro_batch_size=config.batch_size, max_tokens=config.max_length
+        ),
+        step=_server_step(config),
+        channel=Channel(bandwidth_hz=config.bandwidth_hz),
         max_gradient_norm=config.max_gradient_norm,
         seed=config.seed,
-        **options,
     )
 
 
@@ -244,51 +254,56 @@ def make_coordinator(
     response: Response | None = None,
 ) -> Coordinator:
     """Put the coordinator together for a model and a run configuration."""
+    mode = RoundMode(
+        devices_per_block=config.devices_per_block,
+        # Full fine-tuning has one block, and every device trains it.
+        participation="all" if config.method == "fedavg-full" else config.participation,
+        backups=config.backups,
+    )
     return coordinator_for(
         model,
         partition,
         costs=model_costs(config, model),
-        bandwidth_hz=config.bandwidth_hz,
-        correct_profiles=config.correct_profiles,
-        max_gradient_norm=config.max_gradient_norm,
-        optimizer=config.optimizer,
-        lr=config.lr,
-        optimizer_options=_optimizer_options(config),
-        allocator=config.allocator,
-        mode=RoundMode(
-            devices_per_block=config.devices_per_block,
-            # Full fine-tuning has one block, and every device trains it.
-            participation=(
-                "all" if config.method == "fedavg-full" else config.participation
-            ),
-            backups=config.backups,
-        ),
-        selection=selection_of(config, model, partition),
-        response=response,
-        zeroth_order=zeroth_order_of(config, model, partition),
-        low_rank=low_rank_of(config),
-        reduced_schedules=config.reduced_schedules,
-        rotation_eps=config.rotation_eps,
         batch_size=config.batch_size,
-        codec=config.codec,
-        codec_slack=config.codec_slack,
-        head=config.head,
-        downlink=config.downlink,
-        norm_factor=config.norm_factor or np.inf,
-        block_mean=config.block_mean,
-        longest_round_s=config.longest_round_s,
-        seed=config.seed,
+        step=_server_step(config),
+        settings=RoundSettings(
+            channel=Channel(bandwidth_hz=config.bandwidth_hz),
+            transfer=Transfer(
+                codec=config.codec,
+                head=config.head,
+                low_rank=low_rank_of(config),
+                downlink=config.downlink,
+            ),
+            allocation=AllocationOptions(
+                allocator=config.allocator,
+                mode=mode,
+                rotation_eps=config.rotation_eps,
+                codec_slack=config.codec_slack,
+                longest_round_s=config.longest_round_s,
+            ),
+            selection=selection_of(config, model, partition, response),
+            devices=DeviceOptions(
+                correct_profiles=config.correct_profiles,
+                zeroth_order=zeroth_order_of(config, model, partition),
+                reduced_schedules=config.reduced_schedules,
+            ),
+            limits=NormLimits(config.max_gradient_norm, config.norm_factor or np.inf),
+            seed=config.seed,
+        ),
     )
 
 
-def _optimizer_options(config: GlueConfig) -> dict[str, Any]:
-    options = keyword_arguments(config.optimizer_options)
-    if config.schedule == "linear":
-        options["linear_decay_steps"] = config.rounds
-    elif config.schedule != "constant":
-        options["schedule"] = config.schedule
-        options["schedule_options"] = keyword_arguments(config.schedule_options)
-    return options
+def _server_step(config: GlueConfig) -> ServerStep:
+    is_named = config.schedule not in ("constant", "linear")
+    return ServerStep(
+        optimizer=config.optimizer,
+        lr=config.lr,
+        options=keyword_arguments(config.optimizer_options),
+        linear_decay_steps=config.rounds if config.schedule == "linear" else None,
+        schedule=config.schedule if is_named else None,
+        schedule_options=keyword_arguments(config.schedule_options),
+        block_mean=config.block_mean,
+    )
 
 
 def evaluate_model(

@@ -4,12 +4,12 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from lola_flwr.build import coordinator_for
+from lola_flwr.build import ServerStep, coordinator_for
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.model.adapters import save_model
 from lola_flwr.model.loading import load_values
 from lola_flwr.run.directory import run_directory
-from lola_flwr.run.records import RoundLog
+from lola_flwr.run.round_log import RoundLog
 from lola_flwr.strategies.message import LoLaDeft
 from quickstart.task import load_data, load_model, make_batch
 
@@ -39,9 +39,8 @@ def main(grid: Grid, context: Context) -> None:
         model,
         partition,
         costs=model_costs(model, partition, batch_size=batch_size, sequence_length=64),
-        bandwidth_hz=20e6,
         batch_size=batch_size,
-        lr=config["lr"],
+        step=ServerStep(lr=config["lr"]),
     )
     directory = run_directory(config["output-dir"], context.run_id)
     log = RoundLog(directory / "rounds.jsonl")

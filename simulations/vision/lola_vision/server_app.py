@@ -13,11 +13,12 @@ from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
-from lola_flwr.build import coordinator_for
+from lola_flwr.build import Channel, RoundSettings, ServerStep, coordinator_for
 from lola_flwr.errors import UserError
 from lola_flwr.model.loading import load_values
 from lola_flwr.run.directory import describe_run, run_directory
-from lola_flwr.run.records import RoundLog, RoundRecord
+from lola_flwr.run.records import Record
+from lola_flwr.run.round_log import RoundLog
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.run_rounds import run_rounds
 from lola_vision.config import VisionConfig
@@ -53,9 +54,9 @@ def train(grid: Grid, context: Context) -> None:
     directory = run_directory(config.output_dir, context.run_id)
     log_file = RoundLog(directory / "rounds.jsonl")
     describe_run(directory, app="lola-vision", config=config.to_run_config())
-    last: list[RoundRecord] = []
+    last: list[Record] = []
 
-    def on_round(record: RoundRecord) -> None:
+    def on_round(record: Record) -> None:
         log_file.append(record)
         last[:] = [record]
 
@@ -63,11 +64,11 @@ def train(grid: Grid, context: Context) -> None:
         model,
         partition,
         costs=costs,
-        bandwidth_hz=config.bandwidth_hz,
         batch_size=config.batch_size,
-        lr=config.lr,
-        optimizer_options={"linear_decay_steps": config.rounds},
-        seed=config.seed,
+        step=ServerStep(lr=config.lr, linear_decay_steps=config.rounds),
+        settings=RoundSettings(
+            channel=Channel(bandwidth_hz=config.bandwidth_hz), seed=config.seed
+        ),
     )
     if config.interface == "legacy":
 

@@ -72,7 +72,7 @@ def test_only_the_chosen_blocks_are_stepped():
     coordinator = make_coordinator(selection=Selection(RoundRobin(count=1)))
     run_rounds(coordinator, IDS, 1)
     moved = {
-        n for n, v in coordinator.state().items() if not np.array_equal(v, VALUES[n])
+        n for n, v in coordinator.values().items() if not np.array_equal(v, VALUES[n])
     }
     assert moved == {*PARTITION.blocks[2], *PARTITION.head}
 
@@ -139,13 +139,12 @@ def test_those_that_failed_least_are_asked_first():
     for index, speed in enumerate((1e8, 1e6, 1e6)):
         stated = {"flops-per-s": speed, "memory-bytes": 1e9, "snr-db": 60.0}
         coordinator.add_device(f"id-{index}", {"name": f"d{index}", **stated})
-    coordinator._fleet.absences = Absences(
-        {
-            "d0": Absence(6, until_round=100),
-            "d1": Absence(1, until_round=100),
-            "d2": Absence(2, until_round=100),
-        }
-    )
+    absences = {
+        name: Absence(failures, until_round=100)
+        for name, failures in (("d0", 6), ("d1", 1), ("d2", 2))
+    }
+    fleet = replace(coordinator.state.fleet, absences=Absences(absences))
+    coordinator.state = replace(coordinator.state, fleet=fleet)
     assert [*coordinator.plan_round(5, IDS[:3]).assignments] == ["id-1"]
 
 
@@ -310,7 +309,7 @@ def test_importance_goes_on_from_a_snapshot():
         plan = coordinator.plan_round(4, IDS)
         coordinator.complete_round(plan, [honest_reply(plan, d) for d in IDS[:1]])
     importance = [
-        coordinator.snapshot().values["state"]["importance"]
+        coordinator.snapshot().values["state"]["history"]["importance"]
         for coordinator in (whole, second)
     ]
     assert importance[0] == importance[1]

@@ -1,4 +1,4 @@
-"""Plan rounds for a fleet without a model, Flower or torch, under any allocators."""
+"""Plan rounds for a fleet without a model, under any allocators."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from lola_flwr.allocation import (
     ALLOCATORS,
@@ -20,8 +18,15 @@ from lola_flwr.allocation import (
 from lola_flwr.costs.estimated import BlockCosts, estimate_costs
 from lola_flwr.costs.shapes import model_shapes
 from lola_flwr.model.blocks import partition_parameters
-from lola_flwr.run.records import BlockRecord, RoundRecord
-from lola_flwr.system.channel import uplink_rates_bps
+from lola_flwr.planning.solution import planned_blocks, solve_round
+from lola_flwr.planning.statement import (
+    AllocationOptions,
+    Known,
+    RunStatement,
+    stated_round,
+)
+from lola_flwr.run.records import RoundRecord
+from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile
 
 
@@ -84,7 +89,7 @@ def round_problem(
     fading: bool = True,
     mode: RoundMode | None = None,
 ) -> AllocationProblem:
-    """State a round's allocation problem for a fleet.
+    """State a round's allocation problem for a fleet, as a run would at its start.
 
     Parameters
     ----------
@@ -100,26 +105,19 @@ def round_problem(
         Whether the channel fades (Rayleigh), or every device has its mean SNR.
     mode
         Which blocks need how many devices (default: every block one).
+
+    Returns
+    -------
+    The problem; its devices are those of the fleet, in this order, but for devices
+    that can hold no block where all others take part.
     """
-    rate_bps = uplink_rates_bps(
-        fleet,
-        bandwidth_hz=bandwidth_hz,
-        server_round=server_round,
+    run = RunStatement(
+        costs=costs,
+        channel=Channel(bandwidth_hz=bandwidth_hz, fading=fading),
+        allocation=AllocationOptions(mode=RoundMode() if mode is None else mode),
         seed=seed,
-        fading=fading,
     )
-    speed = np.array([device.flops_per_s for device in fleet])
-    memory_bytes = np.array([device.memory_bytes for device in fleet])
-    required_bytes = costs.required_bytes(fleet)  # [K, N]
-    return AllocationProblem(
-        costs.flops[None, :] / speed[:, None],  # [K, N]
-        costs.payload_bits[None, :] / rate_bps[:, None],
-        required_bytes <= memory_bytes[:, None],
-        memory_bytes=memory_bytes,
-        required_memory_bytes=required_bytes.min(axis=0),
-        device_names=[device.name for device in fleet],
-        mode=RoundMode() if mode is None else mode,
-    )
+    return stated_round(run, Known.at_first(run, fleet, server_round)).problem
 
 
 def compare(
@@ -184,60 +182,34 @@ def plan_rounds(
     -------
     Records without losses and metrics; each device's part has the status "planned".
     """
+    run = RunStatement(
+        costs=costs,
+        channel=Channel(bandwidth_hz=bandwidth_hz),
+        allocation=AllocationOptions(
+            allocator=allocator, mode=RoundMode() if mode is None else mode
+        ),
+        seed=seed,
+    )
+    by_name = sorted(fleet, key=lambda device: device.name)
     records: list[RoundRecord] = []
     wireless_s = 0.0
     for server_round in range(1, rounds + 1):
-        problem = round_problem(
-            fleet,
-            costs,
-            bandwidth_hz=bandwidth_hz,
-            server_round=server_round,
-            seed=seed,
-            mode=mode,
-        )
-        (plan,) = compare(problem, [allocator], seed=seed + server_round)
-        wireless_s += plan.allocation.round_s
+        start = time.perf_counter()
+        solved = solve_round(run, Known.at_first(run, by_name, server_round))
+        seconds = time.perf_counter() - start
+        allocation = solved.allocation
+        wireless_s += allocation.round_s
         records.append(
             RoundRecord(
                 server_round=server_round,
-                num_devices=problem.num_devices,
+                num_devices=solved.problem.num_devices,
+                num_excluded=solved.num_excluded,
                 wireless_s=wireless_s,
-                round_s=plan.allocation.round_s,
-                observed_s=plan.allocation.round_s,
-                bound_s=plan.allocation.bound_s,
-                blocks=planned_blocks(problem, plan.allocation, fleet, costs),
-                measured_strategy_s=plan.solve_s,
+                round_s=allocation.round_s,
+                observed_s=allocation.round_s,
+                bound_s=allocation.bound_s,
+                blocks=planned_blocks(run, solved),
+                measured_strategy_s=seconds,
             )
         )
     return records
-
-
-def planned_blocks(
-    problem: AllocationProblem,
-    allocation: Allocation,
-    fleet: Sequence[DeviceProfile],
-    costs: BlockCosts,
-) -> tuple[BlockRecord, ...]:
-    """Return each active device's part of a plan, from the first block on."""
-    upload_s = allocation.upload_s(problem)
-    required_bytes = costs.required_bytes(fleet)  # [K, N]
-    parts = [
-        BlockRecord(
-            block_index=block,
-            depth=problem.num_blocks - block,
-            device=fleet[row].name,
-            share=float(allocation.share[row]),
-            compute_s=float(problem.compute_s[row, block]),
-            upload_s=float(upload_s[row]),
-            reported_compute_s=None,
-            compute_clock="",
-            loss=None,
-            status="planned",
-            payload_bytes=int(costs.payload_bits[block]) // 8,
-            required_memory_bytes=float(required_bytes[row, block]),
-            memory_bytes=fleet[row].memory_bytes,
-        )
-        for row, block in enumerate(allocation.block_of_device.tolist())
-        if block >= 0
-    ]
-    return tuple(sorted(parts, key=lambda part: (part.block_index, part.device)))

@@ -14,9 +14,10 @@ from lola_flwr.allocation import (
     RoundMode,
     allocate,
 )
+from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.edges import Edges, edges_of
+from lola_flwr.allocation.problem import IntArray
 from lola_flwr.errors import UserError
-from lola_flwr.server.selection.history import FloatArray, IntArray
 
 
 def most_valuable_blocks(

@@ -76,7 +76,7 @@ def narrowed(
     required_bytes: FloatArray,
     memory_limit_bytes: FloatArray,
     failures: Sequence[int],
-    block_updates: Sequence[int],
+    block_updates: Sequence[int] | IntArray,
     partial: bool,
 ) -> tuple[IntArray, AllocationProblem]:
     """Return the problem without what had better not be asked.
@@ -148,7 +148,9 @@ def _only(
     )
 
 
-def _covered(problem: AllocationProblem, block_updates: Sequence[int]) -> IntArray:
+def _covered(
+    problem: AllocationProblem, block_updates: Sequence[int] | IntArray
+) -> IntArray:
     """Return how many devices each block can have, [N], where not all have enough.
 
     Of the largest matchings one that leaves out the blocks with most updates: an

@@ -13,7 +13,7 @@ from lola_flwr.allocation import (
     allocate,
 )
 from lola_flwr.errors import UserError
-from lola_flwr.server.selection import most_valuable_blocks
+from lola_flwr.planning import most_valuable_blocks
 from tests.allocation.allocation_oracle import brute_force_s, random_problem
 
 

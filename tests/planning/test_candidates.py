@@ -14,7 +14,7 @@ from lola_flwr.allocation import (
     allocate,
 )
 from lola_flwr.allocation.infeasible import is_feasible
-from lola_flwr.server.round.candidates import narrowed
+from lola_flwr.planning.candidates import narrowed
 
 FREE = np.inf
 

@@ -1,0 +1,45 @@
+"""What a round asks of whom: stated, solved, and planned without a model.
+
+Neither Flower nor PyTorch is needed: `lola-flwr plan` says in a second what a run's
+rounds will take, and a run's own rounds are planned by the same functions.
+"""
+
+from lola_flwr.planning.fleet_plans import (
+    Plan,
+    compare,
+    named_model_costs,
+    plan_rounds,
+    round_problem,
+)
+from lola_flwr.planning.latency_target import most_valuable_blocks
+from lola_flwr.planning.solution import (
+    SolvedRound,
+    matching_seed,
+    planned_blocks,
+    solve_round,
+)
+from lola_flwr.planning.statement import (
+    AllocationOptions,
+    Known,
+    RoundProblem,
+    RunStatement,
+    stated_round,
+)
+
+__all__ = [
+    "AllocationOptions",
+    "Known",
+    "Plan",
+    "RoundProblem",
+    "RunStatement",
+    "SolvedRound",
+    "compare",
+    "matching_seed",
+    "most_valuable_blocks",
+    "named_model_costs",
+    "plan_rounds",
+    "planned_blocks",
+    "round_problem",
+    "solve_round",
+    "stated_round",
+]

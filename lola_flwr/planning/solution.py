@@ -1,0 +1,150 @@
+"""Solve a round's problem: who trains which block, with which share and codec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lola_flwr.allocation import (
+    RANDOM_ALLOCATORS,
+    Allocation,
+    AllocationProblem,
+    allocate,
+    refine_payloads,
+    rotate,
+)
+from lola_flwr.allocation.problem import IntArray
+from lola_flwr.planning.statement import (
+    Known,
+    RoundProblem,
+    RunStatement,
+    stated_round,
+)
+from lola_flwr.randomness import rng_for
+from lola_flwr.run.records import BlockRecord
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SolvedRound:
+    """A round's problem and its solution.
+
+    Parameters
+    ----------
+    server_round
+        Round, from 1.
+    stated
+        The problem, for the coarsest codecs, and what it assumes.
+    problem
+        The problem that was solved in the end: devices have their own codecs.
+    allocation
+        The solution.
+    codec_level
+        Codec of each device, an index into ``stated.payloads.codecs``, shape [k].
+    num_excluded
+        Devices that were left out where all others take part: they have not the memory
+        for a block, or rest after failures.
+    """
+
+    server_round: int
+    stated: RoundProblem
+    problem: AllocationProblem
+    allocation: Allocation
+    codec_level: IntArray
+    num_excluded: int
+
+    def active(self) -> Iterator[tuple[int, int]]:
+        """Give row and block of each active device, in the order of the rows."""
+        for row, block in enumerate(self.allocation.block_of_device.tolist()):
+            if block >= 0:
+                yield row, block
+
+
+def solve_round(run: RunStatement, known: Known) -> SolvedRound:
+    """State a round's problem and solve it.
+
+    Parameters
+    ----------
+    run
+        What the run's rounds have in common.
+    known
+        What is known before this one.
+
+    Raises
+    ------
+    InfeasibleAllocation
+        The devices cannot compute the blocks.
+    """
+    stated = stated_round(run, known)
+    allocation = _rotated(run, known, stated, _allocated(run, known, stated))
+    problem, allocation, codec_level = refine_payloads(
+        stated.problem,
+        allocation,
+        stated.payloads.bits,
+        slack=run.allocation.codec_slack,
+        fixed=stated.without_backward,
+    )
+    allocation.check(problem)
+    return SolvedRound(
+        server_round=known.server_round,
+        stated=stated,
+        problem=problem,
+        allocation=allocation,
+        codec_level=codec_level,
+        num_excluded=len(known.profiles) - len(stated.profiles),
+    )
+
+
+def matching_seed(seed: int, server_round: int) -> int:
+    """Return the seed that a random allocator has in a round of a run."""
+    return int(rng_for(seed, "matching", server_round).integers(2**31))
+
+
+def _allocated(run: RunStatement, known: Known, stated: RoundProblem) -> Allocation:
+    options: dict[str, Any] = {}
+    if run.allocation.allocator in RANDOM_ALLOCATORS:
+        options["seed"] = matching_seed(run.seed, known.server_round)
+    return allocate(stated.problem, run.allocation.allocator, **options)
+
+
+def _rotated(
+    run: RunStatement, known: Known, stated: RoundProblem, allocation: Allocation
+) -> Allocation:
+    """Let blocks meet other devices' data, where that costs little."""
+    eps = run.allocation.rotation_eps
+    if eps <= 0:
+        return allocation
+    return rotate(stated.problem, allocation, known.meetings[stated.rows], eps=eps)
+
+
+def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord, ...]:
+    """Return each active device's part of a round, from the first block on."""
+    stated, allocation = solved.stated, solved.allocation
+    upload_s = allocation.upload_s(solved.problem)
+    records = []
+    for row, block in solved.active():
+        level = solved.codec_level[row]
+        codec = stated.payloads.codecs[level]
+        payload_bits = stated.payloads.bits[level, block]
+        if run.zeroth_order is not None and stated.without_backward[row]:
+            # Projections on directions travel as they are.
+            codec, payload_bits = "", run.zeroth_order.costs.payload_bits[block]
+        records.append(
+            BlockRecord(
+                block_index=block,
+                depth=run.num_blocks - block,
+                device=stated.profiles[row].name,
+                share=float(allocation.share[row]),
+                compute_s=float(solved.problem.compute_s[row, block]),
+                upload_s=float(upload_s[row]),
+                reported_compute_s=None,
+                compute_clock="",
+                loss=None,
+                status="planned",
+                codec=codec,
+                payload_bytes=int(payload_bits) // 8,
+                required_memory_bytes=float(stated.required_bytes[row, block]),
+                memory_bytes=stated.profiles[row].memory_bytes,
+            )
+        )
+    return tuple(sorted(records, key=lambda record: record.block_index))

@@ -1,0 +1,109 @@
+"""The file that a run's records are kept in, one a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lola_flwr.errors import UserError
+from lola_flwr.run.records import BlockRecord, Record, RoundRecord, StepRecord
+
+_Known = TypeVar("_Known", BlockRecord, RoundRecord, StepRecord)
+
+
+def read_rounds(path: Path) -> list[Record]:
+    """Read the records of a file that a `RoundLog` wrote, or is still writing.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or a line of it is no record.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{path} cannot be read: {reason}.") from None
+    # A line without an end is still being written.
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [_read_record(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def _read_record(line: str, where: str) -> Record:
+    try:
+        values = json.loads(line)
+        blocks = tuple(_known(BlockRecord, block) for block in values.pop("blocks", ()))
+        values["bound_s"] = _or_nan(values.get("bound_s"))
+        metrics = values.get("metrics", {})
+        values["metrics"] = {name: _or_nan(value) for name, value in metrics.items()}
+        if values.get("exchanges"):
+            return _known(StepRecord, values)
+        return _known(RoundRecord, {**values, "blocks": blocks})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} is no record of a round: {error}.") from None
+
+
+def _known(record: type[_Known], values: Mapping[str, Any]) -> _Known:
+    """Make a record of those values that it has fields for."""
+    names = {f.name for f in fields(record)}
+    return record(**{name: v for name, v in values.items() if name in names})
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+class RoundLog:
+    """Appends records to a JSON-lines file.
+
+    Parameters
+    ----------
+    path
+        The file; its directory is made.
+    num_bytes
+        To go on with a run: the file's length after its last complete round. What is
+        beyond, of a round that was cut off, is dropped. (Default: start a file.)
+
+    Raises
+    ------
+    UserError
+        There is such a file already, nothing is overwritten; or the one to go on with
+        is shorter.
+    """
+
+    def __init__(self, path: Path, num_bytes: int | None = None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if num_bytes:
+            if not path.is_file() or path.stat().st_size < num_bytes:
+                raise UserError(
+                    f"{path} lacks rounds that the checkpoint beside it counts; put it "
+                    "back, or give this run another output directory."
+                )
+            os.truncate(path, num_bytes)
+            return
+        path.touch()
+        if num_bytes is None and path.stat().st_size:
+            raise UserError(
+                f"{path} holds the rounds of an earlier run; give this run another "
+                "output directory, or move that file away."
+            )
+        os.truncate(path, 0)
+
+    def append(self, record: Record) -> int:
+        """Write one record, down to the disk; return the file's length."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def last(self) -> Record | None:
+        """Return the last record; None if there is none yet."""
+        records = read_rounds(self.path)
+        return records[-1] if records else None

@@ -1,0 +1,121 @@
+"""What the server knows after a round: a state from a state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lola_flwr.run.records import RoundRecord
+from lola_flwr.server.round.intake import AcceptedReply, RoundReplies
+from lola_flwr.server.round.plan import RoundPlan
+from lola_flwr.server.state import RunState
+from lola_flwr.system.estimation import Observation, RateObservation
+
+
+def learned(
+    state: RunState,
+    plan: RoundPlan,
+    replies: RoundReplies,
+    record: RoundRecord,
+    *,
+    relative_moves: Mapping[int, float],
+    correct_profiles: bool,
+) -> RunState:
+    """Take in how a round went: for times, rates, rotation, copies and rests.
+
+    Parameters
+    ----------
+    state
+        What was known before.
+    plan
+        What was asked of whom.
+    replies
+        What became of it.
+    record
+        The round's record.
+    relative_moves
+        How far each block that was stepped has moved, by index.
+    correct_profiles
+        Whether observed times correct what devices claim.
+    """
+    meetings = dict(state.meetings)
+    for device, accepted in replies.accepted.items():
+        name, block = plan.profiles[device].name, accepted.report.block_index
+        counts = [*state.meetings_of(name)]
+        counts[block] += 1
+        meetings[name] = tuple(counts)
+    lacked_bytes = {
+        plan.profiles[device].name: lacked
+        for device, lacked in replies.lacked_bytes.items()
+    }
+    absences = state.fleet.absences.after(plan.server_round, lacked_bytes)
+    if correct_profiles:
+        state = _corrected(state, plan, replies)
+    return replace(
+        _acknowledged(state, plan, replies),
+        server_round=plan.server_round,
+        wireless_s=record.wireless_s,
+        fleet=replace(state.fleet, absences=absences),
+        meetings=meetings,
+        history=state.history.after_round(plan.server_round, relative_moves),
+        norms=replies.norms,
+    )
+
+
+def _acknowledged(state: RunState, plan: RoundPlan, replies: RoundReplies) -> RunState:
+    """Take in what devices hold now, where they were sent what they lacked."""
+    held = state.held
+    for device in replies.lost_copies:
+        held = held.without(device)
+    for device, accepted in replies.accepted.items():
+        if device in plan.manifests:
+            held = held.acknowledged(
+                device, plan.manifests[device], accepted.report.held
+            )
+    return replace(state, held=held)
+
+
+def _corrected(state: RunState, plan: RoundPlan, replies: RoundReplies) -> RunState:
+    """Take in how long the devices computed and sent."""
+    computed = [
+        Observation(
+            plan.profiles[device].name,
+            accepted.report.block_index,
+            plan.claimed_s[device],
+            accepted.report.compute_s,
+        )
+        for device, accepted in replies.accepted.items()
+        if accepted.report.compute_s is not None
+    ]
+    sent = [
+        observation
+        for device, accepted in replies.accepted.items()
+        if (observation := _rate_observed(plan, device, accepted)) is not None
+    ]
+    return replace(
+        state,
+        estimate=state.estimate.update(computed),
+        rates=state.rates.update(sent),
+    )
+
+
+def _rate_observed(
+    plan: RoundPlan, device: str, accepted: AcceptedReply
+) -> RateObservation | None:
+    """Return what an upload shows of a device's link, if it shows anything."""
+    profile, upload = plan.profiles[device], accepted.upload
+    if (
+        profile.uplink_bps is None
+        or upload.upload_s is None
+        # A few numbers take no longer than any message: no link shows.
+        or accepted.update.zeroth_order
+    ):
+        return None
+    return RateObservation(
+        device=profile.name,
+        claimed_bps=profile.uplink_bps,
+        payload_bits=upload.payload_bits,
+        upload_s=upload.upload_s,
+        share=plan.assignments[device].share,
+        held=accepted.report.uplink_limit is not None,
+    )

@@ -1,0 +1,121 @@
+"""How a run's rounds go: what a coordinator is told, in groups of the field's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from lola_flwr.errors import UserError
+from lola_flwr.planning import AllocationOptions
+from lola_flwr.server.norm_limits import NormLimits
+from lola_flwr.server.selection import Selection
+from lola_flwr.system.channel import Channel
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.wire.low_rank import LowRankProjection
+from lola_flwr.wire.payload import HeadPolicy
+from lola_flwr.zeroth_order.mixing import ZerothOrder
+
+Downlink = Literal["all", "changed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """What travels between server and devices.
+
+    Parameters
+    ----------
+    codec
+        Name of the codec that gradients travel in; ``"auto"`` gives each device the
+        finest that costs the round little, see `AllocationOptions`.
+    head
+        Which devices send the head's gradient, which all have computed: ``"every"``
+        one, that of the ``"shallowest"`` block, or ``"rotating"`` from block to block.
+    low_rank
+        How devices project their gradients before they send them; the optimizer is
+        then one that steps in the projected space (default: they do not).
+    downlink
+        ``"all"``: devices are sent all arrays in every round. ``"changed"``: those that
+        keep a copy are sent what has changed since.
+
+    Raises
+    ------
+    UserError
+        ``downlink`` is neither. (Codec and head are checked with the model.)
+    """
+
+    codec: str = "fp32"
+    head: HeadPolicy = "every"
+    low_rank: LowRankProjection | None = None
+    downlink: Downlink = "all"
+
+    def __post_init__(self) -> None:
+        if self.downlink not in get_args(Downlink):
+            raise UserError(f"downlink={self.downlink!r} must be 'all' or 'changed'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """How devices are believed, and used where a block is too much for them.
+
+    Parameters
+    ----------
+    assumed_profile
+        Profile of devices that report none, but for its name (default: such devices
+        are left out).
+    correct_profiles
+        Whether reported compute times correct the planned ones of later rounds, and
+        measured uploads the stated rates of links.
+    zeroth_order
+        How devices without the memory for back-propagation are used (default: they are
+        not).
+    reduced_schedules
+        Whether a device may take a block that its memory or the latency target does not
+        allow, by running some layers forward only or not at all. Its gradient is then
+        biased.
+    """
+
+    assumed_profile: DeviceProfile | None = None
+    correct_profiles: bool = True
+    zeroth_order: ZerothOrder | None = None
+    reduced_schedules: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundSettings:
+    """How a run's rounds go.
+
+    Parameters
+    ----------
+    channel
+        What the devices share.
+    transfer
+        What travels.
+    allocation
+        How blocks, bandwidth and codecs are given out.
+    selection
+        Which blocks a round trains, of those that the allocation's mode names (default:
+        all of them).
+    devices
+        How devices are believed and used.
+    limits
+        How large updates may be: one device cannot throw the optimizer's moments out
+        for all.
+    seed
+        Seed of the run: channel draws and random allocators follow from it.
+
+    Raises
+    ------
+    UserError
+        The selection does not go with the allocation's mode.
+    """
+
+    channel: Channel = field(default_factory=Channel)
+    transfer: Transfer = field(default_factory=Transfer)
+    allocation: AllocationOptions = field(default_factory=AllocationOptions)
+    selection: Selection = field(default_factory=Selection)
+    devices: DeviceOptions = field(default_factory=DeviceOptions)
+    limits: NormLimits = field(default_factory=NormLimits)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.selection.check(self.allocation.mode)

@@ -1,0 +1,77 @@
+"""What is known before a step of D2FT, and what is decided about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lola_flwr.d2ft.schedule import Scores
+from lola_flwr.server.fleet import Fleet
+from lola_flwr.system.devices import DeviceProfile
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatches:
+    """How large the micro-batches of a step are.
+
+    Parameters
+    ----------
+    micro_batch_size
+        Examples of a micro-batch, at most.
+    max_tokens
+        Tokens of an example, at most.
+    """
+
+    micro_batch_size: int = 8
+    max_tokens: int = 512
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SpreadState:
+    """Everything that later steps depend on, but for the model and its optimizer.
+
+    Parameters
+    ----------
+    server_round
+        Last complete step; 0 before the first.
+    wireless_s
+        Sum of the steps' latencies so far.
+    fleet
+        The devices that are there, and who failed lately.
+    scores
+        What the sub-networks' passes are worth, as far as it is known.
+    """
+
+    server_round: int = 0
+    wireless_s: float = 0.0
+    fleet: Fleet = field(default_factory=Fleet)
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepPlan:
+    """Who computes what in one step.
+
+    Parameters
+    ----------
+    step
+        Step, from 1.
+    device_ids
+        The K devices that take part.
+    profiles
+        Their profiles.
+    device_of
+        Device of each sub-network, shape [S].
+    operations
+        What each sub-network does in each micro-batch, shape [S, M].
+    """
+
+    step: int
+    device_ids: tuple[str, ...]
+    profiles: tuple[DeviceProfile, ...]
+    device_of: IntArray
+    operations: IntArray
