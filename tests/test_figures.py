@@ -76,9 +76,9 @@ class TestLatency:
     def test_fading_is_the_same_at_every_snr(self):
         # At low SNR the rate is proportional to it: 10 dB are a factor of 10.
         upload_s = [
-            latency.allocation_problem(
+            latency.stated_draw(
                 latency.Setting(transmit_snr_db=snr_db), DRAWS[0], merged=False
-            ).full_band_upload_s
+            ).problem.full_band_upload_s
             for snr_db in (-60.0, -50.0)
         ]
         np.testing.assert_allclose(upload_s[0] / upload_s[1], 10.0, rtol=1e-3)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from lola_flwr.d2ft.operations import from_text
-from lola_flwr.d2ft.reduced import reduced_gradient
+from lola_flwr.d2ft.training import reduced_gradient
 from lola_flwr.model.backprop import (
     Batch,
     BlockGradient,

@@ -25,10 +25,10 @@ from simulations.figures.latency import (
     MODEL,
     Draw,
     Setting,
-    allocation_problem,
     block_costs,
     draw_fleet,
     parameter_shapes,
+    stated_draw,
 )
 from simulations.figures.tables import Row
 
@@ -225,7 +225,7 @@ def _memory_of_batch(setting: Setting, draws: Sequence[Draw]) -> list[Row]:
             active = np.zeros(1, dtype=np.int64)
         else:
             blocks = [
-                allocate(allocation_problem(setting, draw, merged=False))
+                allocate(stated_draw(setting, draw, merged=False).problem)
                 for draw in draws
             ]
             active = np.concatenate(

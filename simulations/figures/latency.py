@@ -7,18 +7,17 @@ and memory, the batch and the payload's precision are our choice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 from lola_flwr.allocation import (
     ALLOCATORS,
     RANDOM_ALLOCATORS,
-    AllocationProblem,
     InfeasibleAllocation,
     RoundMode,
     allocate,
@@ -26,7 +25,14 @@ from lola_flwr.allocation import (
 from lola_flwr.costs.estimated import BlockCosts, estimate_costs
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
-from lola_flwr.system.channel import full_band_rate_bps, rayleigh_snr
+from lola_flwr.planning import (
+    AllocationOptions,
+    Known,
+    RoundProblem,
+    RunStatement,
+    stated_round,
+)
+from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 from simulations.figures.tables import Row
 
@@ -160,7 +166,7 @@ def _simulate_draw(setting: Setting, draw: Draw) -> list[Row]:
 
 def _latencies(setting: Setting, draw: Draw) -> Iterator[tuple[str, int, float]]:
     """Yield each contender's name, excluded devices and latency."""
-    problem = allocation_problem(setting, draw, merged=False)
+    problem = stated_draw(setting, draw, merged=False).problem
     for name in ALLOCATORS:
         # A matching of its own for each draw, and yet the same in every run and for
         # all allocators that draw one.
@@ -170,52 +176,34 @@ def _latencies(setting: Setting, draw: Draw) -> Iterator[tuple[str, int, float]]
             else {}
         )
         yield name, 0, allocate(problem, name, **options).round_s
-    whole = allocation_problem(setting, draw, merged=True)
-    able = whole.feasible[:, 0]
-    if not able.any():
-        raise InfeasibleAllocation("No device of this fleet can hold the whole model.")
-    whole = replace(
-        whole,
-        compute_s=whole.compute_s[able],
-        full_band_upload_s=whole.full_band_upload_s[able],
-        feasible=whole.feasible[able],
-        mode=RoundMode(participation="all"),
-    )
+    whole = stated_draw(setting, draw, merged=True)
+    excluded = setting.num_devices - len(whole.profiles)
     for name, allocator in FULL_FINE_TUNING.items():
-        yield name, int((~able).sum()), allocate(whole, allocator).round_s
+        yield name, excluded, allocate(whole.problem, allocator).round_s
 
 
-def allocation_problem(
-    setting: Setting, draw: Draw, *, merged: bool
-) -> AllocationProblem:
-    """State the problem of one draw, block by block or (merged) of full fine-tuning."""
-    costs = block_costs(
-        setting.sequence_length,
-        setting.batch_size,
-        setting.codec,
-        merged=merged,
-    )
-    fleet = draw_fleet(draw.fleet, setting.num_devices)
-    speed = np.array([device.flops_per_s for device in fleet])
-    memory_bytes = np.array([device.memory_bytes for device in fleet])
-    # The fading of a draw is the same at every mean SNR.
-    snr = rayleigh_snr(
-        [
-            device.snr_db
-            if setting.transmit_snr_db is None
-            else setting.transmit_snr_db
-            for device in fleet
-        ],
-        [device.name for device in fleet],
-        server_round=draw.server_round,
+def stated_draw(setting: Setting, draw: Draw, *, merged: bool) -> RoundProblem:
+    """State the problem of one draw, block by block or (merged) of full fine-tuning.
+
+    Nobody is left out for being slow; under full fine-tuning those are that cannot hold
+    the whole model, as all others take part.
+    """
+    run = RunStatement(
+        costs=block_costs(
+            setting.sequence_length, setting.batch_size, setting.codec, merged=merged
+        ),
+        channel=Channel(bandwidth_hz=setting.bandwidth_hz),
+        allocation=AllocationOptions(
+            mode=RoundMode(participation="all" if merged else "needed"),
+            longest_round_s=math.inf,
+        ),
         seed=draw.fleet,
     )
-    rate_bps = full_band_rate_bps(setting.bandwidth_hz, snr)
-    return AllocationProblem(
-        costs.flops / speed[:, np.newaxis],  # [K, N]
-        costs.payload_bits / rate_bps[:, np.newaxis],  # [K, N]
-        costs.memory_bytes <= memory_bytes[:, np.newaxis],  # [K, N]
-    )
+    fleet = draw_fleet(draw.fleet, setting.num_devices)
+    if setting.transmit_snr_db is not None:
+        # The fading of a draw is the same at every mean SNR.
+        fleet = tuple(replace(d, snr_db=setting.transmit_snr_db) for d in fleet)
+    return stated_round(run, Known.at_first(run, fleet, draw.server_round))
 
 
 @lru_cache(maxsize=1000)

@@ -131,7 +131,7 @@ def spread_gradient(
 ) -> SpreadGradient:
     """Compute the gradient of some micro-batches, which devices draw, under a schedule.
 
-    What `lola_flwr.d2ft.scheduled_gradient` computes in one process.
+    What `lola_flwr.d2ft.training.scheduled_gradient` computes in one process.
 
     Parameters
     ----------
