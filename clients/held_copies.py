@@ -21,7 +21,8 @@ from flwr.common import Code, FitRes, Parameters, Status
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
 from lola_flwr.clients.received import assignment_in
-from lola_flwr.device.store import LostCopy, complete, replacing, run_store
+from lola_flwr.device.store import LostCopy, complete, run_store
+from lola_flwr.files import replacing
 from lola_flwr.wire.records import REPORT_KEY, Assignment, nothing_report
 from lola_flwr.wire.versions import Manifest
 
@@ -94,7 +95,7 @@ def held_mod(
 def _all_names(received: list[str], manifest: Manifest, path: Path) -> list[str]:
     """Return the names of all arrays, which a message that holds all of them told."""
     if len(received) == manifest.num_arrays:
-        with replacing(path) as unfinished:
+        with replacing(path, shared=True) as unfinished:
             unfinished.write_text(json.dumps(received), encoding="utf-8")
         return received
     names: list[str] = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
 import statistics
 import time
@@ -27,6 +26,7 @@ from lola_flwr.deployment.host import (
     resident_memory_bytes,
 )
 from lola_flwr.errors import UserError, quoted
+from lola_flwr.files import replacing
 from lola_flwr.system.devices import DeviceProfile
 
 if TYPE_CHECKING:
@@ -289,10 +289,9 @@ def chosen_depths(num_blocks: int, depth_s: float, budget_s: float) -> Sequence[
 
 
 def write_profile(measurement: DeviceMeasurement, path: Path) -> None:
-    """Write a profile file, in one go."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    new.write_text(f"{measurement.to_json()}\n", encoding="utf-8")
-    new.replace(path)
+    """Write a profile file, in one go; raise `UserError` where that fails."""
+    with replacing(path, shared=True) as unfinished:
+        unfinished.write_text(f"{measurement.to_json()}\n", encoding="utf-8")
 
 
 def _step(

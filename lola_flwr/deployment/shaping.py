@@ -20,6 +20,7 @@ from typing import Any
 
 from lola_flwr.deployment.processes import ProcessId, this_process
 from lola_flwr.errors import UserError
+from lola_flwr.files import replacing
 
 _STATE_DIRECTORY = Path(os.environ.get("LOLA_STATE_DIR", "/run/lola-flwr"))
 # By this handle the queue is known to be ours.
@@ -204,7 +205,5 @@ def _state_path(interface: str, directory: Path) -> Path:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(values), encoding="utf-8")
-    new.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(values), encoding="utf-8")

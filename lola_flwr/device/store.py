@@ -13,11 +13,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from lola_flwr.files import replacing, writing
 from lola_flwr.wire.codec import FloatArray
 from lola_flwr.wire.versions import Manifest, digest
 
@@ -55,7 +55,8 @@ def run_store(run_id: int, root: Path | None = None) -> Path:
         root = home / "lola-flwr" / "devices"
     directory = root / str(run_id)
     if not directory.is_dir():
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         for other in root.iterdir():
             with suppress(FileNotFoundError):
                 # Only what is named like a run: `root` may hold what is not ours.
@@ -250,18 +251,7 @@ class Residuals:
             yield path, int(path.stem.rpartition("-")[2])
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a name of the writer's own to write under; then it takes ``path``'s place.
-
-    Devices that share a directory may write the same file at the same time.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}-{get_ident()}")
-    yield unfinished
-    unfinished.replace(path)
-
-
 def _write(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    with replacing(path) as unfinished:
+    # Devices that share a directory may write the same file at the same time.
+    with replacing(path, shared=True) as unfinished:
         save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, unfinished)

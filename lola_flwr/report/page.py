@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_flwr.errors import UserError, si
+from lola_flwr.files import replacing
 from lola_flwr.report.runs import Run
 
 if TYPE_CHECKING:
@@ -80,11 +81,8 @@ class Report:
             The file cannot be written.
         """
         path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.html(), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        with replacing(path) as unfinished:
+            unfinished.write_text(self.html(), encoding="utf-8")
         return path
 
     def _repr_html_(self) -> str:

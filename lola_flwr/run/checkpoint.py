@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lola_flwr.errors import UserError, quoted
+from lola_flwr.files import replacing, writing
 
 _PATTERN = "round-*.safetensors"
 
@@ -71,18 +72,23 @@ class Checkpoints:
             raise UserError(f"keep={self.keep} checkpoints; keep at least 1.")
 
     def save(self, server_round: int, snapshot: Snapshot) -> Path:
-        """Write the state after a round, and remove checkpoints beyond ``keep``."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Write the state after a round, and remove checkpoints beyond ``keep``.
+
+        Raises
+        ------
+        UserError
+            It cannot be written, as on a full disk; those before are as they were.
+        """
         path = self.directory / f"round-{server_round:06d}.safetensors"
-        partial = path.with_suffix(".partial")
-        _write(partial, snapshot)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        # The rename itself is safe only when the directory is on the disk.
-        _sync_directory(self.directory)
-        for old in self._paths()[self.keep :]:
-            old.unlink()
+        with replacing(path) as unfinished:
+            _write(unfinished, snapshot)
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+        with writing(self.directory):
+            # The rename itself is safe only when the directory is on the disk.
+            _sync_directory(self.directory)
+            for old in self._paths()[self.keep :]:
+                old.unlink()
         return path
 
     def latest(self) -> tuple[Snapshot | None, list[str]]:

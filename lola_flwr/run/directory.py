@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -11,9 +12,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import IO, Any, Protocol, Self
 
 from lola_flwr.errors import UserError
+from lola_flwr.files import replacing, writing
 from lola_flwr.run.checkpoint import Checkpoints, Snapshot
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import RoundLog
@@ -68,8 +70,8 @@ class RunDirectory:
     Raises
     ------
     UserError
-        The directory holds a run of another configuration, is in use, or holds no
-        checkpoint that can be read; or `every` is below 1.
+        The directory holds a run of another configuration, is in use, holds no
+        checkpoint that can be read, or cannot be written; or `every` is below 1.
     """
 
     def __init__(
@@ -83,20 +85,15 @@ class RunDirectory:
     ) -> None:
         if every < 1:
             raise UserError(f"every={every} must be at least 1.")
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / "lock").open("a")
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with writing(path / "lock"):
+            self._lock = (path / "lock").open("a")
+        _lock(self._lock, path)
         self._resumable = resumable
         self._configuration = dict(configuration)
         self._every = every
         self._checkpoints = Checkpoints(path / "checkpoints", keep)
-        try:
-            # The system gives it back when the process ends, however it ends.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another process runs in {path}; wait for it, or give this run "
-                "another output directory."
-            ) from None
         found, damaged = self._checkpoints.latest()
         for line in damaged:
             _logger.warning("checkpoint passed over: %s", line)
@@ -121,7 +118,14 @@ class RunDirectory:
         self._lock.close()
 
     def on_round(self, record: Record) -> None:
-        """Write a round's record, and a checkpoint if it is time for one."""
+        """Write a round's record, and a checkpoint if it is time for one.
+
+        Raises
+        ------
+        UserError
+            They cannot be written, as on a full disk. The run can be gone on with from
+            the checkpoint before.
+        """
         log_bytes = self.log.append(record)
         if record.server_round % self._every == 0:
             self._save(log_bytes)
@@ -152,6 +156,26 @@ class RunDirectory:
             )
 
 
+def _lock(file: IO[str], path: Path) -> None:
+    """Take a run directory for this process, or warn where that cannot be done."""
+    try:
+        # The system gives it back when the process ends, however it ends.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # EACCES: where flock is made of fcntl's locks.
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(
+                f"Another process runs in {path}; wait for it, or give this run "
+                "another output directory."
+            ) from None
+        # NFS without lockd, Lustre without -o flock, some FUSE file systems.
+        _logger.warning(
+            "the file system of %s has no locks (%s): see that no other run uses it",
+            path,
+            error.strerror,
+        )
+
+
 def run_directory(output_dir: str, run_id: int) -> Path:
     """Return where a run's files go.
 
@@ -179,6 +203,11 @@ def describe_run(directory: Path, *, app: str, config: Mapping[str, Any]) -> Non
         Name of the app.
     config
         Its run configuration.
+
+    Raises
+    ------
+    UserError
+        The file cannot be written.
     """
     description = {
         "app": app,
@@ -189,11 +218,9 @@ def describe_run(directory: Path, *, app: str, config: Mapping[str, Any]) -> Non
             **{name: _version(name) for name in _PACKAGES},
         },
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    # Whoever reads it while it is written sees the old file or the new one.
-    part = directory / "run.json.part"
-    part.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    part.replace(directory / "run.json")
+    text = json.dumps(description, indent=2) + "\n"
+    with replacing(directory / "run.json") as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _version(package: str) -> str | None:

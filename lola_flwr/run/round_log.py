@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lola_flwr.errors import UserError
+from lola_flwr.files import writing
 from lola_flwr.run.records import BlockRecord, Record, RoundRecord, StepRecord
 
 _Known = TypeVar("_Known", BlockRecord, RoundRecord, StepRecord)
@@ -72,32 +73,36 @@ class RoundLog:
     Raises
     ------
     UserError
-        There is such a file already, nothing is overwritten; or the one to go on with
-        is shorter.
+        There is such a file already, nothing is overwritten; the one to go on with is
+        shorter; or it cannot be written.
     """
 
     def __init__(self, path: Path, num_bytes: int | None = None) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if num_bytes:
-            if not path.is_file() or path.stat().st_size < num_bytes:
-                raise UserError(
-                    f"{path} lacks rounds that the checkpoint beside it counts; put it "
-                    "back, or give this run another output directory."
-                )
-            os.truncate(path, num_bytes)
-            return
-        path.touch()
-        if num_bytes is None and path.stat().st_size:
+        if num_bytes and not (path.is_file() and path.stat().st_size >= num_bytes):
             raise UserError(
-                f"{path} holds the rounds of an earlier run; give this run another "
-                "output directory, or move that file away."
+                f"{path} lacks rounds that the checkpoint beside it counts; put it "
+                "back, or give this run another output directory."
             )
-        os.truncate(path, 0)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+            if num_bytes is None and path.stat().st_size:
+                raise UserError(
+                    f"{path} holds the rounds of an earlier run; give this run another "
+                    "output directory, or move that file away."
+                )
+            os.truncate(path, num_bytes or 0)
 
     def append(self, record: Record) -> int:
-        """Write one record, down to the disk; return the file's length."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Write one record, down to the disk; return the file's length.
+
+        Raises
+        ------
+        UserError
+            The file cannot be written.
+        """
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(record.to_json() + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -24,7 +24,7 @@ from lola_flwr.build import (
     coordinator_for_weights,
 )
 from lola_flwr.clients import AssignedBlock, block_mod, held_mod, profile_mod
-from lola_flwr.device.store import replacing
+from lola_flwr.files import replacing
 from lola_flwr.server.replies import DeviceReply
 from tests.clients.test_assigned_block import (
     Net,
@@ -179,7 +179,7 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
     path = tmp_path / "names.json"
 
     def write(text):
-        with replacing(path) as unfinished:
+        with replacing(path, shared=True) as unfinished:
             unfinished.write_text(text)
             both.wait(10)
 

@@ -52,7 +52,7 @@ def test_a_write_that_was_cut_off_at_any_byte_is_never_taken_for_a_checkpoint(tm
     whole = checkpoints.save(2, SNAPSHOT).read_bytes()
     for length in range(len(whole)):
         # Killed while it wrote beside the place, before the rename.
-        (tmp_path / "round-000003.partial").write_bytes(whole[:length])
+        (tmp_path / "round-000003.safetensors.part").write_bytes(whole[:length])
         # A disk that lost the end of a file that was there.
         (tmp_path / "round-000002.safetensors").write_bytes(whole[:length])
         found, (line,) = checkpoints.latest()

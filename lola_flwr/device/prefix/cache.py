@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lola_flwr.errors import UserError
+from lola_flwr.files import replacing, writing
 
 _TENSOR = "hidden_states"
 
@@ -47,7 +48,8 @@ class ActivationCache:
         # Key -> bytes, and in memory the tensor; least recently used first.
         self._entries: OrderedDict[str, tuple[int, Tensor | None]] = OrderedDict()
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
+            with writing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
             files = [(p.stat(), p) for p in directory.glob("*.safetensors")]
             for status, path in sorted(files, key=lambda file: file[0].st_mtime):
                 self._entries[path.stem] = (status.st_size, None)
@@ -79,11 +81,9 @@ class ActivationCache:
             return
         if self._directory is not None:
             path = self._path(key)
-            # Another process never sees half a file.
-            unfinished = path.with_suffix(f".{os.getpid()}")
-            save_file({_TENSOR: tensor}, unfinished)
-            num_bytes = unfinished.stat().st_size
-            unfinished.replace(path)
+            with replacing(path, shared=True) as unfinished:
+                save_file({_TENSOR: tensor}, unfinished)
+                num_bytes = unfinished.stat().st_size
         self._entries[key] = (num_bytes, tensor if self._directory is None else None)
         self.num_bytes += num_bytes
         self._evict()

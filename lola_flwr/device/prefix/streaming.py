@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lola_flwr.device.prefix.cache import ActivationCache
 from lola_flwr.device.prefix.reuse import block_modules, digest, reused_prefix
 from lola_flwr.errors import UserError
+from lola_flwr.files import replacing, writing
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import check_values
 
@@ -55,9 +56,9 @@ def save_base(model: nn.Module, directory: Path) -> None:
 
     ``save_pretrained`` writes some models under the names that they had in the past.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     values = {n: p.detach().contiguous() for n, p in model.named_parameters()}
-    save_file(values, directory / "model.safetensors")
+    with replacing(directory / "model.safetensors") as unfinished:
+        save_file(values, unfinished)
 
 
 class LayeredWeights:
@@ -79,7 +80,8 @@ class LayeredWeights:
 
     def __init__(self, base: Path, changed: Path) -> None:
         self._changed = changed
-        changed.mkdir(parents=True, exist_ok=True)
+        with writing(changed):
+            changed.mkdir(parents=True, exist_ok=True)
         index = base / "model.safetensors.index.json"
         files = [base / "model.safetensors"]
         if index.exists():
@@ -109,9 +111,8 @@ class LayeredWeights:
         Who has mapped earlier values keeps seeing those.
         """
         path = self._changed / f"{group}.safetensors"
-        unfinished = path.with_suffix(".unfinished")
-        save_file({**tensors}, unfinished)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            save_file({**tensors}, unfinished)
         self._take_in(path)
 
     def _take_in(self, path: Path) -> None:
