@@ -12,10 +12,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from lola_flwr.errors import UserError, nearest
+from lola_flwr.errors import UserError, nearest, quoted
 from lola_flwr.run.records import Record, RoundRecord, StepRecord
 
 _logger = logging.getLogger(__name__)
@@ -47,32 +49,54 @@ def tracking(
     Raises
     ------
     UserError
-        Unknown tracker, or its package is not installed.
+        Unknown tracker, its package is not installed, or it does not start.
     """
     check_trackers(names)
     with ExitStack() as stack:
         started = []
         for name in names:
+            tracker = TRACKERS[name](directory, config)
             try:
-                log_round = stack.enter_context(TRACKERS[name](directory, config))
-                started.append((name, log_round))
+                started.append((name, tracker.__enter__()))
             except ImportError as error:
                 raise UserError(
                     f"The tracker {name!r} needs a package that is missing "
                     f"({error.name}); pip install {_WRITERS.get(name, name)}."
                 ) from None
+            # Trackers raise whatever their clients raise.
+            except Exception as error:
+                raise UserError(
+                    f"The tracker {name!r} does not start: {type(error).__name__}: "
+                    f"{quoted(error)}; leave it out, or see what it needs."
+                ) from error
+            stack.push(partial(_close, name, tracker))
 
         def track(record: Record) -> None:
             values = figures(record)
             for name, log_round in started:
                 # A run is worth more than its curves: a tracker out of reach is said,
-                # and the rounds go on. (Trackers raise whatever their clients raise.)
+                # and the rounds go on.
                 try:
                     log_round(record.server_round, values)
                 except Exception as error:
                     _logger.warning("tracker %s: %s", name, str(error))
 
         yield track
+
+
+def _close(
+    name: str,
+    tracker: AbstractContextManager[LogRound],
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """End a tracker; what goes wrong in that must not take the run's error's place."""
+    try:
+        tracker.__exit__(kind, error, traceback)
+    except Exception as own:
+        if own is not error:
+            _logger.warning("tracker %s: %s", name, str(own))
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -61,6 +61,35 @@ def test_unknown_tracker(tmp_path):
     with (
         pytest.raises(UserError, match="Did you mean 'tensorboard'"),
         tracking(["tensorbord"], tmp_path, CONFIG),
+    ):
+        pass
+
+
+@contextmanager
+def broken_tracker(directory, config):
+    if config.get("offline"):
+        raise ConnectionError("nobody answers\nthere")
+    yield lambda server_round, values: None
+    raise ConnectionError("the connection is gone")
+
+
+def test_a_tracker_that_ends_badly_takes_no_errors_place(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(TRACKERS, "broken", broken_tracker)
+    with tracking(["broken"], tmp_path, CONFIG):
+        pass
+    with (
+        pytest.raises(UserError, match="the run's own mistake"),
+        tracking(["broken"], tmp_path, CONFIG),
+    ):
+        raise UserError("the run's own mistake")
+    assert caplog.messages == ["tracker broken: the connection is gone"]
+
+
+def test_a_tracker_that_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setitem(TRACKERS, "broken", broken_tracker)
+    with (
+        pytest.raises(UserError, match=r"'broken' does not start: .*nobody answers\\n"),
+        tracking(["broken"], tmp_path, {"offline": True}),
     ):
         pass
 
