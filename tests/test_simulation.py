@@ -103,6 +103,27 @@ class TestOutput:
         assert finished.error == "Too few devices"
         assert finished.final is None
 
+    def test_an_error_that_the_app_does_not_report(self):
+        """As Flower logs it; the first of errors that led to each other counts."""
+        one = (
+            f"{ERROR}Simulation raised an exception\n"
+            "Traceback (most recent call last):\n"
+            '  File "server_app.py", line 14, in main\n    raise OSError(28)\n'
+            "OSError: [Errno 28] No space left on device\n"
+        )
+        two = (
+            "\nThe above exception was the direct cause of the following exception:\n"
+            "\nTraceback (most recent call last):\n  File ...\nRuntimeError: ended\n"
+        )
+        other = f"{ERROR}Traceback (most recent call last):\n  File ...\nKeyError: 1\n"
+        end = f"{ERROR}Exit Code: 700\n"
+        for output in (one + end, other + one + two + end):
+            finished = FinishedRun("finished:failed", output)
+            assert finished.error == "OSError: [Errno 28] No space left on device"
+        assert FinishedRun("finished:failed", other).error is None
+        reported = FinishedRun("finished:failed", f"{ERROR}error: no\n{one}")
+        assert reported.error == "no"
+
     def test_without_colors(self):
         finished = FinishedRun("finished:failed", "ERROR :     error: no\n")
         assert finished.error == "no"

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,16 +60,52 @@ def simulate(
     Another: `lola-flwr simulate simulations/glue --fleet fleet.toml task=sst-2
     data-dir=path/to/glue`
     """
-    from lola_flwr.cli.app_config import (
-        as_run_config,
-        check_config,
-        read_app,
-        read_overrides,
-    )
-    from lola_flwr.simulation import run_app
+    try:
+        prepared = _prepare(app, overrides or [], devices, fleet, out)
+        finished = _run(prepared, home, cpus_per_client, plain=plain, silent=as_json)
+    except UserError as error:
+        if as_json:
+            _print_outcome("not started", error=str(error))
+        raise
+    _report_end(finished, prepared.directory, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that can start.
+
+    Parameters
+    ----------
+    app
+        Directory of the app.
+    config
+        Its run configuration, with what this command changes in it.
+    changes
+        These changes.
+    num_devices
+        Devices to simulate.
+    directory
+        Where the run's files go; None if the app does not say.
+    """
+
+    app: Path
+    config: Mapping[str, Any]
+    changes: Mapping[str, Any]
+    num_devices: int
+    directory: Path | None
+
+
+def _prepare(
+    app: Path,
+    overrides: list[str],
+    devices: int | None,
+    fleet: Path | None,
+    out: Path | None,
+) -> _Prepared:
+    from lola_flwr.cli.app_config import check_config, read_app, read_overrides
 
     found = read_app(app)
-    changes = read_overrides(found, overrides or [])
+    changes = read_overrides(found, overrides)
     changes |= _fleet_changes(found.config, fleet)
     config = {**found.config, **changes}
     num_devices = _num_devices(config, devices, fleet)
@@ -82,18 +119,33 @@ def simulate(
         changes[_OUTPUT_KEY] = str(directory)
     elif out is not None:
         raise UserError(f"{found.name} has no {_OUTPUT_KEY} key, so leave --out out.")
-    check_config(found, {**found.config, **changes})
-    live = sys.stdout.isatty() and not (plain or as_json) and directory is not None
-    with _terminable(), _shown(live, as_json, directory, config) as echo:
-        finished = run_app(
-            app,
-            num_devices=num_devices,
-            run_config=as_run_config(changes),
+    config = {**found.config, **changes}
+    check_config(found, config)
+    return _Prepared(app, config, changes, num_devices, directory)
+
+
+def _run(
+    prepared: _Prepared,
+    home: Path,
+    cpus_per_client: int,
+    *,
+    plain: bool,
+    silent: bool,
+) -> FinishedRun:
+    from lola_flwr.cli.app_config import as_run_config
+    from lola_flwr.simulation import run_app
+
+    directory = prepared.directory
+    live = sys.stdout.isatty() and not (plain or silent) and directory is not None
+    with _terminable(), _shown(live, silent, directory, prepared.config) as echo:
+        return run_app(
+            prepared.app,
+            num_devices=prepared.num_devices,
+            run_config=as_run_config(prepared.changes),
             home=home,
             cpus_per_client=cpus_per_client,
             echo=echo,
         )
-    _report_end(finished, directory, as_json=as_json)
 
 
 def _fleet_changes(config: Mapping[str, Any], fleet: Path | None) -> dict[str, Any]:
@@ -188,30 +240,62 @@ def _write(line: str) -> None:
 
 
 def _write_report(directory: Path | None) -> Path | None:
-    """Write the run's report, if the app has written rounds."""
-    if directory is None or not (directory / "rounds.jsonl").is_file():
+    """Write the run's report, if the app has written rounds.
+
+    Where that fails there is a warning: how the run itself ended matters more.
+    """
+    if directory is None:
+        return None
+    rounds = directory / "rounds.jsonl"
+    # A run that fails in its first round leaves an empty file.
+    if not rounds.is_file() or not rounds.stat().st_size:
         return None
     from lola_flwr.report import Report, Run
 
-    return Report([Run.read(directory)]).save(directory / "report.html")
+    try:
+        return Report([Run.read(directory)]).save(directory / "report.html")
+    except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        print(f"warning: no report: {kind}{error}", file=sys.stderr)
+        return None
+
+
+def _print_outcome(
+    status: str,
+    *,
+    error: str | None,
+    final: str | None = None,
+    directory: Path | None = None,
+    report: Path | None = None,
+) -> None:
+    print_json(
+        {
+            "status": status,
+            "final": final,
+            "error": error,
+            "directory": None if directory is None else str(directory),
+            "report": None if report is None else str(report),
+        }
+    )
 
 
 def _report_end(
     finished: FinishedRun, directory: Path | None, *, as_json: bool
 ) -> None:
     report = _write_report(directory)
-    if as_json:
-        print_json(
-            {
-                "status": finished.status,
-                "final": finished.final,
-                "error": finished.error,
-                "directory": None if directory is None else str(directory),
-                "report": None if report is None else str(report),
-            }
-        )
+    error = None
     if not finished.completed:
-        raise UserError(finished.error or f"the run is {finished.status}")
+        error = finished.error or f"the run is {finished.status}"
+    if as_json:
+        _print_outcome(
+            finished.status,
+            error=error,
+            final=finished.final,
+            directory=directory,
+            report=report,
+        )
+    if error is not None:
+        raise UserError(error)
     if as_json:
         return
     if directory is not None:

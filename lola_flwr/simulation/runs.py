@@ -26,6 +26,13 @@ from lola_flwr.simulation import guard
 
 _START_S = 60.0
 _STATUS_S = 30.0
+# How Flower logs what ended a simulation. Of errors that led to each other the first
+# one comes first.
+_RAISED = re.compile(
+    r"^ERROR *: +Simulation raised an exception\n"
+    r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(\S.*)$",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,15 @@ class FinishedRun:
 
     @property
     def error(self) -> str | None:
-        """The one line that the app reported a user's mistake with."""
+        """The one line that the app reported a user's mistake with.
+
+        Of another error, its own line, which stands at the end of its traceback.
+        """
         logged = self._last_logged("ERROR", "error: ")
-        return None if logged is None else logged.removeprefix("error: ")
+        if logged is not None:
+            return logged.removeprefix("error: ")
+        raised = _RAISED.findall(_plain(self.output))
+        return raised[-1] if raised else None
 
     def _last_logged(self, level: str, start: str) -> str | None:
         # Other lines hold what devices call themselves, which could be anything.

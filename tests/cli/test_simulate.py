@@ -12,6 +12,7 @@ from rich.console import Console
 from lola_flwr import simulation
 from lola_flwr.cli.live import RunView
 from lola_flwr.cli.main import main
+from lola_flwr.errors import UserError
 from lola_flwr.run.records import BlockRecord, RoundRecord
 from lola_flwr.run.round_log import RoundLog
 from lola_flwr.simulation import FinishedRun
@@ -104,6 +105,73 @@ def test_a_failed_run_is_a_failed_command(app, monkeypatch, capsys):
     monkeypatch.setattr(simulation, "run_app", lambda *_, **__: failed)
     assert main(["simulate", "app", "--devices", "4"]) == 1
     assert capsys.readouterr().err == "error: no model\n"
+
+
+class TestMaskedErrors:
+    """What goes wrong beside a run never takes the place of the run's own mistake."""
+
+    MISTAKE = FinishedRun("finished:failed", "ERROR :     error: Too few devices\n")
+
+    @pytest.fixture
+    def ends(self, app, monkeypatch):
+        """Let the run leave some rounds and end in some way."""
+
+        def end(finished, rounds="", *, error=None):
+            def run_app(_, *, run_config, **options):
+                if error is not None:
+                    raise error
+                (output,) = [w for w in run_config if w.startswith("output-dir=")]
+                directory = Path(json.loads(output.partition("=")[2]))
+                directory.mkdir()
+                (directory / "rounds.jsonl").write_text(rounds)
+                return finished
+
+            monkeypatch.setattr(simulation, "run_app", run_app)
+            return ["simulate", "app", "--devices", "4", "--out", "mine"]
+
+        return end
+
+    @pytest.mark.parametrize("rounds", ["", "nonsense\n", "{}\n"])
+    def test_a_run_that_failed(self, ends, rounds, capsys):
+        command = ends(self.MISTAKE, rounds)
+        assert main(command) == 1
+        *before, last = capsys.readouterr().err.splitlines()
+        assert last == "error: Too few devices"
+        # A run that fails in its first round has nothing to report.
+        assert len(before) == bool(rounds)
+        assert all(line.startswith("warning: no report: ") for line in before)
+
+    @pytest.mark.parametrize("rounds", ["", "nonsense\n"])
+    def test_json_says_it(self, ends, rounds, capsys):
+        assert main([*ends(self.MISTAKE, rounds), "--json"]) == 1
+        said = capsys.readouterr()
+        outcome = json.loads(said.out)
+        assert outcome["status"] == "finished:failed"
+        assert outcome["error"] == "Too few devices"
+        assert outcome["report"] is None
+        assert said.err.splitlines()[-1] == "error: Too few devices"
+
+    def test_json_says_what_kept_the_run_from_starting(self, ends, capsys):
+        command = [*ends(None, error=UserError("no superlink")), "--json"]
+        assert main(command) == 1
+        outcome = json.loads(capsys.readouterr().out)
+        assert outcome["status"] == "not started"
+        assert outcome["error"] == "no superlink"
+        assert main([*command, "rouns=3"]) == 1
+        assert "Did you mean 'rounds'" in json.loads(capsys.readouterr().out)["error"]
+
+    def test_a_run_without_a_word(self, ends, capsys):
+        assert main([*ends(FinishedRun("finished:stopped", "")), "--json"]) == 1
+        said = json.loads(capsys.readouterr().out)["error"]
+        assert said == "the run is finished:stopped"
+
+    def test_a_completed_run_stays_completed_without_its_report(self, ends, capsys):
+        completed = FinishedRun("finished:completed", "INFO :     final: loss=1\n")
+        assert main(ends(completed, "nonsense\n")) == 0
+        said = capsys.readouterr()
+        assert said.out.splitlines()[-1] == "final: loss=1"
+        assert said.err.startswith("warning: no report: ")
+        assert "line 1 is no record of a round" in said.err
 
 
 class TestLive:
