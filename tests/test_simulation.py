@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from lola_flwr.errors import UserError
-from lola_flwr.simulation import FinishedRun, run_app, runs
+from lola_flwr.simulation import FinishedRun, ray_directory, run_app, runs
 
 ROOT = Path(__file__).parent.parent
 APP = ROOT / "simulations" / "glue"
@@ -228,6 +230,72 @@ class TestStart:
         assert result.stderr.startswith("error: lola_flwr is not installed for")
         assert "make venv" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+class TestRaysDirectory:
+    SOCKET = "ray/session_2026-01-31_12-30-59_123456_4194304/sockets/plasma_store"
+
+    def directory_of(self, length, monkeypatch):
+        """Set a TMPDIR of some bytes; return where Ray's longest socket would be."""
+        monkeypatch.delenv("RAY_TMPDIR", raising=False)
+        deep = "/tmp/ü" + "x" * (length - 7)
+        assert len(deep.encode()) == length
+        monkeypatch.setenv("TMPDIR", deep)
+        with ray_directory.ray_environment() as environment:
+            found = Path(environment.get("RAY_TMPDIR", deep))
+            assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+            assert str(found) == deep or found.is_dir()
+        assert not found.exists(), "it is removed"
+        return found / self.SOCKET
+
+    @given(st.integers(7, 200))
+    @example(ray_directory._DEEPEST_BYTES)
+    @example(ray_directory._DEEPEST_BYTES + 1)
+    def test_no_sockets_path_is_longer_than_the_system_allows(self, length):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            socket_path = self.directory_of(length, monkeypatch)
+        assert len(os.fsencode(socket_path)) <= 107
+        if length <= ray_directory._DEEPEST_BYTES:
+            assert len(str(socket_path)) == length + len(self.SOCKET)  # ü takes two
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="Linux's limit")
+    def test_the_deepest_directory_is_used_as_it_is(self, monkeypatch):
+        deepest = ray_directory._DEEPEST_BYTES
+        assert len(os.fsencode(self.directory_of(deepest, monkeypatch))) == 107
+        own = self.directory_of(deepest + 1, monkeypatch)
+        assert own.is_relative_to("/tmp") and "ü" not in str(own)
+
+    def test_what_is_set_for_ray_alone_counts_first(self, monkeypatch):
+        monkeypatch.setenv("TMPDIR", "/" + "x" * 100)
+        monkeypatch.setenv("RAY_TMPDIR", "/short")
+        with ray_directory.ray_environment() as environment:
+            assert "RAY_TMPDIR" not in environment
+
+    def test_where_nothing_is_short_there_is_one_line(self, flower, monkeypatch):
+        monkeypatch.setenv("TMPDIR", "/" + "x" * 100)
+        with (
+            pytest.raises(UserError, match=r"^/xx.* is too deep for Ray.*RAY_TMPDIR"),
+            ray_directory.ray_environment(flower / "nowhere"),
+        ):
+            pass
+
+    def test_a_run_with_a_deep_one_is_given_another(self, flower, monkeypatch):
+        monkeypatch.setenv("TMPDIR", str(flower / ("x" * 100)))
+        note = flower / "directory"
+        program(
+            flower / "bin",
+            "flower-superexec",
+            f"os.symlink(os.environ['RAY_TMPDIR'], {str(note)!r})\ntime.sleep(60)",
+        )
+        # Its end is that of the programs.
+        program(
+            flower / "bin",
+            "flwr",
+            f"while not os.path.islink({str(note)!r}):\n    time.sleep(0.05)\n"
+            "print('[code: 1] no run')",
+        )
+        run_app(APP, num_devices=2, home=flower / "home")
+        assert str(note.readlink()).startswith("/tmp/lola-")
 
 
 class TestStop:

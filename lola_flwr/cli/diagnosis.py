@@ -135,9 +135,16 @@ def ray() -> Finding:
         "import ray; ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)"
         "; print(ray.get(ray.remote(lambda: 'works').remote()), ray.__version__)"
     )
+    from lola_flwr.simulation.ray_directory import ray_environment
+
     begun = time.monotonic()
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    code, output = _output([sys.executable, "-c", program], _RAY_S, environment)
+    try:
+        with ray_environment() as for_ray:
+            code, output = _output(
+                [sys.executable, "-c", program], _RAY_S, {**os.environ, **for_ray}
+            )
+    except UserError as error:
+        return Finding("Ray", "problem", str(error), "no simulation before that")
     if code == 0 and "works" in output:
         version_said = output.split()[-1]
         seconds = time.monotonic() - begun

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import IO
 
 from lola_flwr.errors import UserError
+from lola_flwr.files import writing
 from lola_flwr.simulation import guard
+from lola_flwr.simulation.ray_directory import ray_environment
 
 _START_S = 60.0
 _STATUS_S = 30.0
@@ -118,7 +120,7 @@ def run_app(
             "directory, such as simulations/glue."
         )
     superexec, flwr = map(_program, ("flower-superexec", "flwr"))
-    with own_superlink(home) as link:
+    with ray_environment() as for_ray, own_superlink(home) as link:
         # The SuperLink could start a SuperExec itself, but stopping it would leave the
         # simulation until the SuperLink has ended, too.
         superexec_command = [
@@ -133,7 +135,7 @@ def run_app(
             run_command += ["--run-config", override]
         with (
             link.log.open("ab") as log_file,
-            _running(superexec_command, link.environment, log_file),
+            _running(superexec_command, {**link.environment, **for_ray}, log_file),
         ):
             output = _stream(run_command, link.environment, echo)
             return FinishedRun(_status(flwr, output, link.environment), output)
@@ -170,18 +172,20 @@ def own_superlink(home: Path) -> Iterator[SuperLink]:
     Raises
     ------
     UserError
-        Flower's program is missing, or did not start.
+        Flower's program is missing or did not start, or the directory cannot be
+        written.
     """
     program = _program("flower-superlink")
     port = _free_port()
     flwr_home = home.absolute() / f"run-{port}"
-    flwr_home.mkdir(parents=True, exist_ok=True)
     address = f"127.0.0.1:{port}"
-    (flwr_home / "config.toml").write_text(
-        '[superlink]\ndefault = "own"\n\n[superlink.own]\n'
-        f'address = "{address}"\ninsecure = true\n',
-        encoding="utf-8",
-    )
+    with writing(flwr_home):
+        flwr_home.mkdir(parents=True, exist_ok=True)
+        (flwr_home / "config.toml").write_text(
+            '[superlink]\ndefault = "own"\n\n[superlink.own]\n'
+            f'address = "{address}"\ninsecure = true\n',
+            encoding="utf-8",
+        )
     link = SuperLink(address, _environment(flwr_home), flwr_home / "superlink.log")
     command = [
         *(program, "--insecure", "--simulation", "--isolation", "process"),
@@ -222,8 +226,7 @@ def _environment(flwr_home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         # Flower's programs start each other by name.
         "PATH": _search_path(),
-        # Ray's own usage statistics, and warnings about what its driver inherits.
-        "RAY_USAGE_STATS_ENABLED": "0",
+        # Warnings about what Ray's driver inherits.
         "PYTHONWARNINGS": "ignore",
     }
 
