@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 
 from lola_flwr.deployment.host import accelerator
 from lola_flwr.errors import UserError, si
+from lola_flwr.host_memory import available_memory_bytes
 
 # "ok"; "note": something is not there that not everyone needs; "problem".
 Status = Literal["ok", "note", "problem"]
@@ -81,8 +82,12 @@ def diagnose(*, start: bool = True) -> Iterator[Finding]:
 def machine() -> Finding:
     """Tell the processors and the memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    says = f"{platform.system()}, {os.cpu_count()} CPUs, {si(memory, 'B')} of memory"
-    if memory < 4e9:
+    available = min(available_memory_bytes(), memory)
+    says = (
+        f"{platform.system()}, {os.cpu_count()} CPUs, {si(memory, 'B')} of memory, "
+        f"{si(available, 'B')} of it to be had"
+    )
+    if available < 4e9:
         return Finding(
             "machine", "note", says, "simulate few devices and a small model"
         )

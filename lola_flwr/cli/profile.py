@@ -80,11 +80,10 @@ def profile(
         left=0,
     )
     for step in measured.depths:
-        peak = step.peak_memory_bytes
         rows.add_row(
             str(step.depth),
             f"{step.compute_s:.3f} s",
-            "unknown" if peak is None else si(peak, "B"),
+            si(step.peak_memory_bytes, "B"),
             si(step.flops / step.compute_s, "flop/s"),
         )
     console().print(rows)

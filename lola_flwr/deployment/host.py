@@ -1,4 +1,4 @@
-"""What a device says of itself: its memory, its processor, its power mode."""
+"""What a device says of itself: its processor, its power mode."""
 
 from __future__ import annotations
 
@@ -9,25 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PROC = Path("/proc")
 _DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
-
-
-def available_memory_bytes() -> int:
-    """Return the memory that a process can still get, in bytes.
-
-    Linux counts it itself (``MemAvailable``); a container's limit counts too, if it is
-    lower. Elsewhere psutil tells.
-    """
-    try:
-        text = (_PROC / "meminfo").read_text(encoding="ascii")
-    except OSError:
-        import psutil
-
-        return int(psutil.virtual_memory().available)
-    fields = dict(line.split(":", 1) for line in text.splitlines())
-    available = 1024 * int(fields["MemAvailable"].split()[0])
-    return min(available, _left_in_group(Path("/sys/fs/cgroup")))
 
 
 def describe_host() -> dict[str, Any]:
@@ -91,40 +73,3 @@ def parse_power_mode(printed: str) -> str | None:
         if colon and label.strip().lower() == "nv power mode":
             return mode.strip()
     return None
-
-
-def reset_peak_memory() -> bool:
-    """Let the peak of this process's memory begin anew; tell whether Linux did."""
-    try:
-        (_PROC / "self" / "clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory_bytes() -> int:
-    """Return this process's largest resident memory since the last reset, in bytes."""
-    return _status_bytes("VmHWM")
-
-
-def resident_memory_bytes() -> int:
-    """Return this process's resident memory, in bytes."""
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(key: str) -> int:
-    text = (_PROC / "self" / "status").read_text(encoding="ascii", errors="replace")
-    for line in text.splitlines():
-        if line.startswith(f"{key}:"):
-            return 1024 * int(line.split()[1])
-    return 0
-
-
-def _left_in_group(group: Path) -> int:
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        return max(int(limit) - used, 0)
-    # No such group, or no limit ("max").
-    except (OSError, ValueError):
-        return 1 << 62

@@ -18,15 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_flwr.deployment.host import (
-    available_memory_bytes,
-    describe_host,
-    peak_memory_bytes,
-    reset_peak_memory,
-    resident_memory_bytes,
-)
+from lola_flwr.deployment.host import describe_host
 from lola_flwr.errors import UserError, quoted
 from lola_flwr.files import replacing
+from lola_flwr.host_memory import available_memory_bytes
 from lola_flwr.system.devices import DeviceProfile
 
 if TYPE_CHECKING:
@@ -52,15 +47,14 @@ class DepthMeasurement:
     compute_s
         Seconds of the step, median.
     peak_memory_bytes
-        Most memory beyond that of the loaded model; None where the system does not
-        tell.
+        Most memory beyond that of the loaded model.
     flops
         Floating-point operations of the step, by the cost model.
     """
 
     depth: int
     compute_s: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
     flops: float
 
 
@@ -237,12 +231,11 @@ def measure_device(
         progress(f"depth {depth}", done, len(depths))
         block_index = num_blocks - depth
         timed = [_step(model, partition, block_index, batch) for _ in range(_REPEATS)]
-        peaks = [peak for _, peak in timed if peak is not None]
         steps.append(
             DepthMeasurement(
                 depth=depth,
                 compute_s=statistics.median(seconds for seconds, _ in timed),
-                peak_memory_bytes=max(peaks) if peaks else None,
+                peak_memory_bytes=max(peak for _, peak in timed),
                 flops=float(costs.flops[block_index]),
             )
         )
@@ -299,36 +292,36 @@ def _step(
     partition: BlockPartition,
     block_index: int,
     batch: Mapping[str, torch.Tensor],
-) -> tuple[float, int | None]:
+) -> tuple[float, int]:
     """Train one step; return its seconds and its peak of memory, bytes."""
     import torch
 
+    from lola_flwr.device.memory import measured_peak
     from lola_flwr.model.backprop import block_gradient
 
-    on_gpu = next(iter(batch.values())).device.type == "cuda"
-    before: int | None = None
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    elif reset_peak_memory():
-        before = resident_memory_bytes()
-    start = time.perf_counter()
-    block_gradient(model, partition, block_index, batch)
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    if before is None:
-        return seconds, None
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
-    return seconds, max(peak - before, 0)
+    place = next(iter(batch.values())).device
+    on_gpu = place.type == "cuda"
+    with measured_peak(place) as peak:
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        block_gradient(model, partition, block_index, batch)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds, peak.peak_bytes
 
 
-def _free_bytes(place: torch.device) -> int:
+def _free_bytes(place: torch.device) -> float:
     """Return the memory to train in: a Jetson's GPU has the host's, and no own."""
     import torch
 
     free = available_memory_bytes()
     if place.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(place)[0])
+    if math.isinf(free):
+        raise UserError(
+            "This system does not tell how much memory is free: pip install psutil, or "
+            "state memory-bytes in the SuperNode's --node-config."
+        )
     return free

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
 from lola_flwr.heap import give_back_freed_memory
+from lola_flwr.host_memory import (
+    peak_memory_bytes,
+    reset_peak_memory,
+    resident_memory_bytes,
+)
 
 if TYPE_CHECKING:
     # A worker may live in Python 3.10, whose typing lacks it.
     from typing import Self
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-# Written to the file above, this sets the peak of the resident set to its present size.
-_RESET_PEAK = "5"
 _SAMPLE_INTERVAL_S = 0.002
 
 
@@ -53,8 +52,8 @@ class measured_peak:
             self._before = torch.cuda.memory_allocated(self._device)
             return self
         give_back_freed_memory()
-        self._before = _resident_bytes()
-        if not _reset_peak():
+        self._before = resident_memory_bytes()
+        if not reset_peak_memory():
             self._sampler = _Sampler()
             self._sampler.start()
         return self
@@ -70,7 +69,7 @@ class measured_peak:
         elif self._sampler is not None:
             peak = self._sampler.stop()
         else:
-            peak = _status_bytes("VmHWM")
+            peak = peak_memory_bytes()
         self.peak_bytes = max(0, peak - self._before)
 
 
@@ -85,34 +84,10 @@ class _Sampler(threading.Thread):
     def run(self) -> None:
         """Sample until it is stopped."""
         while not self._stopped.wait(_SAMPLE_INTERVAL_S):
-            self._peak = max(self._peak, _resident_bytes())
+            self._peak = max(self._peak, resident_memory_bytes())
 
     def stop(self) -> int:
         """Return the largest resident set, bytes."""
         self._stopped.set()
         self.join()
-        return max(self._peak, _resident_bytes())
-
-
-def _resident_bytes() -> int:
-    if sys.platform == "linux":
-        return _status_bytes("VmRSS")
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def _reset_peak() -> bool:
-    """Let the kernel's peak start from now; False where it cannot be told to."""
-    try:
-        _CLEAR_REFS.write_text(_RESET_PEAK)
-    except OSError:
-        return False
-    return True
-
-
-def _status_bytes(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"{_STATUS} does not tell {field}.")
+        return max(self._peak, resident_memory_bytes())

@@ -6,16 +6,15 @@ simulation the dead worker fails every later message, too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from lola_flwr.device.contract import LocalUpdate, OutOfMemory
+from lola_flwr.host_memory import available_memory_bytes, held_memory_bytes
 from lola_flwr.wire.records import Assignment
 
 
@@ -80,33 +79,4 @@ def usable_memory_bytes(model: nn.Module) -> float:
     if where is not None and where.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(where)
         return float(free_bytes + torch.cuda.memory_reserved(where))
-    try:
-        status = _kib_fields(Path("/proc/self/status"))
-        free = _kib_fields(Path("/proc/meminfo"))["MemAvailable"]
-        return float(min(free, _cgroup_free_bytes()) + status["VmRSS"])
-    except (OSError, KeyError):
-        return math.inf
-
-
-def _kib_fields(path: Path) -> dict[str, int]:
-    """Read the fields in kB of a file under /proc, as bytes."""
-    lines = [line.split() for line in path.read_text().splitlines()]
-    return {
-        words[0].rstrip(":"): int(words[1]) * 1024
-        for words in lines
-        if words[-1:] == ["kB"]
-    }
-
-
-def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return what the container may still take; the page cache can be taken back."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        if limit == "max":
-            return math.inf
-        used_bytes = int((root / "memory.current").read_text())
-        lines = (root / "memory.stat").read_text().splitlines()
-        cached = dict(line.split() for line in lines)["inactive_file"]
-        return float(int(limit) - used_bytes + int(cached))
-    except (OSError, KeyError, ValueError):
-        return math.inf
+    return available_memory_bytes() + held_memory_bytes()

@@ -18,7 +18,7 @@ from lola_flwr.deployment.measurement import (
     write_profile,
 )
 from lola_flwr.errors import UserError
-from lola_flwr.heap import give_back_freed_memory
+from lola_flwr.host_memory import available_memory_bytes
 from lola_flwr.system.devices import DeviceProfile, InvalidProfile
 
 
@@ -45,7 +45,7 @@ def test_every_depth_is_measured_and_gives_the_speed(measured):
     assert np.all(np.diff([step.flops for step in measured.depths]) > 0)
     speeds = [step.flops / step.compute_s for step in measured.depths]
     assert measured.flops_per_s == np.median(speeds)
-    assert 0 < measured.memory_bytes < host.available_memory_bytes() * 2
+    assert 0 < measured.memory_bytes < available_memory_bytes() * 2
 
 
 def test_the_file_is_the_profile_that_a_node_reports(measured, tmp_path):
@@ -123,19 +123,6 @@ def test_power_modes_and_jetsons(tmp_path):
     model.write_bytes(b"Raspberry Pi 5 Model B\0")
     assert host.jetson_model(model) is None
     assert host.jetson_model(tmp_path / "none") is None
-
-
-def test_peak_memory_is_that_since_the_reset():
-    if not host.reset_peak_memory():
-        pytest.skip("this system does not reset its peak")
-    # Or the block takes what other tests have freed.
-    give_back_freed_memory()
-    before = host.resident_memory_bytes()
-    block = np.ones(40_000_000, np.uint8)
-    del block
-    assert host.peak_memory_bytes() - before > 30_000_000
-    host.reset_peak_memory()
-    assert host.peak_memory_bytes() - host.resident_memory_bytes() < 10_000_000
 
 
 def test_the_command_writes_a_file(tmp_path, capsys):
