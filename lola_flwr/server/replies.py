@@ -13,8 +13,9 @@ from lola_flwr.errors import brief, quoted
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.statistics import is_plausible, statistics_names
 from lola_flwr.server.assembly import BlockUpdate, FloatArrays
-from lola_flwr.wire.codec import MalformedArray, codec_named, read_npy
+from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.low_rank import projection_of
+from lola_flwr.wire.npy import MalformedArray, read_npy
 from lola_flwr.wire.packing import GRADIENTS, packed_type, unpack
 from lola_flwr.wire.records import (
     FAILURE_DETAIL_KEY,

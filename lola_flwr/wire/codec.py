@@ -18,23 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.errors import UserError, quoted
-
-# A .npy header is padded to this many bytes; one that is longer is not Flower's.
-NPY_HEADER_BYTES = 128
+from lola_flwr.errors import UserError
+from lola_flwr.wire.npy import MalformedArray
 
 FloatArray = npt.NDArray[np.float32]
 WireArray = npt.NDArray[np.generic]
-
-
-class MalformedArray(ValueError):
-    """Received bytes are not the array that was asked for."""
 
 
 class WireType(NamedTuple):
@@ -122,10 +115,46 @@ def _from_bf16(wire: WireArray) -> FloatArray:
     return (wire.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _to_fp16(values: FloatArray) -> npt.NDArray[np.float16]:
-    # Beyond fp16's range a gradient saturates instead of becoming infinite.
-    largest = float(np.finfo(np.float16).max)
-    return np.clip(values, -largest, largest).astype(np.float16)
+class Fp16:
+    """fp16 of the values, brought to its range by a power of two of each array's own.
+
+    Gradients are easily below fp16's smallest number, 6e-8, and would arrive as zeros.
+    The power brings the largest magnitude just below 2**15: nothing saturates, values
+    down to 2**-28 of the largest have all of fp16's 11 bits, and no value is off by
+    more than 2**-39 of the largest, or by more than float32 can tell. Travels as fp16:
+    the power's exponent, then all values.
+    """
+
+    has_feedback: ClassVar[bool] = False
+    # Both are such that 2**exponent and its inverse are normal numbers of float32.
+    _smallest, _largest = -126, 113
+
+    def wire_type(self, shape: Sequence[int]) -> WireType:
+        """Tell what travels: one number more than there are values."""
+        return WireType((math.prod(shape) + 1,), np.dtype(np.float16))
+
+    def encode(self, values: FloatArray) -> WireArray:
+        """Divide by the power of two, which is exact, and round."""
+        largest = np.abs(values).max(initial=0.0)
+        # A value that is not finite stays so, and the server refuses it.
+        bits = int(np.frexp(largest)[1]) if np.isfinite(largest) else 15
+        exponent = max(bits - 15, self._smallest)
+        with np.errstate(over="ignore"):
+            scaled = (values.ravel() * np.float32(2.0**-exponent)).astype(np.float16)
+        return np.concatenate([np.array([exponent], np.float16), scaled])
+
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+        """Multiply by the power of two."""
+        exponent = float(wire[0].item())
+        if not (exponent.is_integer() and self._smallest <= exponent <= self._largest):
+            raise MalformedArray(
+                f"The exponent of the values' power of two is {exponent}; expected a "
+                f"whole number from {self._smallest} to {self._largest}."
+            )
+        # What overflows here is refused as not finite.
+        with np.errstate(over="ignore"):
+            values = wire[1:].astype(np.float32) * np.float32(2.0**exponent)
+        return values.reshape(shape)
 
 
 _LEVELS = 127
@@ -258,7 +287,7 @@ CODECS: dict[str, Codec] = {
         np.dtype(np.float32), lambda values: values, lambda wire: wire.astype("f4")
     ),
     "bf16": Elementwise(np.dtype(np.uint16), _to_bf16, _from_bf16),
-    "fp16": Elementwise(np.dtype(np.float16), _to_fp16, lambda wire: wire.astype("f4")),
+    "fp16": Fp16(),
     "int8": Int8(),
 }
 
@@ -336,62 +365,3 @@ def encode_with_feedback(
     with np.errstate(invalid="ignore"):
         left_out = total - codec.decode(wire, total.shape)
     return wire, left_out if np.isfinite(left_out).all() else None
-
-
-def read_npy(
-    data: bytes, *, shape: Sequence[int], dtype: np.dtype[np.generic]
-) -> npt.NDArray[np.generic]:
-    """Read an array whose shape and type are known beforehand.
-
-    The header is compared with what is expected before any memory is taken, so that a
-    message cannot make the reader allocate more than the caller announced.
-
-    Parameters
-    ----------
-    data
-        Bytes in .npy format.
-    shape
-        Expected shape.
-    dtype
-        Expected type.
-
-    Returns
-    -------
-    A read-only view of ``data``, of the expected shape.
-
-    Raises
-    ------
-    MalformedArray
-        The bytes are not in .npy format, or hold another shape, type or length.
-    """
-    expected_bytes = math.prod(shape) * dtype.itemsize
-    if len(data) > expected_bytes + NPY_HEADER_BYTES:
-        raise MalformedArray(
-            f"{len(data)} B received; expected at most "
-            f"{expected_bytes + NPY_HEADER_BYTES} B for shape {tuple(shape)}."
-        )
-    stream = BytesIO(data)
-    try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise MalformedArray("Not an array in .npy format 1.0.")
-        header = np.lib.format.read_array_header_1_0(stream)
-    except MalformedArray:
-        raise
-    # NumPy parses the header as a Python literal; hostile bytes make it fail in many
-    # ways, all of which mean the same here.
-    except Exception as error:
-        raise MalformedArray(f"Not an array in .npy format: {quoted(error)}") from None
-    received_shape, fortran_order, received_dtype = header
-    if fortran_order and len(shape) > 1:
-        raise MalformedArray("Column-major array; send row-major arrays.")
-    if received_shape != tuple(shape) or received_dtype != dtype:
-        raise MalformedArray(
-            f"Array of shape {received_shape} and type {received_dtype}; expected "
-            f"{tuple(shape)} and {dtype}."
-        )
-    body = memoryview(data)[stream.tell() :]
-    if len(body) != expected_bytes:
-        raise MalformedArray(
-            f"Array body of {len(body)} B; expected {expected_bytes} B."
-        )
-    return np.frombuffer(body, dtype=dtype).reshape(shape)

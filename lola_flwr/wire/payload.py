@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.wire.codec import NPY_HEADER_BYTES, Codec, codec_ladder, codec_named
+from lola_flwr.wire.codec import Codec, codec_ladder, codec_named
+from lola_flwr.wire.npy import NPY_HEADER_BYTES
 from lola_flwr.wire.packing import GRADIENTS, packed_type
 from lola_flwr.wire.records import PROJECTION_TYPE
 

@@ -27,7 +27,8 @@ from lola_flwr.model.blocks import BlocksNotFound
 from lola_flwr.model.loading import fingerprint, load_classifier
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import simulated_device
-from lola_flwr.wire.codec import NPY_HEADER_BYTES, codec_named
+from lola_flwr.wire.codec import codec_named
+from lola_flwr.wire.npy import NPY_HEADER_BYTES
 from lola_flwr.wire.payload import payload_bits
 from tests.conftest import SMALL
 from tests.model.test_backprop import saved_bytes

@@ -25,7 +25,8 @@ from lola_flwr.server.replies import DeviceReply, UpdateReader, UpdateRefused
 from lola_flwr.strategies import message
 from lola_flwr.strategies.deadline_grid import _is_readable
 from lola_flwr.system.devices import DeviceProfile, InvalidProfile, simulated_device
-from lola_flwr.wire.codec import CODECS, MalformedArray, codec_named, read_npy
+from lola_flwr.wire.codec import CODECS, codec_named
+from lola_flwr.wire.npy import MalformedArray, read_npy
 from lola_flwr.wire.packing import GRADIENTS, pack
 from lola_flwr.wire.records import Assignment, MalformedRecord, UpdateReport
 from tests.server.test_coordinator import (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lola_flwr.d2ft.wire import sizes_from_text, tensors_of
 from lola_flwr.errors import quoted
-from lola_flwr.wire.codec import MalformedArray, read_npy
+from lola_flwr.wire.npy import MalformedArray, read_npy
 from lola_flwr.wire.records import MalformedRecord, PartReport, PartTask
 
 # Hidden states, losses, and gradients of a loss with respect to hidden states or to the
