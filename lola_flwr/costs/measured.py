@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.model.backprop import only_block_trainable
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.recording import require_gradients
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.payload import payload_bits
 
@@ -53,6 +54,11 @@ def measure_costs(
     -------
     BlockCosts
         One entry per block.
+
+    Raises
+    ------
+    NoGradient
+        The output does not depend on a block, as far as PyTorch has recorded.
     """
     # PyTorch's counter loads its compiler (70 MiB): not for those who have no example.
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -77,11 +83,17 @@ def measure_costs(
                     FlopCounterMode(display=False) as counter,
                     sdpa_kernel(SDPBackend.MATH),
                 ):
-                    torch.autograd.grad(
+                    found = torch.autograd.grad(
                         _scalar(model, example),
                         list(trainable.values()),
                         allow_unused=True,
                     )
+                missing = [
+                    name
+                    for name, gradient in zip(trainable, found, strict=True)
+                    if gradient is None
+                ]
+                require_gradients(f"block {index}", partition.blocks[index], missing)
             flops.append(batches * counter.get_total_flops())
             memory_bytes.append(4.0 * (weights + uploaded) + batches * kept_bytes)
             gradient_bytes.append(4.0 * uploaded)

@@ -8,7 +8,7 @@ runs is passed by as a whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from lola_flwr.d2ft.branches import contribute, enter, leave
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.subnetworks import Branch, LayerParts, Subnetworks
 from lola_flwr.errors import UserError
+from lola_flwr.model.recording import require_gradients
 
 # The operations of one micro-batch, [L][G].
 OperationTable = Sequence[Sequence[Operation]]
@@ -133,3 +134,34 @@ def run_layer(
         total = contribute(parts, branch, row, y, attention_mask)
         x = leave(parts, branch, row, x, total)
     return x
+
+
+def require_layers(
+    subnetworks: Subnetworks,
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor | None],
+    layers: Iterable[int],
+) -> None:
+    """Refuse gradients that leave a layer out.
+
+    Parameters
+    ----------
+    subnetworks
+        The model's sub-networks.
+    parameters
+        The model's parameters.
+    gradients
+        Gradients of the trained ones; None where the backward pass met none.
+    layers
+        The layers of which something runs fully.
+
+    Raises
+    ------
+    NoGradient
+        One of them has no gradient at all.
+    """
+    missing = {name for name, gradient in gradients.items() if gradient is None}
+    for index in layers if missing else ():
+        inside = set(map(id, subnetworks.layers[index].layer.parameters()))
+        names = [name for name in gradients if id(parameters[name]) in inside]
+        require_gradients(f"layer {index}", names, missing)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lola_flwr.d2ft.execution import require_layers
 from lola_flwr.d2ft.schedule import Scores
 from lola_flwr.d2ft.subnetworks import Subnetworks, parameter_slices
 from lola_flwr.model.backprop import Batch, LossFunction, model_loss
@@ -43,6 +44,11 @@ def score_subnetworks(
         M micro-batches.
     loss_function
         Maps model and micro-batch to a mean loss.
+
+    Raises
+    ------
+    NoGradient
+        A layer has none, as far as PyTorch has recorded.
     """
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name] for name in trainable}
@@ -54,9 +60,16 @@ def score_subnetworks(
             loss_function(model, batch),
             list(trained.values()),
             allow_unused=True,
-            materialize_grads=True,
         )
-        slopes = parameter_slices(subnetworks, dict(zip(trained, found, strict=True)))
+        named = dict(zip(trained, found, strict=True))
+        require_layers(subnetworks, trained, named, range(subnetworks.num_layers))
+        slopes = parameter_slices(
+            subnetworks,
+            {
+                name: torch.zeros_like(trained[name]) if one is None else one
+                for name, one in named.items()
+            },
+        )
         for row, (weights, gradients) in enumerate(zip(values, slopes, strict=True)):
             fisher[row, column] = _total(g.square() for g in gradients)
             gradient[row, column] = _total(

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lola_flwr.d2ft.execution import scheduled
+from lola_flwr.d2ft.execution import require_layers, scheduled
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.subnetworks import Subnetworks, find_subnetworks
 from lola_flwr.model.backprop import (
@@ -68,6 +68,11 @@ def scheduled_gradient(
     BlockGradient
         With everything run fully, the gradient itself. Otherwise it is biased: outputs
         lack what is skipped, and gradients what does not flow back.
+
+    Raises
+    ------
+    NoGradient
+        A layer that runs fully has none, as far as PyTorch has recorded.
     """
     total: dict[str, Tensor] = {}
     sizes = [len(next(iter(batch.values()))) for batch in micro_batches]
@@ -83,7 +88,10 @@ def scheduled_gradient(
                 found = torch.autograd.grad(
                     weight * loss, [*wanted.values()], allow_unused=True
                 )
-            for name, gradient in zip(trainable, found, strict=True):
+            gradients = dict(zip(trainable, found, strict=True))
+            trained = np.flatnonzero((table == Operation.FULL).any(axis=1))
+            require_layers(subnetworks, wanted, gradients, trained)
+            for name, gradient in gradients.items():
                 if gradient is None:
                     continue
                 if name in total:

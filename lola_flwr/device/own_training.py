@@ -13,6 +13,7 @@ from lola_flwr.device.base_model import check_base
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import only_block_trainable
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.recording import noted_calls
 from lola_flwr.model.statistics import statistics_names
 from lola_flwr.wire.records import Assignment, UpdateReport
 
@@ -53,6 +54,7 @@ class PreparedBlock:
         self._start = time.perf_counter()
         self._prepared = only_block_trainable(model, partition, 0)
         self._parameters = self._prepared.__enter__()
+        self._calls = noted_calls(model, update_names).__enter__()
 
     def __enter__(self) -> Self:
         return self
@@ -63,10 +65,20 @@ class PreparedBlock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._calls.__exit__(kind, error, traceback)
         self._prepared.__exit__(kind, error, traceback)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the present weights of block and head, and statistics, by name."""
+        """Return the present weights of block and head, and statistics, by name.
+
+        Raises
+        ------
+        NoGradient
+            One of them was used, but could not be trained: by re-entrant gradient
+            checkpointing it gets no gradient.
+        """
+        self._calls.__exit__(None, None, None)
+        self._calls.check(self._parameters)
         state = self._model.state_dict()
         return {
             **{

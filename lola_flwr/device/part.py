@@ -46,6 +46,7 @@ from lola_flwr.d2ft.wire import (
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import Batch, LossFunction, only_trainable
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.recording import ADVICE, NoGradient
 from lola_flwr.randomness import rng_for
 from lola_flwr.wire.packing import GRADIENTS, VALUES
 from lola_flwr.wire.records import MalformedRecord, PartReport, PartTask
@@ -261,12 +262,18 @@ def _loss(part: _Part) -> PartResult:
             ):
                 loss = part.loss_function(part.model, batch)
             slope, *found = torch.autograd.grad(
-                loss, [hidden, *head], allow_unused=True, materialize_grads=True
+                loss, [hidden, *head], allow_unused=True
             )
+            if slope is None:
+                raise NoGradient(
+                    "The loss does not depend on what the last layer gives, as far as "
+                    f"PyTorch has recorded; {ADVICE}."
+                )
             losses.append(loss.item())
             slopes.append(slope)
             for sum_, gradient in zip(total, found, strict=True):
-                sum_ += gradient * (size / sum(examples))
+                if gradient is not None:
+                    sum_ += gradient * (size / sum(examples))
     report = part.report(losses=np.array(losses, "<f4").tobytes())
     return report, {SLOPES: array_of(slopes), GRADIENTS: array_of(total)}
 

@@ -13,7 +13,7 @@ accumulation, and as many local steps at fixed weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.recording import explained, noted_calls, require_gradients
 
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -34,7 +35,7 @@ class BlockGradient:
     ----------
     gradients
         Gradient of each parameter of the block and of the head, in the order of
-        ``BlockPartition.update_names``; zeros where the loss does not depend on it.
+        ``BlockPartition.update_names``; zeros for a parameter that is not used.
     loss
         Mean loss of the mini-batch.
     num_examples
@@ -145,19 +146,30 @@ def block_gradient(
     -------
     BlockGradient
         Equal, to rounding, to that part of the full model's gradient.
+
+    Raises
+    ------
+    NoGradient
+        The block has none, or PyTorch has not recorded how a parameter was used.
     """
     num_examples = len(next(iter(batch.values())))
     mean_loss = 0.0
-    with only_block_trainable(model, partition, block_index) as trainable:
+    with (
+        only_block_trainable(model, partition, block_index) as trainable,
+        noted_calls(model, trainable) as calls,
+    ):
         found = {name: parameter.grad for name, parameter in trainable.items()}
         try:
             for parameter in trainable.values():
                 parameter.grad = None
             for size, part in _micro_batches(batch, num_examples, micro_batch_size):
                 loss = loss_function(model, part) * (size / num_examples)
-                # Adds each gradient to the sum as soon as it is known.
-                torch.autograd.backward(loss, inputs=list(trainable.values()))
+                _add_gradients(loss, list(trainable.values()))
                 mean_loss += loss.item()
+            missing = [name for name, p in trainable.items() if p.grad is None]
+            calls.check(missing)
+            block = partition.blocks[block_index]
+            require_gradients(f"block {block_index}", block, missing)
             gradients = {
                 name: torch.zeros_like(p) if p.grad is None else p.grad
                 for name, p in trainable.items()
@@ -166,6 +178,16 @@ def block_gradient(
             for name, gradient in found.items():
                 trainable[name].grad = gradient
     return BlockGradient(gradients=gradients, loss=mean_loss, num_examples=num_examples)
+
+
+def _add_gradients(loss: Tensor, trainable: Sequence[Tensor]) -> None:
+    """Add each gradient to the sum as soon as it is known."""
+    if not loss.requires_grad:
+        return
+    try:
+        torch.autograd.backward(loss, inputs=trainable)
+    except RuntimeError as error:
+        raise explained(error) from error
 
 
 def _micro_batches(

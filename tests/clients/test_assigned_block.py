@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lola_flwr.build import ServerStep, coordinator_for_weights
 from lola_flwr.clients import (
@@ -35,6 +36,7 @@ from lola_flwr.clients import (
 )
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapters import adapt
+from lola_flwr.model.recording import NoGradient
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.records import SECAGG_KEY, MalformedRecord
@@ -272,6 +274,36 @@ def federate_config(model, *, block_index, **changes):
     records = [a.to_record() for a in plan.assignments.values()]
     record = next(r for r in records if r["block-index"] == block_index)
     return {**record, **changes}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_block_that_got_no_gradient_is_not_returned(model, reentrant, compiled):
+    """Re-entrant checkpoints cut off a block whose input wants no gradient."""
+
+    class Checkpointed(Net):
+        def forward(self, x):
+            x = self.embed(x)
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=reentrant)
+            return self.head(x)
+
+    if reentrant is not None:
+        model = Checkpointed()
+    block = AssignedBlock(model, federate_config(model, block_index=1))
+    start = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run = torch.compile(model, backend="eager") if compiled else model
+    run(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    if reentrant:
+        with pytest.raises(NoGradient, match=r"layers\.\d.* has no gradient"):
+            block.fit_result(16)
+    else:
+        block.fit_result(16)
+        names = block.assignment.update_names.splitlines()
+        assert all((model.state_dict()[n] != start[n]).any() for n in names)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_numpy_client_result(model):
