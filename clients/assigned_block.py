@@ -56,8 +56,8 @@ class AssignedBlock(PreparedBlock):
     MalformedRecord
         The server's strategy is not LoLa-DEFT: there is no assignment.
     UserError
-        The model is not the server's, or the server aggregates securely or expects
-        gradients.
+        The model is not the server's or has frozen what the server asks for, or the
+        server aggregates securely or expects gradients.
     """
 
     def __init__(self, model: Model, received: Message | Config) -> None:

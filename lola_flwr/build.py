@@ -176,7 +176,9 @@ def coordinator_for_weights(
     """Make the coordinator of a project whose devices train the model themselves.
 
     Devices are sent the whole state dict and return weights. The server's step is
-    then a damped move towards them, which is what SGD with a rate of 1 does.
+    then a damped move towards them, which is what SGD with a rate of 1 does. What the
+    project has frozen (``requires_grad=False``) stays so; where only the head is left,
+    it is the one block.
 
     Parameters
     ----------
@@ -239,6 +241,13 @@ def _trainable_values(
     model: nn.Module, partition: BlockPartition
 ) -> dict[str, npt.NDArray[Any]]:
     parameters = dict(model.named_parameters())
+    for name in partition.trainable:
+        if not parameters[name].requires_grad:
+            raise UserError(
+                f"{name} is frozen (requires_grad=False), but part of the blocks or "
+                "the head: make them with model_partition(model), which leaves it out, "
+                "or let it want gradients."
+            )
     return {name: _array(name, parameters[name]) for name in partition.trainable}
 
 

@@ -20,6 +20,11 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.adapters import base_weights
 from lola_flwr.model.blocks import BlockPartition, passed_names
 
+_REMEDY = (
+    "pass example=, the model's input for an example or more, such as "
+    "torch.zeros(1, 3, 224, 224), and costs are measured"
+)
+
 
 def model_costs(
     model: nn.Module,
@@ -68,6 +73,7 @@ def model_costs(
         _refuse_to_estimate(weights, plain, sequence_length)
     else:
         _refuse_to_estimate(shapes, partition, sequence_length)
+        _refuse_frozen_layers(model, partition)
     buffers = {name: tuple(values.shape) for name, values in model.named_buffers()}
     shapes |= {name: buffers[name] for name in partition.frozen if name in buffers}
     return estimate_costs(
@@ -130,16 +136,24 @@ def with_pool(
     return replace(costs, flops=costs.flops + pool_factor * one.flops[0] / 2)
 
 
+def _refuse_frozen_layers(model: nn.Module, partition: BlockPartition) -> None:
+    """Refuse layers that run and are no blocks, since the project has frozen them."""
+    frozen = set(partition.frozen)
+    for name, parameter in model.named_parameters():
+        matrix_of_a_layer = parameter.ndim > 1 and re.search(r"(^|\.)\d+\.", name)
+        if name in frozen and matrix_of_a_layer and not parameter.requires_grad:
+            raise UserError(
+                f"{name} is frozen (requires_grad=False), and what its layer costs is "
+                f"not estimated: {_REMEDY}."
+            )
+
+
 def _refuse_to_estimate(
     shapes: Mapping[str, Sequence[int]],
     partition: BlockPartition,
     sequence_length: int,
 ) -> None:
     """Refuse models whose costs do not follow from the shapes of their parameters."""
-    remedy = (
-        "pass example=, the model's input for an example or more, such as "
-        "torch.zeros(1, 3, 224, 224), and costs are measured"
-    )
     own = set(partition.trainable)
     for name in passed_names(shapes, partition):
         # A single module between the layers, as DeBERTa's convolution, costs little
@@ -149,18 +163,18 @@ def _refuse_to_estimate(
         if len(shapes[name]) > 2:
             raise UserError(
                 f"What {name} of shape {tuple(shapes[name])} costs depends on the size "
-                f"of its input: {remedy}."
+                f"of its input: {_REMEDY}."
             )
         if len(shapes[name]) == 2 and name not in own:
             raise UserError(
                 f"Back-propagation passes {name}, which belongs to no block, so that "
-                f"its costs are not estimated: {remedy}."
+                f"its costs are not estimated: {_REMEDY}."
             )
     widths = {_width([shapes[name] for name in block]) for block in partition.blocks}
     if sequence_length > 1 and len(widths) > 1:
         raise UserError(
             f"The blocks have different widths ({', '.join(map(str, sorted(widths)))}),"
-            f" and so may have different numbers of tokens: {remedy}."
+            f" and so may have different numbers of tokens: {_REMEDY}."
         )
 
 

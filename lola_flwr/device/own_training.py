@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import numpy.typing as npt
 from torch import nn
@@ -20,6 +22,10 @@ from lola_flwr.wire.records import Assignment, UpdateReport
 # What clients hand on and need no PyTorch for.
 Model = nn.Module
 
+# Names of the parameters of a model that wanted a gradient before it was prepared: that
+# others do not is the project's wish, and no trace of an earlier preparation.
+_trainable: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
 
 class PreparedBlock:
     """Prepares a model for its assigned block, until it is left as a context manager.
@@ -34,7 +40,8 @@ class PreparedBlock:
     Raises
     ------
     UserError
-        The model is not the server's, or the server expects gradients.
+        The model is not the server's or has frozen what the server asks for, or the
+        server expects gradients.
     """
 
     def __init__(self, model: Model, assignment: Assignment) -> None:
@@ -47,6 +54,7 @@ class PreparedBlock:
                 f"The server asks for {unknown[0]}, which this model lacks; use the "
                 "same model on both."
             )
+        _refuse_frozen(model, update_names)
         # Seen from here there is one block: what this device trains.
         partition = BlockPartition(blocks=(update_names,), head=(), frozen=frozen_names)
         check_base(model, partition, assignment)
@@ -55,6 +63,7 @@ class PreparedBlock:
         self._prepared = only_block_trainable(model, partition, 0)
         self._parameters = self._prepared.__enter__()
         self._calls = noted_calls(model, update_names).__enter__()
+        self._frozen_since: list[str] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -65,8 +74,15 @@ class PreparedBlock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._calls.__exit__(kind, error, traceback)
+        self._end_of_training()
         self._prepared.__exit__(kind, error, traceback)
+
+    def _end_of_training(self) -> None:
+        """Look at what became of the parameters, before their flags are restored."""
+        if self._frozen_since is None:
+            self._calls.__exit__(None, None, None)
+            parameters = self._parameters.items()
+            self._frozen_since = [n for n, p in parameters if not p.requires_grad]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return the present weights of block and head, and statistics, by name.
@@ -76,8 +92,12 @@ class PreparedBlock:
         NoGradient
             One of them was used, but could not be trained: by re-entrant gradient
             checkpointing it gets no gradient.
+        UserError
+            The project's own code has frozen one of them.
         """
-        self._calls.__exit__(None, None, None)
+        self._end_of_training()
+        if self._frozen_since:
+            raise _frozen(self._frozen_since[0])
         self._calls.check(self._parameters)
         state = self._model.state_dict()
         return {
@@ -97,6 +117,23 @@ class PreparedBlock:
             Mean training loss, for the server's log.
         """
         return weights_report(self.assignment, self._start, loss)
+
+
+def _refuse_frozen(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to train what the project has frozen."""
+    trainable = _trainable.setdefault(model, set())
+    trainable |= {name for name, p in model.named_parameters() if p.requires_grad}
+    for name in names:
+        if name not in trainable:
+            raise _frozen(name)
+
+
+def _frozen(name: str) -> UserError:
+    return UserError(
+        f"The server asks for {name}, which this device's code has frozen "
+        "(requires_grad=False): freeze it in the server's model, too, before "
+        "coordinator_for_weights, which then leaves it out."
+    )
 
 
 def asked_names(assignment: Assignment) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -133,7 +133,8 @@ def model_partition(
     Parameters
     ----------
     model
-        The model. With adapters, what peft trains must want gradients.
+        The model. Parameters that want no gradient (``requires_grad=False``) are
+        frozen; with adapters, what peft trains must want gradients.
     stack, blocks
         As for ``partition_parameters``; in the names that the model has without
         adapters.
@@ -146,7 +147,8 @@ def model_partition(
     """
     names = [name for name, _ in model.named_parameters()]
     if not is_adapted(model):
-        return partition_parameters(names, stack=stack, blocks=blocks)
+        own = {n for n, p in model.named_parameters() if not p.requires_grad}
+        return partition_parameters(names, stack=stack, blocks=blocks).freezing(own)
     trained: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:

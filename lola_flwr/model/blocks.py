@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -91,6 +91,32 @@ class BlockPartition:
         stack = tuple(name for block in self.blocks for name in block)
         layers = (tuple(name for layer in self.layers for name in layer),)
         return replace(self, blocks=(stack,), layers=layers if self.layers else ())
+
+    def freezing(self, names: Collection[str]) -> BlockPartition:
+        """Return the partition in which these parameters, too, are frozen.
+
+        A block of which nothing is left is none. If none is left, the head is the only
+        block.
+
+        Raises
+        ------
+        BlocksNotFound
+            Nothing is left to train.
+        """
+        blocks = [tuple(n for n in block if n not in names) for block in self.blocks]
+        blocks = [block for block in blocks if block]
+        head = tuple(name for name in self.head if name not in names)
+        if not (blocks or head):
+            raise BlocksNotFound(
+                "All parameters of blocks and head are frozen (requires_grad=False); "
+                "let those want gradients that are to be trained."
+            )
+        return replace(
+            self,
+            blocks=tuple(blocks) or (head,),
+            head=head if blocks else (),
+            frozen=(*self.frozen, *(n for n in self.trainable if n in names)),
+        )
 
     def depth(self, block_index: int) -> int:
         """Layers that back-propagation passes to finish a block: 1 (last) to N."""

@@ -55,7 +55,8 @@ class Coordinator:
     Raises
     ------
     UserError
-        The settings name blocks, a codec or a policy that there is not.
+        The settings name blocks, a codec or a policy that there is not, or what is for
+        gradients where devices return weights.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Coordinator:
         settings: RoundSettings | None = None,
     ) -> None:
         settings = RoundSettings() if settings is None else settings
+        if model.is_sent_whole:
+            settings.check_for_weights()
         partition = model.partition
         settings.allocation.mode.check(partition.num_blocks)
         self.state = RunState(history=BlockHistory.of(partition.num_blocks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, brief
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.norm_limits import NormLimits
 from lola_flwr.server.selection import Selection
@@ -119,3 +119,27 @@ class RoundSettings:
 
     def __post_init__(self) -> None:
         self.selection.check(self.allocation.mode)
+
+    def check_for_weights(self) -> None:
+        """Refuse what only gradients can have, where devices return weights.
+
+        Their code knows nothing of it: what is planned would not be what they send and
+        do.
+
+        Raises
+        ------
+        UserError
+            There is something of that.
+        """
+        transfer, devices = self.transfer, self.devices
+        for name, value, usual in (
+            ("codec", transfer.codec, "fp32"),
+            ("low_rank", transfer.low_rank, None),
+            ("zeroth_order", devices.zeroth_order, None),
+            ("reduced_schedules", devices.reduced_schedules, False),
+        ):
+            if value != usual:
+                raise UserError(
+                    f"{name}={brief(value)} is for devices that send gradients, and "
+                    "these return weights; leave it out."
+                )

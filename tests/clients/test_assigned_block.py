@@ -39,7 +39,9 @@ from lola_flwr.model.adapters import adapt
 from lola_flwr.model.recording import NoGradient
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.records import SECAGG_KEY, MalformedRecord
+from lola_flwr.zeroth_order.mixing import ZerothOrder
 from tests.flat_settings import grouped
 from tests.strategies.in_process import InProcessGrid
 
@@ -534,3 +536,37 @@ def test_shared_parameters_are_refused(model):
     model.tail = model.head
     with pytest.raises(UserError, match=r"tail\.weight and head\.weight are one"):
         coordinator_for_weights(model, batch_size=16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"codec": "int8"},
+        {"codec": "bf16"},
+        {"codec": "auto"},
+        {"codec": "topk:0.1"},
+        {"low_rank": LowRankProjection(rank=2)},
+        {"zeroth_order": ZerothOrder(costs=None)},
+        {"reduced_schedules": True},
+    ],
+    ids=str,
+)
+def test_what_is_for_gradients_is_refused_for_weights(roberta, options):
+    (name,) = options
+    said = rf"^{name}=.* send gradients, and these return"
+    with pytest.raises(UserError, match=said):
+        coordinator_for_weights(
+            roberta, batch_size=16, sequence_length=10, **grouped(options)
+        )
+
+
+def test_weights_are_planned_as_they_are_sent(model):
+    """The plain codec, and parts of the head's policy, are what devices do."""
+    for head in ("every", "shallowest"):
+        records, _, replies = federate(model, make_app(prepared_train), head=head)
+        planned = {b.device: b.payload_bytes for b in records[0].blocks}
+        received = {b.device: b.received_bytes for b in records[0].blocks}
+        assert len(replies) == len(planned) == 3
+        for device, nbytes in received.items():
+            # Beside the arrays there are their names, and the message around them.
+            assert 0 < planned[device] - nbytes < 900 + 13 * (315 + 128 + 40)

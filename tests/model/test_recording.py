@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lola_flwr.clients import BlockDevice
 from lola_flwr.costs.measured import measure_costs
-from lola_flwr.d2ft import score_subnetworks
+from lola_flwr.d2ft.scores import score_subnetworks
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import BlockPartition, partition_parameters
