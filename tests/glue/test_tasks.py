@@ -1,11 +1,13 @@
 """GLUE's file formats, the hub's, what is refused, and the metrics."""
 
 import csv
+import io
 import os
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -81,6 +83,8 @@ EXPECTED = {
     "wnli": ([("It fell.", "A fell."), ("B.", "C.")], [1, 0]),
 }
 GLUE_TASKS = tuple(FILES)
+# How pandas puts quotes: by default where they are needed.
+QUOTINGS = (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)
 
 
 def write_task(data_dir: Path, name: str, train: str, dev: str | None = None) -> Path:
@@ -203,6 +207,72 @@ class TestDirectory:
     def test_qqp_with_many_malformed_rows_is_refused(self, tmp_path):
         write_task(tmp_path, "qqp", FILES["qqp"] + "7\t8\n" * 11)
         refused("qqp", tmp_path, match="line 14: expected 6 tab-separated fields")
+
+
+class TestCsv:
+    """Files that a CSV writer made of GLUE's."""
+
+    SENTENCE = 'She said "no", twice.'
+
+    @pytest.mark.parametrize("name", GLUE_TASKS)
+    @pytest.mark.parametrize("quoting", QUOTINGS)
+    def test_a_table_that_pandas_wrote(self, tmp_path, name, quoting, caplog):
+        layout = TASKS[name].source.layout
+        raw = pandas.read_csv(
+            io.StringIO(FILES[name].removeprefix("\ufeff"), newline=""),
+            sep="\t",
+            quoting=csv.QUOTE_NONE,
+            header=None if layout.header else 0,
+            keep_default_na=False,
+            # Labels as they are written.
+            dtype=str if name == "sts-b" else None,
+        )
+        column = layout.header.index("sentence") if layout.header else layout.columns[0]
+        raw.loc[len(raw)] = raw.loc[0]
+        raw.loc[len(raw) - 1, column] = self.SENTENCE
+        text = raw.to_csv(
+            sep="\t", index=False, quoting=quoting, header=not layout.header
+        )
+        assert '""no""' in text
+        write_task(tmp_path, name, text)
+        with caplog.at_level("INFO"):
+            _, train, _ = load_task(name, tmp_path)
+        sentences, labels = EXPECTED[name]
+        expected = [*sentences, (self.SENTENCE, sentences[0][1])]
+        assert list(train.sentences) == expected
+        assert train.labels.tolist() == [*labels, labels[0]]
+        assert "train.tsv: read as CSV, without the quotes" in caplog.text
+
+    def test_sentences_over_several_lines(self, tmp_path):
+        sentences = ['"Well"\tsaid he.', "one\ntwo"]
+        table = pandas.DataFrame({"sentence": sentences, "label": 1})
+        table.loc[len(table)] = [self.SENTENCE, 0]
+        write_task(tmp_path, "sst-2", table.to_csv(sep="\t", index=False))
+        _, train, _ = load_task("sst-2", tmp_path)
+        assert [first for first, _ in train.sentences] == [*sentences, self.SENTENCE]
+
+    def test_a_mixed_file_is_read_as_it_stands_with_one_warning(self, tmp_path, caplog):
+        """As where rows of a CSV writer's were added to GLUE's own."""
+        text = FILES["mrpc"] + '1\t1\t2\t"She said ""no""."\tB\n' * 2
+        write_task(tmp_path, "mrpc", text, FILES["mrpc"])
+        _, train, _ = load_task("mrpc", tmp_path)
+        assert train.sentences[2] == ('"She said ""no""."', "B")
+        (warning,) = [line for line in caplog.messages if "quotes" in line]
+        assert f"{Path('MRPC', 'train.tsv')}, line 4: a field has doubled" in warning
+
+    def test_quotes_of_glues_own_are_no_csv(self, tmp_path, caplog):
+        write_task(
+            tmp_path,
+            "sst-2",
+            'sentence\tlabel\n"a warm film"\t1\n" dull "\t0\n""odd"" one\t0\n',
+        )
+        _, train, _ = load_task("sst-2", tmp_path)
+        assert [s for s, _ in train.sentences] == [
+            '"a warm film"',
+            '" dull "',
+            '""odd"" one',
+        ]
+        assert not caplog.messages
 
 
 class TestRefusals:
@@ -337,8 +407,33 @@ class TestParserProperties:
     def test_any_sentence_without_tab_or_line_end_comes_back(
         self, scratch_file, sentences
     ):
+        # By a quote of its own the file cannot be taken for a CSV writer's.
+        sentences = [*sentences, 'a "quote']
         lines = ["sentence\tlabel", *(f"{sentence}\t1" for sentence in sentences)]
         scratch_file.write_bytes("\n".join(lines).encode())
+        examples = read_tsv(scratch_file, TsvFormat(("sentence", "label")))
+        assert [first for first, _ in examples.sentences] == sentences
+
+    @given(
+        sentences=st.lists(
+            st.text(
+                st.one_of(
+                    st.sampled_from("\"' ,"),
+                    st.characters(
+                        exclude_characters="\t\n\r", exclude_categories=["Cs"]
+                    ),
+                ),
+                min_size=1,
+            ).filter(str.strip),
+            min_size=1,
+        ),
+        quoting=st.sampled_from(QUOTINGS),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_what_pandas_writes_comes_back(self, scratch_file, sentences, quoting):
+        sentences = [*sentences, 'a "quote"']
+        table = pandas.DataFrame({"sentence": sentences, "label": 1})
+        table.to_csv(scratch_file, sep="\t", index=False, quoting=quoting)
         examples = read_tsv(scratch_file, TsvFormat(("sentence", "label")))
         assert [first for first, _ in examples.sentences] == sentences
 

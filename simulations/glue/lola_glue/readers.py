@@ -2,11 +2,15 @@
 
 GLUE's files are tab-separated without quoting: a quote is an ordinary character, and
 some sentences hold an unbalanced one. Source of the formats: the files themselves,
-https://gluebenchmark.com/tasks.
+https://gluebenchmark.com/tasks. Files that a CSV writer made of them, such as pandas'
+``to_csv``, have quotes around some fields and double those inside; they are told by
+that.
 """
 
 import csv
+import io
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +133,36 @@ class TsvFormat:
     max_bad_rows: int = 0
 
 
+# A whole field in quotes with doubled ones in it, as CSV writers make it of a sentence
+# with a quote; and a first field in quotes, where GLUE has a column's name or a source.
+_DOUBLED = re.compile(
+    r'(?:^|(?<=[\t\r\n]))"(?=[^"\t\r\n]*"")(?:[^"\t\r\n]++|"")*+"(?=[\t\r\n]|\Z)'
+)
+_QUOTED_START = re.compile(r'"(?:[^"\t\r\n]++|"")*+"(?=[\t\r\n])')
+# What a CSV writer can have written: no quote but around fields, and doubled in these.
+_FIELD = r'(?:"(?:[^"]++|"")*+"|[^"\t\r\n]*+)'
+_WRITTEN_AS_CSV = re.compile(rf"(?:{_FIELD}(?:\t|\r\n?|\n))*+{_FIELD}")
+
+
+def _is_csv(path: Path, text: str) -> bool:
+    """Tell whether a CSV writer has put quotes around fields of a file."""
+    doubled = _DOUBLED.search(text)
+    if not (doubled or _QUOTED_START.match(text)):
+        return False
+    if _WRITTEN_AS_CSV.fullmatch(text):
+        logger.info("%s: read as CSV, without the quotes around fields", path)
+        return True
+    if doubled:
+        line = len(re.findall(r"\r\n?|\n", text[: doubled.start()])) + 1
+        logger.warning(
+            "%s, line %d: a field has doubled quotes, as CSV writers make them, but "
+            "others of this file have plain ones: all are read as they stand",
+            path,
+            line,
+        )
+    return False
+
+
 def _shorten(text: str, width: int = 40) -> str:
     """Quote a value for a one-line message."""
     return repr(text if len(text) <= width else f"{text[:width]}...")
@@ -209,7 +243,8 @@ def read_tsv(path: Path, layout: TsvFormat) -> Examples:
 
     Lines end at ``\n``, ``\r\n`` or ``\r``; other characters that Unicode calls line
     breaks (U+0085, U+2028) are part of the sentence. A byte-order mark at the start
-    and blank lines are skipped.
+    and blank lines are skipped. Quotes are ordinary characters, unless a CSV writer has
+    written the file.
 
     Parameters
     ----------
@@ -232,9 +267,13 @@ def read_tsv(path: Path, layout: TsvFormat) -> Examples:
         # newline="" leaves line ends to the csv reader, as its documentation asks;
         # utf-8-sig drops the byte-order mark of MRPC.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            numbered = ((reader.line_num, row) for row in reader if row)
-            return _parse_rows(path, numbered, layout)
+            text = file.read()
+        quoting = csv.QUOTE_MINIMAL if _is_csv(path, text) else csv.QUOTE_NONE
+        reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter="\t", quoting=quoting
+        )
+        numbered = ((reader.line_num, row) for row in reader if row)
+        return _parse_rows(path, numbered, layout)
     except OSError as error:
         raise TaskError(
             f"File cannot be read: {path} ({error.strerror}). data-dir must be a GLUE "
