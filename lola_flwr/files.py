@@ -47,6 +47,21 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def filling(directory: Path) -> Iterator[Path]:
+    """Make a directory to write files into, where there is none.
+
+    Raises
+    ------
+    UserError
+        As for `writing`. (Where a file is in its place, transformers' own
+        ``save_pretrained`` logs that, saves nothing, and goes on.)
+    """
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+
+
+@contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Give a name to write under; in the end that file takes the place of ``path``.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, Self
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import replacing, writing
+from lola_flwr.files import filling, replacing, writing
 from lola_flwr.run.checkpoint import Checkpoints, Snapshot
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import RoundLog
@@ -85,9 +85,7 @@ class RunDirectory:
     ) -> None:
         if every < 1:
             raise UserError(f"every={every} must be at least 1.")
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-        with writing(path / "lock"):
+        with filling(path), writing(path / "lock"):
             self._lock = (path / "lock").open("a")
         _lock(self._lock, path)
         self._resumable = resumable

@@ -101,6 +101,28 @@ class TestPartitionExamples:
         assert not recwarn.list
 
 
+class TestAnotherSeed:
+    def test_it_may_do_where_one_finds_no_split(self):
+        labels = np.random.default_rng(0).integers(0, 2, 60)
+
+        def split(seed):
+            return partition_examples(
+                labels,
+                8,
+                partitioning="dirichlet",
+                alpha=0.5,
+                min_examples=3,
+                seed=seed,
+            )
+
+        with pytest.raises(
+            PartitionError, match=r"by seed=0\. Try another seed, "
+        ) as no:
+            split(0)
+        assert "\n" not in str(no.value)
+        assert min(map(len, split(3))) >= 3
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -114,7 +136,7 @@ class TestRefusals:
             ({"partitioning": "dirichlet", "alpha": float("inf")}, "alpha=inf"),
             (
                 {"partitioning": "dirichlet", "alpha": 0.01, "num_partitions": 50},
-                r"alpha=0.01 .*50 devices .*min_examples=4.*Raise alpha",
+                r"alpha=0.01 .*50 devices .*min_examples=4.*raise alpha",
             ),
             ({"labels": np.zeros((2, 2))}, r"labels is \[2, 2\]"),
             (

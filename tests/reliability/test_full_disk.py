@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import replacing, writing
+from lola_flwr.files import filling, replacing, writing
 from lola_flwr.report import Report, Run
 from lola_flwr.run import directory as run_directory
 from lola_flwr.run.checkpoint import Checkpoints, Snapshot
@@ -98,6 +100,28 @@ def test_a_directory_that_takes_nothing(tmp_path, write):
     # Where even root may write nothing.
     with pytest.raises(UserError, match=r"^/proc/.* cannot be written: "):
         write(Path("/proc/lola"))
+
+
+def test_a_model_that_cannot_be_saved(tmp_path, roberta):
+    words = {"[UNK]": 0, **{f"word-{number}": number + 1 for number in range(5000)}}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    )
+    for saved in (roberta, tokenizer):
+        with (
+            pytest.raises(UserError, match=r"model cannot be written: .*; make room"),
+            full_disk(10_000),
+            filling(tmp_path / "model") as directory,
+        ):
+            saved.save_pretrained(directory)
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with (
+        pytest.raises(UserError, match=r"file cannot be written: .*; move away"),
+        filling(path) as directory,
+    ):
+        roberta.save_pretrained(directory)
+    assert path.read_text() == "mine"
 
 
 def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):

@@ -98,8 +98,8 @@ def partition_examples(
         raise PartitionError(
             f"Too few examples on a device: partitioning='dirichlet' with "
             f"alpha={alpha} found no split of {len(values)} examples over "
-            f"{num_partitions} devices with at least min_examples={min_examples} each. "
-            "Raise alpha, or use fewer devices."
+            f"{num_partitions} devices with at least min_examples={min_examples} each "
+            f"by seed={seed}. Try another seed, raise alpha, or use fewer devices."
         ) from error
     return [np.asarray(part["index"][:], dtype=np.int64) for part in parts]
 

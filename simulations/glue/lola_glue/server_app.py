@@ -30,6 +30,7 @@ from lola_flwr.build import (
 )
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
+from lola_flwr.files import filling
 from lola_flwr.model.adapters import merge, save_model
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import check_sequence_length, load_values
@@ -134,12 +135,14 @@ def fine_tune(grid: Grid, context: Context) -> None:
         load_values(
             model, partition.trainable, [values[n] for n in partition.trainable]
         )
-        save_model(model, directory / "model")
-        tokenizer.save_pretrained(directory / "model")
+        with filling(directory / "model") as saved:
+            save_model(model, saved)
+            tokenizer.save_pretrained(saved)
         log(INFO, "model written to %s", directory / "model")
         if config.save_merged:
-            merge(model).save_pretrained(directory / "merged")
-            tokenizer.save_pretrained(directory / "merged")
+            with filling(directory / "merged") as saved:
+                merge(model).save_pretrained(saved)
+                tokenizer.save_pretrained(saved)
             log(INFO, "merged model written to %s", directory / "merged")
     last = files.log.last()
     if last is not None:
