@@ -201,8 +201,7 @@ class LoLaDeft(FedAvg):
             raise UserError(SECAGG_REFUSAL)
         server_round += self._rounds.rounds_before
         for failure in failures:
-            reason = failure[1].status if isinstance(failure, tuple) else failure
-            log(WARNING, "round %s: device failed: %s", server_round, quoted(reason))
+            log(WARNING, "round %s: device failed: %s", server_round, _said(failure))
         metrics = self._rounds.complete(
             DeviceReply(
                 device_id=proxy.cid,
@@ -335,3 +334,14 @@ def _ask_profiles(
             reason = quoted(error) if str(error) else f"none after {wait_s:g} s"
             log(WARNING, "no profile from device %s: %s", device, reason)
     return answers
+
+
+def _said(failure: tuple[ClientProxy, FitRes] | BaseException) -> str:
+    """Return what a failure says in the end, where a traceback has its error."""
+    if isinstance(failure, tuple):
+        return quoted(failure[1].status)
+    # Flower's workflow hands on the message's error, which is none of Python's.
+    told = [getattr(part, "reason", part) for part in failure.args] or [failure]
+    # Ray puts angle brackets around it.
+    lines = [line for line in str(told[0]).splitlines() if line.strip(" >")] or [""]
+    return quoted(lines[-1].rpartition("Message: ")[2])

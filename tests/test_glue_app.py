@@ -178,6 +178,7 @@ def test_adapters_are_saved_as_such_and_merged(initialisation, tmp_path):
         (['schedule="Cosine"'], "is not a schedule"),
         (['optimizer-options="eps"'], "optimizer-options='eps'"),
         (["rounds=0", 'codec="zip"'], "rounds=0: Input should be greater"),
+        (['partitioning="dirichlet"', "dirichlet-alpha=0.005"], "Try another seed"),
         (['tuning="prompt-tuning"'], "does not adapt layers one by one"),
         (['tuning="lora"', 'tuning-options="rank=8"'], "keyword argument 'rank'"),
     ],

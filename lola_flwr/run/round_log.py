@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,35 @@ def read_rounds(path: Path) -> list[Record]:
     # A line without an end is still being written.
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [_read_record(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def require_training(records: Sequence[Record]) -> None:
+    """Refuse to call a run complete in which no device has ever trained anything.
+
+    Raises
+    ------
+    UserError
+        There is no round, or none in which an update was accepted.
+    """
+    if any(map(_has_trained, records)):
+        return
+    why = "there was no round"
+    if records:
+        last = records[-1]
+        said = last.skipped
+        if isinstance(last, RoundRecord) and last.blocks:
+            said = f"{last.blocks[0].device}: {last.blocks[0].status}"
+        why = f"round {last.server_round}: {said}"
+    raise UserError(
+        f"Nothing was trained, no update of any device could be used ({why}); the "
+        "warnings above say more."
+    )
+
+
+def _has_trained(record: Record) -> bool:
+    if isinstance(record, RoundRecord):
+        return any(block.status == "accepted" for block in record.blocks)
+    return record.skipped is None
 
 
 def _read_record(line: str, where: str) -> Record:
@@ -107,8 +136,3 @@ class RoundLog:
             file.flush()
             os.fsync(file.fileno())
             return file.tell()
-
-    def last(self) -> Record | None:
-        """Return the last record; None if there is none yet."""
-        records = read_rounds(self.path)
-        return records[-1] if records else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from lola_flwr.errors import UserError
-from lola_flwr.run.records import BlockRecord, RoundRecord
-from lola_flwr.run.round_log import RoundLog, read_rounds
+from lola_flwr.run.records import BlockRecord, RoundRecord, StepRecord
+from lola_flwr.run.round_log import RoundLog, read_rounds, require_training
 
 BLOCK = BlockRecord(
     block_index=1,
@@ -36,6 +37,23 @@ def path(tmp_path):
     for record in RECORDS:
         log.append(record)
     return log.path
+
+
+@pytest.mark.parametrize(
+    ("records", "why"),
+    [
+        ([], "there was no round"),
+        (RECORDS[:1], "round 1: phone: no reply"),
+        (RECORDS, "round 2: nobody there"),
+    ],
+)
+def test_a_run_in_which_nothing_was_trained_is_none(records, why):
+    said = rf"Nothing was trained, .* \({why}\); the warnings"
+    with pytest.raises(UserError, match=said):
+        require_training(records)
+    trained = replace(BLOCK, status="accepted")
+    require_training([replace(RECORDS[0], blocks=(BLOCK, trained)), *records])
+    require_training([StepRecord(1, 3, 3.0, exchanges=7), *records])
 
 
 def test_what_is_written_is_read(path):

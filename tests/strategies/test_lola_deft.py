@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import ConfigRecord, Context, Error, RecordDict
 from flwr.client import ClientApp
 from flwr.client.mod import secaggplus_mod
 from flwr.common import (
@@ -41,7 +41,7 @@ from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint
-from lola_flwr.strategies import LoLaDeft, Waits
+from lola_flwr.strategies import LoLaDeft, Waits, lola_deft
 from lola_flwr.system.devices import simulated_device
 from tests.flat_settings import coordinator_of
 from tests.strategies.in_process import InProcessGrid
@@ -449,3 +449,29 @@ def test_secure_aggregation_is_refused(federation, monkeypatch):
 
     with pytest.raises(UserError, match="take the SecAgg mod and workflow out"):
         run([secaggplus_mod])
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (
+            # As Flower's simulation hands it on.
+            Exception(
+                Error(
+                    code=2,
+                    reason="<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<"
+                    "\x1b[36mray::ClientAppActor.run()\x1b[39m (pid=7)\n  File ...\n"
+                    "flwr.clientapp.client_app.ClientAppException: \nException "
+                    "ClientAppException occurred. Message: Raise alpha.\n>",
+                )
+            ),
+            "'Raise alpha.'",
+        ),
+        (Exception(Error(code=0, reason="KeyError('a')")), "\"KeyError('a')\""),
+        (Exception("the node is gone\n\n"), "'the node is gone'"),
+        (Exception(), "''"),
+        (Exception(Error(code=0, reason="x" * 10**6)), repr("x" * 200)[:200]),
+    ],
+)
+def test_a_failure_is_logged_by_what_it_says_in_the_end(failure, said):
+    assert lola_deft._said(failure) == said

@@ -72,15 +72,22 @@ def _training_data(config: GlueConfig) -> tuple[Task, Examples]:
     return task, train
 
 
-@lru_cache(maxsize=1)
-def _parts(config: GlueConfig, num_partitions: int) -> list[npt.NDArray[np.intp]]:
+def split(
+    config: GlueConfig, train: Examples, num_partitions: int
+) -> list[npt.NDArray[np.intp]]:
+    """Return which examples each device has, or raise a `PartitionError`."""
     return partition_examples(
-        _training_data(config)[1].labels,
+        train.labels,
         num_partitions,
         partitioning=config.partitioning,
         alpha=config.dirichlet_alpha,
         seed=config.seed,
     )
+
+
+@lru_cache(maxsize=1)
+def _parts(config: GlueConfig, num_partitions: int) -> list[npt.NDArray[np.intp]]:
+    return split(config, _training_data(config)[1], num_partitions)
 
 
 def _profile(config: GlueConfig, index: int) -> DeviceProfile:

@@ -36,6 +36,7 @@ from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import check_sequence_length, load_values
 from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
 from lola_flwr.run.records import Record
+from lola_flwr.run.round_log import read_rounds, require_training
 from lola_flwr.run.tracking import tracking
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.selection.importance import Response
@@ -45,6 +46,7 @@ from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.strategies.run_rounds import run_rounds
 from lola_glue.config import GlueConfig, keyword_arguments
 from lola_glue.costs import load_model, model_blocks, model_costs
+from lola_glue.device import split
 from lola_glue.methods import (
     low_rank_of,
     response_of,
@@ -81,6 +83,9 @@ def fine_tune(grid: Grid, context: Context) -> None:
     """Fine-tune the configured model on the configured task."""
     config = GlueConfig.from_run_config(context.run_config)
     task, train, dev = load_task(config.task, config.data_dir, seed=config.seed)
+    if config.num_devices:
+        # Each device works out its own part: a split that cannot be is seen here first.
+        split(config, train, config.num_devices)
     model, tokenizer = load_model(config, task.num_labels)
     check_sequence_length(model, config.max_length, config.model)
     partition = model_blocks(config, model)
@@ -130,6 +135,8 @@ def fine_tune(grid: Grid, context: Context) -> None:
         else:
             run_message(grid, config, trained, evaluate, on_round)
     log(INFO, "rounds written to %s", files.log.path)
+    records = read_rounds(files.log.path)
+    require_training(records)
     if config.save_model or config.save_merged:
         values = trained.values()
         load_values(
@@ -144,9 +151,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
                 merge(model).save_pretrained(saved)
                 tokenizer.save_pretrained(saved)
             log(INFO, "merged model written to %s", directory / "merged")
-    last = files.log.last()
-    if last is not None:
-        log(INFO, "%s", last.final_line())
+    log(INFO, "%s", records[-1].final_line())
 
 
 def run_legacy(

@@ -18,7 +18,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.loading import load_values
 from lola_flwr.run.directory import describe_run, run_directory
 from lola_flwr.run.records import Record
-from lola_flwr.run.round_log import RoundLog
+from lola_flwr.run.round_log import RoundLog, read_rounds, require_training
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.run_rounds import run_rounds
 from lola_vision.config import VisionConfig
@@ -54,11 +54,9 @@ def train(grid: Grid, context: Context) -> None:
     directory = run_directory(config.output_dir, context.run_id)
     log_file = RoundLog(directory / "rounds.jsonl")
     describe_run(directory, app="lola-vision", config=config.to_run_config())
-    last: list[Record] = []
 
     def on_round(record: Record) -> None:
         log_file.append(record)
-        last[:] = [record]
 
     coordinator = coordinator_for(
         model,
@@ -90,4 +88,6 @@ def train(grid: Grid, context: Context) -> None:
                 {**evaluate(arrays.to_numpy_ndarrays())}
             ),
         )
-    log(INFO, "%s", last[0].final_line())
+    records = read_rounds(log_file.path)
+    require_training(records)
+    log(INFO, "%s", records[-1].final_line())
