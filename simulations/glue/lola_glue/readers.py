@@ -268,9 +268,10 @@ def read_tsv(path: Path, layout: TsvFormat) -> Examples:
         # utf-8-sig drops the byte-order mark of MRPC.
         with path.open(encoding="utf-8-sig", newline="") as file:
             text = file.read()
-        quoting = csv.QUOTE_MINIMAL if _is_csv(path, text) else csv.QUOTE_NONE
         reader = csv.reader(
-            io.StringIO(text, newline=""), delimiter="\t", quoting=quoting
+            io.StringIO(text, newline=""),
+            delimiter="\t",
+            quoting=csv.QUOTE_MINIMAL if _is_csv(path, text) else csv.QUOTE_NONE,
         )
         numbered = ((reader.line_num, row) for row in reader if row)
         return _parse_rows(path, numbered, layout)
