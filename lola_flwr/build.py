@@ -16,10 +16,10 @@ from lola_flwr.allocation import RoundMode
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.measured import Example
 from lola_flwr.costs.of_model import model_costs
+from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.steps import StepSchedules
-from lola_flwr.d2ft.subnetworks import find_subnetworks
 from lola_flwr.errors import UserError
-from lola_flwr.model.adapters import model_partition
+from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import fingerprint
 from lola_flwr.planning import AllocationOptions

@@ -17,7 +17,7 @@ from lola_flwr.costs.estimated import (
 )
 from lola_flwr.costs.measured import Example, measure_costs
 from lola_flwr.errors import UserError
-from lola_flwr.model.adapters import base_weights
+from lola_flwr.model.adapter_blocks import base_weights
 from lola_flwr.model.blocks import BlockPartition, passed_names
 
 _REMEDY = (

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.d2ft.execution import require_layers, scheduled
+from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
-from lola_flwr.d2ft.subnetworks import Subnetworks, find_subnetworks
+from lola_flwr.d2ft.subnetworks import Subnetworks
 from lola_flwr.model.backprop import (
     Batch,
     BlockGradient,

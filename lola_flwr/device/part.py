@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from lola_flwr.d2ft.branches import contribute
 from lola_flwr.d2ft.execution import replaced_layers
+from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation, from_text
 from lola_flwr.d2ft.subnetworks import (
     Branch,
     LayerNotUnderstood,
     Slice,
     Subnetworks,
-    find_subnetworks,
     hidden_size,
 )
 from lola_flwr.d2ft.wire import (

@@ -11,6 +11,7 @@ from lola_flwr.planning.fleet_plans import (
     plan_rounds,
     round_problem,
 )
+from lola_flwr.planning.known import AllocationOptions, Known, RunStatement
 from lola_flwr.planning.latency_target import most_valuable_blocks
 from lola_flwr.planning.solution import (
     SolvedRound,
@@ -18,13 +19,7 @@ from lola_flwr.planning.solution import (
     planned_blocks,
     solve_round,
 )
-from lola_flwr.planning.statement import (
-    AllocationOptions,
-    Known,
-    RoundProblem,
-    RunStatement,
-    stated_round,
-)
+from lola_flwr.planning.statement import RoundProblem, stated_round
 
 __all__ = [
     "AllocationOptions",

@@ -15,12 +15,8 @@ from lola_flwr.allocation import (
     rotate,
 )
 from lola_flwr.allocation.problem import IntArray
-from lola_flwr.planning.statement import (
-    Known,
-    RoundProblem,
-    RunStatement,
-    stated_round,
-)
+from lola_flwr.planning.known import Known, RunStatement
+from lola_flwr.planning.statement import RoundProblem, stated_round
 from lola_flwr.randomness import rng_for
 from lola_flwr.run.records import BlockRecord
 

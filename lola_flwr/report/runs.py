@@ -73,7 +73,7 @@ class Run:
     @property
     def is_plan(self) -> bool:
         """Whether its rounds were only planned."""
-        statuses = {block.status for record in self.rounds for block in record.blocks}
+        statuses = {block.status for record in self.rounds for block in _blocks(record)}
         return statuses == {"planned"}
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lola_flwr.costs.measured import saved_bytes
+from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import (
     FULL_TUNING,
@@ -20,9 +21,8 @@ from lola_flwr.d2ft.schedule import (
     operation_values,
     schedule_subnetworks,
 )
-from lola_flwr.d2ft.subnetworks import find_subnetworks
 from lola_flwr.d2ft.training import scheduled_gradient, split_batch
-from lola_flwr.model.adapters import model_partition
+from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.loading import load_classifier
 from simulations.compare.measure import counted_flops
 

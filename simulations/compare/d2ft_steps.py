@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from lola_flwr.costs.of_model import model_costs
+from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import Budgets, Scores, place_subnetworks
 from lola_flwr.d2ft.scores import score_subnetworks
@@ -15,7 +16,7 @@ from lola_flwr.d2ft.steps import (
     compute_s,
     uploads_s,
 )
-from lola_flwr.d2ft.subnetworks import find_subnetworks, hidden_size
+from lola_flwr.d2ft.subnetworks import hidden_size
 from lola_flwr.d2ft.training import scheduled_gradient
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.loading import load_values
@@ -54,15 +55,7 @@ def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) 
         solver=method.solver,
         seed=settings.seed,
     )
-    costs = model_costs(
-        model,
-        partition,
-        batch_size=settings.batch_size,
-        sequence_length=task.sequence_length,
-    )
-    # Forward passes of one sub-network over one example, as the cost model has it.
-    layer_flops = costs.flops[0] - costs.flops[1]  # the forward pass of one layer
-    unit_flops = layer_flops / settings.batch_size / subnetworks.num_groups
+    unit_flops = _forward_flops(task, settings) / subnetworks.num_groups
     scores: Scores | None = None
     flops = payload = memory = 0
     wireless_s = 0.0
@@ -114,6 +107,17 @@ def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) 
             values = optimizer.state()
             load_values(model, names, [values[name] for name in names])
             report(Point(step, task.evaluate(), wireless_s, flops, payload, memory))
+
+
+def _forward_flops(task: Task, settings: RunSettings) -> float:
+    """Return what a layer's forward pass over one example takes, by the cost model."""
+    costs = model_costs(
+        task.model,
+        task.partition,
+        batch_size=settings.batch_size,
+        sequence_length=task.sequence_length,
+    )
+    return float(costs.flops[0] - costs.flops[1]) / settings.batch_size
 
 
 def _micro_batches(

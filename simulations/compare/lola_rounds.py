@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from lola_flwr.allocation import InfeasibleAllocation, RoundMode
 from lola_flwr.build import (
@@ -21,10 +23,12 @@ from lola_flwr.build import (
     Transfer,
     coordinator_for,
 )
+from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.of_model import model_costs, with_pool, zeroth_order_costs
 from lola_flwr.device.block_device import BlockDevice
 from lola_flwr.device.sampling import POOL_FACTOR, ChosenBatches, Rule
 from lola_flwr.model.backprop import Batch
+from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
@@ -42,147 +46,193 @@ FloatArrays = Mapping[str, npt.NDArray[np.float32]]
 
 def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) -> None:
     """Train a task's model by rounds; ``report`` is called with what is evaluated."""
-    model, layers = task.model, task.partition
-    merged = method.kind == "fedavg-full"
-    partition = layers.merged() if merged else layers
-    sizes: dict[str, Any] = {
-        "batch_size": settings.batch_size,
-        "sequence_length": task.sequence_length,
-    }
-    costs = model_costs(model, layers, **sizes, codec=method.codec, merged=merged)
-    if method.rule:
-        costs = with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)
-    zeroth_order = None
-    if method.zeroth_order:
-        count = int(
-            method.zeroth_order.get("num_directions", ZerothOrder.num_directions)
-        )
-        zeroth_order = ZerothOrder(
-            costs=zeroth_order_costs(model, layers, **sizes, num_directions=count),
-            **method.zeroth_order,
-        )
-    parameters = dict(model.named_parameters())
-    selector = selector_named(
-        method.selector,
-        method.selector_options,
-        partition=partition,
-        weight_of=lambda name: parameters[name].float().numpy(force=True),
-    )
-
-    def coordinator_with(latency_target_s: float) -> Coordinator:
-        selection = Selection(
-            selector,
-            latency_target_s=latency_target_s,
-            response=_response(task) if method.selector == NEEDS_RESPONSE else None,
-        )
-        mode = RoundMode(participation="all" if merged else "needed")
-        return coordinator_for(
-            model,
-            partition,
-            costs=costs,
-            batch_size=settings.batch_size,
-            step=ServerStep(lr=task.lr, linear_decay_steps=settings.linear_decay_steps),
-            settings=RoundSettings(
-                channel=Channel(bandwidth_hz=settings.bandwidth_hz),
-                transfer=Transfer(
-                    codec=method.codec,
-                    low_rank=LowRankProjection(**method.low_rank, seed=settings.seed)
-                    if method.low_rank
-                    else None,
-                ),
-                allocation=AllocationOptions(mode=mode),
-                selection=selection,
-                devices=DeviceOptions(zeroth_order=zeroth_order),
-                seed=settings.seed,
-            ),
-        )
-
-    def device(index: int) -> BlockDevice:
-        profile = simulated_device(index, seed=settings.seed)
-
-        def draw(server_round: int, batch_size: int) -> Batch:
-            return task.draw(index, server_round, batch_size)
-
-        def compute_s(assignment: Assignment) -> float:
-            own = costs
-            if zeroth_order is not None and assignment.direction_seed is not None:
-                own = zeroth_order.costs
-            return float(own.flops[assignment.block_index] / profile.flops_per_s)
-
-        source = draw
-        if method.rule:
-            source = ChosenBatches(
-                source=draw,
-                load_model=lambda: model,
-                rule=cast(Rule, method.rule),
-            ).__call__
-        return BlockDevice(
-            profile=profile,
-            load_model=lambda: (model, partition),
-            batch_source=source,
-            seed=settings.seed,
-            simulated_compute_s=compute_s,
-        )
-
-    devices = {f"id-{i}": device(i) for i in range(settings.num_devices)}
-
-    def met(coordinator: Coordinator) -> Coordinator:
-        for name, one in devices.items():
-            coordinator.add_device(name, one.profile.to_properties())
-        return coordinator
-
-    target_s = math.inf
-    if math.isfinite(method.latency_target):
-        unhurried = met(coordinator_with(math.inf))
-        rounds = range(1, settings.rounds + 1)
-        whole_s = [unhurried.plan_round(r, devices).allocation.round_s for r in rounds]
-        target_s = method.latency_target * float(np.median(whole_s))
-    coordinator = met(coordinator_with(target_s))
-    flops = payload = memory = 0
-    wireless_s = 0.0
-    # Following every tensor takes time: once for each block, however it is trained.
-    measured: set[tuple[int, bool]] = set()
-
-    def train(name: str, assignment: Assignment) -> DeviceReply:
-        nonlocal flops, memory
-        work = devices[name].train, assignment, coordinator.values()
-        kind = assignment.block_index, assignment.direction_seed is None
-        if kind not in measured:
-            measured.add(kind)
-            memory = max(memory, peak_bytes(model, *work))
-        update, count = counted_flops(*work)
-        tensors = {key: _npy(array) for key, array in update.arrays.items()}
-        flops += count
-        return DeviceReply(
-            name, tensors, update.num_examples, update.report.to_record()
-        )
-
+    run = _Run.of(task, method, settings)
+    devices = {f"id-{i}": _device(run, i) for i in range(settings.num_devices)}
+    coordinator = _coordinator(run, devices, _latency_target_s(run, devices))
+    effort = _Effort(task.model)
+    payload, wireless_s = 0, 0.0
     for server_round in range(1, settings.rounds + 1):
         try:
             plan = coordinator.plan_round(server_round, devices)
         except InfeasibleAllocation:
             pass  # of no block could a round be done in time: nobody is asked
         else:
-            replies = [train(*asked) for asked in plan.assignments.items()]
+            values = coordinator.values()
+            replies = [
+                effort.reply(name, devices[name], assignment, values)
+                for name, assignment in plan.assignments.items()
+            ]
             record = coordinator.complete_round(plan, replies)
             if record.refused:
                 raise RuntimeError(f"round {server_round}: refused {record.refused}")
             payload += sum(block.received_bytes for block in record.blocks)
             wireless_s = record.wireless_s
         if settings.is_evaluated(server_round):
-            state = coordinator.values()
-            names = partition.trainable
-            load_values(model, names, [state[name] for name in names])
+            values, names = coordinator.values(), run.partition.trainable
+            load_values(task.model, names, [values[name] for name in names])
             report(
                 Point(
                     server_round,
                     task.evaluate(),
                     wireless_s,
-                    flops,
+                    effort.flops,
                     payload,
-                    memory,
+                    effort.memory,
                 )
             )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """What a run's coordinator and devices are made of."""
+
+    task: Task
+    method: Method
+    settings: RunSettings
+    partition: BlockPartition
+    costs: BlockCosts
+    zeroth_order: ZerothOrder | None
+
+    @classmethod
+    def of(cls, task: Task, method: Method, settings: RunSettings) -> _Run:
+        model, layers = task.model, task.partition
+        sizes: dict[str, Any] = {
+            "batch_size": settings.batch_size,
+            "sequence_length": task.sequence_length,
+        }
+        merged = method.kind == "fedavg-full"
+        costs = model_costs(model, layers, **sizes, codec=method.codec, merged=merged)
+        if method.rule:
+            costs = with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)
+        zeroth_order = None
+        if method.zeroth_order:
+            usual = ZerothOrder.num_directions
+            count = int(method.zeroth_order.get("num_directions", usual))
+            zeroth_order = ZerothOrder(
+                costs=zeroth_order_costs(model, layers, **sizes, num_directions=count),
+                **method.zeroth_order,
+            )
+        return cls(
+            task=task,
+            method=method,
+            settings=settings,
+            partition=layers.merged() if merged else layers,
+            costs=costs,
+            zeroth_order=zeroth_order,
+        )
+
+    def compute_s(self, assignment: Assignment, flops_per_s: float) -> float:
+        """Return how long a device of some speed computes."""
+        costs = self.costs
+        if self.zeroth_order is not None and assignment.direction_seed is not None:
+            costs = self.zeroth_order.costs
+        return float(costs.flops[assignment.block_index] / flops_per_s)
+
+
+def _coordinator(
+    run: _Run, devices: Mapping[str, BlockDevice], latency_target_s: float
+) -> Coordinator:
+    """Make a coordinator that knows some devices."""
+    task, method, settings = run.task, run.method, run.settings
+    parameters = dict(task.model.named_parameters())
+    selector = selector_named(
+        method.selector,
+        method.selector_options,
+        partition=run.partition,
+        weight_of=lambda name: parameters[name].float().numpy(force=True),
+    )
+    low_rank = None
+    if method.low_rank:
+        low_rank = LowRankProjection(**method.low_rank, seed=settings.seed)
+    is_merged = method.kind == "fedavg-full"
+    mode = RoundMode(participation="all" if is_merged else "needed")
+    coordinator = coordinator_for(
+        task.model,
+        run.partition,
+        costs=run.costs,
+        batch_size=settings.batch_size,
+        step=ServerStep(lr=task.lr, linear_decay_steps=settings.linear_decay_steps),
+        settings=RoundSettings(
+            channel=Channel(bandwidth_hz=settings.bandwidth_hz),
+            transfer=Transfer(codec=method.codec, low_rank=low_rank),
+            allocation=AllocationOptions(mode=mode),
+            selection=Selection(
+                selector,
+                latency_target_s=latency_target_s,
+                response=_response(task) if method.selector == NEEDS_RESPONSE else None,
+            ),
+            devices=DeviceOptions(zeroth_order=run.zeroth_order),
+            seed=settings.seed,
+        ),
+    )
+    for name, device in devices.items():
+        coordinator.add_device(name, device.profile.to_properties())
+    return coordinator
+
+
+def _latency_target_s(run: _Run, devices: Mapping[str, BlockDevice]) -> float:
+    """Return the method's part of what a round of all blocks takes, median."""
+    if not math.isfinite(run.method.latency_target):
+        return math.inf
+    unhurried = _coordinator(run, devices, math.inf)
+    rounds = range(1, run.settings.rounds + 1)
+    whole_s = [unhurried.plan_round(r, devices).allocation.round_s for r in rounds]
+    return run.method.latency_target * float(np.median(whole_s))
+
+
+def _device(run: _Run, index: int) -> BlockDevice:
+    """Make one of the simulated devices, which share the model."""
+    profile = simulated_device(index, seed=run.settings.seed)
+
+    def draw(server_round: int, batch_size: int) -> Batch:
+        return run.task.draw(index, server_round, batch_size)
+
+    source = draw
+    if run.method.rule:
+        source = ChosenBatches(
+            source=draw,
+            load_model=lambda: run.task.model,
+            rule=cast(Rule, run.method.rule),
+        ).__call__
+    return BlockDevice(
+        profile=profile,
+        load_model=lambda: (run.task.model, run.partition),
+        batch_source=source,
+        seed=run.settings.seed,
+        simulated_compute_s=lambda assignment: run.compute_s(
+            assignment, profile.flops_per_s
+        ),
+    )
+
+
+class _Effort:
+    """Has devices train, and follows what that takes: operations, peak of memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.flops = self.memory = 0
+        self._model = model
+        # Following every tensor takes time: once for each block, however trained.
+        self._measured: set[tuple[int, bool]] = set()
+
+    def reply(
+        self,
+        name: str,
+        device: BlockDevice,
+        assignment: Assignment,
+        values: FloatArrays,
+    ) -> DeviceReply:
+        """Return what a device sends back."""
+        kind = assignment.block_index, assignment.direction_seed is None
+        if kind not in self._measured:
+            self._measured.add(kind)
+            peak = peak_bytes(self._model, device.train, assignment, values)
+            self.memory = max(self.memory, peak)
+        update, count = counted_flops(device.train, assignment, values)
+        self.flops += count
+        tensors = {key: _npy(array) for key, array in update.arrays.items()}
+        return DeviceReply(
+            name, tensors, update.num_examples, update.report.to_record()
+        )
 
 
 def _response(task: Task) -> Callable[[FloatArrays], float]:

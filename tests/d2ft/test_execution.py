@@ -9,13 +9,10 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from lola_flwr.d2ft.execution import run_layer, scheduled
+from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.scores import score_subnetworks
-from lola_flwr.d2ft.subnetworks import (
-    LayerNotUnderstood,
-    find_subnetworks,
-    parameter_slices,
-)
+from lola_flwr.d2ft.subnetworks import LayerNotUnderstood, parameter_slices
 from lola_flwr.d2ft.training import scheduled_gradient, split_batch
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient

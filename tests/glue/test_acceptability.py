@@ -8,13 +8,9 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from lola_glue.acceptability import (
-    DEV_VOCABULARY,
-    PHENOMENA,
-    TRAIN_VOCABULARY,
-    minimal_pairs,
-)
+from lola_glue.acceptability import PHENOMENA, minimal_pairs
 from lola_glue.tasks import Examples, TaskError, load_task
+from lola_glue.vocabulary import DEV_VOCABULARY, TRAIN_VOCABULARY
 
 SEEDS = (0, 1, 2)
 VOCABULARIES = {"train": TRAIN_VOCABULARY, "dev": DEV_VOCABULARY}

@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lola_glue.readers import LabelCodec, TsvFormat, read_tsv
+from lola_glue.scoring import score
 from lola_glue.tasks import (
     TASKS,
     Examples,
     TaskError,
     find_task,
     load_task,
-    score,
 )
 
 # Two rows of each task as its files have them: made-up sentences, GLUE's own layout.

@@ -21,7 +21,8 @@ from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model import adapters
-from lola_flwr.model.adapters import adapt, merge, model_partition, save_model
+from lola_flwr.model.adapter_blocks import base_name, model_partition
+from lola_flwr.model.adapters import adapt, merge, save_model
 from lola_flwr.model.backprop import block_gradient, only_block_trainable
 from lola_flwr.model.blocks import BlocksNotFound
 from lola_flwr.model.loading import fingerprint, load_classifier
@@ -121,7 +122,7 @@ class TestTuners:
             for name in layer
             if not torch.equal(
                 model.get_parameter(name),
-                plain.get_parameter(adapters._base_name(name)),
+                plain.get_parameter(base_name(name)),
             )
         ]
         assert bool(changed) == (case in BASE_CHANGING)

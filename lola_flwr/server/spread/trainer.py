@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import (
     STATELESS_ADAPTER_TUNING,
@@ -24,11 +25,7 @@ from lola_flwr.d2ft.schedule import (
     place_subnetworks,
 )
 from lola_flwr.d2ft.steps import StepSchedules, compute_s, uploads_s
-from lola_flwr.d2ft.subnetworks import (
-    LayerNotUnderstood,
-    find_subnetworks,
-    layer_names,
-)
+from lola_flwr.d2ft.subnetworks import LayerNotUnderstood, layer_names
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import fingerprint, load_values

@@ -9,7 +9,8 @@ from torch import nn
 from lola_flwr.costs import of_model
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.device.sampling import POOL_FACTOR
-from lola_flwr.model.adapters import adapt, model_partition
+from lola_flwr.model.adapter_blocks import model_partition
+from lola_flwr.model.adapters import adapt
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_classifier
 from lola_glue.config import GlueConfig, keyword_arguments

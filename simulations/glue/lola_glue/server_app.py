@@ -54,7 +54,8 @@ from lola_glue.methods import (
     selection_of,
     zeroth_order_of,
 )
-from lola_glue.tasks import Examples, Task, load_task, score
+from lola_glue.scoring import score
+from lola_glue.tasks import Examples, Task, load_task
 from lola_glue.text import make_batch
 
 _EVALUATION_BATCH = 128

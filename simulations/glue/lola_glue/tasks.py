@@ -1,4 +1,4 @@
-"""GLUE tasks by name: their data and their metrics.
+"""GLUE tasks by name: their data, and which metrics they have.
 
 One list, `TASKS`, says everything about a task that the rest of the app needs: its
 labels, its metrics, its folder and columns in GLUE's TSV files, and its columns on
@@ -6,31 +6,21 @@ the hub.
 """
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from lola_flwr.errors import UserError
-from lola_glue.acceptability import (
-    DEV_VOCABULARY,
-    TRAIN_VOCABULARY,
-    MinimalPair,
-    minimal_pairs,
-)
+from lola_glue.acceptability import MinimalPair, minimal_pairs
 from lola_glue.readers import (
     Examples,
     LabelCodec,
-    Labels,
     TaskError,
     TsvFormat,
     read_hub,
     read_tsv,
 )
+from lola_glue.vocabulary import DEV_VOCABULARY, TRAIN_VOCABULARY
 
 __all__ = [
     "HUB",
@@ -40,7 +30,6 @@ __all__ = [
     "TaskError",
     "find_task",
     "load_task",
-    "score",
 ]
 
 HUB = "hub"
@@ -360,78 +349,3 @@ def _task_folder(data_dir: Path, folder: str) -> Path:
         f"Directory missing: data-dir={str(data_dir)!r} holds no {folder}. Put "
         f"{folder}'s TSV files there, or choose another task."
     )
-
-
-def _correlation(
-    statistic: Callable[..., tuple[float, float]], first: Labels, second: Labels
-) -> float:
-    """Correlate; 0 where a side is constant, which predicts nothing of the other."""
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return 0.0
-    return float(statistic(first, second)[0])
-
-
-def _f1(labels: Labels, predicted: Labels) -> float:
-    """F1 of class 1; 0 where it is neither predicted nor there."""
-    return float(f1_score(labels, predicted, zero_division=0.0))
-
-
-# sklearn's matthews_corrcoef is 0 for constant predictions.
-_METRICS: dict[str, Callable[[Labels, Labels], float]] = {
-    "accuracy": lambda labels, predicted: float(accuracy_score(labels, predicted)),
-    "f1": _f1,
-    "matthews_correlation": lambda labels, predicted: float(
-        matthews_corrcoef(labels, predicted)
-    ),
-    "pearson": lambda labels, predicted: _correlation(pearsonr, labels, predicted),
-    "spearman": lambda labels, predicted: _correlation(spearmanr, labels, predicted),
-}
-
-
-def _predict(task: Task, logits: npt.ArrayLike, num_examples: int) -> Labels:
-    """Turn logits into classes, or into scores; [M]."""
-    values = np.asarray(logits, dtype=np.float64)
-    if values.shape != (num_examples, task.num_labels):
-        raise ValueError(
-            f"Shape mismatch: logits is {list(values.shape)} but task={task.name!r} "
-            f"and the labels need [{num_examples}, {task.num_labels}]."
-        )
-    if not np.isfinite(values).all():
-        raise UserError(
-            f"Not finite: logits of {np.count_nonzero(~np.isfinite(values))} entries "
-            "are nan or inf. Lower the learning rate."
-        )
-    if task.is_regression:
-        return values[:, 0]
-    return np.asarray(values.argmax(axis=1), dtype=np.int64)
-
-
-def score(task: Task, logits: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
-    """Compute the task's metrics.
-
-    Parameters
-    ----------
-    task
-        The task.
-    logits
-        The model's output, shape [M, num_labels]; [M, 1] for a regression.
-    labels
-        The true labels, shape [M].
-
-    Returns
-    -------
-    Metric by name, the primary one first. None is ever nan: a Matthews, Pearson or
-    Spearman correlation is 0 where predictions or labels are constant. It is
-    undefined there; 0 is its value for a prediction that tells nothing of the label,
-    and a run goes on.
-
-    Raises
-    ------
-    ValueError
-        If there are no examples, the shapes do not match or a logit is not finite.
-    """
-    truth = np.asarray(labels)
-    if truth.size == 0:
-        raise ValueError("No examples: labels is empty. Give at least one example.")
-    predicted = _predict(task, logits, len(truth))
-    return {name: _METRICS[name](truth, predicted) for name in task.metrics}

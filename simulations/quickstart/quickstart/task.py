@@ -6,7 +6,8 @@ from itertools import product
 import datasets
 import torch
 
-from lola_flwr.model.adapters import adapt, model_partition
+from lola_flwr.model.adapter_blocks import model_partition
+from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.loading import load_classifier
 

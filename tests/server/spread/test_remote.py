@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lola_flwr.clients import BlockDevice
+from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import place_subnetworks
-from lola_flwr.d2ft.subnetworks import LayerNotUnderstood, find_subnetworks
+from lola_flwr.d2ft.subnetworks import LayerNotUnderstood
 from lola_flwr.d2ft.training import scheduled_gradient
 from lola_flwr.device.part import compute_part
 from lola_flwr.errors import UserError

@@ -1,0 +1,170 @@
+"""What a round's problem follows from: what a run is told, and what is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lola_flwr.allocation import Allocator, RoundMode, find_allocator
+from lola_flwr.allocation.problem import IntArray
+from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.errors import UserError
+from lola_flwr.system.channel import Channel
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.estimation import ComputeEstimate, RateEstimate
+from lola_flwr.wire.payload import Payloads, UpdateSizes
+from lola_flwr.zeroth_order.mixing import BoolArray, FloatArray, ZerothOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationOptions:
+    """How blocks, bandwidth and codecs are given out.
+
+    Parameters
+    ----------
+    allocator
+        Name of an allocator, ``"package.module:function"``, or a function from problem
+        to allocation.
+    mode
+        Which blocks need how many devices (default: every block one).
+    rotation_eps
+        Relative latency that may be given up for letting blocks meet other devices'
+        data; 0 turns rotation off.
+    codec_slack
+        Where devices have codecs to choose from: relative latency that may be given up
+        for finer ones than the coarsest; see `lola_flwr.allocation.codec_levels`.
+    longest_round_s
+        A device that would need longer for a block, had it the whole band to itself, is
+        not given that block.
+
+    Raises
+    ------
+    UserError
+        Unknown name of an allocator, or negative ``codec_slack``.
+    """
+
+    allocator: str | Allocator = "exact"
+    mode: RoundMode = RoundMode()  # noqa: RUF009 (frozen)
+    rotation_eps: float = 0.0
+    codec_slack: float = 0.1
+    longest_round_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        """Check now what would else be an error in round 1."""
+        if isinstance(self.allocator, str):
+            find_allocator(self.allocator)
+        if not self.codec_slack >= 0:
+            raise UserError(f"codec_slack={self.codec_slack} must be at least 0.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunStatement:
+    """What the problems of a run's rounds have in common.
+
+    Parameters
+    ----------
+    costs
+        What each of the N blocks costs a device.
+    sizes
+        How large updates are; None: as ``costs`` says, in one codec, and with the
+        head's gradient in every one.
+    channel
+        What the devices share.
+    allocation
+        How blocks and bandwidth are given out.
+    zeroth_order
+        How devices without the memory for back-propagation are used; None: not at all.
+    reduced_schedules
+        Whether devices may do less than a block takes.
+    latency_target_s
+        Time that a round may take, seconds.
+    seed
+        Seed of the run: the channel and random allocators follow from it.
+    """
+
+    costs: BlockCosts
+    sizes: UpdateSizes | None = None
+    channel: Channel = Channel()  # noqa: RUF009 (frozen)
+    allocation: AllocationOptions = AllocationOptions()
+    zeroth_order: ZerothOrder | None = None
+    reduced_schedules: bool = False
+    latency_target_s: float = math.inf
+    seed: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks N."""
+        return self.costs.flops.size
+
+    def payloads(self, server_round: int, trained: BoolArray) -> Payloads:
+        """Return what devices may upload in a round that trains some blocks, [N]."""
+        if self.sizes is None:
+            return Payloads(("",), self.costs.payload_bits[None, :], trained)
+        return self.sizes.payloads(server_round, trained)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Known:
+    """What is known before a round, of K devices and N blocks.
+
+    Parameters
+    ----------
+    server_round
+        Round, from 1.
+    profiles
+        What the devices say of themselves.
+    estimate, rates
+        Correct what they claim of their processors and links.
+    memory_limit_bytes
+        Below how much memory each device's blocks had better stay, for it failed
+        lately, shape [K]; infinite for devices without failures, 0 for those that rest
+        altogether.
+    failures
+        How often each device failed, [K].
+    meetings
+        How often each device's update of each block was accepted, shape [K, N].
+    wanted
+        Which blocks are to be trained, and by how many devices each.
+    worth
+        What each block is worth, shape [N], where only those are trained that fit the
+        latency target; None: all that are wanted.
+    block_updates
+        Updates that each block has had, shape [N].
+    partial
+        Whether blocks may be left out that there is no device for.
+    """
+
+    server_round: int
+    profiles: tuple[DeviceProfile, ...]
+    estimate: ComputeEstimate = field(default_factory=ComputeEstimate)
+    rates: RateEstimate = field(default_factory=RateEstimate)
+    memory_limit_bytes: FloatArray
+    failures: tuple[int, ...]
+    meetings: IntArray
+    wanted: RoundMode
+    worth: FloatArray | None = None
+    block_updates: IntArray
+    partial: bool = False
+
+    @classmethod
+    def at_first(
+        cls, run: RunStatement, profiles: Sequence[DeviceProfile], server_round: int = 1
+    ) -> Known:
+        """Return what is known before any round: what the devices claim."""
+        return cls(
+            server_round=server_round,
+            profiles=tuple(profiles),
+            memory_limit_bytes=np.full(len(profiles), np.inf),
+            failures=(0,) * len(profiles),
+            meetings=np.zeros((len(profiles), run.num_blocks), np.int64),
+            wanted=run.allocation.mode,
+            block_updates=np.zeros(run.num_blocks, np.int64),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the devices."""
+        return [profile.name for profile in self.profiles]
