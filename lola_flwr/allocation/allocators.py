@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pkgutil import resolve_name
 from typing import Any, Protocol, cast
@@ -21,7 +21,6 @@ from lola_flwr.allocation.jbba import solve_jbba
 from lola_flwr.allocation.problem import (
     AllocationProblem,
     IntArray,
-    Participation,
     RoundMode,
 )
 from lola_flwr.allocation.solution import Allocation
@@ -56,11 +55,6 @@ RANDOM_ALLOCATORS = frozenset({"random", "random+shares"})
 def allocate(
     problem: AllocationProblem,
     allocator: str | Callable[..., Allocation] = "exact",
-    *,
-    blocks: Sequence[int] | None = None,
-    devices_per_block: int | Sequence[int] | None = None,
-    participation: Participation | None = None,
-    backups: int | None = None,
     **options: Any,
 ) -> Allocation:
     """Assign blocks and bandwidth for one round.
@@ -72,9 +66,6 @@ def allocate(
     allocator
         A name from `ALLOCATORS`, ``"package.module:function"``, or any function from a
         problem to an `Allocation`.
-    blocks, devices_per_block, participation, backups
-        Replace these fields of the problem's `RoundMode`. To `Allocation.check` the
-        answer, check it against a problem that has the same mode.
     options
         Passed on to the allocator: ``seed`` for the random ones, ``max_iterations`` and
         others for the iterative ones.
@@ -101,18 +92,6 @@ def allocate(
     `Allocation.round_s` waits for both. A strategy that goes on with whichever gradient
     comes first ends no later than that.
     """
-    changes: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("blocks", blocks),
-            ("devices_per_block", devices_per_block),
-            ("participation", participation),
-            ("backups", backups),
-        )
-        if value is not None
-    }
-    if changes:
-        problem = replace(problem, mode=replace(problem.mode, **changes))
     solve = find_allocator(allocator) if isinstance(allocator, str) else allocator
     if problem.mode.backups:
         allocation = _with_backups(problem, solve, options)

@@ -49,16 +49,12 @@ class BlockUpdate:
         return replace(self, gradients=gradients)
 
 
-def assemble_gradient(
-    updates: Sequence[BlockUpdate], block_mean: str = "mean"
-) -> FloatArrays:
-    """Average, per parameter, the gradients of the devices that computed it.
+def block_mean_named(name: str) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
+    """Return what averages, per parameter, the gradients of those that computed it.
 
     Parameters
     ----------
-    updates
-        Updates of one round, each of at least one example.
-    block_mean
+    name
         Name of the mean. ``"mean"`` is weighted by examples. The others are robust, and
         coordinate-wise: ``"median"``, and ``"trimmed"``, which leaves out the largest
         and the smallest third (Yin et al., "Byzantine-Robust Distributed Learning:
@@ -67,19 +63,9 @@ def assemble_gradient(
 
     Returns
     -------
-    Gradient of every parameter that some update holds. A parameter that nobody computed
-    has no entry, so that the optimizer leaves it alone.
-
-    Raises
-    ------
-    UserError
-        Unknown ``block_mean``.
-    """
-    return block_mean_named(block_mean)(updates)
-
-
-def block_mean_named(name: str) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
-    """Return the mean of that name.
+    A function from one round's updates, each of at least one example, to the gradient
+    of every parameter that some update holds. A parameter that nobody computed has no
+    entry, so that the optimizer leaves it alone.
 
     Raises
     ------
@@ -153,7 +139,7 @@ def average_statistics(
     updates
         Updates of one round.
     block_mean
-        Name of the mean, as of `assemble_gradient`: ``"mean"`` is weighted by examples.
+        Name of the mean, as of `block_mean_named`: ``"mean"`` is weighted by examples.
 
     Returns
     -------

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from allocation_oracle import fleet_problem, random_problem
@@ -14,6 +16,10 @@ from lola_flwr.allocation.shares import with_equal_shares
 @pytest.fixture
 def problem():
     return fleet_problem(np.random.default_rng(51), 10, 4)
+
+
+def with_mode(problem, **fields):
+    return replace(problem, mode=RoundMode(**fields))
 
 
 class TestDispatch:
@@ -48,30 +54,23 @@ class TestDispatch:
             allocate(problem, "exact", seed=1)
 
     @pytest.mark.parametrize("name", ALLOCATORS)
-    def test_mode_options_replace_the_mode(self, problem, name):
-        allocation = allocate(problem, name, blocks=[3, 1])
+    def test_modes_are_honoured(self, problem, name):
+        allocation = allocate(with_mode(problem, blocks=[3, 1]), name)
         assert (allocation.device_of_block >= 0).tolist() == [False, True, False, True]
         both = RoundMode(blocks=[1, 3], devices_per_block=2)
         doubled = AllocationProblem(
             problem.compute_s, problem.full_band_upload_s, mode=both
         )
         allocate(doubled, name).check(doubled)
-        everyone = allocate(problem, name, participation="all")
+        everyone = allocate(with_mode(problem, participation="all"), name)
         assert np.all(everyone.block_of_device >= 0)
 
 
 class TestBackups:
     def backed_up(self, problem, backups, name="exact"):
-        allocation = allocate(problem, name, backups=backups)
-        mode = RoundMode(backups=backups)
-        allocation.check(
-            AllocationProblem(
-                problem.compute_s,
-                problem.full_band_upload_s,
-                problem.feasible,
-                mode=mode,
-            )
-        )
+        given = with_mode(problem, backups=backups)
+        allocation = allocate(given, name)
+        allocation.check(given)
         return np.bincount(allocation.block_of_device + 1, minlength=5)[1:]
 
     @pytest.mark.parametrize("name", ALLOCATORS)
@@ -98,7 +97,7 @@ class TestBackups:
 
     def test_round_waits_for_the_backups(self, problem):
         # A subset of the devices in a backed-up round is a round of its own.
-        backed_up = allocate(problem, backups=2)
+        backed_up = allocate(with_mode(problem, backups=2))
         assert backed_up.round_s >= allocate(problem).round_s
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from allocation_oracle import matchings, random_problem
@@ -61,15 +63,20 @@ class TestMessages:
 
     def test_several_devices_per_block(self):
         with pytest.raises(InfeasibleAllocation, match="2 blocks that need 6 devices"):
-            allocate(problem(np.ones((5, 2))), devices_per_block=3)
+            allocate(problem(np.ones((5, 2)), mode=RoundMode(devices_per_block=3)))
         with pytest.raises(InfeasibleAllocation, match="Block 0 needs 2 devices"):
-            allocate(problem([[1, 1], [0, 1], [0, 1], [0, 1]]), devices_per_block=2)
+            allocate(
+                problem(
+                    [[1, 1], [0, 1], [0, 1], [0, 1]],
+                    mode=RoundMode(devices_per_block=2),
+                )
+            )
 
     def test_device_without_a_block_when_all_take_part(self):
         given = problem([[1, 1], [1, 1], [0, 0]])
         assert allocate(given).device_of_block.tolist() == [0, 1]
         with pytest.raises(InfeasibleAllocation, match="Device 2 can compute no block"):
-            allocate(given, participation="all")
+            allocate(replace(given, mode=RoundMode(participation="all")))
 
     def test_long_lists_are_cut(self):
         feasible = np.zeros((20, 12), dtype=bool)

@@ -9,8 +9,8 @@ from lola_flwr.errors import UserError
 from lola_flwr.server.assembly import (
     BLOCK_MEANS,
     BlockUpdate,
-    assemble_gradient,
     average_statistics,
+    block_mean_named,
 )
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
 
@@ -23,9 +23,9 @@ def update(value, num_examples=8, name="w"):
 def test_one_of_three_cannot_move_a_robust_mean_beyond_the_others(block_mean):
     honest = [update([1.0, -2.0]), update([3.0, -1.0])]
     for lie in ([1e30, 1e30], [-1e30, 0.0], [2.0, -1.5]):
-        mean = assemble_gradient([*honest, update(lie, 8000)], block_mean)["w"]
+        mean = block_mean_named(block_mean)([*honest, update(lie, 8000)])["w"]
         assert np.all((mean >= [1.0, -2.0]) & (mean <= [3.0, -1.0]))
-    moved = assemble_gradient([*honest, update([1e30, 0])], "mean")["w"]
+    moved = block_mean_named("mean")([*honest, update([1e30, 0])])["w"]
     assert moved[0] > 1e29
 
 
@@ -64,7 +64,7 @@ def test_a_minority_stays_within_the_honest_values(count, data, block_mean):
         data.draw(st.floats(-(2.0**100), 2.0**100, width=32)) for _ in range(hostile)
     ]
     updates = [update([value]) for value in (*lies, *honest)]
-    mean = float(assemble_gradient(updates, block_mean)["w"][0])
+    mean = float(block_mean_named(block_mean)(updates)["w"][0])
     slack = 1e-6 * (1 + np.abs(honest).max())
     assert min(honest) - slack <= mean <= max(honest) + slack
 
@@ -72,7 +72,7 @@ def test_a_minority_stays_within_the_honest_values(count, data, block_mean):
 @pytest.mark.parametrize("block_mean", BLOCK_MEANS)
 def test_all_means_agree_on_equal_updates_and_keep_names_and_types(block_mean):
     updates = [update([0.5, 1.5]) for _ in range(4)]
-    mean = assemble_gradient([*updates, update([9.0], name="v")], block_mean)
+    mean = block_mean_named(block_mean)([*updates, update([9.0], name="v")])
     assert list(mean) == ["w", "v"]
     np.testing.assert_array_equal(
         mean["w"], np.array([0.5, 1.5], np.float32), strict=True
@@ -82,7 +82,7 @@ def test_all_means_agree_on_equal_updates_and_keep_names_and_types(block_mean):
 
 def test_unknown_means_are_named():
     with pytest.raises(UserError, match="choose from mean, median, trimmed"):
-        assemble_gradient([], "krum")
+        block_mean_named("krum")([])
 
 
 def test_the_usual_norm_is_the_median_of_a_block():

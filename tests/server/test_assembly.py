@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lola_flwr.server.assembly import BlockUpdate, assemble_gradient
+from lola_flwr.server.assembly import BlockUpdate, block_mean_named
 
 
 def test_weighted_by_examples_per_parameter():
@@ -11,7 +11,7 @@ def test_weighted_by_examples_per_parameter():
         BlockUpdate({"b": np.float32([3]), "head": np.float32([1])}, 30),
         BlockUpdate({"b": np.float32([7]), "head": np.float32([0])}, 10),
     ]
-    gradient = assemble_gradient(updates)
+    gradient = block_mean_named("mean")(updates)
     assert sorted(gradient) == ["a", "b", "head"]
     np.testing.assert_allclose(gradient["a"], [1, 2])
     np.testing.assert_allclose(gradient["b"], [(3 * 30 + 7 * 10) / 40])
@@ -23,8 +23,8 @@ def test_inputs_are_not_written_to():
     values = np.float32([1, 2])
     values.setflags(write=False)
     updates = [BlockUpdate({"a": values}, 1), BlockUpdate({"a": values}, 3)]
-    np.testing.assert_allclose(assemble_gradient(updates)["a"], [1, 2])
+    np.testing.assert_allclose(block_mean_named("mean")(updates)["a"], [1, 2])
 
 
 def test_nothing_received():
-    assert assemble_gradient([]) == {}
+    assert block_mean_named("mean")([]) == {}
