@@ -15,7 +15,7 @@ from lola_flwr.clients import AssignedBlock
 from lola_flwr.costs.measured import measure_costs
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
-from lola_flwr.model.adapters import model_partition
+from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition, BlocksNotFound, partition_parameters
 from tests.clients.test_assigned_block import (
     Net,
