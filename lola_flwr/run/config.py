@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -36,13 +36,23 @@ class RunConfig(BaseModel):
         UserError
             One line that names every key at fault, its value and the rule.
         """
+        return cls._checked(run_config)
+
+    @classmethod
+    def _checked(
+        cls, run_config: Mapping[str, object], faults: Sequence[str] = ()
+    ) -> Self:
+        """Check as `from_run_config`; faults that are known already are said, too."""
+        said = list(faults)
         try:
-            return cls.model_validate(dict(run_config))
+            config = cls.model_validate(dict(run_config))
         except ValidationError as error:
             known = [field.alias or name for name, field in cls.model_fields.items()]
-            faults = "; ".join(_fault_line(fault, known) for fault in error.errors())
-            end = "" if faults.endswith("?") else "."
-            raise UserError(f"Run configuration: {faults}{end}") from None
+            said = [*(_fault_line(fault, known) for fault in error.errors()), *said]
+        if said:
+            end = "" if said[-1].endswith("?") else "."
+            raise UserError(f"Run configuration: {'; '.join(said)}{end}")
+        return config
 
     def to_run_config(self) -> dict[str, Any]:
         """Return the configuration under its run-config keys."""

@@ -163,7 +163,7 @@ def test_keys_that_make_no_sense(changes):
     ],
 )
 def test_keys_that_d2ft_has_no_use_for(changes, message):
-    usual = {"method": "d2ft", "interface": "message", "d2ft_options": "compute=0.6"}
+    usual = {"method": "d2ft", "d2ft_options": "compute=0.6"}
     assert config(**usual)
     with pytest.raises(UserError, match=message):
         config(**{**usual, **changes})
@@ -171,19 +171,11 @@ def test_keys_that_d2ft_has_no_use_for(changes, message):
 
 def test_d2ft_s_options_are_those_of_its_schedules():
     options = "compute=0.6, micro_batches=7, num_groups=4, same_micro_batches=false"
-    schedules, num_groups = schedules_of(
-        config(method="d2ft", interface="message", d2ft_options=options)
-    )
+    schedules, num_groups = schedules_of(config(method="d2ft", d2ft_options=options))
     assert schedules == StepSchedules(
         micro_batches=7, budgets=Budgets(compute=0.6), same_micro_batches=False
     )
     assert num_groups == 4
     for wrong in ("compute=1.5", "micro_batches=2.5", "shared_budgets=1", "magic=1"):
         with pytest.raises(UserError, match=wrong.split("=")[0]):
-            schedules_of(config(method="d2ft", interface="message", d2ft_options=wrong))
-
-
-def test_defaults_mean_something_under_every_method():
-    """What `_MEANINGLESS` knows of as the default is what pyproject.toml has."""
-    for method in ("lola-deft", "fedavg-full", "d2ft"):
-        assert config(method=method, interface="message").method == method
+            schedules_of(config(method="d2ft", d2ft_options=wrong))

@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 
 from lola_flwr.clients import BlockClient, LoLaClient
 from lola_flwr.deployment.shim import resident
+from lola_glue.interface import interface_of
 
 device_fn = resident("lola_glue.device:device_fn")
 
@@ -31,7 +32,7 @@ class GlueClient(ClientApp):
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one message."""
         # The server has checked the configuration before it sends anything.
-        app = _APPS[str(context.run_config["interface"])]
+        app = _APPS[interface_of(context.run_config)]
         reply: Message = app(message, context)
         return reply
 

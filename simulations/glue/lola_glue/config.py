@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -17,7 +17,12 @@ from lola_flwr.server.assembly import BLOCK_MEANS
 from lola_flwr.server.selection import SELECTORS
 from lola_flwr.wire.codec import codec_ladder
 from lola_flwr.wire.payload import HeadPolicy
+from lola_glue.interface import Interface, interface_of
 from lola_glue.tasks import find_task
+
+if TYPE_CHECKING:
+    # As in `lola_flwr.run.config`.
+    from typing import Self
 
 if sys.version_info >= (3, 11):  # noqa: UP036
     import tomllib
@@ -96,66 +101,46 @@ def _known_trackers(text: str) -> str:
     return text
 
 
-# Keys that say nothing under some method, and what they are by default.
-_OF_BLOCKS: dict[str, object] = {
-    "backups": 0,
-    "devices-per-block": 1,
-    "latency-target-s": 0,
-    "reduced-schedules": False,
-    "rotation-eps": 0,
-    "selector": "all",
-    "zeroth-order": "off",
-}
-_OF_UPDATES: dict[str, object] = {
-    "allocator": "exact",
-    "block-mean": "mean",
-    "codec": "fp32",
-    "compute-jitter": 0,
-    "correct-profiles": True,
-    "downlink": "all",
-    "fit-memory": False,
-    "head": "every",
-    "longest-round-s": 3600,
-    "low-rank": "",
-    "micro-batch-size": 0,
-    "norm-factor": 10,
-    "participation": "needed",
-    "profile-error": 0,
-    # What it chooses depends on the weights, which change between two draws.
-    "sampler": "random",
-}
-_OF_D2FT: dict[str, object] = {"d2ft-options": ""}
-_MEANINGLESS = {
-    "lola-deft": ("where every device has the model", _OF_D2FT),
-    "fedavg-full": (
-        "where every device trains the one block",
-        {**_OF_BLOCKS, **_OF_D2FT},
-    ),
-    "d2ft": (
-        "where no device trains a block by itself",
-        {**_OF_BLOCKS, **_OF_UPDATES},
-    ),
-}
+Method = Literal["lola-deft", "fedavg-full", "d2ft"]
+Scalar = bool | float | int | str
+
+# What may be changed where a stopped run goes on.
+_FREE = frozenset(
+    {
+        "interface",
+        "round_timeout_s",
+        "output_dir",
+        "save_model",
+        "save_merged",
+        "trackers",
+        "eval_every",
+        "keep_checkpoints",
+        "checkpoint_every",
+    }
+)
 
 
 class GlueConfig(RunConfig):
-    """Run configuration; the keys are those of ``[tool.flwr.app.config]``."""
+    """What every method is told; the keys are those of ``[tool.flwr.app.config]``.
+
+    A key that not all methods know stands in the model of those that do, with its
+    default.
+    """
+
+    # Why keys of other methods mean nothing under this one.
+    _because: ClassVar[str]
 
     task: Annotated[str, AfterValidator(_known_task)]
     data_dir: str
     model: str
     num_devices: int = Field(ge=0)
     fleet: str
-    interface: Literal["legacy", "message"]
-    method: Literal["lola-deft", "fedavg-full", "d2ft"]
-    d2ft_options: Options
+    interface: Interface
+    method: Method
     tuning: str
     tuning_options: Options
     rounds: int = Field(ge=1)
     batch_size: int = Field(ge=1)
-    sampler: Literal["random", "entropy", "coreset"]
-    micro_batch_size: int = Field(ge=0)
-    fit_memory: bool
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["fp32", "bf16"]
     max_length: int = Field(ge=8)
@@ -165,34 +150,10 @@ class GlueConfig(RunConfig):
     schedule: str
     schedule_options: Options
     max_gradient_norm: float = Field(gt=0)
-    norm_factor: float = Field(ge=0)
-    block_mean: Literal[BLOCK_MEANS]  # type: ignore[valid-type]
-    longest_round_s: float = Field(gt=0)
-    allocator: Annotated[str, AfterValidator(_known_allocator)]
-    participation: Literal["needed", "all"]
-    devices_per_block: int = Field(ge=1)
-    backups: int = Field(ge=0)
-    correct_profiles: bool
-    selector: Literal[("all", *SELECTORS)]  # type: ignore[valid-type]
-    selector_options: Options
-    latency_target_s: float = Field(ge=0)
-    block_value: Literal["staleness", "equal"]
-    proxy_examples: int = Field(ge=1)
-    zeroth_order: Literal["off", "fallback", "always"]
-    zeroth_order_options: Options
-    low_rank: Options
-    reduced_schedules: bool
-    rotation_eps: float = Field(ge=0, allow_inf_nan=False)
-    codec: Annotated[str, AfterValidator(_codec)]
-    codec_slack: float = Field(ge=0, allow_inf_nan=False)
-    head: HeadPolicy
-    downlink: Literal["all", "changed"]
     bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
     snr_min_db: float = Field(ge=-60, le=80)
     snr_max_db: float = Field(ge=-60, le=80)
     uplink_mbps: Annotated[str, AfterValidator(_checked_rates)]
-    profile_error: float = Field(ge=0, le=3)
-    compute_jitter: float = Field(ge=0, le=3)
     partitioning: Literal["iid", "dirichlet"]
     dirichlet_alpha: float = Field(gt=0)
     seed: int = Field(ge=0)
@@ -204,6 +165,61 @@ class GlueConfig(RunConfig):
     save_model: bool
     save_merged: bool
     trackers: Annotated[str, AfterValidator(_known_trackers)]
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, object]) -> Self:
+        """Check a Flower run configuration; return the model of its method.
+
+        Flower passes all keys of the app: one that the method does not know has its
+        default.
+
+        Raises
+        ------
+        UserError
+            One line that names every key at fault, its value and the rule.
+        """
+        if cls is GlueConfig:
+            method = run_config.get("method")
+            known = (model for model in _METHODS if model.own_method() == method)
+            # Where there is no such method, other faults are said, too.
+            found = next(known, _AnyMethod).from_run_config(run_config)
+            return cast("Self", found)
+        values = dict(run_config)
+        if "interface" in values:
+            values["interface"] = interface_of(values)
+        faults = [
+            f"{key}={json.dumps(value)} means nothing with "
+            f'method="{cls.own_method()}", {cls._because}; set it to {_toml(default)}'
+            for key, default in cls.keys_of_others().items()
+            if key in values and (value := values.pop(key)) != default
+        ]
+        return cls._checked(values, faults)
+
+    @classmethod
+    def own_method(cls) -> str:
+        """Return the name of the method whose model this is."""
+        return str(get_args(cls.model_fields["method"].annotation)[0])
+
+    @classmethod
+    def keys_of_others(cls) -> dict[str, Scalar]:
+        """Return the keys that this method does not know, with their defaults."""
+        return {
+            str(field.alias): field.default
+            for name, field in _AnyMethod.model_fields.items()
+            if name not in cls.model_fields
+        }
+
+    def results_depend_on(self) -> dict[str, Scalar]:
+        """Return the part of the run configuration that a run is only resumed with.
+
+        All methods' keys are in it, as in that of Flower. The number of rounds is in it
+        only where the learning rate depends on it.
+        """
+        free = _FREE if self.schedule == "linear" else {*_FREE, "rounds"}
+        return {
+            **self.keys_of_others(),
+            **self.model_dump(by_alias=True, exclude=set(free)),
+        }
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> GlueConfig:
@@ -217,33 +233,71 @@ class GlueConfig(RunConfig):
                 f"snr-min-db={self.snr_min_db:g} must not exceed "
                 f"snr-max-db={self.snr_max_db:g}"
             )
+        if self.schedule_options and self.schedule in ("constant", "linear"):
+            yield (
+                f"schedule-options={self.schedule_options!r} belong to a class of "
+                f"torch.optim.lr_scheduler, but schedule={self.schedule!r}"
+            )
+
+
+class UpdatesConfig(GlueConfig):
+    """What is told where devices send updates of what they trained by themselves."""
+
+    sampler: Literal["random", "entropy", "coreset"] = "random"
+    micro_batch_size: int = Field(0, ge=0)
+    fit_memory: bool = False
+    norm_factor: float = Field(10.0, ge=0)
+    block_mean: Literal[BLOCK_MEANS] = "mean"  # type: ignore[valid-type]
+    longest_round_s: float = Field(3600.0, gt=0)
+    allocator: Annotated[str, AfterValidator(_known_allocator)] = "exact"
+    correct_profiles: bool = True
+    low_rank: Options = ""
+    codec: Annotated[str, AfterValidator(_codec)] = "fp32"
+    codec_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
+    head: HeadPolicy = "every"
+    downlink: Literal["all", "changed"] = "all"
+    profile_error: float = Field(0.0, ge=0, le=3)
+    compute_jitter: float = Field(0.0, ge=0, le=3)
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.sampler != "random" and find_task(self.task).is_regression:
+            yield (
+                f"sampler={self.sampler!r} needs classes, but task={self.task!r} "
+                'has scores; use sampler="random"'
+            )
+        yield from super()._contradictions()
+
+
+class LolaDeftConfig(UpdatesConfig):
+    """LoLa-DEFT: each device trains one block."""
+
+    _because = "where every device has the model"
+
+    method: Literal["lola-deft"]
+    participation: Literal["needed", "all"] = "needed"
+    devices_per_block: int = Field(1, ge=1)
+    backups: int = Field(0, ge=0)
+    selector: Literal[("all", *SELECTORS)] = "all"  # type: ignore[valid-type]
+    selector_options: Options = ""
+    latency_target_s: float = Field(0.0, ge=0)
+    block_value: Literal["staleness", "equal"] = "staleness"
+    proxy_examples: int = Field(64, ge=1)
+    zeroth_order: Literal["off", "fallback", "always"] = "off"
+    zeroth_order_options: Options = ""
+    reduced_schedules: bool = False
+    rotation_eps: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+    def _contradictions(self) -> Iterator[str]:
         if self.backups and self.participation == "all":
             yield (
                 f"backups={self.backups} needs spare devices, but with "
                 'participation="all" there are none; drop one of the two'
             )
-        reason, defaults = _MEANINGLESS[self.method]
-        for key, neutral in defaults.items():
-            value = getattr(self, key.replace("-", "_"))
-            if value != neutral:
-                yield (
-                    f"{key}={json.dumps(value)} means nothing with "
-                    f'method="{self.method}", {reason}; set it to '
-                    f"{json.dumps(neutral)}"
-                )
-        if self.method == "d2ft" and self.interface != "message":
-            yield 'method="d2ft" needs interface="message"'
-        if self.sampler != "random":
-            if find_task(self.task).is_regression:
-                yield (
-                    f"sampler={self.sampler!r} needs classes, but task={self.task!r} "
-                    'has scores; use sampler="random"'
-                )
-            if self.zeroth_order != "off":
-                yield (
-                    f"sampler={self.sampler!r} does not go with zeroth-order="
-                    f"{self.zeroth_order!r}; drop one of the two"
-                )
+        if self.sampler != "random" and self.zeroth_order != "off":
+            yield (
+                f"sampler={self.sampler!r} does not go with zeroth-order="
+                f"{self.zeroth_order!r}; drop one of the two"
+            )
         if self.latency_target_s and self.participation == "all":
             yield (
                 f"latency-target-s={self.latency_target_s:g} leaves blocks out, and "
@@ -254,8 +308,42 @@ class GlueConfig(RunConfig):
                 f"backups={self.backups} take band that latency-target-s="
                 f"{self.latency_target_s:g} has no room for; drop one of the two"
             )
-        if self.schedule_options and self.schedule in ("constant", "linear"):
+        yield from super()._contradictions()
+
+
+class FedAvgFullConfig(UpdatesConfig):
+    """The baseline: every device trains the whole stack, which is the one block."""
+
+    _because = "where every device trains the one block"
+
+    method: Literal["fedavg-full"]
+
+
+class D2ftConfig(GlueConfig):
+    """D2FT: the model is spread over the devices."""
+
+    _because = "where no device trains a block by itself"
+
+    method: Literal["d2ft"]
+    d2ft_options: Options = ""
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.interface != "message":
             yield (
-                f"schedule-options={self.schedule_options!r} belong to a class of "
-                f"torch.optim.lr_scheduler, but schedule={self.schedule!r}"
+                f'interface={json.dumps(self.interface)}: method="d2ft" needs '
+                'interface="message"; leave interface out'
             )
+        yield from super()._contradictions()
+
+
+class _AnyMethod(LolaDeftConfig, FedAvgFullConfig, D2ftConfig):
+    """All keys there are. It checks what names no method, and so never holds."""
+
+    method: Method  # type: ignore[assignment]
+
+
+_METHODS = (LolaDeftConfig, FedAvgFullConfig, D2ftConfig)
+
+
+def _toml(value: Scalar) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)

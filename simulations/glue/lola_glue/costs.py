@@ -13,7 +13,12 @@ from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_classifier
-from lola_glue.config import GlueConfig, keyword_arguments
+from lola_glue.config import (
+    FedAvgFullConfig,
+    GlueConfig,
+    UpdatesConfig,
+    keyword_arguments,
+)
 
 
 def load_model(config: GlueConfig, num_labels: int) -> tuple[Any, Any]:
@@ -28,10 +33,10 @@ def load_model(config: GlueConfig, num_labels: int) -> tuple[Any, Any]:
 def model_blocks(config: GlueConfig, model: nn.Module) -> BlockPartition:
     """Divide the model: layer by layer, or all of it as one block."""
     layers = model_partition(model)
-    return layers.merged() if config.method == "fedavg-full" else layers
+    return layers.merged() if isinstance(config, FedAvgFullConfig) else layers
 
 
-def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
+def model_costs(config: UpdatesConfig, model: nn.Module) -> BlockCosts:
     """Estimate each block's costs under the run's batch and length.
 
     With a sampler the forward pass over its pool counts.
@@ -45,7 +50,7 @@ def model_costs(config: GlueConfig, model: nn.Module) -> BlockCosts:
         model,
         layers,
         **sizes,
-        merged=config.method == "fedavg-full",
+        merged=isinstance(config, FedAvgFullConfig),
         micro_batch_size=config.micro_batch_size,
     )
     if config.sampler == "random":

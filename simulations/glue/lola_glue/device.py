@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.d2ft.operations import from_text
 from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.deployment.app_code import DeviceContext
-from lola_flwr.device.block_device import BatchSource
 from lola_flwr.device.sampling import ChosenBatches
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
@@ -32,7 +31,12 @@ from lola_flwr.system.devices import (
 from lola_flwr.system.fleet_file import read_fleet
 from lola_flwr.wire.records import Assignment
 from lola_flwr.zeroth_order.mixing import ZerothOrder
-from lola_glue.config import GlueConfig, link_rates_bps
+from lola_glue.config import (
+    GlueConfig,
+    LolaDeftConfig,
+    UpdatesConfig,
+    link_rates_bps,
+)
 from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.methods import zeroth_order_of
 from lola_glue.partitions import partition_examples
@@ -48,7 +52,11 @@ class _WorkerModel:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     partition: BlockPartition
-    costs: BlockCosts
+
+
+@dataclass(frozen=True, eq=False)
+class _WorkerCosts:
+    of_blocks: BlockCosts
     zeroth_order: ZerothOrder | None
 
 
@@ -56,14 +64,16 @@ class _WorkerModel:
 def _worker_model(config: GlueConfig) -> _WorkerModel:
     task, _ = _training_data(config)
     model, tokenizer = load_model(config, task.num_labels)
-    partition = model_blocks(config, model)
-    return _WorkerModel(
-        model=model,
-        tokenizer=tokenizer,
-        partition=partition,
-        costs=model_costs(config, model),
-        zeroth_order=zeroth_order_of(config, model, partition),
-    )
+    return _WorkerModel(model, tokenizer, model_blocks(config, model))
+
+
+@lru_cache(maxsize=1)
+def _worker_costs(config: UpdatesConfig) -> _WorkerCosts:
+    worker = _worker_model(config)
+    zeroth_order = None
+    if isinstance(config, LolaDeftConfig):
+        zeroth_order = zeroth_order_of(config, worker.model, worker.partition)
+    return _WorkerCosts(model_costs(config, worker.model), zeroth_order)
 
 
 @lru_cache(maxsize=1)
@@ -120,8 +130,6 @@ def device_fn(context: DeviceContext) -> BlockDevice:
     rates_bps = link_rates_bps(config.uplink_mbps)
     if rates_bps:
         profile = replace(profile, uplink_bps=rates_bps[index % len(rates_bps)])
-    if config.fit_memory:
-        profile = replace(profile, splits_batch=True)
 
     def load_model() -> tuple[nn.Module, BlockPartition]:
         loaded = _worker_model(config)
@@ -135,40 +143,61 @@ def device_fn(context: DeviceContext) -> BlockDevice:
         tokenizer = _worker_model(config).tokenizer
         return make_batch(train, drawn, tokenizer, max_length=config.max_length)
 
-    def simulated_compute_s(assignment: Assignment) -> float:
-        error = rng_for(config.seed, "profile error", profile.name)
-        jitter = rng_for(config.seed, "jitter", assignment.server_round, profile.name)
-        worker = _worker_model(config)
-        costs = worker.costs
-        if assignment.direction_seed is not None and worker.zeroth_order is not None:
-            costs = worker.zeroth_order.costs
-        flops = float(costs.flops[assignment.block_index])
-        if assignment.operations is not None:
-            operations = from_text(assignment.operations)
-            flops, _ = reduced_costs(costs, assignment.block_index, operations)
-        seconds = flops / profile.flops_per_s
-        return float(
-            seconds
-            * lognormal(config.profile_error, error)
-            * lognormal(config.compute_jitter, jitter)
-        )
-
-    batch_source: BatchSource = draw_batch
-    if config.sampler != "random":
-        batch_source = ChosenBatches(
-            source=draw_batch,
-            load_model=lambda: _worker_model(config).model,
-            rule=config.sampler,
-        )
-    return BlockDevice(
+    device = BlockDevice(
         profile=profile,
         load_model=load_model,
-        batch_source=batch_source,
-        micro_batch_size=config.micro_batch_size,
+        batch_source=draw_batch,
         store=run_store(context.run_id),
-        costs=lambda: _worker_model(config).costs,
         accelerator=config.accelerator,
         precision=config.precision,
         seed=config.seed,
-        simulated_compute_s=None if measured else simulated_compute_s,
+    )
+    if isinstance(config, UpdatesConfig):
+        return _training_blocks(device, config, simulated=not measured)
+    return device
+
+
+def _training_blocks(
+    device: BlockDevice, config: UpdatesConfig, *, simulated: bool
+) -> BlockDevice:
+    """Return a device as it trains a block by itself, in simulated time or its own."""
+    profile, batch_source = device.profile, device.batch_source
+    if config.fit_memory:
+        profile = replace(profile, splits_batch=True)
+    if config.sampler != "random":
+        batch_source = ChosenBatches(
+            source=device.batch_source,
+            load_model=lambda: _worker_model(config).model,
+            rule=config.sampler,
+        )
+    return replace(
+        device,
+        profile=profile,
+        batch_source=batch_source,
+        micro_batch_size=config.micro_batch_size,
+        costs=lambda: _worker_costs(config).of_blocks,
+        simulated_compute_s=(
+            partial(_simulated_compute_s, config, profile) if simulated else None
+        ),
+    )
+
+
+def _simulated_compute_s(
+    config: UpdatesConfig, profile: DeviceProfile, assignment: Assignment
+) -> float:
+    error = rng_for(config.seed, "profile error", profile.name)
+    jitter = rng_for(config.seed, "jitter", assignment.server_round, profile.name)
+    known = _worker_costs(config)
+    costs = known.of_blocks
+    if assignment.direction_seed is not None and known.zeroth_order is not None:
+        costs = known.zeroth_order.costs
+    flops = float(costs.flops[assignment.block_index])
+    if assignment.operations is not None:
+        operations = from_text(assignment.operations)
+        flops, _ = reduced_costs(costs, assignment.block_index, operations)
+    return float(
+        flops
+        / profile.flops_per_s
+        * lognormal(config.profile_error, error)
+        * lognormal(config.compute_jitter, jitter)
     )

@@ -1,11 +1,22 @@
-"""The configured ways to spend a round, as the library knows them."""
+"""What is configured, as the library knows it: step, rounds, D2FT's schedules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from lola_flwr.build import (
+    AllocationOptions,
+    Channel,
+    DeviceOptions,
+    NormLimits,
+    RoundMode,
+    RoundSettings,
+    ServerStep,
+    Transfer,
+)
 from lola_flwr.costs.of_model import zeroth_order_costs
 from lola_flwr.d2ft.schedule import Budgets
 from lola_flwr.d2ft.steps import StepSchedules
@@ -17,12 +28,79 @@ from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.server.selection.importance import FloatArrays, Response
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.zeroth_order.mixing import ZerothOrder
-from lola_glue.config import GlueConfig, keyword_arguments
+from lola_glue.config import (
+    D2ftConfig,
+    GlueConfig,
+    LolaDeftConfig,
+    UpdatesConfig,
+    keyword_arguments,
+)
 from lola_glue.tasks import Examples
 
 
+def server_step_of(config: GlueConfig) -> ServerStep:
+    """Return how the server steps."""
+    is_named = config.schedule not in ("constant", "linear")
+    return ServerStep(
+        optimizer=config.optimizer,
+        lr=config.lr,
+        options=keyword_arguments(config.optimizer_options),
+        linear_decay_steps=config.rounds if config.schedule == "linear" else None,
+        schedule=config.schedule if is_named else None,
+        schedule_options=keyword_arguments(config.schedule_options),
+        block_mean=config.block_mean if isinstance(config, UpdatesConfig) else "mean",
+    )
+
+
+def settings_of(
+    config: UpdatesConfig,
+    model: Any,
+    partition: BlockPartition,
+    response: Response | None = None,
+) -> RoundSettings:
+    """Return how the run's rounds go; where blocks differ, by what a response tells."""
+    settings = RoundSettings(
+        channel=Channel(bandwidth_hz=config.bandwidth_hz),
+        transfer=Transfer(
+            codec=config.codec,
+            head=config.head,
+            low_rank=low_rank_of(config),
+            downlink=config.downlink,
+        ),
+        allocation=AllocationOptions(
+            allocator=config.allocator,
+            # The one block of full fine-tuning: every device trains it.
+            mode=RoundMode(participation="all"),
+            codec_slack=config.codec_slack,
+            longest_round_s=config.longest_round_s,
+        ),
+        devices=DeviceOptions(correct_profiles=config.correct_profiles),
+        limits=NormLimits(config.max_gradient_norm, config.norm_factor or math.inf),
+        seed=config.seed,
+    )
+    if not isinstance(config, LolaDeftConfig):
+        return settings
+    mode = RoundMode(
+        devices_per_block=config.devices_per_block,
+        participation=config.participation,
+        backups=config.backups,
+    )
+    return replace(
+        settings,
+        allocation=replace(
+            settings.allocation, mode=mode, rotation_eps=config.rotation_eps
+        ),
+        selection=selection_of(config, model, partition, response),
+        devices=replace(
+            settings.devices,
+            zeroth_order=zeroth_order_of(config, model, partition),
+            reduced_schedules=config.reduced_schedules,
+        ),
+    )
+
+
 def selection_of(
-    config: GlueConfig,
+    config: LolaDeftConfig,
     model: Any,
     partition: BlockPartition,
     response: Response | None = None,
@@ -44,7 +122,7 @@ def selection_of(
 
 
 def response_of(
-    config: GlueConfig,
+    config: LolaDeftConfig,
     model: Any,
     partition: BlockPartition,
     train: Examples,
@@ -80,7 +158,7 @@ def response_of(
 
 
 def zeroth_order_of(
-    config: GlueConfig, model: Any, partition: BlockPartition
+    config: LolaDeftConfig, model: Any, partition: BlockPartition
 ) -> ZerothOrder | None:
     """Return how the run uses devices that do not back-propagate."""
     if config.zeroth_order == "off":
@@ -100,7 +178,7 @@ def zeroth_order_of(
         raise UserError(f"zeroth-order-options: {error}.") from None
 
 
-def schedules_of(config: GlueConfig) -> tuple[StepSchedules, int | None]:
+def schedules_of(config: D2ftConfig) -> tuple[StepSchedules, int | None]:
     """Return D2FT's schedules, and the head groups of each layer (None: its heads)."""
     options = keyword_arguments(config.d2ft_options)
     if "costs" in options:
@@ -120,7 +198,7 @@ def schedules_of(config: GlueConfig) -> tuple[StepSchedules, int | None]:
     return schedules, num_groups
 
 
-def low_rank_of(config: GlueConfig) -> LowRankProjection | None:
+def low_rank_of(config: UpdatesConfig) -> LowRankProjection | None:
     """Return how the run projects gradients, if it does."""
     if not config.low_rank:
         return None

@@ -15,19 +15,7 @@ from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
-from lola_flwr.build import (
-    AllocationOptions,
-    Channel,
-    DeviceOptions,
-    MicroBatches,
-    NormLimits,
-    RoundMode,
-    RoundSettings,
-    ServerStep,
-    Transfer,
-    coordinator_for,
-    trainer_for,
-)
+from lola_flwr.build import Channel, MicroBatches, coordinator_for, trainer_for
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
 from lola_flwr.files import filling
@@ -44,15 +32,14 @@ from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.strategies.run_rounds import run_rounds
-from lola_glue.config import GlueConfig, keyword_arguments
+from lola_glue.config import D2ftConfig, GlueConfig, LolaDeftConfig, UpdatesConfig
 from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.device import split
 from lola_glue.methods import (
-    low_rank_of,
     response_of,
     schedules_of,
-    selection_of,
-    zeroth_order_of,
+    server_step_of,
+    settings_of,
 )
 from lola_glue.scoring import score
 from lola_glue.tasks import Examples, Task, load_task
@@ -97,11 +84,13 @@ def fine_tune(grid: Grid, context: Context) -> None:
         ]
 
     trained: Coordinator | SpreadTrainer
-    if config.method == "d2ft":
-        trained = make_trainer(config, model, partition)
-    else:
-        response = response_of(config, model, partition, train, mean_loss)
+    if isinstance(config, UpdatesConfig):
+        response = None
+        if isinstance(config, LolaDeftConfig):
+            response = response_of(config, model, partition, train, mean_loss)
         trained = make_coordinator(config, model, partition, response=response)
+    elif isinstance(config, D2ftConfig):
+        trained = make_trainer(config, model, partition)
 
     def evaluate(
         server_round: int, values: Sequence[NDArray[np.floating]]
@@ -117,7 +106,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
         RunDirectory(
             directory,
             trained,
-            configuration=results_depend_on(config),
+            configuration=config.results_depend_on(),
             keep=config.keep_checkpoints,
             every=config.checkpoint_every,
         ) as files,
@@ -236,7 +225,7 @@ def _start(
 
 
 def make_trainer(
-    config: GlueConfig, model: Any, partition: BlockPartition
+    config: D2ftConfig, model: Any, partition: BlockPartition
 ) -> SpreadTrainer:
     """Put D2FT's trainer together for a model and a run configuration."""
     schedules, num_groups = schedules_of(config)
@@ -248,7 +237,7 @@ def make_trainer(
         micro_batches=MicroBatches(
             micro_batch_size=config.batch_size, max_tokens=config.max_length
         ),
-        step=_server_step(config),
+        step=server_step_of(config),
         channel=Channel(bandwidth_hz=config.bandwidth_hz),
         max_gradient_norm=config.max_gradient_norm,
         seed=config.seed,
@@ -256,62 +245,20 @@ def make_trainer(
 
 
 def make_coordinator(
-    config: GlueConfig,
+    config: UpdatesConfig,
     model: Any,
     partition: BlockPartition,
     *,
     response: Response | None = None,
 ) -> Coordinator:
     """Put the coordinator together for a model and a run configuration."""
-    mode = RoundMode(
-        devices_per_block=config.devices_per_block,
-        # Full fine-tuning has one block, and every device trains it.
-        participation="all" if config.method == "fedavg-full" else config.participation,
-        backups=config.backups,
-    )
     return coordinator_for(
         model,
         partition,
         costs=model_costs(config, model),
         batch_size=config.batch_size,
-        step=_server_step(config),
-        settings=RoundSettings(
-            channel=Channel(bandwidth_hz=config.bandwidth_hz),
-            transfer=Transfer(
-                codec=config.codec,
-                head=config.head,
-                low_rank=low_rank_of(config),
-                downlink=config.downlink,
-            ),
-            allocation=AllocationOptions(
-                allocator=config.allocator,
-                mode=mode,
-                rotation_eps=config.rotation_eps,
-                codec_slack=config.codec_slack,
-                longest_round_s=config.longest_round_s,
-            ),
-            selection=selection_of(config, model, partition, response),
-            devices=DeviceOptions(
-                correct_profiles=config.correct_profiles,
-                zeroth_order=zeroth_order_of(config, model, partition),
-                reduced_schedules=config.reduced_schedules,
-            ),
-            limits=NormLimits(config.max_gradient_norm, config.norm_factor or np.inf),
-            seed=config.seed,
-        ),
-    )
-
-
-def _server_step(config: GlueConfig) -> ServerStep:
-    is_named = config.schedule not in ("constant", "linear")
-    return ServerStep(
-        optimizer=config.optimizer,
-        lr=config.lr,
-        options=keyword_arguments(config.optimizer_options),
-        linear_decay_steps=config.rounds if config.schedule == "linear" else None,
-        schedule=config.schedule if is_named else None,
-        schedule_options=keyword_arguments(config.schedule_options),
-        block_mean=config.block_mean,
+        step=server_step_of(config),
+        settings=settings_of(config, model, partition, response),
     )
 
 
@@ -334,22 +281,3 @@ def evaluate_model(
             logits[indices] = output.logits.numpy()
             total_loss += output.loss.item() * len(indices)
     return {"loss": total_loss / len(order), **score(task, logits, examples.labels)}
-
-
-def results_depend_on(config: GlueConfig) -> dict[str, bool | float | int | str]:
-    """Return the part of a configuration that a run can only be resumed with.
-
-    The number of rounds is in it only where the learning rate depends on it.
-    """
-    free = {
-        "interface",
-        "round_timeout_s",
-        "output_dir",
-        "save_model",
-        "save_merged",
-        "trackers",
-    }
-    free |= {"eval_every", "keep_checkpoints", "checkpoint_every"}
-    if config.schedule != "linear":
-        free.add("rounds")
-    return config.model_dump(by_alias=True, exclude=free)
