@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from lola_flwr.deployment.measurement import read_profile
 from lola_flwr.errors import UserError
+from lola_flwr.paths import local_path
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 
 
@@ -77,7 +77,7 @@ def node_profile(context: NodeContext) -> DeviceProfile:
     stated = context.node_config
     if states_profile(stated):
         file = stated.get("profile")
-        measured = read_profile(Path(str(file)).expanduser()) if file else {}
+        measured = read_profile(local_path(str(file))) if file else {}
         return DeviceProfile.from_properties(
             {"name": f"node {context.node_id}", **measured, **stated}
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lola_flwr.cli.console import console, print_json, table
+from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError, si
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-FleetFile = Annotated[Path, typer.Argument(help="Fleet file in TOML.")]
+FleetFile = Annotated[
+    Path, typer.Argument(click_type=LOCAL_PATH, help="Fleet file in TOML.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -27,7 +30,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 def generate(
     devices: Annotated[int, typer.Argument(help="How many devices.")],
     out: Annotated[
-        Path | None, typer.Option(help="File to write (default: standard output).")
+        Path | None,
+        typer.Option(
+            click_type=LOCAL_PATH, help="File to write (default: standard output)."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fleet.")] = 0,
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from lola_flwr.cli.console import bars, console, print_json, table
 from lola_flwr.cli.fleet import fleet_of
+from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError, si
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 def plan(
     fleet: Annotated[
-        Path | None, typer.Option(help="Fleet file (default: a generated fleet).")
+        Path | None,
+        typer.Option(
+            click_type=LOCAL_PATH, help="Fleet file (default: a generated fleet)."
+        ),
     ] = None,
     devices: Annotated[
         int | None, typer.Option(help="Devices to generate; 20 if not given.")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lola_flwr.cli.console import console, print_json, table
+from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError, si
 
 
@@ -16,7 +17,9 @@ def profile(
     model: Annotated[
         str, typer.Option(help="minilm-l6, random:roberta-base, or a directory.")
     ] = "random:roberta-base",
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("device.json"),
+    out: Annotated[
+        Path, typer.Option(click_type=LOCAL_PATH, help="File to write.")
+    ] = Path("device.json"),
     name: Annotated[
         str | None, typer.Option(help="Name of the device; the host's if not given.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError
 
 _RUNS = Path("runs")
@@ -16,11 +17,17 @@ _RUNS = Path("runs")
 def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Directories of runs [default: the latest under runs/]."),
+        typer.Argument(
+            click_type=LOCAL_PATH,
+            help="Directories of runs [default: the latest under runs/].",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write [default: report.html in the first run]."),
+        typer.Option(
+            click_type=LOCAL_PATH,
+            help="File to write [default: report.html in the first run].",
+        ),
     ] = None,
     open_: Annotated[
         bool, typer.Option("--open", help="Show it in the browser.")

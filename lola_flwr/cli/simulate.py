@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lola_flwr.cli.console import print_json
+from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError
+from lola_flwr.paths import local_path
 
 if TYPE_CHECKING:
     from lola_flwr.simulation import FinishedRun
@@ -24,7 +26,9 @@ _OUTPUT_KEY, _FLEET_KEY, _NUMBER_KEY = "output-dir", "fleet", "num-devices"
 
 
 def simulate(
-    app: Annotated[Path, typer.Argument(help="Directory of the Flower app.")],
+    app: Annotated[
+        Path, typer.Argument(click_type=LOCAL_PATH, help="Directory of the Flower app.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Run configuration, as rounds=30 task=cola."),
@@ -33,14 +37,18 @@ def simulate(
         int | None, typer.Option(min=1, help="Devices to simulate.")
     ] = None,
     fleet: Annotated[
-        Path | None, typer.Option(help="Fleet file: simulate these devices.")
+        Path | None,
+        typer.Option(click_type=LOCAL_PATH, help="Fleet file: simulate these devices."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the run's files go [default: runs/...].")
+        Path | None,
+        typer.Option(
+            click_type=LOCAL_PATH, help="Where the run's files go [default: runs/...]."
+        ),
     ] = None,
-    home: Annotated[Path, typer.Option(help="Where Flower keeps its state.")] = Path(
-        "runs/flwr-home"
-    ),
+    home: Annotated[
+        Path, typer.Option(click_type=LOCAL_PATH, help="Where Flower keeps its state.")
+    ] = Path("runs/flwr-home"),
     cpus_per_client: Annotated[
         int, typer.Option(min=1, help="CPUs that one client takes.")
     ] = 1,
@@ -115,7 +123,7 @@ def _prepare(
     directory = None
     if _OUTPUT_KEY in config:
         given = str(out or config[_OUTPUT_KEY] or _new_directory(found.name))
-        directory = Path(given).expanduser().absolute()
+        directory = local_path(given).absolute()
         changes[_OUTPUT_KEY] = str(directory)
     elif out is not None:
         raise UserError(f"{found.name} has no {_OUTPUT_KEY} key, so leave --out out.")
@@ -168,7 +176,7 @@ def _num_devices(
     if path is not None:
         from lola_flwr.system.fleet_file import read_fleet
 
-        there = len(read_fleet(Path(path)))
+        there = len(read_fleet(local_path(path)))
         if {devices, stated} - {None, there}:
             raise UserError(
                 f"{path} has {there} devices, so leave --devices and {_NUMBER_KEY} out."

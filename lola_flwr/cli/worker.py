@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError
 
 
 def worker(
-    socket: Annotated[Path, typer.Option(help="Unix socket to listen at.")],
+    socket: Annotated[
+        Path, typer.Option(click_type=LOCAL_PATH, help="Unix socket to listen at.")
+    ],
     superlink: Annotated[
         str | None, typer.Option(help="SuperLink, host:port; for a limit.")
     ] = None,

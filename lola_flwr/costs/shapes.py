@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_flwr.errors import UserError, nearest
+from lola_flwr.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def model_shapes(model: str, *, num_labels: int = 2) -> ModelShapes:
     UserError
         No such model, or one of a family whose shapes are not known here.
     """
-    directory = Path(model).expanduser()
+    directory = local_path(model)
     if directory.is_dir():
         return ModelShapes(*_from_config(model, _read_config(directory), num_labels))
     name = model.removeprefix("random:").rpartition("/")[2]

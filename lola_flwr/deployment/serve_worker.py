@@ -16,6 +16,7 @@ from lola_flwr.deployment.uplink import NoLimit, UplinkLimit
 from lola_flwr.deployment.worker import Worker, ask_worker, run_worker
 from lola_flwr.deployment.worker_link import LinkError
 from lola_flwr.errors import UserError
+from lola_flwr.paths import local_path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
         prog="lola-flwr worker", description=(__doc__ or "").splitlines()[0]
     )
     add = options.add_argument
-    add("--socket", type=Path, required=True, help="where to listen")
+    add("--socket", type=local_path, required=True, help="where to listen")
     add("--superlink", help="address of the SuperLink, host:port, for a limit")
     add("--relay", help="pace uploads in a relay that listens here: 127.0.0.1:9095")
     add("--tc", metavar="INTERFACE", help="limit uploads with tc on this interface")

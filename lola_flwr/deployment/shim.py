@@ -40,6 +40,7 @@ from lola_flwr.deployment.worker_link import (
 )
 from lola_flwr.device.contract import Device, LocalUpdate, OutOfMemory
 from lola_flwr.errors import UserError
+from lola_flwr.paths import expanded, local_path
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.records import Assignment, PartReport, PartTask, UpdateReport
 
@@ -181,7 +182,7 @@ def _running_worker(context: Context) -> Path:
     LinkError
         It cannot be started.
     """
-    path = Path(str(context.node_config["worker"])).expanduser()
+    path = local_path(context.node_config["worker"])
     try:
         connect(path).close()
         return path
@@ -190,7 +191,7 @@ def _running_worker(context: Context) -> Path:
     # Its own session: it outlives this process, and ends when the SuperNode does.
     process = subprocess.Popen(
         [
-            str(context.node_config.get("worker-python", sys.executable)),
+            expanded(str(context.node_config.get("worker-python", sys.executable))),
             *("-m", "lola_flwr.deployment.serve_worker"),
             *("--socket", str(path), "--exit-with-supernode"),
         ],

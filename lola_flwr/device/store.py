@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lola_flwr.files import replacing, writing
+from lola_flwr.paths import local_path
 from lola_flwr.wire.codec import FloatArray
 from lola_flwr.wire.versions import Manifest, digest
 
@@ -51,7 +52,7 @@ def run_store(run_id: int, root: Path | None = None) -> Path:
         ``lola-flwr/devices`` under FLWR_HOME).
     """
     if root is None:
-        home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+        home = local_path(os.environ.get("FLWR_HOME", "~/.flwr"))
         root = home / "lola-flwr" / "devices"
     directory = root / str(run_id)
     if not directory.is_dir():

@@ -16,6 +16,7 @@ from typing import IO, Any, Protocol, Self
 
 from lola_flwr.errors import UserError
 from lola_flwr.files import filling, replacing, writing
+from lola_flwr.paths import local_path
 from lola_flwr.run.checkpoint import Checkpoints, Snapshot
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import RoundLog
@@ -185,8 +186,8 @@ def run_directory(output_dir: str, run_id: int) -> Path:
         Flower's number of the run.
     """
     if output_dir:
-        return Path(output_dir).expanduser().absolute()
-    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+        return local_path(output_dir).absolute()
+    home = local_path(os.environ.get("FLWR_HOME", "~/.flwr"))
     return home / "lola-flwr" / str(run_id)
 
 

@@ -26,6 +26,7 @@ from lola_flwr.heap import keep_no_freed_memory
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
+from lola_flwr.paths import local_path
 
 MODEL = "random:roberta-base"
 BATCH_SIZE, SEQUENCE_LENGTH = 16, 64
@@ -160,7 +161,7 @@ def main():
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--micro-batch-size", type=int, default=0)
-    parser.add_argument("--base", type=Path)
+    parser.add_argument("--base", type=local_path)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     # As devices do; the peers' peaks are lower by it, too.

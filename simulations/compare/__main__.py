@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lola_flwr.errors import UserError
+from lola_flwr.paths import local_path
 from simulations.compare.methods import Method, Point, RunSettings
 from simulations.compare.report import comparison_figure, comparison_rows
 from simulations.compare.runs import run_method
@@ -162,11 +163,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m simulations.compare", description=__doc__
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/compare"), help="where results go")
-    add("--config", type=Path, default=METHODS, help="the methods, as TOML")
+    add("--out", type=local_path, default=Path("runs/compare"), help="where results go")
+    add("--config", type=local_path, default=METHODS, help="the methods, as TOML")
     add("--methods", nargs="+", help="some of them (default: all)")
     add("--tasks", nargs="+", default=["acceptability", TEXTURES], help="what to learn")
-    add("--glue", type=Path, help="directory with GLUE's TSV files")
+    add("--glue", type=local_path, help="directory with GLUE's TSV files")
     add("--model", default="minilm-l6", help="model of the text tasks")
     add("--seeds", type=int, default=1, help="how many seeds")
     add("--first-seed", type=int, default=0, help="the first of them")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lola_flwr.errors import UserError
+from lola_flwr.paths import local_path
 from simulations.figures import depth, latency, learning, outcomes, plots, summary
 from simulations.figures.tables import Row, markdown_table, numbers, write_csv
 
@@ -208,12 +209,14 @@ def _print_table(path: Path, table: Sequence[Row], notes: Sequence[str] = ()) ->
 def main() -> int:
     """Make the figures that the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/figures"))
+    parser.add_argument("--out", type=local_path, default=Path("runs/figures"))
     parser.add_argument(
         "--only", nargs="+", choices=FIGURES, metavar="NAME", help=", ".join(FIGURES)
     )
     parser.add_argument("--fleets", type=int, default=60, help="latency: random fleets")
-    parser.add_argument("--glue", type=Path, help="learning: directory with GLUE data")
+    parser.add_argument(
+        "--glue", type=local_path, help="learning: directory with GLUE data"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="learning: runs of each")
     parser.add_argument("--rounds", type=int, default=30, help="learning: rounds")
     parser.add_argument("--model", default="minilm-l6", help="learning: model")

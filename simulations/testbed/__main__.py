@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lola_flwr.paths import local_path
 from simulations.testbed.federation import (
     Federation,
     Options,
@@ -185,7 +186,7 @@ def main() -> int:
     add("--rounds", type=int, default=3)
     add("--limit", choices=("pacing", "tc", "none"), default="pacing")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("runs/testbed"))
+    add("--out", type=local_path, default=Path("runs/testbed"))
     arguments = parser.parse_args()
     reason = why_unavailable()
     if reason is not None:

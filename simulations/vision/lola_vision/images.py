@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import Batch
+from lola_flwr.paths import expanded
 from lola_flwr.randomness import rng_for
 
 TEXTURES = ("rows", "columns", "diagonals", "checkers")
@@ -57,7 +57,7 @@ def load_images(data_dir: str, size: int, seed: int) -> tuple[Images, Images]:
         return train, draw_textures(_NUM_HELD_OUT, size, rng)
     try:
         folder = datasets.load_dataset(
-            "imagefolder", data_dir=str(Path(data_dir).expanduser()), split="train"
+            "imagefolder", data_dir=expanded(data_dir), split="train"
         )
         # A model of one class would be one of regression.
         label = folder.features.get("label")
