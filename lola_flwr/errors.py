@@ -32,6 +32,11 @@ def quoted(said: object) -> str:
     return repr(text[:_LONGEST_QUOTE])[:_LONGEST_QUOTE]
 
 
+def reason_of(error: Exception) -> str:
+    """Return the first line of what a library says, fit for a line of one's own."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the known word that is most like this one.
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from lola_flwr.costs.adapters import measured_costs
+from lola_flwr.costs.dropout import dropped_heads
 from lola_flwr.costs.estimated import (
     BlockCosts,
     estimate_costs,
@@ -81,7 +82,7 @@ def model_costs(
         partition,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        dropout_heads=_dropout_heads(model),
+        dropout_heads=dropped_heads(model) if sequence_length > 1 else 0,
         merged=merged,
         micro_batch_size=micro_batch_size,
         adapters=measured_costs(model, partition) if partition.layers else None,
@@ -180,10 +181,3 @@ def _refuse_to_estimate(
 
 def _width(shapes: Sequence[Sequence[int]]) -> int:
     return Counter(size for shape in shapes for size in shape).most_common(1)[0][0]
-
-
-def _dropout_heads(model: nn.Module) -> int:
-    """Return the attention heads if training drops attention weights out, else 0."""
-    config = getattr(model, "config", None)
-    drops = getattr(config, "attention_probs_dropout_prob", 0.0) > 0
-    return int(getattr(config, "num_attention_heads", 0)) if drops else 0

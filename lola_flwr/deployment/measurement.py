@@ -197,7 +197,8 @@ def measure_device(
 
     from lola_flwr.costs.of_model import model_costs
     from lola_flwr.model.blocks import partition_parameters
-    from lola_flwr.model.loading import check_sequence_length, load_classifier
+    from lola_flwr.model.inputs import check_sequence_length, token_ids
+    from lola_flwr.model.loading import load_classifier
 
     if torch_device is None:
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,7 +210,7 @@ def measure_device(
         raise UserError(f"torch-device={torch_device!r}: {reason}.") from None
     progress(f"loading {model_name}", 0, 1)
     memory_bytes = _USABLE_MEMORY * _free_bytes(place)
-    model, tokenizer = load_classifier(model_name, num_labels=2)
+    model, _ = load_classifier(model_name, num_labels=2)
     check_sequence_length(model, sequence_length, model_name)
     model.to(place).train()
     partition = partition_parameters(n for n, _ in model.named_parameters())
@@ -218,7 +219,7 @@ def measure_device(
     )
     shape = (batch_size, sequence_length)
     batch = {
-        "input_ids": torch.randint(5, len(tokenizer), shape, device=place),
+        "input_ids": token_ids(model, sequence_length).to(place).expand(shape),
         "attention_mask": torch.ones(shape, dtype=torch.long, device=place),
         "labels": torch.zeros(batch_size, dtype=torch.long, device=place),
     }

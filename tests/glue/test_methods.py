@@ -23,6 +23,7 @@ from lola_glue.methods import (
     zeroth_order_of,
 )
 from lola_glue.readers import Examples
+from lola_glue.tasks import find_task
 from simulations.figures.learning import app_config
 
 
@@ -35,7 +36,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def tiny():
-    model, _ = load_model(config(), 2)
+    model, _ = load_model(config(), find_task("acceptability"))
     return model, model_blocks(config(), model)
 
 

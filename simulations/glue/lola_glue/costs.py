@@ -12,6 +12,7 @@ from lola_flwr.device.sampling import POOL_FACTOR
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.inputs import check_sequence_length
 from lola_flwr.model.loading import load_classifier
 from lola_glue.config import (
     FedAvgFullConfig,
@@ -19,13 +20,20 @@ from lola_glue.config import (
     UpdatesConfig,
     keyword_arguments,
 )
+from lola_glue.tasks import Task
 
 
-def load_model(config: GlueConfig, num_labels: int) -> tuple[Any, Any]:
+def load_model(config: GlueConfig, task: Task) -> tuple[Any, Any]:
     """Load the model, with adapters if they are what is tuned, and the tokenizer."""
     model, tokenizer = load_classifier(
-        config.model, num_labels=num_labels, seed=config.seed
+        config.model,
+        num_labels=task.num_labels,
+        class_names=task.class_names,
+        seed=config.seed,
     )
+    check_sequence_length(model, config.max_length, config.model)
+    # Saved with it: whoever lets it cut sentences has those that were trained with.
+    tokenizer.model_max_length = config.max_length
     options = keyword_arguments(config.tuning_options)
     return adapt(model, config.tuning, options, seed=config.seed), tokenizer
 

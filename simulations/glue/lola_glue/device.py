@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.paths import local_path
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import (
     DeviceProfile,
@@ -63,7 +63,7 @@ class _WorkerCosts:
 @lru_cache(maxsize=1)
 def _worker_model(config: GlueConfig) -> _WorkerModel:
     task, _ = _training_data(config)
-    model, tokenizer = load_model(config, task.num_labels)
+    model, tokenizer = load_model(config, task)
     return _WorkerModel(model, tokenizer, model_blocks(config, model))
 
 
@@ -102,7 +102,7 @@ def _parts(config: GlueConfig, num_partitions: int) -> list[npt.NDArray[np.intp]
 
 def _profile(config: GlueConfig, index: int) -> DeviceProfile:
     if config.fleet:
-        fleet = read_fleet(Path(config.fleet))
+        fleet = read_fleet(local_path(config.fleet))
         if index >= len(fleet):
             raise UserError(
                 f"fleet={config.fleet!r} has {len(fleet)} devices, but more are "

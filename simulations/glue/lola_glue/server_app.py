@@ -21,7 +21,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.files import filling
 from lola_flwr.model.adapters import merge, save_model
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.model.loading import check_sequence_length, load_values
+from lola_flwr.model.loading import load_values
 from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import read_rounds, require_training
@@ -74,8 +74,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
     if config.num_devices:
         # Each device works out its own part: a split that cannot be is seen here first.
         split(config, train, config.num_devices)
-    model, tokenizer = load_model(config, task.num_labels)
-    check_sequence_length(model, config.max_length, config.model)
+    model, tokenizer = load_model(config, task)
     partition = model_blocks(config, model)
 
     def mean_loss(examples: Examples) -> float:

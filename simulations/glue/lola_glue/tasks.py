@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lola_flwr.paths import local_path
 from lola_glue.acceptability import MinimalPair, minimal_pairs
 from lola_glue.readers import (
     Examples,
@@ -69,8 +70,8 @@ class Task:
     ----------
     name
         Canonical name, in lower case.
-    num_labels
-        Number of classes; 1 for a regression.
+    class_names
+        What class 0, 1, ... means; empty for a regression.
     is_pair
         Whether an example is two sentences.
     metrics
@@ -80,15 +81,20 @@ class Task:
     """
 
     name: str
-    num_labels: int
+    class_names: tuple[str, ...]
     is_pair: bool
     metrics: tuple[str, ...]
     source: GlueSource | None = None
 
     @property
+    def num_labels(self) -> int:
+        """Number of classes; 1 for a regression."""
+        return len(self.class_names) or 1
+
+    @property
     def is_regression(self) -> bool:
         """Whether the label is a score rather than a class."""
-        return self.num_labels == 1
+        return not self.class_names
 
     @property
     def primary_metric(self) -> str:
@@ -102,14 +108,17 @@ _ACCURACY_F1 = ("accuracy", "f1")
 _CORRELATIONS = ("pearson", "spearman")
 
 _PAIR = ("sentence1", "sentence2")
-_ENTAILMENT = LabelCodec(("entailment", "not_entailment"))
 
-# Class numbers, metrics and hub columns: https://huggingface.co/datasets/nyu-mll/glue
+_ACCEPTABILITY = ("unacceptable", "acceptable")
+_INFERENCE = ("entailment", "neutral", "contradiction")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+# Class numbers and names, metrics and hub columns: https://huggingface.co/datasets/nyu-mll/glue
 _ALL_TASKS = (
-    Task("acceptability", 2, False, _ACCURACY),
+    Task("acceptability", _ACCEPTABILITY, False, _ACCURACY),
     Task(
         "cola",
-        2,
+        _ACCEPTABILITY,
         False,
         _MATTHEWS,
         GlueSource(
@@ -123,14 +132,14 @@ _ALL_TASKS = (
     ),
     Task(
         "sst-2",
-        2,
+        ("negative", "positive"),
         False,
         _ACCURACY,
         GlueSource("SST-2", TsvFormat(("sentence", "label")), "sst2", ("sentence",)),
     ),
     Task(
         "mrpc",
-        2,
+        ("not_equivalent", "equivalent"),
         True,
         _ACCURACY_F1,
         GlueSource(
@@ -139,7 +148,7 @@ _ALL_TASKS = (
     ),
     Task(
         "qqp",
-        2,
+        ("not_duplicate", "duplicate"),
         True,
         _ACCURACY_F1,
         GlueSource(
@@ -151,7 +160,7 @@ _ALL_TASKS = (
     ),
     Task(
         "sts-b",
-        1,
+        (),
         True,
         _CORRELATIONS,
         GlueSource(
@@ -160,14 +169,14 @@ _ALL_TASKS = (
     ),
     Task(
         "mnli",
-        3,
+        _INFERENCE,
         True,
         _ACCURACY,
         GlueSource(
             "MNLI",
             TsvFormat(
                 (*_PAIR, "gold_label"),
-                LabelCodec(("entailment", "neutral", "contradiction")),
+                LabelCodec(_INFERENCE),
             ),
             "mnli",
             ("premise", "hypothesis"),
@@ -176,26 +185,28 @@ _ALL_TASKS = (
     ),
     Task(
         "qnli",
-        2,
+        _ENTAILMENT,
         True,
         _ACCURACY,
         GlueSource(
             "QNLI",
-            TsvFormat(("question", "sentence", "label"), _ENTAILMENT),
+            TsvFormat(("question", "sentence", "label"), LabelCodec(_ENTAILMENT)),
             "qnli",
             ("question", "sentence"),
         ),
     ),
     Task(
         "rte",
-        2,
+        _ENTAILMENT,
         True,
         _ACCURACY,
-        GlueSource("RTE", TsvFormat((*_PAIR, "label"), _ENTAILMENT), "rte", _PAIR),
+        GlueSource(
+            "RTE", TsvFormat((*_PAIR, "label"), LabelCodec(_ENTAILMENT)), "rte", _PAIR
+        ),
     ),
     Task(
         "wnli",
-        2,
+        ("not_entailment", "entailment"),
         True,
         _ACCURACY,
         GlueSource("WNLI", TsvFormat((*_PAIR, "label")), "wnli", _PAIR),
@@ -320,7 +331,7 @@ def load_task(
             for split in ("train", f"validation{source.dev_suffix}")
         )
         return task, train, dev
-    folder = _task_folder(Path(data_dir).expanduser(), source.folder)
+    folder = _task_folder(local_path(data_dir), source.folder)
     train, dev = (
         read_tsv(folder / f"{split}.tsv", source.layout)
         for split in ("train", f"dev{source.dev_suffix}")

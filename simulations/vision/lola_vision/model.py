@@ -40,7 +40,9 @@ def build(
         intermediate_size=2 * config.hidden_size,
         num_hidden_layers=config.layers,
         num_attention_heads=NUM_HEADS,
-        num_labels=len(train.classes),
+        id2label=dict(enumerate(train.classes)),
+        label2id={name: index for index, name in enumerate(train.classes)},
+        problem_type="single_label_classification",
         # The embeddings stay as they are drawn: wide enough to tell patches apart.
         initializer_range=0.1,
     )
