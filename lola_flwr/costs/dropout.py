@@ -17,13 +17,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lola_flwr.errors import UserError, reason_of
-from lola_flwr.model.inputs import failure_of, token_ids
+from lola_flwr.model.inputs import example_inputs, failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-# Tokens of the sequence that is watched.
-_NUM_TOKENS = 7
 
 
 def dropped_heads(model: nn.Module) -> int:
@@ -43,7 +40,7 @@ def dropped_heads(model: nn.Module) -> int:
     if not any(map(_drops, model.modules())):
         return 0
     reason = "its kind of input is not known"
-    for example in _examples(model):
+    for example in example_inputs(model):
         watch = _Watch()
         with _training(model), watch:
             failure = failure_of(model, example)
@@ -114,19 +111,3 @@ def _training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _examples(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Give what may be input of the model."""
-    kind = getattr(model, "main_input_name", None)
-    place = next(model.parameters()).device
-    if kind == "input_ids":
-        ids = token_ids(model, _NUM_TOKENS).to(place)
-        yield {kind: ids}
-        yield {kind: ids, "decoder_input_ids": ids}
-    if kind == "pixel_values":
-        size, channels = (
-            getattr(model.config, key, None) for key in ("image_size", "num_channels")
-        )
-        if isinstance(size, int) and isinstance(channels, int):
-            yield {kind: torch.zeros(1, channels, size, size, device=place)}

@@ -1,11 +1,18 @@
-"""Find the sub-networks of a model, in layers of the families that are understood."""
+"""Find a model's sub-networks, and see that their sum is what its layers compute."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lola_flwr.d2ft.execution import run_layer
+from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.subnetworks import (
     Branch,
     LayerNotUnderstood,
@@ -14,8 +21,11 @@ from lola_flwr.d2ft.subnetworks import (
     branch_slices,
     layer_names,
 )
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.inputs import example_inputs, failure_of
+
+_KNOWN = "sub-networks are known of BERT, RoBERTa, DistilBERT and ViT layers"
 
 # Where the parts of a layer are found: BERT and RoBERTa; ViT as of transformers 5; ViT
 # before; DistilBERT. The first name of each is that of the parameters' owner.
@@ -85,7 +95,8 @@ def find_subnetworks(
     Raises
     ------
     LayerNotUnderstood
-        A layer is of none of these families.
+        A layer is of none of these families, or computes something else for all that
+        its parts are called as theirs.
     UserError
         There are not so many heads.
     """
@@ -94,6 +105,9 @@ def find_subnetworks(
         _parts(model.get_submodule(name), name, num_groups)
         for name in layer_names(partition)
     )
+    if model not in _seen:
+        _check(model, layers)
+        _seen.add(model)
     slices = tuple(
         tuple(
             part
@@ -106,6 +120,120 @@ def find_subnetworks(
     return Subnetworks(layers, slices)
 
 
+# With what a layer is called: arguments by place, and by name.
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Models whose layers were seen to be what they are taken for.
+_seen: WeakSet[nn.Module] = WeakSet()
+
+
+def _check(model: nn.Module, layers: Sequence[LayerParts]) -> None:
+    """Compare what each layer computes with the sum of its sub-networks.
+
+    Parts of the same names do not make the same layer: attention may be approximate,
+    or turned by positions. Layers are called as the model calls them.
+    """
+    reason = "its kind of input is not known"
+    for example in example_inputs(model):
+        with _in_evaluation(model), _recorded(layers) as calls:
+            failure = failure_of(model, example)
+        if failure is None:
+            for parts in layers:
+                _compare(parts, calls.get(parts.layer))
+            return
+        reason = reason_of(failure)
+    raise LayerNotUnderstood(
+        f"{type(model).__name__} could not be run to see whether its layers are what "
+        f"they look like ({reason}); {_KNOWN}."
+    )
+
+
+def _compare(parts: LayerParts, call: _Call | None) -> None:
+    kind = type(parts.layer).__name__
+    try:
+        apart = _difference(parts, call)
+    # A layer that is called otherwise, or whose parts have other sizes.
+    except Exception as error:
+        raise LayerNotUnderstood(
+            f"{kind} is none of the known layers for all the names of its parts "
+            f"({reason_of(error)}); {_KNOWN}."
+        ) from error
+    if not apart < 1e-3:
+        raise LayerNotUnderstood(
+            f"{kind} computes something else than its sub-networks together (relative "
+            f"difference {apart:.0e}); {_KNOWN}."
+        )
+
+
+def _difference(parts: LayerParts, call: _Call | None) -> float:
+    """Return how far a layer is from the sum of its sub-networks, at random weights.
+
+    At those of a new model attention is next to uniform, whatever it computes.
+    """
+    if call is None:
+        raise ValueError("the model does not call it")
+    layer = copy.deepcopy(parts.layer).cpu().float().eval()
+    drawn = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, values in layer.named_parameters():
+            if values.dim() == 1:
+                values.uniform_(-0.5, 0.5, generator=drawn)
+                values += name.endswith("weight")
+            else:
+                values.normal_(0, values.shape[-1] ** -0.5, generator=drawn)
+        arguments = tuple(map(_plain, call[0]))
+        named = {name: _plain(value) for name, value in call[1].items()}
+        mask = arguments[1] if len(arguments) > 1 else named.get("attention_mask")
+        shape = (arguments[0] if arguments else named["hidden_states"]).shape
+        hidden = torch.randn(shape, generator=drawn)
+        if arguments:
+            arguments = (hidden, *arguments[1:])
+        else:
+            named["hidden_states"] = hidden
+        output = layer(*arguments, **named)
+        own = output[0] if isinstance(output, tuple) else output
+        copied = _parts(layer, type(layer).__name__, parts.num_groups)
+        total = run_layer(copied, [Operation.FULL] * parts.num_groups, hidden, mask)
+    return float((total - own).abs().max() / own.abs().max())
+
+
+def _plain(value: Any) -> Any:
+    """Put a tensor where, and into the type, that layers are compared in."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.cpu().float() if value.is_floating_point() else value.cpu()
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _recorded(layers: Sequence[LayerParts]) -> Iterator[dict[nn.Module, _Call]]:
+    """Note with what layers are called."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def note(module: nn.Module, arguments: Any, named: Any) -> None:
+        calls[module] = arguments, dict(named)
+
+    hooks = [
+        parts.layer.register_forward_pre_hook(note, with_kwargs=True)
+        for parts in layers
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _parts(layer: nn.Module, name: str, num_groups: int | None) -> LayerParts:
     found: dict[str, Any] = {}
     for part, places in _PLACES.items():
@@ -113,8 +241,7 @@ def _parts(layer: nn.Module, name: str, num_groups: int | None) -> LayerParts:
         if not values:
             raise LayerNotUnderstood(
                 f"{name} ({type(layer).__name__}) has no {part} at any of "
-                f"{', '.join(places)}; sub-networks are known of BERT, RoBERTa, "
-                "DistilBERT and ViT layers."
+                f"{', '.join(places)}; {_KNOWN}."
             )
         found[part] = values[0]
     for part, places in _OPTIONAL.items():

@@ -7,8 +7,8 @@ says no field of the configuration that all of them have. A short forward pass t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import count
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _PAIR = ("a cat sleeps", "a dog barks")
 _TOKEN_TYPES = "token_type_ids"
+# Tokens of an example that is to be short.
+_NUM_TOKENS = 7
 
 
 def check_sequence_length(
@@ -77,16 +79,37 @@ def token_ids(model: nn.Module, length: int) -> Tensor:
     Padding is not among them, which some models do not count.
     """
     config: Any = model.config
+    table = _word_embeddings(model)
+    known = range(len(table) if table is not None else 100)
     padding = {getattr(module, "padding_idx", None) for module in model.modules()}
     end = getattr(config, "eos_token_id", None)
     reserved = {*padding, getattr(config, "pad_token_id", None), end}
-    word = next(number for number in count() if number not in reserved)
-    ids = torch.full((1, length), word)
-    words = _word_embeddings(model)
-    if isinstance(end, int) and 0 <= end < (end + 1 if words is None else len(words)):
+    words = list(islice((n for n in known if n not in reserved), _NUM_TOKENS))
+    ids = torch.tensor(words).repeat(length // len(words) + 1)[None, :length]
+    if end in known:
         # An encoder with a decoder classifies what it makes of the end.
         ids[0, -1] = end
     return ids
+
+
+def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Give what may be input of a model, a short example each; on its device.
+
+    Nothing where its kind of input is not known.
+    """
+    kind = getattr(model, "main_input_name", None)
+    place = next(model.parameters()).device
+    if kind == "input_ids":
+        ids = token_ids(model, _NUM_TOKENS).to(place)
+        yield {kind: ids}
+        yield {kind: ids, "decoder_input_ids": ids}
+    if kind == "pixel_values":
+        config: Any = model.config
+        size, channels = (
+            getattr(config, key, None) for key in ("image_size", "num_channels")
+        )
+        if isinstance(size, int) and isinstance(channels, int):
+            yield {kind: torch.zeros(1, channels, size, size, device=place)}
 
 
 def fit_tokenizer(
@@ -127,6 +150,7 @@ def fit_tokenizer(
             f"model={name!r}: its tokenizer does not take a pair of sentences "
             f"({reason_of(error)}); use a model of plain text."
         ) from error
+    before = _kinds(model)
     failure = failure_of(model, inputs)
     if failure is not None and inputs.pop(_TOKEN_TYPES, None) is not None:
         # RoBERTa does not tell a pair's sentences apart; a BERT tokenizer numbers them.
@@ -140,6 +164,7 @@ def fit_tokenizer(
             f"sentences ({reason_of(failure)}); use the tokenizer that it was trained "
             "with."
         )
+    _refuse_change(name, before, _kinds(model))
     _agree_on_padding(model, tokenizer)
 
 
@@ -162,6 +187,22 @@ def _check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:
             f"model.resize_token_embeddings({size}), or with the tokenizer that it was "
             "trained with."
         )
+
+
+def _kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def _refuse_change(name: str, before: dict[str, str], after: dict[str, str]) -> None:
+    """Refuse a model of which a short input makes another one, for good (BigBird)."""
+    for module, kind in after.items():
+        if before.get(module) != kind:
+            raise UserError(
+                f"model={name!r}: a short input turns its {module} from "
+                f"{before.get(module)} into {kind} for good, so that what is trained "
+                "is not what is loaded; set it to that kind in its config.json "
+                '(BigBird: "attention_type": "original_full").'
+            )
 
 
 def _agree_on_padding(model: Any, tokenizer: Any) -> None:

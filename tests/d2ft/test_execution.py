@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -274,6 +275,37 @@ def test_slices_cover_each_layer_once(case):
         ends = [0, *np.cumsum([length for _, length in sorted(bounds)])]
         assert [start for start, _ in sorted(bounds)] == ends[:-1]
         assert ends[-1] == parameters[name].shape[dim]
+
+
+# Their layers' parts are called as BERT's, and there is more to them.
+LOOK_LIKE_BERT = {
+    "Nystromformer": {},
+    "RoFormer": {},
+    "ConvBert": {"embedding_size": 32},
+}
+
+
+@pytest.mark.parametrize("family", LOOK_LIKE_BERT)
+def test_layers_that_compute_something_else_are_refused(family):
+    torch.manual_seed(0)
+    sizes = {**SIZES, **LOOK_LIKE_BERT[family]}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+    partition = partition_parameters(n for n, _ in model.named_parameters())
+    with pytest.raises(LayerNotUnderstood, match=f"{family}Layer .*known of BERT"):
+        find_subnetworks(model, partition)
+
+
+def test_a_decoder_without_a_mask_is_refused():
+    """Its kernel knows the order of tokens, of which nothing is said to the layers."""
+    model = copy.deepcopy(make("roberta").model)
+    for layer in model.roberta.encoder.layer:
+        layer.attention.self.is_causal = True
+    partition = partition_parameters(n for n, _ in model.named_parameters())
+    with pytest.raises(
+        LayerNotUnderstood, match="something else than its sub-networks"
+    ):
+        find_subnetworks(model, partition)
 
 
 def test_models_that_are_not_understood():
