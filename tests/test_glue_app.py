@@ -8,10 +8,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
 from lola_flwr.simulation import run_app
+from lola_glue.tasks import TASKS
 
 APP = Path(__file__).parent.parent / "simulations" / "glue"
 OPTIONS = (
@@ -91,6 +93,20 @@ def test_a_run_completes(legacy):
     for name, values in trained.named_parameters():
         changed = not torch.equal(values, initial.get_parameter(name))
         assert changed == (name in blocks.trainable), name
+
+
+def test_the_saved_model_says_the_tasks_classes(legacy):
+    directory = str(legacy[1] / "out" / "model")
+    pipe = transformers.pipeline("text-classification", model=directory)
+    names = TASKS["acceptability"].class_names
+    assert pipe.model.config.id2label == dict(enumerate(names))
+    assert pipe.model.config.problem_type == "single_label_classification"
+    assert pipe.tokenizer.model_max_length == 64
+    # The tokenizer is BERT's, which would number a pair's sentences, the model RoBERTa.
+    (said,) = pipe([{"text": "he sings", "text_pair": "sings he"}])
+    assert said["label"] in names
+    (cut,) = pipe(["word " * 500], truncation=True)
+    assert cut["label"] in names
 
 
 @pytest.mark.parametrize(

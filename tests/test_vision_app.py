@@ -25,7 +25,7 @@ sys.path.append(str(APP))  # Flower puts the app's directory there, too
 
 from lola_vision.client_app import app, device_fn  # noqa: E402
 from lola_vision.config import VisionConfig  # noqa: E402
-from lola_vision.images import draw_textures, load_images  # noqa: E402
+from lola_vision.images import TEXTURES, draw_textures, load_images  # noqa: E402
 from lola_vision.model import build  # noqa: E402
 from lola_vision.server_app import train  # noqa: E402
 
@@ -113,6 +113,13 @@ def test_the_layers_of_the_model_are_its_blocks():
     result = block_gradient(model, partition, 1, batch)
     assert list(result.gradients) == list(partition.update_names(1))
     assert all(values.abs().sum() > 0 for values in result.gradients.values())
+
+
+def test_the_model_names_its_classes():
+    own = build(config())[0].config
+    assert own.id2label == dict(enumerate(TEXTURES))
+    assert own.label2id == {name: index for index, name in enumerate(TEXTURES)}
+    assert own.problem_type == "single_label_classification"
 
 
 def test_the_coordinator_starts_from_the_models_values():

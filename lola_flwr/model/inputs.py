@@ -7,8 +7,9 @@ says no field of the configuration that all of them have. A short forward pass t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,8 @@ from lola_flwr.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_logger = logging.getLogger(__name__)
 
 _PAIR = ("a cat sleeps", "a dog barks")
 _TOKEN_TYPES = "token_type_ids"
@@ -156,8 +159,7 @@ def fit_tokenizer(
         # RoBERTa does not tell a pair's sentences apart; a BERT tokenizer numbers them.
         failure = failure_of(model, inputs)
         names = [n for n in tokenizer.model_input_names if n != _TOKEN_TYPES]
-        tokenizer.model_input_names = names
-        tokenizer.init_kwargs["model_input_names"] = names
+        _set(tokenizer, "model_input_names", names)
     if failure is not None:
         raise UserError(
             f"model={name!r} does not run on what its tokenizer makes of a pair of "
@@ -165,7 +167,7 @@ def fit_tokenizer(
             "with."
         )
     _refuse_change(name, before, _kinds(model))
-    _agree_on_padding(model, tokenizer)
+    _fit_padding(name, model, tokenizer)
 
 
 def _check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:
@@ -205,26 +207,43 @@ def _refuse_change(name: str, before: dict[str, str], after: dict[str, str]) -> 
             )
 
 
-def _agree_on_padding(model: Any, tokenizer: Any) -> None:
-    """Tell the model which token pads, if it looks for the last one that does not."""
-    own = getattr(model.config, "pad_token_id", None)
-    if own == tokenizer.pad_token_id:
-        return
+def _fit_padding(name: str, model: Any, tokenizer: Any) -> None:
+    """Let a sentence's logits not depend on the padding beside it.
+
+    A model that looks for a sentence's last token knows it by what pads, or by the side
+    of it.
+    """
+    own, side = getattr(model.config, "pad_token_id", None), tokenizer.padding_side
     if own is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    elif not _ignores_padding(model, tokenizer):
-        model.config.pad_token_id = tokenizer.pad_token_id
-        if not _ignores_padding(model, tokenizer):
-            model.config.pad_token_id = own
+        own = model.config.pad_token_id = tokenizer.pad_token_id
+    other = "left" if side == "right" else "right"
+    for pad_side, pad_id in product((side, other), (own, tokenizer.pad_token_id)):
+        model.config.pad_token_id = pad_id
+        _set(tokenizer, "padding_side", pad_side)
+        if _ignores_padding(model, tokenizer):
+            return
+    model.config.pad_token_id = own
+    _set(tokenizer, "padding_side", side)
+    _logger.warning(
+        "model=%r: what it says of a sentence depends on the padding beside it, and "
+        "differs for the sentence alone",
+        name,
+    )
+
+
+def _set(tokenizer: Any, key: str, value: Any) -> None:
+    """Set an attribute of a tokenizer so that it is saved with it."""
+    setattr(tokenizer, key, value)
+    tokenizer.init_kwargs[key] = value
 
 
 def _ignores_padding(model: Any, tokenizer: Any) -> bool:
     """Tell whether a sentence's logits are the same beside a longer one."""
-    sentences = (_PAIR[0], " ".join(_PAIR))
+    short, long = _PAIR[0], " ".join(_PAIR)
     with torch.no_grad():
         alone, beside = (
             model(**tokenizer(given, padding=True, return_tensors="pt")).logits[0]
-            for given in ([sentences[0]], list(sentences))
+            for given in ([short], [short, long])
         )
     return torch.allclose(alone, beside, rtol=1e-3, atol=1e-5)
 

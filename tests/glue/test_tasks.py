@@ -438,6 +438,15 @@ class TestParserProperties:
         assert [first for first, _ in examples.sentences] == sentences
 
 
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_classes_have_names(task):
+    assert task.num_labels == (len(task.class_names) or 1)
+    assert task.is_regression == (task.name == "sts-b")
+    assert len(set(task.class_names)) == len(task.class_names)
+    if task.source is not None and "0" not in task.source.layout.labels.names:
+        assert task.source.layout.labels.names == task.class_names
+
+
 class TestHub:
     def test_asks_for_the_hubs_names(self, monkeypatch):
         calls = []
@@ -465,6 +474,25 @@ class TestHub:
         )
         assert load_task("rte", "hub")[1].labels.dtype == np.int64
         assert load_task("sts-b", "hub")[1].labels.dtype == np.float64
+
+    @pytest.mark.parametrize("name", ["mnli", "wnli"])
+    def test_classes_are_numbered_alike(self, name, monkeypatch):
+        names = TASKS[name].class_names
+        columns = TASKS[name].source.hub_columns
+
+        def dataset(names):
+            rows = {name: ["A."] for name in columns} | {"label": [1]}
+            kinds = dict.fromkeys(columns, datasets.Value("string"))
+            kinds["label"] = datasets.ClassLabel(names=list(names))
+            return datasets.Dataset.from_dict(rows, datasets.Features(kinds))
+
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset(names))
+        assert load_task(name, "hub")[1].labels.tolist() == [1]
+        other = dataset(names[::-1])
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: other)
+        refused(
+            name, "hub", match=f"Other classes: .*{names[-1]}, .*expected {names[0]}"
+        )
 
     def test_unreachable_names_the_offline_options(self, monkeypatch):
         def load_dataset(*_, **__):

@@ -293,7 +293,11 @@ def read_tsv(path: Path, layout: TsvFormat) -> Examples:
 
 
 def read_hub(
-    config: str, columns: tuple[str, ...], split: str, labels: LabelCodec
+    config: str,
+    columns: tuple[str, ...],
+    split: str,
+    labels: LabelCodec,
+    class_names: tuple[str, ...] = (),
 ) -> Examples:
     """Read one split of GLUE from the Hugging Face hub.
 
@@ -306,7 +310,9 @@ def read_hub(
     split
         Name of the split there.
     labels
-        The task's labels; the hub numbers the classes as we do.
+        The task's labels.
+    class_names
+        What class 0, 1, ... means; the hub must number them alike.
 
     Returns
     -------
@@ -315,7 +321,8 @@ def read_hub(
     Raises
     ------
     TaskError
-        If the hub cannot be reached; names the options that need no network.
+        If the hub cannot be reached, or numbers the classes otherwise; names the
+        options that need no network.
     """
     try:
         rows = datasets.load_dataset("nyu-mll/glue", config, split=split)
@@ -329,6 +336,13 @@ def read_hub(
             'directory with data-dir="...", or use task="acceptability", which '
             "needs no data."
         ) from error
+    names = tuple(getattr(rows.features["label"], "names", None) or class_names)
+    if names != class_names:
+        raise TaskError(
+            f"Other classes: the hub's {config!r} numbers them {', '.join(names)}, "
+            f"expected {', '.join(class_names) or 'scores'}. Give a GLUE directory "
+            'with data-dir="...".'
+        )
     return _hub_examples(rows, columns, labels)
 
 

@@ -327,7 +327,9 @@ def load_task(
     if str(data_dir) == HUB:
         codec = source.layout.labels
         train, dev = (
-            read_hub(source.hub_config, source.hub_columns, split, codec)
+            read_hub(
+                source.hub_config, source.hub_columns, split, codec, task.class_names
+            )
             for split in ("train", f"validation{source.dev_suffix}")
         )
         return task, train, dev
