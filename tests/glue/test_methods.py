@@ -40,6 +40,18 @@ def tiny():
     return model, model_blocks(config(), model)
 
 
+def test_the_model_is_the_tasks():
+    for name in ("wnli", "sts-b"):
+        task = find_task(name)
+        model, tokenizer = load_model(config(task=name, max_length=24), task)
+        assert model.config.num_labels == task.num_labels
+        names = task.class_names or ("LABEL_0",)
+        assert model.config.id2label == dict(enumerate(names))
+        assert tokenizer.model_max_length == 24
+    with pytest.raises(UserError, match="max-length=130 exceeds the 129 positions"):
+        load_model(config(max_length=130), task)
+
+
 def test_by_default_every_block_is_trained_by_back_propagation(tiny):
     assert selection_of(config(), *tiny).takes_all
     assert zeroth_order_of(config(), *tiny) is None

@@ -146,6 +146,8 @@ LABELS = {1: torch.tensor([0.5, 4.0]), 2: torch.tensor([0, 1]), 3: torch.tensor(
 def test_the_task_decides_the_loss(family, first, problem_type, second, tmp_path):
     save_tiny(tmp_path, family, num_labels=first, problem_type=problem_type)
     model, tokenizer = load_classifier(str(tmp_path), num_labels=second)
+    kind = "regression" if second == 1 else "single_label_classification"
+    assert model.config.problem_type == kind, "before it sees a label"
     encoded = tokenizer(*SENTENCES, padding=True, return_tensors="pt")
     with torch.no_grad():
         output = model(**encoded, labels=LABELS[second])

@@ -129,6 +129,15 @@ class TestTokenizer:
         tells_apart = family not in ("Roberta", "Camembert")
         assert ("token_type_ids" in encoded) == tells_apart
 
+    def test_a_tokenizer_of_another_family(self, tmp_path):
+        """Of BERT's class, which numbers sentences without being told to."""
+        _, tokenizer = load_classifier("random:roberta-tiny", num_labels=2)
+        tokenizer.save_pretrained(tmp_path)
+        saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert type(saved).__name__ == "BertTokenizer"
+        assert saved("a", "b") == tokenizer("a", "b")
+        assert "token_type_ids" not in saved("a", "b")
+
     def test_one_that_wants_more_than_sentences(self, tmp_path, monkeypatch):
         save_tiny(tmp_path, "Bert")
 
