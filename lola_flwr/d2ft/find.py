@@ -177,8 +177,8 @@ def _difference(parts: LayerParts, call: _Call | None) -> float:
     with torch.no_grad():
         for name, values in layer.named_parameters():
             if values.dim() == 1:
-                values.uniform_(-0.5, 0.5, generator=drawn)
-                values += name.endswith("weight")
+                middle = float(name.endswith("weight"))
+                values.uniform_(middle - 0.5, middle + 0.5, generator=drawn)
             else:
                 values.normal_(0, values.shape[-1] ** -0.5, generator=drawn)
         arguments = tuple(map(_plain, call[0]))

@@ -182,7 +182,7 @@ def _running_worker(context: Context) -> Path:
     LinkError
         It cannot be started.
     """
-    path = local_path(context.node_config["worker"])
+    path = local_path(str(context.node_config["worker"]))
     try:
         connect(path).close()
         return path

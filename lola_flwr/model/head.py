@@ -106,12 +106,12 @@ def fit_head(
     What there is to tell the user of the head's classes; "" if nothing.
     """
     rows = _class_dimensions(model)
-    if rows.keys() & mismatched:
+    if rows.keys() & set(mismatched):
         return (
             f"it has another number of classes ({', '.join(own)}) than the task "
             f"({model.config.num_labels}): the head's last layer starts anew"
         )
-    if rows.keys() <= missing or model.config.num_labels == 1:
+    if rows.keys() <= set(missing) or model.config.num_labels == 1:
         return ""
     if not class_names:
         listed = ", ".join(f"{index} {name}" for index, name in enumerate(own))

@@ -89,7 +89,7 @@ def token_ids(model: nn.Module, length: int) -> Tensor:
     reserved = {*padding, getattr(config, "pad_token_id", None), end}
     words = list(islice((n for n in known if n not in reserved), _NUM_TOKENS))
     ids = torch.tensor(words).repeat(length // len(words) + 1)[None, :length]
-    if end in known:
+    if isinstance(end, int) and end in known:
         # An encoder with a decoder classifies what it makes of the end.
         ids[0, -1] = end
     return ids
