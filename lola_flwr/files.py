@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what keeps them from being written."""
+"""Files that are whole or not there, what keeps them from being written, and paths."""
 
 from __future__ import annotations
 
@@ -17,6 +17,20 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 # Libraries written in Rust (safetensors, tokenizers) raise errors of their own.
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+
+
+def expanded(text: str) -> str:
+    """Return a path, or whatever else may stand in its place, with ``~`` written out.
+
+    Shells write it out themselves only where it starts a word: ``model=~/my-model`` and
+    what stands in a file arrive as they are.
+    """
+    return os.path.expanduser(text)
+
+
+def local_path(text: str | Path) -> Path:
+    """Return a path on this host, ``~`` written out."""
+    return Path(expanded(str(text)))
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from lola_flwr.cli.paths import LocalPath
 from lola_flwr.clients.node import node_profile
 from lola_flwr.costs.shapes import model_shapes
 from lola_flwr.deployment.app_code import DeviceContext
+from lola_flwr.files import expanded, local_path
 from lola_flwr.model.loading import load_classifier
-from lola_flwr.paths import expanded, local_path
 from lola_flwr.run.directory import run_directory
 from lola_glue.device import device_fn
 from lola_glue.tasks import load_task
@@ -114,4 +114,4 @@ def test_nothing_else_writes_it_out():
         for path in (ROOT / room).rglob("*.py")
         if re.search(r"expanduser|type=Path\b", path.read_text())
     ]
-    assert found == ["lola_flwr/paths.py"]
+    assert found == ["lola_flwr/files.py"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lola_flwr.paths import expanded
+from lola_flwr.files import expanded
 
 
 class LocalPath(click.Path):

@@ -24,8 +24,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from lola_flwr.files import replacing, writing
-from lola_flwr.paths import local_path
+from lola_flwr.files import local_path, replacing, writing
 from lola_flwr.wire.codec import FloatArray
 from lola_flwr.wire.versions import Manifest, digest
 
