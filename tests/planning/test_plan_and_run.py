@@ -129,7 +129,7 @@ def test_planned_rounds_are_those_of_a_run_that_learns_nothing(
     )
     run = coordinator(allocator)
     for record in planned:
-        plan = run.plan_round(record.server_round, [f"id-{n}" for n in range(len(fleet))])
-        assert parts(record) == parts(
-            coordinator(allocator).complete_round(plan, [])
+        plan = run.plan_round(
+            record.server_round, [f"id-{n}" for n in range(len(fleet))]
         )
+        assert parts(record) == parts(coordinator(allocator).complete_round(plan, []))
