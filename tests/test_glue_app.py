@@ -126,7 +126,7 @@ def test_one_seed_gives_one_result_under_both_interfaces(legacy, interface, tmp_
 @pytest.mark.slow
 def test_d2ft_takes_steps_and_goes_on(tmp_path):
     options = (
-        *('method="d2ft"', 'interface="message"', "num-devices=2"),
+        *('method="d2ft"', "num-devices=2"),
         'd2ft-options="traffic=0.5, micro_batches=4"',
     )
     finished = run(tmp_path, *options, "rounds=2", num_devices=2)

@@ -101,6 +101,12 @@ def _known_trackers(text: str) -> str:
     return text
 
 
+def _for_d2ft(interface: Interface) -> Interface:
+    if interface != "message":
+        raise ValueError('method="d2ft" needs interface="message"; leave interface out')
+    return interface
+
+
 Method = Literal["lola-deft", "fedavg-full", "d2ft"]
 Scalar = bool | float | int | str
 
@@ -325,21 +331,15 @@ class D2ftConfig(GlueConfig):
     _because = "where no device trains a block by itself"
 
     method: Literal["d2ft"]
+    interface: Annotated[Interface, AfterValidator(_for_d2ft)]
     d2ft_options: Options = ""
-
-    def _contradictions(self) -> Iterator[str]:
-        if self.interface != "message":
-            yield (
-                f'interface={json.dumps(self.interface)}: method="d2ft" needs '
-                'interface="message"; leave interface out'
-            )
-        yield from super()._contradictions()
 
 
 class _AnyMethod(LolaDeftConfig, FedAvgFullConfig, D2ftConfig):
     """All keys there are. It checks what names no method, and so never holds."""
 
     method: Method  # type: ignore[assignment]
+    interface: Interface
 
 
 _METHODS = (LolaDeftConfig, FedAvgFullConfig, D2ftConfig)
