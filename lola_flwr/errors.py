@@ -33,8 +33,15 @@ def quoted(said: object) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of what a library says, fit for a line of one's own."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """Return what an error of another library says, fit for a message: on one line.
+
+    With the error's type where the text alone says little: a KeyError's is a key.
+    """
+    kind = type(error).__name__
+    text = str(error).strip().partition("\n")[0]
+    if text and isinstance(error, (ValueError, TypeError, NotImplementedError)):
+        return text
+    return f"{kind}: {text}" if text else kind
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

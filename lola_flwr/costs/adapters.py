@@ -8,7 +8,7 @@ autograd says what it keeps, at two numbers of tokens, from which follows any nu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from lola_flwr.costs.estimated import AdapterCosts, Affine
+from lola_flwr.model.adapter_blocks import input_width
 from lola_flwr.model.blocks import BlockPartition
 
 _FEW, _MORE = 8, 16  # tokens
@@ -66,10 +67,12 @@ def measured_costs(model: nn.Module, partition: BlockPartition) -> AdapterCosts:
 def _layer_costs(modules: Mapping[str, nn.Module], tokens: int) -> Costs:
     """Add up the fields of ``AdapterCosts`` over the adapted modules of one layer."""
     total = np.zeros(5)
-    inputs: dict[tuple[str, int], float] = {}
+    # Modules side by side, as queries, keys and values, read one input.
+    passed_inputs: dict[tuple[str, int], float] = {}
+    trained_inputs: dict[tuple[str, int], float] = {}
     for host, module in modules.items():
         inner = module.get_submodule("base_layer")
-        width = _input_width(inner)
+        width = input_width(inner)
         base = _count(inner, width, tokens)
         passed = _count(module, width, tokens)
         trained = _count(module, width, tokens, train=True)
@@ -80,10 +83,13 @@ def _layer_costs(modules: Mapping[str, nn.Module], tokens: int) -> Costs:
             passed.kept_bytes - base.kept_bytes,
             trained.kept_bytes - passed.kept_bytes,
         ]
-        if trained.keeps_input and not passed.keeps_input:
-            # Modules side by side, as queries, keys and values, read one input.
-            inputs[host.rpartition(".")[0], width] = 4.0 * tokens * width
-    total[-1] += sum(inputs.values())
+        place, size = (host.rpartition(".")[0], width), 4.0 * tokens * width
+        if passed.keeps_input and not base.keeps_input:
+            passed_inputs[place] = size
+        elif trained.keeps_input and not passed.keeps_input:
+            trained_inputs[place] = size
+    total[-2] += sum(passed_inputs.values())
+    total[-1] += sum(trained_inputs.values())
     return total
 
 
@@ -100,15 +106,17 @@ def _count(
     )
     constant = {
         tensor.untyped_storage().data_ptr()
-        for tensor in (*parameters.values(), *module.buffers())
+        for whole in (*parameters.values(), *module.buffers())
+        for tensor in _dense_parts(whole)
     }
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in constant:
-            # Holding the storage keeps its address from being given out again.
-            kept[storage.data_ptr()] = storage
+        for part in _dense_parts(tensor):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in constant:
+                # Holding the storage keeps its address from being given out again.
+                kept[storage.data_ptr()] = storage
         return tensor.detach()
 
     modes = {part: part.training for part in module.modules()}
@@ -136,9 +144,10 @@ def _count(
     )
 
 
-def _input_width(module: Any) -> int:
-    """Return how many features a module reads of each token."""
-    if hasattr(module, "in_features"):
-        return int(module.in_features)
-    # GPT-2's Conv1D holds its matrix transposed; what is left are normalisations.
-    return int(module.weight.shape[0 if hasattr(module, "nf") else -1])
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return what holds a tensor's values: a sparse one's have places, too."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return (tensor,)

@@ -1,14 +1,17 @@
-"""Which block each adapter of a model belongs to, and what its base is called.
+"""The blocks of a model with adapters of ``peft``: each adapter goes with its layer.
 
-What stands around the layers is found as in ``blocks``: the model without its adapters
-is divided, and each adapter belongs where its layer does.
+The model without its adapters is divided as in ``blocks``; what peft has added is then
+told by its names. Which of several layers use a parameter that all of them register, as
+TinyLoRA's do, is asked of the layers themselves.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from lola_flwr.model.blocks import BlockPartition, BlocksNotFound, partition_parameters
@@ -16,7 +19,7 @@ from lola_flwr.model.blocks import BlockPartition, BlocksNotFound, partition_par
 # peft's names: "base_model.model." before those of the model, and the weights of a
 # module that it wraps one level deeper than they were.
 _PREFIX = "base_model.model."
-WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
 # In place of this one peft uses the copy that is trained.
 _REPLACED = ".original_module."
 
@@ -53,13 +56,9 @@ def model_partition(
     if not is_adapted(model):
         own = {n for n, p in model.named_parameters() if not p.requires_grad}
         return partition_parameters(names, stack=stack, blocks=blocks).freezing(own)
-    trained: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
-            trained.setdefault(id(parameter), []).append(name)
     return adapter_partition(
         names,
-        list(trained.values()),
+        _trained(model),
         buffers=[name for name, _ in model.named_buffers()],
         stack=stack,
         blocks=blocks,
@@ -68,7 +67,7 @@ def model_partition(
 
 def adapter_partition(
     names: Sequence[str],
-    trained: Collection[Sequence[str]],
+    trained: Mapping[str, Collection[str]],
     *,
     buffers: Sequence[str] = (),
     stack: str | None = None,
@@ -81,7 +80,7 @@ def adapter_partition(
     names
         Names of its parameters as peft spells them, in running order.
     trained
-        The trained parameters, each with all its names.
+        The trained parameters, each with the names under which layers use it.
     buffers
         Names of its buffers.
     stack, blocks
@@ -119,22 +118,23 @@ def adapter_partition(
         return min(found) if len(found) == 1 else None
 
     divided: list[list[str]] = [[] for _ in range(head + 1)]
-    for aliases in trained:
-        places = {owner(alias) for alias in aliases}
+    for name, uses in trained.items():
+        places = {owner(use) for use in uses}
         place = min(places, key=str)
         if len(places) > 1:
             raise BlocksNotFound(
-                f"{aliases[0]} is one parameter of several layers, so that no device "
-                "could train its layer alone; choose another tuner, or options that "
-                "share nothing."
+                f"{name} is one parameter of several layers, so that no device could "
+                "train its layer alone; choose another tuner, or options that share "
+                "nothing."
             )
         if place is None or place > head:
             raise BlocksNotFound(
-                f"{aliases[0]} would be trained, but stands neither in a block nor "
-                "behind the blocks; narrow what is trained: as a regular expression, "
-                "target_modules can name modules of the blocks alone."
+                f"{name} would be trained, but stands neither in a block nor behind "
+                "the blocks; narrow what is trained: as a regular expression, "
+                "target_modules can name modules of the blocks alone, and no other "
+                "option (bias='all', trainable_token_indices) may add to them."
             )
-        divided[place].append(aliases[0])
+        divided[place].append(name)
     for index, block in enumerate(divided[:head]):
         if not block:
             raise BlocksNotFound(
@@ -170,12 +170,74 @@ def base_weights(names: Iterable[str]) -> list[str]:
 
 def base_name(name: str) -> str:
     """Spell a name as in the model without adapters."""
-    return WRAPPED.sub("", name.removeprefix(_PREFIX))
+    return _WRAPPED.sub("", name.removeprefix(_PREFIX))
+
+
+def input_width(module: Any) -> int:
+    """Return how many features a module reads of each token."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features)
+    # GPT-2's Conv1D holds its matrix transposed; what is left are normalisations.
+    return int(module.weight.shape[0 if hasattr(module, "nf") else -1])
+
+
+def _trained(model: nn.Module) -> dict[str, list[str]]:
+    """List the trained parameters, each with the names under which layers use it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+    # Where layers register a parameter that only some of them compute with, as all of
+    # TinyLoRA's do, the names alone do not tell.
+    shared = {key for key, aliases in names.items() if len(aliases) > 1}
+    in_use = {
+        f"{host}.{name}": used
+        for host, module in model.named_modules()
+        if shared and hasattr(module, "base_layer")
+        for name, used in _in_use(module, shared).items()
+    }
+
+    def is_use(name: str) -> bool:
+        # Beside the model, peft only keeps what its layers register.
+        return in_use.get(name, name.startswith(_PREFIX))
+
+    return {
+        aliases[0]: [*filter(is_use, aliases)] or aliases for aliases in names.values()
+    }
+
+
+def _in_use(module: nn.Module, shared: Collection[int]) -> dict[str, bool]:
+    """Tell which of the shared parameters a module with an adapter computes with."""
+    own = {
+        name: parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if id(parameter) in shared
+    }
+    if not own:
+        return {}
+    inner: Any = module.get_submodule("base_layer")
+    like = next(
+        p for p in (*inner.parameters(), *own.values()) if p.is_floating_point()
+    )
+    if isinstance(inner, nn.Embedding):
+        values = torch.zeros(1, 1, dtype=torch.long, device=like.device)
+    else:
+        size = (1, 1, input_width(inner))
+        values = torch.ones(size, dtype=like.dtype, device=like.device)
+    # Dropout draws random numbers.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        output = module(values).sum()
+    if not output.requires_grad:
+        return dict.fromkeys(own, False)
+    gradients = torch.autograd.grad(output, list(own.values()), allow_unused=True)
+    return {n: grad is not None for n, grad in zip(own, gradients, strict=True)}
 
 
 def _hosts(names: Iterable[str]) -> set[str]:
     """Find the modules that peft has wrapped."""
-    return {name[: match.start()] for name in names for match in WRAPPED.finditer(name)}
+    return {
+        name[: match.start()] for name in names for match in _WRAPPED.finditer(name)
+    }
 
 
 def _paths(name: str) -> list[str]:
@@ -189,4 +251,4 @@ def _is_added(name: str, hosts: Collection[str]) -> bool:
     if not name.startswith(_PREFIX):
         return True
     host = next((path for path in _paths(name) if path in hosts), None)
-    return host is not None and not WRAPPED.match(name, len(host))
+    return host is not None and not _WRAPPED.match(name, len(host))

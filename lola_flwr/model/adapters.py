@@ -9,36 +9,45 @@ without its adapters is divided, and each adapter belongs where its layer does.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lola_flwr.errors import UserError
-from lola_flwr.model.adapter_blocks import WRAPPED, is_adapted
+from lola_flwr.errors import UserError, brief, reason_of
+from lola_flwr.model.adapter_blocks import base_name
+from lola_flwr.model.blocks import BlocksNotFound, partition_parameters
+from lola_flwr.model.saved_adapters import keep_initial_values
+
+_logger = logging.getLogger(__name__)
 
 FULL = "full"
 
-# peft can build these, but their training needs more than gradients of parameters.
+# peft can build these, but their training needs more than gradients of the parameters
+# of layers.
 _REFUSED_TUNERS = {
     "adalora": "moves ranks between layers as its own training loop goes on",
     "poly": "needs the task of every example",
+    "shadow": "trains a network beside the layers",
+    "trainabletokens": "trains embeddings, which stand before the layers",
     "xlora": "trains a classifier over other adapters",
 }
-_DATA_DRIVEN = ("eva", "corda", "lora_ga")
-# These take the adapter's initial value out of the base weights.
-_BASE_CHANGING = ("pissa", "olora")
+# The one tuner whose targets are no linear maps.
+_OF_NORMALISATIONS = "lntuning"
 
-# Initial values of adapters under such an initialisation, for the conversion to LoRA.
-_initial_values: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+# Initialisations that more is needed for than the model.
+_DATA_DRIVEN = "looks at training data, which the server does not have"
+_REFUSED_INITIALISATIONS = {
+    "eva": _DATA_DRIVEN,
+    "corda": _DATA_DRIVEN,
+    "lora_ga": _DATA_DRIVEN,
+    "loftq": "rounds the base weights, and the saved adapter would not fit the others",
+}
 
 
 def adapt(
@@ -60,9 +69,10 @@ def adapt(
     options
         Keyword arguments of that configuration: ``{"r": 8, "use_dora": True}``. Where
         they leave it open, ``target_modules`` are those that peft knows for the type of
-        model, else all linear layers; and ``modules_to_save``, which are trained in
-        full, what a Hugging Face model has beside its pre-trained base (a new
-        classifier), apart from a language model's output layer.
+        model; where it knows none, or none that this model has, the linear maps of the
+        layers, for LN tuning their normalisations; and ``modules_to_save``, which are
+        trained in full, what a Hugging Face model has beside its pre-trained base (a
+        new classifier), apart from a language model's output layer.
     seed
         Seed of the adapters' initial values: a function of it, of the options and of
         the model, whatever the number of threads. (Where they come from a decomposition
@@ -88,84 +98,23 @@ def adapt(
         return model
     config_class = _config_class(tuning)
     arguments = dict(options or {})
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    if "modules_to_save" in fields:
-        arguments.setdefault("modules_to_save", _new_modules(model) or None)
-    initialisation = str(arguments.get("init_lora_weights")).lower()
-    if initialisation in _DATA_DRIVEN:
-        raise UserError(
-            f"init_lora_weights={initialisation!r} looks at training data, which the "
-            "server does not have; use 'pissa', 'olora', 'orthogonal' or 'gaussian'."
-        )
+    _refuse_options(arguments)
+    new = [] if "modules_to_save" in arguments else _new_modules(model)
+    if new:
+        arguments["modules_to_save"] = new
     try:
         with torch.random.fork_rng(devices=[]), _one_thread():
             torch.default_generator.manual_seed(seed)
             adapted = _inject(model, config_class, arguments)
     # What peft and torch raise where options and layers do not fit is of all types.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"tuning={tuning!r}: {reason}") from error
-    if initialisation.startswith(_BASE_CHANGING):
-        _initial_values[adapted] = _adapter_values(adapted)
-    return adapted.eval()
-
-
-def save_model(model: Any, directory: Path) -> None:
-    """Save a model: adapters as a directory that ``PeftModel.from_pretrained`` loads.
-
-    Where the initialisation changed the base weights (PiSSA, OLoRA), the adapters are
-    saved as plain LoRA of twice the rank, for the base as it was: the base is now
-    ``W - s B0 A0``, so that the model's ``W - s B0 A0 + s B A`` is ``W`` with the
-    adapter ``s [B, -B0] [A; A0]``.
-    """
-    model.save_pretrained(directory)
-    initial = _initial_values.get(model)
-    if initial is None:
-        return
-    from safetensors.torch import save_file
-
-    values = _adapter_values(model)
-    for name, start in initial.items():
-        if name.endswith(".lora_A.weight"):
-            values[name] = torch.cat([values[name], start])  # [2r, inputs]
-        elif name.endswith(".lora_B.weight"):
-            values[name] = torch.cat([values[name], -start], dim=1)  # [outputs, 2r]
-    save_file(values, directory / "adapter_model.safetensors", {"format": "pt"})
-    config = copy.deepcopy(model.peft_config["default"])
-    # The scale s is alpha / r, or alpha / sqrt(r).
-    factor = math.sqrt(2) if config.use_rslora else 2
-    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
-    config.rank_pattern = {n: 2 * r for n, r in config.rank_pattern.items()}
-    config.alpha_pattern = {n: factor * a for n, a in config.alpha_pattern.items()}
-    config.init_lora_weights = True
-    config.inference_mode = True
-    config.save_pretrained(directory)
-
-
-def merge(model: Any) -> Any:
-    """Return the model without adapters, their effect in its weights.
-
-    The given model is used up.
-
-    Raises
-    ------
-    UserError
-        The tuner cannot be merged.
-    """
-    if not is_adapted(model):
-        return model
-    kind = model.peft_config["default"].peft_type.value.lower()
-    try:
-        merged = model.merge_and_unload()
-        left = next((n for n, _ in merged.named_parameters() if WRAPPED.search(n)), "")
-        if left:
-            raise ValueError(f"peft leaves {left}")
-    except (NotImplementedError, AttributeError, ValueError) as error:
+        given = ", ".join(f"{key}={brief(v)}" for key, v in (options or {}).items())
         raise UserError(
-            f"Adapters of tuning={kind!r} cannot be merged into the base ({error}); "
-            "save them as adapters."
+            f"tuning={tuning!r} with {given or 'no options'}: {reason_of(error)}"
         ) from error
-    return merged
+    _refuse_other_modules(adapted, new)
+    keep_initial_values(adapted)
+    return adapted.eval()
 
 
 def _config_class(tuning: str) -> Any:
@@ -181,16 +130,13 @@ def _config_class(tuning: str) -> Any:
     )
     from peft.tuners.tuners_utils import BaseTuner
 
-    def plain(name: str) -> str:
-        return re.sub("[-_]", "", name.lower()).removesuffix("config")
-
-    classes = {plain(kind.value): c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    classes = {_plain(kind.value): c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     by_layers = {
-        plain(kind.value)
+        _plain(kind.value)
         for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
         if issubclass(tuner, BaseTuner)
     }
-    name = plain(tuning)
+    name = _plain(tuning)
     usable = sorted(by_layers - _REFUSED_TUNERS.keys())
     if name not in classes:
         raise UserError(
@@ -206,35 +152,148 @@ def _config_class(tuning: str) -> Any:
     return classes[name]
 
 
-def _new_modules(model: nn.Module) -> list[str]:
-    """Name what a Hugging Face model has beside its pre-trained base.
+def _plain(name: str) -> str:
+    return re.sub("[-_]", "", name.lower()).removesuffix("config")
 
-    By the modules that hold the weights: peft can merge most tuners only so.
-    """
-    base = getattr(model, "base_model_prefix", "")
-    if not base or not hasattr(model, base):
+
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    """Refuse options with which peft builds what cannot be trained or saved here."""
+    if options.get("inference_mode"):
+        raise UserError(
+            "inference_mode=True freezes the adapters, which are to be trained; leave "
+            "it out."
+        )
+    if options.get("layer_replication"):
+        raise UserError(
+            f"layer_replication={options['layer_replication']} makes layers that share "
+            "their weights, which cannot be told apart; leave it out."
+        )
+    initialisation = str(options.get("init_lora_weights")).lower()
+    if initialisation in _REFUSED_INITIALISATIONS:
+        raise UserError(
+            f"init_lora_weights={initialisation!r} "
+            f"{_REFUSED_INITIALISATIONS[initialisation]}; use 'pissa', 'olora', "
+            "'orthogonal' or 'gaussian'."
+        )
+
+
+def _new_modules(model: nn.Module) -> list[str]:
+    """Name what a Hugging Face model has beside its pre-trained base."""
+    base = _base_modules(model)
+    if not base:
         return []
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return [
-        f"{name}.{inner}" if inner else name
+        name
         for name, module in model.named_children()
-        if name != base and not any(part is output for part in module.modules())
-        for inner, part in module.named_modules()
-        if any(True for _ in part.parameters(recurse=False))
+        if name not in base
+        and not any(part is output for part in module.modules())
+        and any(True for _ in module.parameters())
     ]
+
+
+def _base_modules(model: Any) -> set[str]:
+    """Name the modules of a Hugging Face model that are its pre-trained base.
+
+    None of a model that is a base itself.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or hasattr(model, prefix):
+        return {prefix} - {""}
+    from transformers import MODEL_MAPPING
+
+    bases = MODEL_MAPPING.get(type(model.config), ())
+    if type(model) in (bases if isinstance(bases, tuple) else (bases,)):
+        return set()
+    # CLIP's image classifier has a part of CLIP, under that part's name.
+    try:
+        partition = partition_parameters(name for name, _ in model.named_parameters())
+    except BlocksNotFound:
+        return set()
+    in_base = (*partition.frozen, *(n for block in partition.blocks for n in block))
+    return {name.partition(".")[0] for name in in_base}
 
 
 def _inject(model: nn.Module, config_class: Any, arguments: dict[str, Any]) -> Any:
     from peft import get_peft_model
 
+    # peft changes lists that it is given.
+    config = config_class(**copy.deepcopy(arguments))
+    names = [name for name, _ in model.named_modules()]
     try:
-        return get_peft_model(model, config_class(**arguments))
-    except ValueError as error:
-        # peft knows no targets for this type of model; nothing has changed yet.
-        if "specify `target_modules`" not in str(error):
+        return get_peft_model(model, config)
+    except Exception:
+        # Where peft finds no targets, nothing has changed yet.
+        changed = names != [name for name, _ in model.named_modules()]
+        if changed or arguments.keys() & {"target_modules", "target_parameters"}:
             raise
-    arguments = {**arguments, "target_modules": "all-linear"}
-    return get_peft_model(model, config_class(**arguments))
+        targets = _layer_targets(model, config_class)
+        if not targets:
+            raise
+    _logger.info("peft knows no targets for this model; adapting %s", targets)
+    found: dict[str, Any] = {"target_modules": targets}
+    if hasattr(config, "feedforward_modules"):
+        # Those whose input IA3 scales, not their output.
+        found["feedforward_modules"] = []
+    return get_peft_model(model, config_class(**copy.deepcopy({**found, **arguments})))
+
+
+def _layer_targets(model: nn.Module, config_class: Any) -> list[str] | str:
+    """Find the modules of the layers that a tuner adapts, where peft knows none."""
+    of_normalisations = _plain(config_class.__name__) == _OF_NORMALISATIONS
+    try:
+        partition = partition_parameters(name for name, _ in model.named_parameters())
+    except BlocksNotFound:
+        # What the blocks are is said later.
+        return [] if of_normalisations else "all-linear"
+    wanted = _is_normalisation if of_normalisations else _is_linear
+    holders = (name.rpartition(".")[0] for block in partition.blocks for name in block)
+    return [n for n in dict.fromkeys(holders) if wanted(model.get_submodule(n))]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _is_normalisation(module: nn.Module) -> bool:
+    """Tell a normalisation, of which every library has its own classes."""
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, Tensor)
+        and weight.dim() == 1
+        and not isinstance(module, nn.PReLU)
+    )
+
+
+def _refuse_other_modules(adapted: nn.Module, meant: Collection[str]) -> None:
+    """Refuse modules trained in full that nobody named, and one within another.
+
+    peft goes by the ends of names: "dense" is any "x.y.dense".
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    wrappers = {
+        base_name(name): module
+        for name, module in adapted.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    for name, wrapper in wrappers.items():
+        if (
+            sum(isinstance(part, ModulesToSaveWrapper) for part in wrapper.modules())
+            > 1
+        ):
+            raise UserError(
+                f"modules_to_save names {name} and what is in it, which peft does not "
+                "read back; name one of the two (task_type adds the classifier)."
+            )
+        if meant and name.partition(".")[0] not in meant:
+            raise UserError(
+                f"peft would train {name} in full, whose name ends as that of a new "
+                f"module ({', '.join(meant)}) does; name the modules of the new one in "
+                "modules_to_save, with what stands before their names."
+            )
 
 
 @contextmanager
@@ -246,12 +305,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _adapter_values(model: nn.Module) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
-
-    return {
-        name: values.detach().clone().contiguous()
-        for name, values in get_peft_model_state_dict(model).items()
-    }

@@ -22,10 +22,11 @@ from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model import adapters
 from lola_flwr.model.adapter_blocks import base_name, model_partition
-from lola_flwr.model.adapters import adapt, merge, save_model
+from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient, only_block_trainable
 from lola_flwr.model.blocks import BlocksNotFound
 from lola_flwr.model.loading import fingerprint, load_classifier
+from lola_flwr.model.saved_adapters import merge, save_model
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.codec import codec_named
@@ -65,6 +66,7 @@ TUNERS = {
     "oft": ("oft", {"oft_block_size": 8, "r": 0}),
     "boft": ("boft", {"boft_block_size": 4}),
     "fourierft": ("fourierft", {"n_frequency": 20}),
+    "ln-tuning": ("ln_tuning", {}),
 }
 BASE_CHANGING = {"pissa", "pissa-fast-svd", "pissa-dora-rs", "olora"}
 
@@ -170,6 +172,35 @@ class TestTuners:
         )
 
 
+def test_a_parameter_that_all_layers_register_belongs_to_the_one_that_reads_it():
+    model = adapt(small_roberta(), "tinylora")
+    partition = model_partition(model)
+    values = torch.randn(1, 16)
+
+    def outputs():
+        with torch.no_grad():
+            return [
+                torch.cat(
+                    [
+                        layer.attention.self.query(values),
+                        layer.attention.self.value(values),
+                    ]
+                )
+                for layer in model.base_model.model.roberta.encoder.layer
+            ]
+
+    assert [len(block) for block in partition.blocks] == [2] * 3
+    for index, block in enumerate(partition.blocks):
+        for name in block:
+            before = outputs()
+            with torch.no_grad():
+                model.get_parameter(name).add_(1)
+            moved = [
+                not torch.equal(*pair) for pair in zip(before, outputs(), strict=True)
+            ]
+            assert moved == [layer == index for layer in range(3)]
+
+
 def built(model_class, config):
     torch.manual_seed(0)
     return model_class(config).eval()
@@ -253,6 +284,20 @@ class TestFamilies:
         partition = model_partition(adapt(small_roberta(), "lora", options))
         assert {name.split(".")[3] for name in partition.head} == {"out_proj"}
 
+    def test_a_head_beside_a_part_of_a_base(self):
+        shape = {**LAYERS, "hidden_size": 16, "intermediate_size": 32}
+        config = transformers.CLIPConfig(
+            vision_config={**shape, "image_size": 8, "patch_size": 4},
+            text_config={**shape, "vocab_size": 60},
+        )
+        model = adapt(built(transformers.CLIPForImageClassification, config), "lora")
+        head = {name.split(".")[2] for name in model_partition(model).head}
+        assert head == {"classifier"}
+        bare = adapt(
+            built(transformers.BertModel, transformers.BertConfig(**SMALL)), "lora"
+        )
+        assert model_partition(bare).head == ()
+
     def test_without_adapters(self):
         model = small_roberta()
         assert adapt(model, "full") is model
@@ -265,6 +310,64 @@ class TestFamilies:
         merged = partition.merged()
         assert merged.blocks == (tuple(n for b in partition.blocks for n in b),)
         assert merged.layers == (tuple(n for b in partition.layers for n in b),)
+
+
+class TestTargetsThatPeftDoesNotKnow:
+    """peft has none for the model, or names that transformers has changed since."""
+
+    @pytest.mark.parametrize("tuning", ["adamss", "frod", "ia3", "lora"])
+    def test_linear_maps_of_the_layers(self, tuning, caplog):
+        caplog.set_level("INFO")
+        model = adapt(FAMILIES["vit"](), tuning)
+        partition = model_partition(model)
+        linear = {
+            name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            for name, _ in model.named_modules()
+            if name.endswith(".base_layer")
+        }
+        expected = {
+            name
+            for name, module in FAMILIES["vit"]().named_modules()
+            if isinstance(module, nn.Linear) and name != "classifier"
+        }
+        assert linear == expected
+        assert len(expected) == 3 * 6
+        assert all(partition.blocks)
+        assert "knows no targets for this model" in caplog.text
+
+    def test_what_stands_before_the_layers_is_left_alone(self):
+        config = transformers.ElectraConfig(**SMALL, embedding_size=8)
+        model = built(transformers.ElectraForSequenceClassification, config)
+        partition = model_partition(adapt(model, "beft"))
+        assert [len(block) for block in partition.blocks] == [6] * 3
+        assert {name.split(".")[2] for name in partition.head} == {"classifier"}
+
+    @pytest.mark.parametrize(
+        ("family", "in_layer"),
+        [
+            (small_roberta, 2),
+            (lambda: FAMILIES["vit"](), 2),
+            (lambda: FAMILIES["distilbert"](), 2),
+            (lambda: FAMILIES["llama-classifier"](), 2),  # known to peft
+        ],
+    )
+    def test_normalisations_for_ln_tuning(self, family, in_layer):
+        model = adapt(family(), "lntuning")
+        partition = model_partition(model)
+        for block in partition.blocks:
+            hosts = {name.partition(".ln_tuning_layers")[0] for name in block}
+            assert len(hosts) == in_layer
+            for host in hosts:
+                kind = type(model.get_submodule(host).base_layer).__name__
+                assert kind.endswith("Norm")
+
+    def test_options_of_the_user_come_first(self):
+        options = {"target_modules": ["q_proj"], "feedforward_modules": []}
+        partition = model_partition(adapt(FAMILIES["vit"](), "ia3", options))
+        assert [len(block) for block in partition.blocks] == [1] * 3
+        for key in ("target_modules", "target_parameters"):
+            with pytest.raises(UserError, match=rf"{key}=\['query'\]: .*target"):
+                adapt(FAMILIES["vit"](), "lora", {key: ["query"]})
 
 
 class TestRefusals:
@@ -280,6 +383,19 @@ class TestRefusals:
             ("lora", {"target_modules": ["q"]}, "No modules were targeted"),
             ("lora", {"init_lora_weights": "eva"}, "looks at training data"),
             ("lora", {"init_lora_weights": "nice"}, "nice"),
+            ("lora", {"inference_mode": True}, "freezes the adapters.*leave it out"),
+            ("lora", {"init_lora_weights": "loftq"}, "rounds the base weights"),
+            ("lora", {"layer_replication": [[0, 2], [1, 3]]}, "share their weights"),
+            ("lora", {"arrow_config": {}}, r"with arrow_config=\{\}: AttributeError"),
+            ("lora", {**LORA, "r": "8"}, "with r='8'"),
+            ("shadow", {}, "trains a network beside the layers"),
+            ("trainable_tokens", {}, "trains embeddings"),
+            ("lora", {"modules_to_save": ["classifier", "out_proj"]}, "what is in it"),
+            (
+                "lora",
+                {"modules_to_save": ["out_proj"], "task_type": "SEQ_CLS"},
+                "modules_to_save names classifier and what is in it",
+            ),
         ],
     )
     def test_options(self, tuning, options, message):
@@ -291,7 +407,9 @@ class TestRefusals:
         ("tuning", "options", "message"),
         [
             ("vblora", {"vector_length": 4, "num_vectors": 8}, "one parameter of sev"),
-            ("lora", {**LORA, "bias": "all"}, "neither in a block nor behind"),
+            ("tinylora", {"weight_tying": 1.0}, "one parameter of several layers"),
+            ("lily", {}, "one parameter of several layers"),
+            ("lora", {**LORA, "bias": "all"}, "neither in a block nor behind.*bias"),
             ("lora", {**LORA, "layers_to_transform": [1]}, "No adapter in block 0"),
         ],
     )
@@ -315,13 +433,11 @@ class TestRefusals:
         )
         subprocess.run([sys.executable, "-c", program], check=True)
 
-    def test_merging_what_peft_does_not_merge(self):
-        # peft leaves the trained head of this tuner as it is.
-        options = {"target_modules": r".*layer\.\d+\..*LayerNorm"}
-        model = adapt(small_roberta(), "ln_tuning", options)
-        assert [len(block) for block in model_partition(model).blocks] == [4] * 3
-        with pytest.raises(UserError, match=r"'ln_tuning' cannot be merged .*\(peft l"):
-            merge(model)
+    def test_new_modules_whose_name_ends_others(self):
+        model = small_roberta()
+        model.dense = nn.Linear(16, 16)
+        with pytest.raises(UserError, match=r"train roberta\..*\.dense in full, whose"):
+            adapt(model, "lora", LORA)
 
 
 def test_the_callers_random_numbers_are_left_alone():
@@ -453,7 +569,9 @@ class TestCosts:
         head = sum(model.get_parameter(name).numel() for name in partition.head)
         assert head == 768 * 768 + 768 + 2 * 768 + 2
 
-    @pytest.mark.parametrize("case", ["lora", "lora-all-linear", "dora", "vera", "oft"])
+    @pytest.mark.parametrize(
+        "case", ["lora", "lora-all-linear", "dora", "vera", "oft", "c3a-all-linear"]
+    )
     def test_operations_and_memory_are_those_of_pytorch(self, case):
         config = transformers.RobertaConfig(
             hidden_size=64,
@@ -463,7 +581,14 @@ class TestCosts:
             vocab_size=60,
             max_position_embeddings=40,
         )
-        tuning, options = TUNERS[case]
+        tuning, options = {
+            **TUNERS,
+            # Keeps the input of every module, trained or not.
+            "c3a-all-linear": (
+                "c3a",
+                {"target_modules": "all-linear", "block_size": 16},
+            ),
+        }[case]
         model = built(transformers.RobertaForSequenceClassification, config)
         model = adapt(model, tuning, options).train()
         partition = model_partition(model)
@@ -522,6 +647,17 @@ class TestCosts:
         partition = model_partition(model)
         costs = model_costs(model, partition, batch_size=8, sequence_length=16)
         assert np.all(np.diff(costs.flops) < 0)
+
+    def test_sparse_matrices_count_with_their_places(self):
+        options = {"target_modules": ["query"]}
+        model = adapt(small_roberta(), "shira", {**options, "r": 2})
+        costs = measured_costs(model, model_partition(model))
+        # A row, a column and a value for each of 2 x (16 + 16) entries.
+        expected = np.full(3, 64 * (8 + 8 + 4))
+        np.testing.assert_array_equal(costs.trained_bytes.fixed, expected)
+        model = adapt(small_roberta(), "frod", options)
+        costs = measured_costs(model, model_partition(model))
+        assert np.all(costs.passed_bytes.fixed > 0)
 
     def test_a_stack_behind_the_blocks_needs_an_example(self):
         options = {"target_modules": r"encoder\..*\.(q|v)"}

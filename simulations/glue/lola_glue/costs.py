@@ -23,8 +23,8 @@ from lola_glue.config import (
 from lola_glue.tasks import Task
 
 
-def load_model(config: GlueConfig, task: Task) -> tuple[Any, Any]:
-    """Load the model, with adapters if they are what is tuned, and the tokenizer."""
+def load_base(config: GlueConfig, task: Task) -> tuple[Any, Any]:
+    """Load the model as it is before adapters, and the tokenizer."""
     model, tokenizer = load_classifier(
         config.model,
         num_labels=task.num_labels,
@@ -34,6 +34,12 @@ def load_model(config: GlueConfig, task: Task) -> tuple[Any, Any]:
     check_sequence_length(model, config.max_length, config.model)
     # Saved with it: whoever lets it cut sentences has those that were trained with.
     tokenizer.model_max_length = config.max_length
+    return model, tokenizer
+
+
+def load_model(config: GlueConfig, task: Task) -> tuple[Any, Any]:
+    """Load the model, with adapters if they are what is tuned, and the tokenizer."""
+    model, tokenizer = load_base(config, task)
     options = keyword_arguments(config.tuning_options)
     return adapt(model, config.tuning, options, seed=config.seed), tokenizer
 

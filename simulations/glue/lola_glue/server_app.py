@@ -19,9 +19,10 @@ from lola_flwr.build import Channel, MicroBatches, coordinator_for, trainer_for
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
 from lola_flwr.files import filling
-from lola_flwr.model.adapters import merge, save_model
+from lola_flwr.model.adapter_trial import check_merging, check_saving
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
+from lola_flwr.model.saved_adapters import merge, save_model
 from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import read_rounds, require_training
@@ -33,7 +34,7 @@ from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.strategies.run_rounds import run_rounds
 from lola_glue.config import D2ftConfig, GlueConfig, LolaDeftConfig, UpdatesConfig
-from lola_glue.costs import load_model, model_blocks, model_costs
+from lola_glue.costs import load_base, load_model, model_blocks, model_costs
 from lola_glue.device import split
 from lola_glue.methods import (
     response_of,
@@ -76,6 +77,11 @@ def fine_tune(grid: Grid, context: Context) -> None:
         split(config, train, config.num_devices)
     model, tokenizer = load_model(config, task)
     partition = model_blocks(config, model)
+    few = make_batch(train, np.arange(1), tokenizer, max_length=config.max_length)
+    if config.save_model:
+        check_saving(model, lambda: load_base(config, task)[0], few)
+    if config.save_merged:
+        check_merging(model, few)
 
     def mean_loss(examples: Examples) -> float:
         return evaluate_model(model, tokenizer, task, examples, config.max_length)[
@@ -126,21 +132,22 @@ def fine_tune(grid: Grid, context: Context) -> None:
     log(INFO, "rounds written to %s", files.log.path)
     records = read_rounds(files.log.path)
     require_training(records)
+    log(INFO, "%s", records[-1].final_line())
     if config.save_model or config.save_merged:
         values = trained.values()
         load_values(
             model, partition.trainable, [values[n] for n in partition.trainable]
         )
-        with filling(directory / "model") as saved:
-            save_model(model, saved)
-            tokenizer.save_pretrained(saved)
-        log(INFO, "model written to %s", directory / "model")
+        if config.save_model:
+            with filling(directory / "model") as saved:
+                save_model(model, saved)
+                tokenizer.save_pretrained(saved)
+            log(INFO, "model written to %s", directory / "model")
         if config.save_merged:
             with filling(directory / "merged") as saved:
                 merge(model).save_pretrained(saved)
                 tokenizer.save_pretrained(saved)
             log(INFO, "merged model written to %s", directory / "merged")
-    log(INFO, "%s", records[-1].final_line())
 
 
 def run_legacy(

@@ -6,8 +6,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from lola_flwr.build import ServerStep, coordinator_for
 from lola_flwr.costs.of_model import model_costs
-from lola_flwr.model.adapters import save_model
 from lola_flwr.model.loading import load_values
+from lola_flwr.model.saved_adapters import save_model
 from lola_flwr.run.directory import run_directory
 from lola_flwr.run.round_log import RoundLog
 from lola_flwr.strategies.message import LoLaDeft

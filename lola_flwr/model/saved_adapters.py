@@ -1,0 +1,148 @@
+"""Trained adapters of ``peft``: saved, read back, merged into what they adapt."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.errors import UserError, reason_of
+from lola_flwr.model.adapter_blocks import base_name, is_adapted
+
+# These take the adapter's initial value out of the base weights.
+_BASE_CHANGING = ("pissa", "olora")
+
+# Initial values of adapters under such an initialisation, for the conversion to LoRA.
+_initial_values: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+def tuner_name(model: Any) -> str:
+    """Return the name of the tuner that a model has adapters of."""
+    return str(model.peft_config["default"].peft_type.value.lower())
+
+
+def changes_base(model: Any) -> bool:
+    """Tell whether the adapters' initialisation changed the base weights."""
+    config = model.peft_config["default"]
+    initialisation = str(getattr(config, "init_lora_weights", "")).lower()
+    return initialisation.startswith(_BASE_CHANGING)
+
+
+def keep_initial_values(model: Any) -> None:
+    """Keep what ``save_model`` needs, if the initialisation changed the base weights.
+
+    Parameters
+    ----------
+    model
+        A model whose adapters have their initial values.
+    """
+    if changes_base(model):
+        _initial_values[model] = _adapter_values(model)
+
+
+def save_model(model: Any, directory: Path) -> None:
+    """Save a model: adapters as a directory that ``PeftModel.from_pretrained`` loads.
+
+    Where the initialisation changed the base weights (PiSSA, OLoRA), the adapters are
+    saved as plain LoRA of twice the rank, for the base as it was: the base is now
+    ``W - s B0 A0``, so that the model's ``W - s B0 A0 + s B A`` is ``W`` with the
+    adapter ``s [B, -B0] [A; A0]``.
+
+    Raises
+    ------
+    UserError
+        The initialisation changed the base weights of this model, or of the one that it
+        is a copy of, and its initial values are not known.
+    """
+    initial = _initial_values.get(model)
+    if initial is None:
+        if is_adapted(model) and changes_base(model):
+            raise UserError(
+                "The initialisation "
+                f"{model.peft_config['default'].init_lora_weights!r} changed the base "
+                "weights, and this copy of the model does not know how; save the model "
+                "that adapt() returned."
+            )
+        model.save_pretrained(directory)
+        return
+    from safetensors.torch import save_file
+
+    model.save_pretrained(directory)
+    values = _adapter_values(model)
+    for name, start in initial.items():
+        if name.endswith(".lora_A.weight"):
+            values[name] = torch.cat([values[name], start])  # [2r, inputs]
+        elif name.endswith(".lora_B.weight"):
+            values[name] = torch.cat([values[name], -start], dim=1)  # [outputs, 2r]
+    save_file(values, directory / "adapter_model.safetensors", {"format": "pt"})
+    config = copy.deepcopy(model.peft_config["default"])
+    # The scale s is alpha / r, or alpha / sqrt(r).
+    factor = math.sqrt(2) if config.use_rslora else 2
+    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    config.rank_pattern = {n: 2 * r for n, r in config.rank_pattern.items()}
+    config.alpha_pattern = {n: factor * a for n, a in config.alpha_pattern.items()}
+    config.init_lora_weights = True
+    config.inference_mode = True
+    config.save_pretrained(directory)
+
+
+def merge(model: Any) -> Any:
+    """Return the model without adapters, their effect in its weights.
+
+    The given model is used up.
+
+    Raises
+    ------
+    UserError
+        The tuner cannot be merged.
+    """
+    if not is_adapted(model):
+        return model
+    kind = tuner_name(model)
+    try:
+        _unwrap_trained_modules(model)
+        merged = model.merge_and_unload()
+        left = [
+            name for name, _ in merged.named_parameters() if base_name(name) != name
+        ]
+        if left:
+            raise ValueError(f"peft leaves {left[0]}")
+    # What peft raises where it cannot is of all types.
+    except Exception as error:
+        raise UserError(
+            f"Adapters of tuning={kind!r} cannot be merged into the base "
+            f"({reason_of(error)}); save them as adapters."
+        ) from error
+    return merged
+
+
+def _unwrap_trained_modules(model: nn.Module) -> None:
+    """Put modules that are trained in full where they belong.
+
+    Most tuners of peft merge no module that has others in it, and one of them none.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    wrappers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    for name, wrapper in wrappers.items():
+        parent, _, child = name.rpartition(".")
+        trained = wrapper.modules_to_save["default"]
+        setattr(model.get_submodule(parent), child, trained)
+
+
+def _adapter_values(model: nn.Module) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return {
+        name: values.detach().clone().contiguous()
+        for name, values in get_peft_model_state_dict(model).items()
+    }
