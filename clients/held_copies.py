@@ -22,7 +22,7 @@ from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
 from lola_flwr.clients.received import assignment_in
 from lola_flwr.device.store import LostCopy, complete, run_store
-from lola_flwr.files import replacing
+from lola_flwr.machine.files import replacing
 from lola_flwr.wire.records import REPORT_KEY, Assignment, nothing_report
 from lola_flwr.wire.versions import Manifest
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from lola_flwr.deployment.measurement import read_profile
 from lola_flwr.errors import UserError
-from lola_flwr.files import local_path
+from lola_flwr.machine.files import local_path
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from flwr.common.logger import log
 
 from lola_flwr.errors import UserError
-from lola_flwr.heap import give_back_freed_memory
+from lola_flwr.machine.heap import give_back_freed_memory
 from lola_flwr.run.records import Record
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.method import Answers, Method, Plan

@@ -15,7 +15,7 @@ from lola_flwr.cli.paths import LocalPath
 from lola_flwr.clients.node import node_profile
 from lola_flwr.costs.shapes import model_shapes
 from lola_flwr.deployment.app_code import DeviceContext
-from lola_flwr.files import expanded, local_path
+from lola_flwr.machine.files import expanded, local_path
 from lola_flwr.model.loading import load_classifier
 from lola_flwr.run.directory import run_directory
 from lola_glue.device import device_fn
@@ -114,4 +114,4 @@ def test_nothing_else_writes_it_out():
         for path in (ROOT / room).rglob("*.py")
         if re.search(r"expanduser|type=Path\b", path.read_text())
     ]
-    assert found == ["lola_flwr/files.py"]
+    assert found == ["lola_flwr/machine/files.py"]

@@ -18,12 +18,9 @@ from lola_flwr.allocation.crunch import solve_crunch, solve_crunch_with_shares
 from lola_flwr.allocation.exact import solve_exact
 from lola_flwr.allocation.infeasible import is_feasible
 from lola_flwr.allocation.jbba import solve_jbba
-from lola_flwr.allocation.problem import (
-    AllocationProblem,
-    IntArray,
-    RoundMode,
-)
+from lola_flwr.allocation.problem import AllocationProblem, RoundMode
 from lola_flwr.allocation.solution import Allocation
+from lola_flwr.arrays import IntArray
 from lola_flwr.errors import UserError, nearest
 
 

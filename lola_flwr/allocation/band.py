@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-FloatArray = NDArray[np.float64]
+from lola_flwr.arrays import Float64Array
 
 # Newton's iteration for the power-limited share starts close to the root and takes a
 # handful of steps. The limit is there to end the loop whatever happens.
@@ -39,7 +39,7 @@ class PowerLimitedUplink:
         If a value is negative, NaN or infinite.
     """
 
-    snr: FloatArray
+    snr: Float64Array
 
     def __post_init__(self) -> None:
         """Check and freeze the SNRs."""
@@ -60,8 +60,8 @@ class PowerLimitedUplink:
 
 
 def upload_s(
-    full_band_upload_s: FloatArray, share: ArrayLike, snr: FloatArray | None = None
-) -> FloatArray:
+    full_band_upload_s: Float64Array, share: ArrayLike, snr: Float64Array | None = None
+) -> Float64Array:
     """Upload time at a share of the band.
 
     Parameters
@@ -90,8 +90,10 @@ def upload_s(
 
 
 def least_share(
-    full_band_upload_s: FloatArray, time_s: FloatArray, snr: FloatArray | None = None
-) -> FloatArray:
+    full_band_upload_s: Float64Array,
+    time_s: Float64Array,
+    snr: Float64Array | None = None,
+) -> Float64Array:
     """Least share of the band that ends an upload within a time, capped at 1.
 
     The cap is harmless and keeps every later sum finite: a round needs its shares to
@@ -130,7 +132,9 @@ def least_share(
     return _power_limited_share(needed, np.broadcast_to(snr, needed.shape))
 
 
-def _power_limited_share(relative_rate: FloatArray, snr: FloatArray) -> FloatArray:
+def _power_limited_share(
+    relative_rate: Float64Array, snr: Float64Array
+) -> Float64Array:
     """Share at which the rate is `relative_rate` of the full-band rate (any shape)."""
     share = relative_rate.copy()  # right at 0 and at 1, the ends of the range
     inside = (relative_rate > 0.0) & (relative_rate < 1.0) & (snr > 0.0)

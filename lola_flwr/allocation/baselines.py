@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.edges import Edges, edges_of
 from lola_flwr.allocation.infeasible import explain_infeasible
 from lola_flwr.allocation.matching import Matching, cheapest_matching
 from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import with_best_shares, with_equal_shares
 from lola_flwr.allocation.solution import Allocation
+from lola_flwr.arrays import Float64Array
 
 
 def solve_random(problem: AllocationProblem, *, seed: int = 0) -> Allocation:
@@ -84,7 +84,7 @@ def _random_matching(problem: AllocationProblem, seed: int) -> Matching:
 
 
 def _cheapest_possible(
-    problem: AllocationProblem, edges: Edges, cost: FloatArray
+    problem: AllocationProblem, edges: Edges, cost: Float64Array
 ) -> Matching:
     """Devices and blocks of the cheapest matching within the possible edges."""
     found = cheapest_matching(

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lola_flwr.allocation.band import least_share
-from lola_flwr.allocation.problem import AllocationProblem, IntArray
+from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import with_best_shares
 from lola_flwr.allocation.solution import Allocation
+from lola_flwr.arrays import IntArray
 
 
 def refine_payloads(

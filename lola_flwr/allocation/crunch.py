@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.edges import Edges, edges_of
 from lola_flwr.allocation.infeasible import explain_infeasible
 from lola_flwr.allocation.matching import Matching, any_matching, slots_of
-from lola_flwr.allocation.problem import AllocationProblem, IntArray
+from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import with_best_shares, with_equal_shares
 from lola_flwr.allocation.solution import Allocation
+from lola_flwr.arrays import Float64Array, IntArray
 
 
 def solve_crunch(problem: AllocationProblem) -> Allocation:
@@ -56,7 +56,7 @@ def _equal_share_matching(problem: AllocationProblem) -> Matching:
     return edges.devices[rows], edges.blocks[columns]
 
 
-def bottleneck_matching(edges: Edges, latency_s: FloatArray) -> Matching | None:
+def bottleneck_matching(edges: Edges, latency_s: Float64Array) -> Matching | None:
     """Find the matching whose largest latency is smallest; None if there is none.
 
     Parameters
@@ -101,7 +101,7 @@ def bottleneck_matching(edges: Edges, latency_s: FloatArray) -> Matching | None:
     return np.arange(columns.size), columns
 
 
-def is_monotone(latency_s: FloatArray) -> bool:
+def is_monotone(latency_s: Float64Array) -> bool:
     """Whether no device is faster on a deeper block, shape (k, n), deepest first.
 
     An infinite latency means no edge, so this also says that a device which can hold a
@@ -111,7 +111,7 @@ def is_monotone(latency_s: FloatArray) -> bool:
 
 
 def _threshold_test(
-    latency_s: FloatArray, demand: IntArray
+    latency_s: Float64Array, demand: IntArray
 ) -> tuple[Callable[[float], bool], Callable[[float], IntArray]]:
     """Test of a threshold, and the matching (device of each slot) that it allows."""
     if not is_monotone(latency_s):

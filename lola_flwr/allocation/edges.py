@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lola_flwr.allocation.band import FloatArray, least_share, upload_s
-from lola_flwr.allocation.problem import AllocationProblem, BoolArray, IntArray
+from lola_flwr.allocation.band import least_share, upload_s
+from lola_flwr.allocation.problem import AllocationProblem
+from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -21,9 +22,9 @@ class Edges:
     devices: IntArray  # [k] device index
     blocks: IntArray  # [n] block index, deepest first
     demand: IntArray  # [n] devices that each block needs
-    compute_s: FloatArray  # [k, n]
-    full_band_upload_s: FloatArray  # [k, n]
-    snr: FloatArray | None  # [k, 1]
+    compute_s: Float64Array  # [k, n]
+    full_band_upload_s: Float64Array  # [k, n]
+    snr: Float64Array | None  # [k, 1]
     all_devices: bool
 
     @property
@@ -31,11 +32,11 @@ class Edges:
         """Whether a device could ever finish a block, shape (k, n)."""
         return np.isfinite(self.compute_s)
 
-    def latency_s(self, share: float) -> FloatArray:
+    def latency_s(self, share: float) -> Float64Array:
         """Latency of each edge if its device had this share, seconds, shape (k, n)."""
         return self.compute_s + upload_s(self.full_band_upload_s, share, self.snr)
 
-    def least_share(self, deadline_s: float) -> FloatArray:
+    def least_share(self, deadline_s: float) -> Float64Array:
         """Least share that meets a deadline, capped at 1, shape (k, n)."""
         return least_share(
             self.full_band_upload_s, deadline_s - self.compute_s, self.snr

@@ -21,9 +21,10 @@ from lola_flwr.allocation.crunch import bottleneck_matching
 from lola_flwr.allocation.edges import Edges, edges_of
 from lola_flwr.allocation.infeasible import explain_infeasible
 from lola_flwr.allocation.matching import Matching, cheapest_matching
-from lola_flwr.allocation.problem import AllocationProblem, IntArray
+from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import best_deadline, with_best_shares
 from lola_flwr.allocation.solution import Allocation
+from lola_flwr.arrays import IntArray
 
 # Fleets up to this size are solved whole; pruning costs more than it saves there.
 _WHOLE_FLEET = 256

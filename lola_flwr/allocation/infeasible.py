@@ -8,8 +8,9 @@ import numpy as np
 
 from lola_flwr.allocation.edges import edges_of
 from lola_flwr.allocation.matching import any_matching, slots_of
-from lola_flwr.allocation.problem import AllocationProblem, BoolArray, IntArray
+from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.solution import InfeasibleAllocation
+from lola_flwr.arrays import BoolArray, IntArray
 
 _LONGEST_LIST = 8
 

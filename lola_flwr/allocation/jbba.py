@@ -41,13 +41,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.crunch import solve_crunch_with_shares
 from lola_flwr.allocation.edges import Edges, edges_of
 from lola_flwr.allocation.matching import Matching, cheapest_matching
 from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import best_deadline, with_best_shares
 from lola_flwr.allocation.solution import Allocation
+from lola_flwr.arrays import Float64Array
 
 # A multiplier of 0 could never rise again under multiplicative steps.
 _LEAST_MULTIPLIER = 1e-9
@@ -68,13 +68,13 @@ class DualPoint:
         shares' sum.
     """
 
-    latency_multiplier: FloatArray
-    involvement_multiplier: FloatArray
+    latency_multiplier: Float64Array
+    involvement_multiplier: Float64Array
     root_band_price: float
 
 
 def dual_bound(
-    edges: Edges, point: DualPoint, cost_s: FloatArray | None = None
+    edges: Edges, point: DualPoint, cost_s: Float64Array | None = None
 ) -> tuple[float, Matching] | None:
     """Evaluate the dual function: a lower bound on every matching's latency.
 
@@ -238,8 +238,8 @@ class _Ascent:
         self._climb(matching)
         return value_s
 
-    def _common_root(self) -> FloatArray:
-        least: FloatArray = self._edges.full_band_upload_s.min(axis=1)
+    def _common_root(self) -> Float64Array:
+        least: Float64Array = self._edges.full_band_upload_s.min(axis=1)
         return np.sqrt(self._multiplier * least)
 
     def _recover(self, matching: Matching) -> None:

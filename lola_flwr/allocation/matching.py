@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lola_flwr.allocation.band import FloatArray
-from lola_flwr.allocation.problem import BoolArray, IntArray
+from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 
 Matching = tuple[IntArray, IntArray]
 
@@ -24,7 +23,7 @@ def slots_of(demand: IntArray) -> IntArray:
 
 
 def cheapest_matching(
-    cost: FloatArray, demand: IntArray, *, all_devices: bool
+    cost: Float64Array, demand: IntArray, *, all_devices: bool
 ) -> tuple[Matching, float] | None:
     """Find the matching of the least total cost, by the Hungarian method.
 
@@ -72,7 +71,7 @@ def cheapest_matching(
     return (everyone, columns), float(cost[everyone, columns].sum())
 
 
-def _assign(cost: FloatArray) -> Matching | None:
+def _assign(cost: Float64Array) -> Matching | None:
     """Cheapest assignment of every column to a row; None if there is none."""
     # scipy.optimize takes longer to import than the rest of the package together.
     from scipy.optimize import linear_sum_assignment

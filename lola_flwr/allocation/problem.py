@@ -19,11 +19,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lola_flwr.allocation.band import FloatArray, PowerLimitedUplink
+from lola_flwr.allocation.band import PowerLimitedUplink
+from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.errors import UserError
 
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 Participation = Literal["needed", "all"]
 
 # Sums and products of a few times below this stay far from overflow. No round waits
@@ -174,11 +173,11 @@ class AllocationProblem:
         the field, the index and the value.
     """
 
-    compute_s: FloatArray
-    full_band_upload_s: FloatArray
+    compute_s: Float64Array
+    full_band_upload_s: Float64Array
     feasible: BoolArray = field(default_factory=lambda: np.ones((), dtype=np.bool_))
-    memory_bytes: FloatArray | None = field(default=None, kw_only=True)
-    required_memory_bytes: FloatArray | None = field(default=None, kw_only=True)
+    memory_bytes: Float64Array | None = field(default=None, kw_only=True)
+    required_memory_bytes: Float64Array | None = field(default=None, kw_only=True)
     device_names: Sequence[str] | None = field(default=None, kw_only=True)
     constant_s: float = field(default=0.0, kw_only=True)
     power_limited: PowerLimitedUplink | None = field(default=None, kw_only=True)
@@ -260,12 +259,12 @@ class AllocationProblem:
         """Name of a device for messages; its row number where it has no name."""
         return str(device) if self.device_names is None else self.device_names[device]
 
-    def snr_of(self, devices: Any) -> FloatArray | None:
+    def snr_of(self, devices: Any) -> Float64Array | None:
         """Full-band SNR of some devices if they are power-limited, else None."""
         return None if self.power_limited is None else self.power_limited.snr[devices]
 
 
-def _frozen_times(name: str, values: Any) -> FloatArray:
+def _frozen_times(name: str, values: Any) -> Float64Array:
     """Return a read-only float64 copy, free of NaN and of negative numbers."""
     array = np.asarray(values, dtype=np.float64)
     if array.flags.writeable or not array.flags.owndata:

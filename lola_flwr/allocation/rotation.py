@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.edges import Edges, edges_of
 from lola_flwr.allocation.matching import Matching, cheapest_matching
-from lola_flwr.allocation.problem import AllocationProblem, IntArray
+from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import with_best_shares
 from lola_flwr.allocation.solution import Allocation
+from lola_flwr.arrays import Float64Array, IntArray
 
 _MAX_PRICES = 50
 
@@ -104,13 +104,13 @@ class _Candidate:
 
 
 def _fewest_meetings(
-    edges: Edges, meetings: IntArray, least_share: FloatArray
+    edges: Edges, meetings: IntArray, least_share: Float64Array
 ) -> _Candidate | None:
     """Few meetings within the band: the least shares sum to at most 1; None if not."""
     # At the cap of 1 an edge needs the whole band or more.
     share = np.where(least_share < 1.0, least_share, np.inf)
 
-    def cheapest(cost: FloatArray) -> _Candidate | None:
+    def cheapest(cost: Float64Array) -> _Candidate | None:
         found = cheapest_matching(cost, edges.demand, all_devices=edges.all_devices)
         if found is None:
             return None

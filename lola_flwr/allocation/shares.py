@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lola_flwr.allocation.band import FloatArray, least_share, upload_s
-from lola_flwr.allocation.problem import AllocationProblem, IntArray
+from lola_flwr.allocation.band import least_share, upload_s
+from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.solution import Allocation
+from lola_flwr.arrays import Float64Array, IntArray
 
 # Shares are scaled by this so that their sum never rounds to above 1, in whatever
 # order somebody adds them: numpy's pairwise sum of any length errs by less than 64 ulp.
@@ -26,9 +27,9 @@ _MAX_NEWTON_STEPS = 100
 
 
 def best_deadline(
-    compute_s: FloatArray,
-    full_band_upload_s: FloatArray,
-    snr: FloatArray | None = None,
+    compute_s: Float64Array,
+    full_band_upload_s: Float64Array,
+    snr: Float64Array | None = None,
 ) -> float:
     """Earliest time by which all of these devices can have finished, seconds.
 
@@ -52,10 +53,10 @@ def best_deadline(
 
 
 def best_shares(
-    compute_s: FloatArray,
-    full_band_upload_s: FloatArray,
-    snr: FloatArray | None = None,
-) -> FloatArray:
+    compute_s: Float64Array,
+    full_band_upload_s: Float64Array,
+    snr: Float64Array | None = None,
+) -> Float64Array:
     """Split the band so that the last of these devices finishes as early as possible.
 
     Parameters
@@ -85,7 +86,7 @@ def best_shares(
 
 
 def _common_wait(
-    slack_s: FloatArray, full_band_upload_s: FloatArray, snr: FloatArray | None
+    slack_s: Float64Array, full_band_upload_s: Float64Array, snr: Float64Array | None
 ) -> float:
     """Time x from the last device's end of computing to the end of the round.
 
@@ -116,7 +117,10 @@ def _common_wait(
 
 
 def _power_limited_wait(
-    slack_s: FloatArray, full_band_upload_s: FloatArray, snr: FloatArray, total: float
+    slack_s: Float64Array,
+    full_band_upload_s: Float64Array,
+    snr: Float64Array,
+    total: float,
 ) -> float:
     """As `_common_wait` for power-limited devices, by a bracketed root."""
     from scipy.optimize import brentq
@@ -174,7 +178,7 @@ def with_equal_shares(
 
 def _matched_costs(
     problem: AllocationProblem, devices: IntArray, blocks: IntArray
-) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+) -> tuple[Float64Array, Float64Array, Float64Array | None]:
     return (
         problem.compute_s[devices, blocks],
         problem.full_band_upload_s[devices, blocks],
@@ -186,7 +190,7 @@ def _allocation(
     problem: AllocationProblem,
     devices: IntArray,
     blocks: IntArray,
-    share: FloatArray,
+    share: Float64Array,
     outcome: dict[str, Any],
 ) -> Allocation:
     compute_s, full_band_upload_s, snr = _matched_costs(problem, devices, blocks)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lola_flwr.allocation.band import FloatArray, upload_s
-from lola_flwr.allocation.problem import AllocationProblem, IntArray
+from lola_flwr.allocation.band import upload_s
+from lola_flwr.allocation.problem import AllocationProblem
+from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.errors import UserError
 
 
@@ -42,7 +43,7 @@ class Allocation:
     """
 
     block_of_device: IntArray
-    share: FloatArray
+    share: Float64Array
     num_blocks: int
     round_s: float
     bound_s: float = math.nan
@@ -73,7 +74,7 @@ class Allocation:
             return 0.0
         return self.round_s / self.bound_s - 1.0 if self.bound_s else math.inf
 
-    def upload_s(self, problem: AllocationProblem) -> FloatArray:
+    def upload_s(self, problem: AllocationProblem) -> Float64Array:
         """Upload time of each device at its share, seconds, shape (K,); 0 when idle."""
         seconds = np.zeros(self.share.size)
         active = np.flatnonzero(self.block_of_device >= 0)

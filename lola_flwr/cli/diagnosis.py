@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from lola_flwr.deployment.host import accelerator
 from lola_flwr.errors import UserError, si
-from lola_flwr.host_memory import available_memory_bytes
+from lola_flwr.machine.memory import available_memory_bytes
 
 # "ok"; "note": something is not there that not everyone needs; "problem".
 Status = Literal["ok", "note", "problem"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lola_flwr.files import expanded
+from lola_flwr.machine.files import expanded
 
 
 class LocalPath(click.Path):

@@ -16,7 +16,7 @@ import typer
 from lola_flwr.cli.console import print_json
 from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError
-from lola_flwr.files import local_path
+from lola_flwr.machine.files import local_path
 
 if TYPE_CHECKING:
     from lola_flwr.simulation import FinishedRun

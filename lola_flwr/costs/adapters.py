@@ -11,21 +11,19 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.estimated import AdapterCosts, Affine
 from lola_flwr.model.adapter_blocks import input_width
 from lola_flwr.model.blocks import BlockPartition
 
 _FEW, _MORE = 8, 16  # tokens
 _BASE = ".base_layer."
-
-Costs = npt.NDArray[np.float64]
 
 
 class _Counted(NamedTuple):
@@ -49,7 +47,7 @@ def measured_costs(model: nn.Module, partition: BlockPartition) -> AdapterCosts:
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     # Most layers are alike; one is measured for all.
-    known: dict[tuple[object, ...], Costs] = {}
+    known: dict[tuple[object, ...], Float64Array] = {}
     costs = []
     for block, layer in zip(partition.blocks, partition.layers, strict=True):
         alike = tuple(shapes[name] for name in (*block, *layer))
@@ -64,7 +62,7 @@ def measured_costs(model: nn.Module, partition: BlockPartition) -> AdapterCosts:
     return AdapterCosts(*map(Affine, fixed, per_token))
 
 
-def _layer_costs(modules: Mapping[str, nn.Module], tokens: int) -> Costs:
+def _layer_costs(modules: Mapping[str, nn.Module], tokens: int) -> Float64Array:
     """Add up the fields of ``AdapterCosts`` over the adapted modules of one layer."""
     total = np.zeros(5)
     # Modules side by side, as queries, keys and values, read one input.

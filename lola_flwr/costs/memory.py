@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from lola_flwr.arrays import Float64Array
 from lola_flwr.system.devices import DeviceProfile
 
 # What Linux maps of a file where one row is read.
 _MAPPED_AT_ONCE_BYTES = 1 << 16
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -72,16 +70,16 @@ class StepMemory:
     batch_size: int
     micro_batch_size: int
     sequence_length: int
-    layer_bytes: FloatArray
+    layer_bytes: Float64Array
     rest_bytes: float
     head_bytes: float
-    update_bytes: FloatArray
-    array_bytes: FloatArray
-    kept_bytes: FloatArray
+    update_bytes: Float64Array
+    array_bytes: Float64Array
+    kept_bytes: Float64Array
     passing_bytes: float
     working_bytes: float
 
-    def peak_bytes(self, levers: Levers) -> FloatArray:
+    def peak_bytes(self, levers: Levers) -> Float64Array:
         """Return the peak for each block, shape [N]."""
         size = min(levers.micro_batch_size, self.micro_batch_size)
         several = size < self.batch_size
@@ -130,7 +128,7 @@ class StepMemory:
         chosen = np.where(fits.any(axis=0), fits.argmax(axis=0), peaks.argmin(axis=0))
         return [options[index] for index in chosen]
 
-    def required_bytes(self, profiles: Sequence[DeviceProfile]) -> FloatArray:
+    def required_bytes(self, profiles: Sequence[DeviceProfile]) -> Float64Array:
         """Return the peak of each device on each block, shape [K, N]."""
         required = np.empty((len(profiles), len(self.layer_bytes)))
         abilities = [(p.splits_batch, p.streams_prefix) for p in profiles]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_flwr.errors import UserError, nearest
-from lola_flwr.files import local_path
+from lola_flwr.machine.files import local_path
 
 
 @dataclass(frozen=True)

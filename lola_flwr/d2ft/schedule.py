@@ -18,11 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.errors import UserError
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,9 @@ class Scores:
         What decides between micro-batches, shape [S, M].
     """
 
-    fisher: FloatArray
-    magnitude: FloatArray
-    gradient: FloatArray
+    fisher: Float64Array
+    magnitude: Float64Array
+    gradient: Float64Array
 
 
 def operation_values(
@@ -75,7 +73,7 @@ def operation_values(
     device_of_subnetwork: IntArray,
     *,
     backward_weight: float = 3.0,
-) -> FloatArray:
+) -> Float64Array:
     """Return what each operation is worth, shape [S, M, 3].
 
     Parameters
@@ -105,7 +103,7 @@ def operation_values(
 
 
 def solve_knapsack(
-    values: FloatArray,
+    values: Float64Array,
     costs: UnitCosts,
     *,
     compute_budget: int,
@@ -180,7 +178,7 @@ def solve_knapsack(
 
 
 def solve_two_stage(
-    values: FloatArray,
+    values: Float64Array,
     costs: UnitCosts,
     *,
     compute_budget: int,
@@ -241,7 +239,7 @@ class Budgets:
 
 
 def schedule_subnetworks(
-    values: FloatArray,
+    values: Float64Array,
     device_of_subnetwork: IntArray,
     budgets: Budgets,
     *,
@@ -320,7 +318,7 @@ def _units(share: float, num_items: int, unit_costs: tuple[int, int, int]) -> in
     return int(np.floor(share * num_items * max(unit_costs) + 1e-9))
 
 
-def _relative(scores: FloatArray, device_of_subnetwork: IntArray) -> FloatArray:
+def _relative(scores: Float64Array, device_of_subnetwork: IntArray) -> Float64Array:
     relative = np.ones_like(scores)
     for device in np.unique(device_of_subnetwork):
         mine = device_of_subnetwork == device

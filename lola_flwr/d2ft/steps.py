@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.d2ft.schedule import (
     FULL_TUNING,
     SOLVERS,
@@ -21,9 +22,6 @@ from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.channel import uplink_rates_bps
 from lola_flwr.system.devices import DeviceProfile
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +175,7 @@ def activation_bytes(
     hidden_size: int,
     *,
     costs: UnitCosts = FULL_TUNING,
-) -> FloatArray:
+) -> Float64Array:
     """Return what each sub-network sends in a step, bytes, shape [S].
 
     Each sends its own activations and gradients of such, in float32, as in the paper,

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from lola_flwr.deployment.host import describe_host
 from lola_flwr.errors import UserError, quoted
-from lola_flwr.files import replacing
-from lola_flwr.host_memory import available_memory_bytes
+from lola_flwr.machine.files import replacing
+from lola_flwr.machine.memory import available_memory_bytes
 from lola_flwr.system.devices import DeviceProfile
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from lola_flwr.deployment.uplink import NoLimit, UplinkLimit
 from lola_flwr.deployment.worker import Worker, ask_worker, run_worker
 from lola_flwr.deployment.worker_link import LinkError
 from lola_flwr.errors import UserError
-from lola_flwr.files import local_path
+from lola_flwr.machine.files import local_path
 
 
 def parser() -> argparse.ArgumentParser:

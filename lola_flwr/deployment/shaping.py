@@ -20,7 +20,7 @@ from typing import Any
 
 from lola_flwr.deployment.processes import ProcessId, this_process
 from lola_flwr.errors import UserError
-from lola_flwr.files import replacing
+from lola_flwr.machine.files import replacing
 
 _STATE_DIRECTORY = Path(os.environ.get("LOLA_STATE_DIR", "/run/lola-flwr"))
 # By this handle the queue is known to be ours.

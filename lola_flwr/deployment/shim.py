@@ -40,7 +40,7 @@ from lola_flwr.deployment.worker_link import (
 )
 from lola_flwr.device.contract import Device, LocalUpdate, OutOfMemory
 from lola_flwr.errors import UserError
-from lola_flwr.files import expanded, local_path
+from lola_flwr.machine.files import expanded, local_path
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.records import Assignment, PartReport, PartTask, UpdateReport
 

@@ -45,7 +45,7 @@ from lola_flwr.deployment.worker_link import (
 )
 from lola_flwr.device.contract import OutOfMemory
 from lola_flwr.errors import UserError
-from lola_flwr.heap import give_back_freed_memory
+from lola_flwr.machine.heap import give_back_freed_memory
 from lola_flwr.wire.records import Assignment, PartTask
 
 _TICK_S = 0.5

@@ -26,7 +26,7 @@ from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.device.steps import StepResult, step_for
 from lola_flwr.device.store import LostCopy, Residuals, complete
 from lola_flwr.errors import UserError
-from lola_flwr.heap import keep_no_freed_memory
+from lola_flwr.machine.heap import keep_no_freed_memory
 from lola_flwr.model.backprop import Batch, LossFunction, model_loss
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.precision import Accelerator, Precision, autocast, find_device

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lola_flwr.arrays import Float32Array
 from lola_flwr.device.store import Residuals
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.wire.codec import (
-    FloatArray,
-    WireArray,
-    codec_named,
-    encode_with_feedback,
-)
+from lola_flwr.wire.codec import WireArray, codec_named, encode_with_feedback
 from lola_flwr.wire.low_rank import projection_of
 from lola_flwr.wire.packing import pack
 from lola_flwr.wire.records import Assignment
 
 
 def encode_update(
-    gradients: Mapping[str, FloatArray],
+    gradients: Mapping[str, Float32Array],
     partition: BlockPartition,
     assignment: Assignment,
     residuals: Residuals | None,
@@ -64,7 +60,7 @@ def encode_update(
     wire: dict[str, WireArray] = {}
     for part, names in parts.items():
         before = residuals.take(part, assignment.server_round) if residuals else {}
-        left_out: dict[str, FloatArray] = {}
+        left_out: dict[str, Float32Array] = {}
         for name in names:
             wire[name], left = encode_with_feedback(
                 codec, gradients[name], before.get(name)

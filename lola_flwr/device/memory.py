@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lola_flwr.heap import give_back_freed_memory
-from lola_flwr.host_memory import (
+from lola_flwr.machine.heap import give_back_freed_memory
+from lola_flwr.machine.memory import (
     peak_memory_bytes,
     reset_peak_memory,
     resident_memory_bytes,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lola_flwr.device.contract import LocalUpdate, OutOfMemory
-from lola_flwr.host_memory import available_memory_bytes, held_memory_bytes
+from lola_flwr.machine.memory import available_memory_bytes, held_memory_bytes
 from lola_flwr.wire.records import Assignment
 
 

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from lola_flwr.files import local_path, replacing, writing
-from lola_flwr.wire.codec import FloatArray
+from lola_flwr.arrays import Float32Array
+from lola_flwr.machine.files import local_path, replacing, writing
 from lola_flwr.wire.versions import Manifest, digest
 
 _DAY_S = 86_400
@@ -214,7 +214,7 @@ class Residuals:
     device: str
     max_rounds: int = 10
 
-    def take(self, part: str, server_round: int) -> dict[str, FloatArray]:
+    def take(self, part: str, server_round: int) -> dict[str, Float32Array]:
         """Return a part's residual, by parameter, and forget it; empty if none holds.
 
         Parameters
@@ -224,7 +224,7 @@ class Residuals:
         server_round
             The round that it is wanted in.
         """
-        residual: dict[str, FloatArray] = {}
+        residual: dict[str, Float32Array] = {}
         for path, written in self._files():
             mine = path.name.startswith(f"{self._prefix}-{part}-")
             age = server_round - written

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lola_flwr.errors import UserError, reason_of
-from lola_flwr.files import expanded
+from lola_flwr.machine.files import expanded
 from lola_flwr.model.head import check_class_names, fit_head, own_names, set_task
 from lola_flwr.model.inputs import fit_tokenizer
 

@@ -15,18 +15,17 @@ from dataclasses import replace
 import numpy as np
 
 from lola_flwr.allocation import AllocationProblem, RoundMode
-from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.infeasible import is_feasible
 from lola_flwr.allocation.matching import slots_of
-from lola_flwr.allocation.problem import BoolArray, IntArray
+from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 
 
 def spared(
     problem: AllocationProblem,
     *,
     longest_s: float,
-    required_bytes: FloatArray,
-    memory_limit_bytes: FloatArray,
+    required_bytes: Float64Array,
+    memory_limit_bytes: Float64Array,
 ) -> BoolArray:
     """Tell which pairs of device and block had better not be asked, shape [K, N].
 
@@ -49,8 +48,8 @@ def spared(
 
 
 def lifted(
-    memory_limit_bytes: FloatArray, failures: Sequence[int], count: int
-) -> FloatArray:
+    memory_limit_bytes: Float64Array, failures: Sequence[int], count: int
+) -> Float64Array:
     """Return limits without those of the ``count`` limited devices that failed least.
 
     Parameters
@@ -73,8 +72,8 @@ def narrowed(
     problem: AllocationProblem,
     *,
     longest_s: float,
-    required_bytes: FloatArray,
-    memory_limit_bytes: FloatArray,
+    required_bytes: Float64Array,
+    memory_limit_bytes: Float64Array,
     failures: Sequence[int],
     block_updates: Sequence[int] | IntArray,
     partial: bool,

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lola_flwr.allocation import Allocator, RoundMode, find_allocator
-from lola_flwr.allocation.problem import IntArray
+from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.errors import UserError
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.estimation import ComputeEstimate, RateEstimate
 from lola_flwr.wire.payload import Payloads, UpdateSizes
-from lola_flwr.zeroth_order.mixing import BoolArray, FloatArray, ZerothOrder
+from lola_flwr.zeroth_order.mixing import ZerothOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +141,11 @@ class Known:
     profiles: tuple[DeviceProfile, ...]
     estimate: ComputeEstimate = field(default_factory=ComputeEstimate)
     rates: RateEstimate = field(default_factory=RateEstimate)
-    memory_limit_bytes: FloatArray
+    memory_limit_bytes: Float64Array
     failures: tuple[int, ...]
     meetings: IntArray
     wanted: RoundMode
-    worth: FloatArray | None = None
+    worth: Float64Array | None = None
     block_updates: IntArray
     partial: bool = False
 

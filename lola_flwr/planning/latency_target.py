@@ -14,15 +14,14 @@ from lola_flwr.allocation import (
     RoundMode,
     allocate,
 )
-from lola_flwr.allocation.band import FloatArray
 from lola_flwr.allocation.edges import Edges, edges_of
-from lola_flwr.allocation.problem import IntArray
+from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.errors import UserError
 
 
 def most_valuable_blocks(
     problem: AllocationProblem,
-    values: Sequence[float] | FloatArray,
+    values: Sequence[float] | Float64Array,
     *,
     latency_target_s: float = math.inf,
 ) -> tuple[int, ...]:
@@ -95,7 +94,9 @@ def most_valuable_blocks(
 class _Program:
     """The integer program: pairs x [E] and blocks y [n], all of them 0 or 1."""
 
-    def __init__(self, share: FloatArray, demand: IntArray, worth: FloatArray) -> None:
+    def __init__(
+        self, share: Float64Array, demand: IntArray, worth: Float64Array
+    ) -> None:
         kept = np.isfinite(share)
         slots = int(demand.sum())
         if share.shape[0] > slots:

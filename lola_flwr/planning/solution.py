@@ -14,7 +14,7 @@ from lola_flwr.allocation import (
     refine_payloads,
     rotate,
 )
-from lola_flwr.allocation.problem import IntArray
+from lola_flwr.arrays import IntArray
 from lola_flwr.planning.known import Known, RunStatement
 from lola_flwr.planning.statement import RoundProblem, stated_round
 from lola_flwr.randomness import rng_for

@@ -18,7 +18,7 @@ from lola_flwr.allocation import (
     InfeasibleAllocation,
     RoundMode,
 )
-from lola_flwr.allocation.problem import IntArray
+from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.d2ft.operations import to_text
 from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.d2ft.rescue import Schedules, with_reduced_schedules
@@ -28,7 +28,7 @@ from lola_flwr.planning.latency_target import most_valuable_blocks
 from lola_flwr.system.channel import uplink_rates_bps
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.payload import Payloads
-from lola_flwr.zeroth_order.mixing import BoolArray, FloatArray, mix
+from lola_flwr.zeroth_order.mixing import mix
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,10 +63,10 @@ class RoundProblem:
     problem: AllocationProblem
     rows: IntArray
     profiles: tuple[DeviceProfile, ...]
-    rate_bps: FloatArray
-    claimed_s: FloatArray
-    required_bytes: FloatArray
-    memory_limit_bytes: FloatArray
+    rate_bps: Float64Array
+    claimed_s: Float64Array
+    required_bytes: Float64Array
+    memory_limit_bytes: Float64Array
     without_backward: BoolArray
     schedules: Schedules
     payloads: Payloads
@@ -276,7 +276,7 @@ def asked(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem
     return stated.of_rows(rows, problem)
 
 
-def _spared(run: RunStatement, stated: RoundProblem, limit: FloatArray) -> BoolArray:
+def _spared(run: RunStatement, stated: RoundProblem, limit: Float64Array) -> BoolArray:
     """Tell which pairs of device and block had better not be asked, shape [K, N]."""
     return spared(
         stated.problem,

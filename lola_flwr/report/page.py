@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_flwr.errors import UserError, si
-from lola_flwr.files import replacing
+from lola_flwr.machine.files import replacing
 from lola_flwr.report.runs import Run
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lola_flwr.errors import UserError, quoted
-from lola_flwr.files import replacing, writing
+from lola_flwr.machine.files import replacing, writing
 
 _PATTERN = "round-*.safetensors"
 

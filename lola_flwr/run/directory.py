@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, Self
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import filling, local_path, replacing, writing
+from lola_flwr.machine.files import filling, local_path, replacing, writing
 from lola_flwr.run.checkpoint import Checkpoints, Snapshot
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import RoundLog

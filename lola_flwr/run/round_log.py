@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import writing
+from lola_flwr.machine.files import writing
 from lola_flwr.run.records import BlockRecord, Record, RoundRecord, StepRecord
 
 _Known = TypeVar("_Known", BlockRecord, RoundRecord, StepRecord)

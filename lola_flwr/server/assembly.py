@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import Float32Array, Float32Arrays
 from lola_flwr.errors import UserError
 
-FloatArrays = dict[str, npt.NDArray[np.float32]]
 # The mean of a stack of arrays along its first axis.
 StackMean = Callable[[npt.NDArray[Any]], npt.NDArray[np.floating]]
 
@@ -49,7 +49,7 @@ class BlockUpdate:
         return replace(self, gradients=gradients)
 
 
-def block_mean_named(name: str) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
+def block_mean_named(name: str) -> Callable[[Sequence[BlockUpdate]], Float32Arrays]:
     """Return what averages, per parameter, the gradients of those that computed it.
 
     Parameters
@@ -79,12 +79,12 @@ def block_mean_named(name: str) -> Callable[[Sequence[BlockUpdate]], FloatArrays
     return _MEANS[name]
 
 
-def _weighted_mean(updates: Sequence[BlockUpdate]) -> FloatArrays:
+def _weighted_mean(updates: Sequence[BlockUpdate]) -> Float32Arrays:
     examples: dict[str, int] = {}
     for update in updates:
         for name in update.gradients:
             examples[name] = examples.get(name, 0) + update.num_examples
-    total: FloatArrays = {}
+    total: dict[str, Float32Array] = {}
     for update in updates:
         for name, gradient in update.gradients.items():
             weight = np.float32(update.num_examples / examples[name])
@@ -95,10 +95,12 @@ def _weighted_mean(updates: Sequence[BlockUpdate]) -> FloatArrays:
     return total
 
 
-def _coordinate_wise(mean: StackMean) -> Callable[[Sequence[BlockUpdate]], FloatArrays]:
+def _coordinate_wise(
+    mean: StackMean,
+) -> Callable[[Sequence[BlockUpdate]], Float32Arrays]:
     """Return the mean of updates that is ``mean`` of each parameter's stack."""
 
-    def assemble(updates: Sequence[BlockUpdate]) -> FloatArrays:
+    def assemble(updates: Sequence[BlockUpdate]) -> Float32Arrays:
         names = dict.fromkeys(name for update in updates for name in update.gradients)
         return {
             name: mean(
@@ -122,7 +124,7 @@ def _trimmed_mean(stack: npt.NDArray[Any]) -> npt.NDArray[np.floating]:
 
 
 ROBUST_MEANS: dict[str, StackMean] = {"median": _median, "trimmed": _trimmed_mean}
-_MEANS: dict[str, Callable[[Sequence[BlockUpdate]], FloatArrays]] = {
+_MEANS: dict[str, Callable[[Sequence[BlockUpdate]], Float32Arrays]] = {
     "mean": _weighted_mean,
     **{name: _coordinate_wise(mean) for name, mean in ROBUST_MEANS.items()},
 }

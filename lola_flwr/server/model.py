@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import Float32Arrays
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.statistics import statistics_names, within_bounds
@@ -17,8 +18,6 @@ from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.wire.payload import array_bytes
 from lola_flwr.wire.versions import Versions, model_pieces
-
-FloatArrays = Mapping[str, npt.NDArray[np.float32]]
 
 # Prefix of the values that training started from, in a snapshot.
 _START = "start/"
@@ -65,7 +64,7 @@ class ServedModel:
         self._assemble = block_mean_named(block_mean)
         self._block_mean = block_mean
         # Values to measure moves from; empty, unless `remember_start` was called.
-        self._start: FloatArrays = {}
+        self._start: Float32Arrays = {}
         # The optimizer holds the trainable values: no second copy of them is kept.
         state = optimizer.state()
         self._state_dict = {
@@ -183,7 +182,7 @@ class ServedModel:
         self._start = {name: values.copy() for name, values in self.state().items()}
 
     @property
-    def start(self) -> FloatArrays:
+    def start(self) -> Float32Arrays:
         """The trainable values that training started from, if they are kept."""
         return self._start
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import Float32Array, Float32Arrays
 from lola_flwr.errors import brief, quoted
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.statistics import is_plausible, statistics_names
-from lola_flwr.server.assembly import BlockUpdate, FloatArrays
+from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.low_rank import projection_of
 from lola_flwr.wire.npy import MalformedArray, read_npy
@@ -205,7 +206,7 @@ class UpdateReader:
         assignment: Assignment,
         sent: Mapping[str, npt.NDArray[Any]],
         names: Sequence[str],
-    ) -> FloatArrays:
+    ) -> Float32Arrays:
         """Return the gradients that a reply's one array holds."""
         codec = codec_named(assignment.codec)
         projection = projection_of(assignment)
@@ -214,7 +215,7 @@ class UpdateReader:
             shapes = {name: projection.shape(shape) for name, shape in shapes.items()}
         data = self._named_tensors(reply, (GRADIENTS,))[GRADIENTS]
         packed = _read(GRADIENTS, data, *packed_type(codec, shapes.values()))
-        gradients: FloatArrays = {}
+        gradients: dict[str, Float32Array] = {}
         for name, wire in unpack(packed, codec, shapes).items():
             try:
                 received = codec.decode(wire, shapes[name])
@@ -232,9 +233,9 @@ class UpdateReader:
         tensors: Mapping[str, bytes],
         sent: Mapping[str, npt.NDArray[Any]],
         names: Sequence[str],
-    ) -> FloatArrays:
+    ) -> dict[str, Float32Array]:
         """Return how far a reply's weights are from those that were sent."""
-        moves: FloatArrays = {}
+        moves: dict[str, Float32Array] = {}
         for name in names:
             # Weights come in the model's own type, or in float32.
             dtypes = (sent[name].dtype, np.dtype(np.float32))
@@ -252,7 +253,7 @@ class UpdateReader:
         assignment: Assignment,
         sent: Mapping[str, npt.NDArray[Any]],
         names: Sequence[str],
-    ) -> FloatArrays:
+    ) -> Float32Arrays:
         """Return the gradient that a report's projections are an estimate of."""
         directions = directions_of(assignment)
         expected_bytes = directions.count * PROJECTION_TYPE.itemsize
@@ -379,6 +380,6 @@ def _finite(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
     return values
 
 
-def _norm(gradients: FloatArrays) -> float:
+def _norm(gradients: Float32Arrays) -> float:
     squares = [np.square(g, dtype=np.float64).sum() for g in gradients.values()]
     return float(np.sqrt(sum(squares)))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import writing
+from lola_flwr.machine.files import writing
 from lola_flwr.simulation import guard
 from lola_flwr.simulation.ray_directory import ray_environment
 

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import Float64Array
 from lola_flwr.randomness import rng_for
 
 if TYPE_CHECKING:
     from lola_flwr.system.devices import DeviceProfile
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +45,18 @@ class Channel:
         return self.broadcast_s + self.server_s
 
 
-def db_to_linear(value_db: npt.ArrayLike) -> FloatArray:
+def db_to_linear(value_db: npt.ArrayLike) -> Float64Array:
     """Convert decibels to a ratio."""
     return np.asarray(10.0 ** (np.asarray(value_db, dtype=np.float64) / 10.0))
 
 
 def rayleigh_snr(
-    transmit_snr_db: Sequence[float] | FloatArray,
+    transmit_snr_db: Sequence[float] | Float64Array,
     device_names: Sequence[str],
     *,
     server_round: int,
     seed: int,
-) -> FloatArray:
+) -> Float64Array:
     """Draw each device's receive SNR for one round.
 
     Block fading: the power gain ``|h|^2 ~ Exp(1)`` holds for one round and is drawn
@@ -86,7 +85,7 @@ def rayleigh_snr(
     return np.asarray(db_to_linear(transmit_snr_db) * np.asarray(gain))
 
 
-def full_band_rate_bps(bandwidth_hz: float, snr: FloatArray) -> FloatArray:
+def full_band_rate_bps(bandwidth_hz: float, snr: Float64Array) -> Float64Array:
     """Shannon rate of each device when it has the whole band, bit/s, shape [K].
 
     With OFDMA and uniform power per sub-carrier the SNR does not depend on the share of
@@ -103,7 +102,7 @@ def uplink_rates_bps(
     server_round: int,
     seed: int,
     fading: bool = True,
-) -> FloatArray:
+) -> Float64Array:
     """Return each device's rate when it has the whole uplink, bit/s, shape [K].
 
     A device whose profile states the rate of its link has that rate; for the others it

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from lola_flwr.arrays import Float64Array
 
 # Weight of a new observation: a device that gets four times slower is believed to be
 # 2.5 times slower after one round, and 3.4 times after two.
@@ -64,7 +64,7 @@ class ComputeEstimate:
     block_log_factor: Mapping[int, float] = field(default_factory=dict)
 
     def correct(
-        self, claimed_s: FloatArray, devices: Sequence[str]
+        self, claimed_s: Float64Array, devices: Sequence[str]
     ) -> npt.NDArray[np.float64]:
         """Return corrected compute times.
 
@@ -150,7 +150,7 @@ class RateEstimate:
     device_log_factor: Mapping[str, float] = field(default_factory=dict)
 
     def correct(
-        self, claimed_bps: FloatArray, devices: Sequence[str]
+        self, claimed_bps: Float64Array, devices: Sequence[str]
     ) -> npt.NDArray[np.float64]:
         """Return corrected rates, bit/s, shape [K].
 

@@ -23,10 +23,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import Float32Array
 from lola_flwr.errors import UserError
 from lola_flwr.wire.npy import MalformedArray
 
-FloatArray = npt.NDArray[np.float32]
 WireArray = npt.NDArray[np.generic]
 
 
@@ -57,10 +57,10 @@ class Codec(Protocol):
     def wire_type(self, shape: Sequence[int]) -> WireType:
         """Tell what travels for an array of a shape; of one dtype for all shapes."""
 
-    def encode(self, values: FloatArray) -> WireArray:
+    def encode(self, values: Float32Array) -> WireArray:
         """Return what travels: an array of ``wire_type(values.shape)``."""
 
-    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
         """Return the values of an array of that ``wire_type``, in their shape.
 
         Raises
@@ -85,24 +85,24 @@ class Elementwise:
     """
 
     dtype: np.dtype[Any]
-    to_wire: Callable[[FloatArray], WireArray]
-    from_wire: Callable[[WireArray], FloatArray]
+    to_wire: Callable[[Float32Array], WireArray]
+    from_wire: Callable[[WireArray], Float32Array]
     has_feedback: ClassVar[bool] = False
 
     def wire_type(self, shape: Sequence[int]) -> WireType:
         """Tell what travels: as many values."""
         return WireType(tuple(shape), self.dtype)
 
-    def encode(self, values: FloatArray) -> WireArray:
+    def encode(self, values: Float32Array) -> WireArray:
         """Convert each value."""
         return self.to_wire(values)
 
-    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
         """Convert each value back."""
         return self.from_wire(wire)
 
 
-def _to_bf16(values: FloatArray) -> npt.NDArray[np.uint16]:
+def _to_bf16(values: Float32Array) -> npt.NDArray[np.uint16]:
     bits = values.view(np.uint32)
     # Round to nearest, ties to even, on the 16 bits that bfloat16 drops.
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
@@ -111,7 +111,7 @@ def _to_bf16(values: FloatArray) -> npt.NDArray[np.uint16]:
     return (rounded >> np.uint32(16)).astype(np.uint16)
 
 
-def _from_bf16(wire: WireArray) -> FloatArray:
+def _from_bf16(wire: WireArray) -> Float32Array:
     return (wire.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -133,7 +133,7 @@ class Fp16:
         """Tell what travels: one number more than there are values."""
         return WireType((math.prod(shape) + 1,), np.dtype(np.float16))
 
-    def encode(self, values: FloatArray) -> WireArray:
+    def encode(self, values: Float32Array) -> WireArray:
         """Divide by the power of two, which is exact, and round."""
         largest = np.abs(values).max(initial=0.0)
         # A value that is not finite stays so, and the server refuses it.
@@ -143,7 +143,7 @@ class Fp16:
             scaled = (values.ravel() * np.float32(2.0**-exponent)).astype(np.float16)
         return np.concatenate([np.array([exponent], np.float16), scaled])
 
-    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
         """Multiply by the power of two."""
         exponent = float(wire[0].item())
         if not (exponent.is_integer() and self._smallest <= exponent <= self._largest):
@@ -179,7 +179,7 @@ class Int8:
         nbytes = 4 * channels.number + math.prod(shape)
         return WireType((nbytes,), np.dtype(np.uint8))
 
-    def encode(self, values: FloatArray) -> WireArray:
+    def encode(self, values: Float32Array) -> WireArray:
         """Scale every channel to whole numbers from -127 to 127."""
         rows = _channels(values.shape).rows_of(values)
         # A value that is not finite spoils its channel, which the server then refuses.
@@ -191,7 +191,7 @@ class Int8:
             levels = np.clip(levels, -_LEVELS, _LEVELS).astype(np.int8)
         return np.concatenate([scale.view(np.uint8), levels.view(np.uint8).ravel()])
 
-    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
         """Multiply every channel by its scale."""
         shape = tuple(shape)
         channels = _channels(shape)
@@ -210,12 +210,12 @@ class _Channels(NamedTuple):
     number: int
     are_columns: bool
 
-    def rows_of(self, values: FloatArray) -> FloatArray:
+    def rows_of(self, values: Float32Array) -> Float32Array:
         if self.are_columns:
             return np.ascontiguousarray(values.reshape(-1, self.number).T)
         return values.reshape(self.number, -1)
 
-    def values_of(self, rows: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    def values_of(self, rows: Float32Array, shape: tuple[int, ...]) -> Float32Array:
         return np.ascontiguousarray(rows.T if self.are_columns else rows).reshape(shape)
 
 
@@ -250,7 +250,7 @@ class TopK:
         kept, position = self._kept(size), _position_type(size)
         return WireType((kept * (position.itemsize + 2),), np.dtype(np.uint8))
 
-    def encode(self, values: FloatArray) -> WireArray:
+    def encode(self, values: Float32Array) -> WireArray:
         """Pick the largest values."""
         flat = values.ravel()
         kept = self._kept(flat.size)
@@ -260,7 +260,7 @@ class TopK:
             [positions.view(np.uint8), _to_bf16(flat[positions]).view(np.uint8)]
         )
 
-    def decode(self, wire: WireArray, shape: Sequence[int]) -> FloatArray:
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
         """Put the values in their places; all others are 0."""
         size = math.prod(shape)
         kept, position = self._kept(size), _position_type(size)
@@ -339,8 +339,8 @@ def codec_ladder(name: str) -> tuple[str, ...]:
 
 
 def encode_with_feedback(
-    codec: Codec, gradient: FloatArray, residual: FloatArray | None = None
-) -> tuple[WireArray, FloatArray | None]:
+    codec: Codec, gradient: Float32Array, residual: Float32Array | None = None
+) -> tuple[WireArray, Float32Array | None]:
     """Encode a gradient together with what was left out of the one before.
 
     Parameters

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from lola_flwr.arrays import Float32Array
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
 from lola_flwr.wire.records import Assignment
-
-FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,9 @@ class LowRankProjection:
         """Return which projection a round's is: rounds of one number share it."""
         return (server_round - 1) // self.period
 
-    def project(self, server_round: int, name: str, gradient: FloatArray) -> FloatArray:
+    def project(
+        self, server_round: int, name: str, gradient: Float32Array
+    ) -> Float32Array:
         """Return ``P^T G``, shape [rank, longer side]."""
         if self.shape(gradient.shape) == gradient.shape:
             return gradient
@@ -84,9 +84,9 @@ class LowRankProjection:
         self,
         server_round: int,
         name: str,
-        projected: FloatArray,
+        projected: Float32Array,
         shape: Sequence[int],
-    ) -> FloatArray:
+    ) -> Float32Array:
         """Return ``P R``, of the shape of the parameter of this name.
 
         Parameters
@@ -105,7 +105,7 @@ class LowRankProjection:
         lifted = self._basis(server_round, name, min(shape)) @ projected
         return np.ascontiguousarray(lifted if shape[0] <= shape[1] else lifted.T)
 
-    def _basis(self, server_round: int, name: str, side: int) -> FloatArray:
+    def _basis(self, server_round: int, name: str, side: int) -> Float32Array:
         """Return orthonormal columns, shape [side, rank]."""
         number = self.basis_number(server_round)
         normal = rng_for(self.seed, "projection", number, name).standard_normal(

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import Float32Array
 from lola_flwr.errors import UserError
-from lola_flwr.wire.codec import Codec, FloatArray, WireArray, WireType, codec_named
+from lola_flwr.wire.codec import Codec, WireArray, WireType, codec_named
 
 # The names under which the arrays travel.
 GRADIENTS = "gradients"
@@ -74,7 +75,7 @@ def unpack(
 
 def received_values(
     received: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, FloatArray]:
+) -> dict[str, Float32Array]:
     """Return the values that a device was sent, by name.
 
     Parameters

@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from lola_flwr.arrays import Float32Array
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
 from lola_flwr.wire.records import Assignment
-
-FloatArray = npt.NDArray[np.float32]
 
 # With Flower's message around them, this many projections stay below 1 kB.
 MAX_DIRECTIONS = 32
@@ -48,7 +46,9 @@ class Directions:
     smallest_share: float = 1.0
     perturbation: float = 1e-3
 
-    def along(self, number: int, name: str, values: FloatArray) -> Iterator[FloatArray]:
+    def along(
+        self, number: int, name: str, values: Float32Array
+    ) -> Iterator[Float32Array]:
         """Draw one direction's part for one tensor, chunk by chunk of its elements.
 
         Parameters
@@ -69,7 +69,7 @@ class Directions:
             signs = np.unpackbits(bits, count=part.size).astype(np.float32) * 2 - 1
             yield signs if limit is None else signs * (abs(part) <= limit)
 
-    def _limit(self, flat: FloatArray) -> float | None:
+    def _limit(self, flat: Float32Array) -> float | None:
         """Return the largest magnitude that still moves; None where all do."""
         if self.smallest_share >= 1:
             return None
@@ -98,12 +98,12 @@ def directions_of(assignment: Assignment) -> Directions:
 
 
 def estimated_gradient(
-    values: Mapping[str, FloatArray],
+    values: Mapping[str, Float32Array],
     names: Sequence[str],
     *,
     directions: Directions,
-    projections: FloatArray,
-) -> dict[str, FloatArray]:
+    projections: Float32Array,
+) -> dict[str, Float32Array]:
     """Put the estimate of a gradient together from its projections.
 
     Parameters

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from lola_flwr.allocation import AllocationProblem
 from lola_flwr.allocation.infeasible import is_feasible
+from lola_flwr.arrays import BoolArray, Float64Array
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
@@ -18,8 +18,6 @@ from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.estimation import ComputeEstimate
 from lola_flwr.zeroth_order.directions import MAX_DIRECTIONS
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 Use = Literal["fallback", "always"]
 
 
@@ -93,7 +91,7 @@ def mix(
     settings: ZerothOrder | None,
     profiles: Sequence[DeviceProfile],
     *,
-    rate_bps: FloatArray,
+    rate_bps: Float64Array,
     estimate: ComputeEstimate,
     unasked: BoolArray,
 ) -> tuple[AllocationProblem, BoolArray]:

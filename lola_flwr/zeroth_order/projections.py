@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lola_flwr.arrays import Float32Array
 from lola_flwr.model.backprop import Batch, LossFunction, model_loss
-from lola_flwr.zeroth_order.directions import Directions, FloatArray
+from lola_flwr.zeroth_order.directions import Directions
 
 
 def projected_gradients(
@@ -19,7 +20,7 @@ def projected_gradients(
     *,
     directions: Directions,
     loss_function: LossFunction = model_loss,
-) -> tuple[FloatArray, float]:
+) -> tuple[Float32Array, float]:
     """Measure the gradient's projections on some directions.
 
     Parameters

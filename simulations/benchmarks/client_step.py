@@ -22,8 +22,8 @@ from lola_flwr.device.prefix import (
     save_base,
     skeleton_of,
 )
-from lola_flwr.files import local_path
-from lola_flwr.heap import keep_no_freed_memory
+from lola_flwr.machine.files import local_path
+from lola_flwr.machine.heap import keep_no_freed_memory
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import local_path
+from lola_flwr.machine.files import local_path
 from simulations.compare.methods import Method, Point, RunSettings
 from simulations.compare.report import comparison_figure, comparison_rows
 from simulations.compare.runs import run_method

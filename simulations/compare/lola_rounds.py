@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lola_flwr.allocation import InfeasibleAllocation, RoundMode
+from lola_flwr.arrays import Float32Arrays
 from lola_flwr.build import (
     AllocationOptions,
     Channel,
@@ -40,8 +41,6 @@ from lola_flwr.zeroth_order.mixing import ZerothOrder
 from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, Point, Report, RunSettings
 from simulations.compare.tasks import Task
-
-FloatArrays = Mapping[str, npt.NDArray[np.float32]]
 
 
 def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) -> None:
@@ -219,7 +218,7 @@ class _Effort:
         name: str,
         device: BlockDevice,
         assignment: Assignment,
-        values: FloatArrays,
+        values: Float32Arrays,
     ) -> DeviceReply:
         """Return what a device sends back."""
         kind = assignment.block_index, assignment.direction_seed is None
@@ -235,10 +234,10 @@ class _Effort:
         )
 
 
-def _response(task: Task) -> Callable[[FloatArrays], float]:
+def _response(task: Task) -> Callable[[Float32Arrays], float]:
     """Give the loss of some values on the server's own examples."""
 
-    def response(values: FloatArrays) -> float:
+    def response(values: Float32Arrays) -> float:
         names = task.partition.trainable
         load_values(task.model, names, [values[name] for name in names])
         task.model.eval()

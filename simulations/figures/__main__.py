@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import local_path
+from lola_flwr.machine.files import local_path
 from simulations.figures import depth, latency, learning, outcomes, plots, summary
 from simulations.figures.tables import Row, markdown_table, numbers, write_csv
 

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
+from lola_flwr.arrays import Float64Array
 from simulations.figures.depth import WHOLE_MODEL
-from simulations.figures.summary import TARGET_REDUCTION, FloatArray
+from simulations.figures.summary import TARGET_REDUCTION
 from simulations.figures.tables import Row, numbers
 
 BLACK, GREY, LIGHT_GREY = "#000000", "#8C8C8C", "#C8C8C8"
@@ -315,7 +316,7 @@ def _band(
     _draw(axes, columns, style)
 
 
-def _draw(axes: Axes, columns: Sequence[FloatArray], style: Style) -> None:
+def _draw(axes: Axes, columns: Sequence[Float64Array], style: Style) -> None:
     """Draw x, a line, and the band between a lower and an upper line."""
     x, line, low, high = columns
     axes.plot(

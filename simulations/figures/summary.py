@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from lola_flwr.arrays import Float64Array
 from simulations.figures.latency import CONTENDERS
 from simulations.figures.tables import Row
-
-FloatArray = npt.NDArray[np.float64]
 
 # What the others are compared with.
 PROPOSED = ("exact", "jbba")
@@ -86,14 +84,14 @@ def _summarize_point(rows: Sequence[Row], x: str) -> list[Row]:
     return summaries
 
 
-def _column(rows: Sequence[Row], allocator: str, key: str) -> FloatArray:
+def _column(rows: Sequence[Row], allocator: str, key: str) -> Float64Array:
     """One column of one allocator's rows; rows come in the order of the draws."""
     return np.array([float(r[key]) for r in rows if r["allocator"] == allocator])
 
 
 def _resampled_means(
-    latency: Mapping[str, FloatArray], fleets: FloatArray
-) -> dict[str, FloatArray]:
+    latency: Mapping[str, Float64Array], fleets: Float64Array
+) -> dict[str, Float64Array]:
     """Mean of each allocator in every bootstrap sample of fleets, shape [R]."""
     _, fleet_of_draw = np.unique(fleets, return_inverse=True)
     draws_of_fleet = np.bincount(fleet_of_draw)  # [F]

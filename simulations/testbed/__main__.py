@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lola_flwr.files import local_path
+from lola_flwr.machine.files import local_path
 from simulations.testbed.federation import (
     Federation,
     Options,

@@ -24,7 +24,7 @@ from lola_flwr.build import (
     coordinator_for_weights,
 )
 from lola_flwr.clients import AssignedBlock, block_mod, held_mod, profile_mod
-from lola_flwr.files import replacing
+from lola_flwr.machine.files import replacing
 from lola_flwr.server.replies import DeviceReply
 from tests.clients.test_assigned_block import (
     Net,

@@ -18,7 +18,7 @@ from lola_flwr.deployment.measurement import (
     write_profile,
 )
 from lola_flwr.errors import UserError
-from lola_flwr.host_memory import available_memory_bytes
+from lola_flwr.machine.memory import available_memory_bytes
 from lola_flwr.system.devices import DeviceProfile, InvalidProfile
 
 

@@ -7,7 +7,7 @@ import torch
 
 from lola_flwr.device import memory
 from lola_flwr.device.memory import measured_peak
-from lola_flwr.heap import keep_no_freed_memory
+from lola_flwr.machine.heap import keep_no_freed_memory
 
 _MIB = 1 << 20
 

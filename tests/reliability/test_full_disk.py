@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import filling, replacing, writing
+from lola_flwr.machine.files import filling, replacing, writing
 from lola_flwr.report import Report, Run
 from lola_flwr.run import directory as run_directory
 from lola_flwr.run.checkpoint import Checkpoints, Snapshot

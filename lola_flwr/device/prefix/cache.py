@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import replacing, writing
+from lola_flwr.machine.files import replacing, writing
 
 _TENSOR = "hidden_states"
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lola_flwr.device.prefix.cache import ActivationCache
 from lola_flwr.device.prefix.reuse import block_modules, digest, reused_prefix
 from lola_flwr.errors import UserError
-from lola_flwr.files import replacing, writing
+from lola_flwr.machine.files import replacing, writing
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import check_values
 

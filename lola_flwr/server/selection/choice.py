@@ -11,11 +11,12 @@ from typing import Literal, get_args
 import numpy as np
 
 from lola_flwr.allocation import RoundMode
+from lola_flwr.arrays import Float32Arrays, Float64Array
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.randomness import rng_for
-from lola_flwr.server.selection.history import BlockHistory, FloatArray
-from lola_flwr.server.selection.importance import FloatArrays, Response, Trials
+from lola_flwr.server.selection.history import BlockHistory
+from lola_flwr.server.selection.importance import Response, Trials
 from lola_flwr.server.selection.selectors import BlockSelector
 
 BlockValue = Literal["staleness", "equal"]
@@ -130,7 +131,7 @@ class Selection:
             wanted = [allowed[index] for index in chosen] or allowed
         return replace(mode, blocks=tuple(wanted))
 
-    def worth(self, history: BlockHistory, server_round: int) -> FloatArray | None:
+    def worth(self, history: BlockHistory, server_round: int) -> Float64Array | None:
         """Return what each block is worth, [N]; None where all that are wanted are."""
         if self.takes_all:
             return None
@@ -150,8 +151,8 @@ class Selection:
 def relative_moves(
     partition: BlockPartition,
     blocks: Collection[int],
-    before: FloatArrays,
-    after: FloatArrays,
+    before: Float32Arrays,
+    after: Float32Arrays,
 ) -> dict[int, float]:
     """Return how far some blocks have moved, relative to the norm of their values.
 

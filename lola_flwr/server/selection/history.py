@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from lola_flwr.arrays import Float64Array, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +29,8 @@ class BlockHistory:
     """
 
     last_round: IntArray
-    relative_move: FloatArray
-    importance: FloatArray
+    relative_move: Float64Array
+    importance: Float64Array
     blocks: tuple[int, ...] | None = None
 
     @classmethod
@@ -59,7 +57,7 @@ class BlockHistory:
             blocks=tuple(rows),
         )
 
-    def of_these(self, values: Sequence[float]) -> FloatArray:
+    def of_these(self, values: Sequence[float]) -> Float64Array:
         """Return what each of these N blocks has, of what each of the model's has."""
         return np.array(values)[list(self.blocks) if self.blocks else slice(None)]
 

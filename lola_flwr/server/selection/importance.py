@@ -8,19 +8,17 @@ blocks are layers, and what is damped is how far they have moved since the start
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from lola_flwr.arrays import Float32Arrays
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.selection.history import BlockHistory
 
-FloatArrays = Mapping[str, npt.NDArray[np.float32]]
-
 # The mean loss that the model has with some trainable values, on data of the server's.
-Response = Callable[[FloatArrays], float]
+Response = Callable[[Float32Arrays], float]
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ def measure_importance(
     history: BlockHistory,
     partition: BlockPartition,
     *,
-    start: FloatArrays,
-    values: FloatArrays,
+    start: Float32Arrays,
+    values: Float32Arrays,
     response: Response,
     trials: Trials,
     rng: np.random.Generator,

@@ -19,8 +19,9 @@ from typing import Protocol
 
 import numpy as np
 
+from lola_flwr.arrays import Float64Array
 from lola_flwr.errors import UserError
-from lola_flwr.server.selection.history import BlockHistory, FloatArray
+from lola_flwr.server.selection.history import BlockHistory
 
 # Gives the generator of a purpose: ``rng_for`` with the run's seed filled in.
 Draw = Callable[..., np.random.Generator]
@@ -294,7 +295,7 @@ def _longest_waiting(history: BlockHistory, count: int) -> tuple[int, ...]:
 
 
 def _drawn(
-    rng: np.random.Generator, weights: FloatArray, count: int
+    rng: np.random.Generator, weights: Float64Array, count: int
 ) -> tuple[int, ...]:
     """Draw blocks without replacement, in proportion to their weights."""
     chance = weights / weights.sum()

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 
+from lola_flwr.arrays import IntArray
 from lola_flwr.d2ft.subnetworks import Subnetworks
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.spread.exchange import CheckedReply, Exchange, PartRequest
 from lola_flwr.wire.records import PartTask
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

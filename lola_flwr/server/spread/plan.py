@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
+from lola_flwr.arrays import IntArray
 from lola_flwr.d2ft.schedule import Scores
 from lola_flwr.server.fleet import Fleet
 from lola_flwr.system.devices import DeviceProfile
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lola_flwr.arrays import IntArray
 from lola_flwr.d2ft.branches import enter, leave
 from lola_flwr.d2ft.operations import Operation, to_text
 from lola_flwr.d2ft.subnetworks import Branch, Slice
@@ -41,8 +42,6 @@ from lola_flwr.server.spread.exchange import (
 from lola_flwr.server.spread.model import SpreadModel
 from lola_flwr.server.spread.owners import MicroBatch, draw_micro_batches, losses_of
 from lola_flwr.wire.packing import GRADIENTS, VALUES
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

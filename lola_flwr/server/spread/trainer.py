@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from lola_flwr.arrays import Float32Array
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import (
@@ -42,9 +43,6 @@ from lola_flwr.server.spread.scoring import flops_per_token, scores_after
 from lola_flwr.server.state import restored
 from lola_flwr.system.channel import Channel
 from lola_flwr.wire.records import PartTask
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 
 class SpreadTrainer:
@@ -235,7 +233,7 @@ class SpreadTrainer:
 
     # --- the model -------------------------------------------------------------------
 
-    def values(self) -> dict[str, FloatArray]:
+    def values(self) -> dict[str, Float32Array]:
         """Return the trainable parameters' current values, as views."""
         return self._optimizer.state()
 

@@ -19,7 +19,7 @@ from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.device.sampling import ChosenBatches
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
-from lola_flwr.files import local_path
+from lola_flwr.machine.files import local_path
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.randomness import rng_for

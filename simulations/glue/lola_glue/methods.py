@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from lola_flwr.arrays import Float32Arrays
 from lola_flwr.build import (
     AllocationOptions,
     Channel,
@@ -25,7 +26,7 @@ from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
 from lola_flwr.randomness import rng_for
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
-from lola_flwr.server.selection.importance import FloatArrays, Response
+from lola_flwr.server.selection.importance import Response
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from lola_glue.config import (
@@ -148,7 +149,7 @@ def response_of(
     drawn = rng.choice(len(train.labels), count, replace=False)
     proxy = Examples(tuple(train.sentences[int(i)] for i in drawn), train.labels[drawn])
 
-    def response(values: FloatArrays) -> float:
+    def response(values: Float32Arrays) -> float:
         load_values(
             model, partition.trainable, [values[n] for n in partition.trainable]
         )

@@ -12,9 +12,8 @@ from flwr_datasets.partitioner import (
     Partitioner,
 )
 
+from lola_flwr.arrays import IntArray
 from lola_flwr.errors import UserError
-
-IntArray = npt.NDArray[np.int64]
 
 PARTITIONINGS = ("iid", "dirichlet")
 """The ways to split."""

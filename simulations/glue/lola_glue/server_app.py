@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lola_flwr.build import Channel, MicroBatches, coordinator_for, trainer_for
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
-from lola_flwr.files import filling
+from lola_flwr.machine.files import filling
 from lola_flwr.model.adapter_trial import check_merging, check_saving
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lola_flwr.files import local_path
+from lola_flwr.machine.files import local_path
 from lola_glue.acceptability import MinimalPair, minimal_pairs
 from lola_glue.readers import (
     Examples,

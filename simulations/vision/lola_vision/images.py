@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from lola_flwr.errors import UserError
-from lola_flwr.files import expanded
+from lola_flwr.machine.files import expanded
 from lola_flwr.model.backprop import Batch
 from lola_flwr.randomness import rng_for
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lola_flwr import host_memory
-from lola_flwr.heap import give_back_freed_memory
-from lola_flwr.host_memory import available_memory_bytes
+from lola_flwr.machine import memory as host_memory
+from lola_flwr.machine.heap import give_back_freed_memory
+from lola_flwr.machine.memory import available_memory_bytes
 
 KIB, GB = 1024, 10**9
 MEMINFO = {"MemTotal": 8 * GB, "MemFree": GB, "MemAvailable": 5 * GB}

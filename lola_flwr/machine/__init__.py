@@ -1,0 +1,1 @@
+"""The machine at hand: its memory, its heap, and files that are whole."""
