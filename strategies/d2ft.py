@@ -49,7 +49,8 @@ class D2FT(Strategy):
         Devices that must be connected before the first step. Later steps go on with
         those that are there.
     waits
-        How long to wait for devices and their profiles.
+        How long to wait for devices and their profiles. (Its deadline is that of a
+        round's replies; here ``exchange_wait_s`` bounds each wait.)
     exchange_wait_s
         How long to wait for the replies of one exchange; a step in which one is missing
         is skipped.

@@ -101,6 +101,7 @@ class Rounds(Generic[Plan, Answers]):
 
     def restart(self) -> None:
         """Begin a run: its first round has to succeed, whatever went before."""
+        # A strategy that has run before counts from its own round 1 again.
         self.rounds_before = (
             0 if self._record is not None else self._method.server_round
         )
