@@ -33,15 +33,15 @@ def quoted(said: object) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an error of another library says, fit for a message: on one line.
+    """Return the first line of what a library says, fit for a line of one's own.
 
     With the error's type where the text alone says little: a KeyError's is a key.
     """
     kind = type(error).__name__
     text = str(error).strip().partition("\n")[0]
-    if text and isinstance(error, (ValueError, TypeError, NotImplementedError)):
-        return text
-    return f"{kind}: {text}" if text else kind
+    if text and isinstance(error, LookupError | AttributeError):
+        return f"{kind}: {text}"
+    return text or kind
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

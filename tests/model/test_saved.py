@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from lola_flwr.model.adapters import save_model
 from lola_flwr.model.loading import load_classifier
+from lola_flwr.model.saved_adapters import save_model
 from tests.model.text_families import FAMILIES, save_tiny
 
 PAIRS = [("a cat sleeps", "no cat sees"), ("every dog barks a bird", "a bird")]
