@@ -58,6 +58,20 @@ class TestBestShares:
         # A narrow band is never slower when the power is concentrated on it.
         assert finish <= best_deadline(c, tau) * (1 + 1e-12)
 
+    @pytest.mark.parametrize("snr_db", [-90, -60, -30, 0, 60])
+    def test_power_limited_devices_finish_together_at_vanishing_snr(self, snr_db):
+        # There a wait that is short by rounding needs far more than the band.
+        rng = np.random.default_rng(71)
+        for _ in range(40):
+            num_devices = rng.integers(2, 6)
+            c = rng.choice([0.0, 1.0, 2.0, 3.0], num_devices)
+            tau = rng.choice([0.5, 1.0, 2.0, 3.0], num_devices)
+            snr = 10 ** (snr_db / 10) * 10 ** rng.uniform(0, 2, num_devices)
+            deadline = best_deadline(c, tau, snr)
+            assert least_share(tau, deadline - c, snr).sum() <= 1 + 1e-6
+            finish = c + upload_s(tau, best_shares(c, tau, snr), snr)
+            assert finish.max() == pytest.approx(deadline, rel=1e-12)
+
 
 class TestUplink:
     def test_whole_band_takes_the_full_band_time(self):

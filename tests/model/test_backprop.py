@@ -184,12 +184,33 @@ def test_gradients_of_the_caller_are_left_alone(roberta, batch):
 
 def test_flags_are_restored(roberta, batch):
     partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    # Of each kind some are frozen and some are not: embeddings, blocks and head.
+    for frozen in list(roberta.parameters())[::3]:
+        frozen.requires_grad_(False)
     before = [p.requires_grad for p in roberta.parameters()]
     block_gradient(roberta, partition, 2, batch)
+    assert [p.requires_grad for p in roberta.parameters()] == before
     with pytest.raises(RuntimeError), only_block_trainable(roberta, partition, 0):
         raise RuntimeError
     assert [p.requires_grad for p in roberta.parameters()] == before
     assert all(p.grad is None for p in roberta.parameters())
+
+
+def test_what_the_loss_does_not_depend_on_has_a_gradient_of_zeros(roberta, batch):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+
+    def without_head(model, batch):
+        hidden = model.roberta(batch["input_ids"], batch["attention_mask"])[0]
+        return hidden.square().mean()
+
+    found = block_gradient(roberta, partition, 1, batch, loss_function=without_head)
+    assert tuple(found.gradients) == partition.update_names(1)
+    for name, gradient in found.gradients.items():
+        assert gradient.shape == roberta.get_parameter(name).shape
+        if name in partition.head:
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+        elif "key.bias" not in name:
+            assert torch.any(gradient != 0), name
 
 
 def test_a_forgotten_preparation_does_not_undo_the_next(roberta):

@@ -1,8 +1,21 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lola_flwr.server.assembly import BlockUpdate, block_mean_named
+from lola_flwr.errors import UserError
+from lola_flwr.server.assembly import (
+    BLOCK_MEANS,
+    BlockUpdate,
+    average_statistics,
+    block_mean_named,
+)
+
+
+def assemble_gradient(updates, block_mean="mean"):
+    return block_mean_named(block_mean)(updates)
 
 
 def test_weighted_by_examples_per_parameter():
@@ -27,4 +40,74 @@ def test_inputs_are_not_written_to():
 
 
 def test_nothing_received():
-    assert block_mean_named("mean")([]) == {}
+    assert assemble_gradient([]) == {}
+
+
+def update(value, num_examples=8, name="w"):
+    return BlockUpdate({name: np.array(value, np.float32)}, num_examples)
+
+
+@pytest.mark.parametrize("block_mean", ["median", "trimmed"])
+def test_one_of_three_cannot_move_a_robust_mean_beyond_the_others(block_mean):
+    honest = [update([1.0, -2.0]), update([3.0, -1.0])]
+    for lie in ([1e30, 1e30], [-1e30, 0.0], [2.0, -1.5]):
+        mean = assemble_gradient([*honest, update(lie, 8000)], block_mean)["w"]
+        assert np.all((mean >= [1.0, -2.0]) & (mean <= [3.0, -1.0]))
+    moved = assemble_gradient([*honest, update([1e30, 0])], "mean")["w"]
+    assert moved[0] > 1e29
+
+
+@pytest.mark.parametrize("block_mean", ["median", "trimmed"])
+def test_nor_the_running_statistics(block_mean):
+    def holding(mean, count, num_examples=8):
+        values = {"running_mean": np.float32(mean), "num_batches_tracked": count}
+        statistics = {name: np.asarray(value) for name, value in values.items()}
+        return BlockUpdate({}, num_examples, statistics)
+
+    updates = [
+        holding([1.0, -2.0], 10),
+        holding([1e6, -1e6], 2**40, 8000),
+        holding([3.0, -1.0], 13),
+    ]
+    robust = average_statistics(updates, block_mean)
+    assert np.all(robust["running_mean"] >= [1.0, -2.0])
+    assert np.all(robust["running_mean"] <= [3.0, -1.0])
+    assert 10 <= robust["num_batches_tracked"] <= 13
+    for name, values in updates[0].statistics.items():
+        assert robust[name].dtype == values.dtype
+        assert robust[name].shape == values.shape
+    assert average_statistics(updates)["running_mean"][0] > 9e5
+
+
+@given(
+    st.integers(3, 12),
+    st.data(),
+    st.sampled_from(["median", "trimmed"]),
+)
+def test_a_minority_stays_within_the_honest_values(count, data, block_mean):
+    numbers = st.floats(-1e3, 1e3, width=32)
+    hostile = data.draw(st.integers(0, count // 3))
+    honest = [data.draw(numbers) for _ in range(count - hostile)]
+    lies = [
+        data.draw(st.floats(-(2.0**100), 2.0**100, width=32)) for _ in range(hostile)
+    ]
+    updates = [update([value]) for value in (*lies, *honest)]
+    mean = float(assemble_gradient(updates, block_mean)["w"][0])
+    slack = 1e-6 * (1 + np.abs(honest).max())
+    assert min(honest) - slack <= mean <= max(honest) + slack
+
+
+@pytest.mark.parametrize("block_mean", BLOCK_MEANS)
+def test_all_means_agree_on_equal_updates_and_keep_names_and_types(block_mean):
+    updates = [update([0.5, 1.5]) for _ in range(4)]
+    mean = assemble_gradient([*updates, update([9.0], name="v")], block_mean)
+    assert list(mean) == ["w", "v"]
+    np.testing.assert_array_equal(
+        mean["w"], np.array([0.5, 1.5], np.float32), strict=True
+    )
+    np.testing.assert_array_equal(mean["v"], np.array([9.0], np.float32), strict=True)
+
+
+def test_unknown_means_are_named():
+    with pytest.raises(UserError, match="choose from mean, median, trimmed"):
+        assemble_gradient([], "krum")

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lola_flwr.server.norm_limits import NormHistory, NormLimits
+
+
+def test_the_usual_norm_is_the_median_of_a_block():
+    history = NormHistory()
+    for norm in (1.0, 2.0):
+        history = history.after([(0, norm)])
+        assert history.usual(0) == np.inf
+    history = history.after([(0, 100.0)])
+    assert history.usual(0) == 2.0
+    assert history.usual(1) == np.inf
+    # Honest norms that grow for good are the usual ones after a while.
+    history = history.after([(0, 50.0)] * 60)
+    assert history.usual(0) == 50.0
+    assert len(history.of_block[0]) == 20
+    assert NormHistory({0: (0.0,) * 9}).usual(0) == np.inf
+
+
+def test_the_last_20_norms_of_a_block_count_the_newest_included():
+    numbers = [(block, float(n)) for n in range(25) for block in (3, 5)]
+    history = NormHistory().after(numbers).after([(3, 99.0)])
+    assert history.of_block[3] == (*map(float, range(6, 25)), 99.0)
+    assert history.of_block[5] == tuple(map(float, range(5, 25)))
+
+
+# What a norm is of a border: below it, on it or above it, by a little or by far.
+BELOW, ABOVE = (1e-9, 0.5, 1 - 1e-9), (1 + 1e-9, 2.0, 50.0, 1e9)
+powers_of_two = st.integers(-20, 20).map(lambda exponent: 2.0**exponent)
+
+
+@given(
+    usual=powers_of_two,
+    factor=st.sampled_from([1.5, 3.0, 8.0]),
+    max_norm=powers_of_two,
+    border=st.sampled_from(["refused", "usual", "largest"]),
+    ratio=st.sampled_from([*BELOW, 1.0, *ABOVE]),
+)
+def test_large_updates_are_scaled_down_and_monstrous_ones_refused(
+    usual, factor, max_norm, border, ratio
+):
+    # Powers of two: every border is a number that floating point holds exactly.
+    refused, limit = 10 * factor * usual, min(factor * usual, max_norm)
+    norm = ratio * {"refused": refused, "usual": limit, "largest": max_norm}[border]
+    scale = NormLimits(max_norm, factor).scale(norm, usual)
+    if norm > refused:
+        assert scale == 0
+    elif norm > limit:
+        assert norm * scale == pytest.approx(limit, rel=1e-12)
+    else:
+        assert scale == 1
+
+
+@given(st.floats(0, 1e30), powers_of_two | st.just(np.inf))
+def test_without_limits_nothing_is_scaled(norm, usual):
+    assert NormLimits(np.inf, np.inf).scale(norm, usual) == 1
+    # Of a block that is not known only the largest norm is a limit.
+    assert NormLimits(10.0, 3.0).scale(norm, np.inf) == pytest.approx(
+        min(1.0, 10.0 / max(norm, 1e-300))
+    )
