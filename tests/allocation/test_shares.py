@@ -2,10 +2,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import brentq
-from scipy.special import lambertw
 
-from lola_flwr.allocation.band import PowerLimitedUplink, least_share, upload_s
+from lola_flwr.allocation.band import least_share, upload_s
 from lola_flwr.allocation.shares import best_deadline, best_shares
 
 times = st.one_of(
@@ -14,117 +12,64 @@ times = st.one_of(
 matched = st.lists(st.tuples(times, times), min_size=1, max_size=12)
 
 
-class TestBestShares:
-    def test_hand_worked_pair(self):
-        # 1/(T-1) + 2/(T-2) = 1  <=>  T**2 - 6T + 6 = 0, the larger root 3 + sqrt(3).
-        c, tau = np.array([1.0, 2.0]), np.array([1.0, 2.0])
-        deadline = 3 + np.sqrt(3)
-        assert best_deadline(c, tau) == pytest.approx(deadline, rel=1e-14)
-        assert best_shares(c, tau) == pytest.approx(tau / (deadline - c), rel=1e-12)
+def test_hand_worked_pair():
+    # 1/(T-1) + 2/(T-2) = 1  <=>  T**2 - 6T + 6 = 0, the larger root 3 + sqrt(3).
+    c, tau = np.array([1.0, 2.0]), np.array([1.0, 2.0])
+    deadline = 3 + np.sqrt(3)
+    assert best_deadline(c, tau) == pytest.approx(deadline, rel=1e-14)
+    assert best_shares(c, tau) == pytest.approx(tau / (deadline - c), rel=1e-12)
 
-    def test_equal_devices_share_equally(self):
-        share = best_shares(np.full(7, 3.0), np.full(7, 2.0))
-        assert share == pytest.approx(np.full(7, 1 / 7))
 
-    def test_slow_computers_get_more_bandwidth(self):
-        # Remark 1 of the paper, bandwidth compensation.
-        share = best_shares(np.array([1.0, 5.0, 3.0]), np.ones(3))
-        assert share[1] > share[2] > share[0]
+def test_equal_devices_share_equally():
+    share = best_shares(np.full(7, 3.0), np.full(7, 2.0))
+    assert share == pytest.approx(np.full(7, 1 / 7))
 
-    @settings(derandomize=True, max_examples=300, deadline=None)
-    @given(matched)
-    def test_all_finish_together_within_the_band(self, pairs):
-        c, tau = np.array(pairs).T
-        share = best_shares(c, tau)
-        assert np.all(share >= 0) and share.sum() <= 1.0
-        assert np.all(share[tau == 0] == 0)
-        finish = c + upload_s(tau, share)
-        deadline = best_deadline(c, tau)
+
+def test_slow_computers_get_more_bandwidth():
+    # Remark 1 of the paper, bandwidth compensation.
+    share = best_shares(np.array([1.0, 5.0, 3.0]), np.ones(3))
+    assert share[1] > share[2] > share[0]
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(matched)
+def test_all_finish_together_within_the_band(pairs):
+    c, tau = np.array(pairs).T
+    share = best_shares(c, tau)
+    assert np.all(share >= 0) and share.sum() <= 1.0
+    assert np.all(share[tau == 0] == 0)
+    finish = c + upload_s(tau, share)
+    deadline = best_deadline(c, tau)
+    assert finish.max() == pytest.approx(deadline, rel=1e-12)
+    # Optimal: the band is used up (nobody could finish earlier without another
+    # finishing later), unless a device with nothing to send ends the round.
+    if finish.max() > c[tau == 0].max(initial=-1.0) * (1 + 1e-9):
+        assert share.sum() == pytest.approx(1.0, rel=1e-12)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(matched, st.integers(-30, 60))
+def test_power_limited_devices_finish_together_too(pairs, snr_db):
+    c, tau = np.array(pairs).T
+    snr = np.full(c.size, 10 ** (snr_db / 10))
+    share = best_shares(c, tau, snr)
+    assert np.all(share >= 0) and share.sum() <= 1.0
+    finish = (c + upload_s(tau, share, snr)).max()
+    assert finish == pytest.approx(best_deadline(c, tau, snr), rel=1e-9)
+    # A narrow band is never slower when the power is concentrated on it.
+    assert finish <= best_deadline(c, tau) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("snr_db", [-90, -60, -30, 0, 60])
+def test_power_limited_devices_finish_together_at_vanishing_snr(snr_db):
+    # There a wait that is short by rounding needs far more than the band.
+    rng = np.random.default_rng(71)
+    for _ in range(40):
+        num_devices = rng.integers(2, 6)
+        c = rng.choice([0.0, 1.0, 2.0, 3.0], num_devices)
+        tau = rng.choice([0.5, 1.0, 2.0, 3.0], num_devices)
+        snr = 10 ** (snr_db / 10) * 10 ** rng.uniform(0, 2, num_devices)
+        deadline = best_deadline(c, tau, snr)
+        assert least_share(tau, deadline - c, snr).sum() <= 1 + 1e-6
+        finish = c + upload_s(tau, best_shares(c, tau, snr), snr)
         assert finish.max() == pytest.approx(deadline, rel=1e-12)
-        # Optimal: the band is used up (nobody could finish earlier without another
-        # finishing later), unless a device with nothing to send ends the round.
-        if finish.max() > c[tau == 0].max(initial=-1.0) * (1 + 1e-9):
-            assert share.sum() == pytest.approx(1.0, rel=1e-12)
-
-    @settings(derandomize=True, max_examples=100, deadline=None)
-    @given(matched, st.integers(-30, 60))
-    def test_power_limited_devices_finish_together_too(self, pairs, snr_db):
-        c, tau = np.array(pairs).T
-        snr = np.full(c.size, 10 ** (snr_db / 10))
-        share = best_shares(c, tau, snr)
-        assert np.all(share >= 0) and share.sum() <= 1.0
-        finish = (c + upload_s(tau, share, snr)).max()
-        assert finish == pytest.approx(best_deadline(c, tau, snr), rel=1e-9)
-        # A narrow band is never slower when the power is concentrated on it.
-        assert finish <= best_deadline(c, tau) * (1 + 1e-12)
-
-    @pytest.mark.parametrize("snr_db", [-90, -60, -30, 0, 60])
-    def test_power_limited_devices_finish_together_at_vanishing_snr(self, snr_db):
-        # There a wait that is short by rounding needs far more than the band.
-        rng = np.random.default_rng(71)
-        for _ in range(40):
-            num_devices = rng.integers(2, 6)
-            c = rng.choice([0.0, 1.0, 2.0, 3.0], num_devices)
-            tau = rng.choice([0.5, 1.0, 2.0, 3.0], num_devices)
-            snr = 10 ** (snr_db / 10) * 10 ** rng.uniform(0, 2, num_devices)
-            deadline = best_deadline(c, tau, snr)
-            assert least_share(tau, deadline - c, snr).sum() <= 1 + 1e-6
-            finish = c + upload_s(tau, best_shares(c, tau, snr), snr)
-            assert finish.max() == pytest.approx(deadline, rel=1e-12)
-
-
-class TestUplink:
-    def test_whole_band_takes_the_full_band_time(self):
-        snr = np.array([1e-3, 1.0, 1e6])
-        assert upload_s(np.full(3, 2.0), 1.0) == pytest.approx(2.0)
-        assert upload_s(np.full(3, 2.0), 1.0, snr) == pytest.approx(2.0)
-
-    def test_nothing_to_send_takes_no_time_and_no_band_forever(self):
-        assert upload_s(np.array([0.0, 1.0]), 0.0).tolist() == [0.0, np.inf]
-        snr = np.array([2.0, 2.0])
-        assert upload_s(np.array([0.0, 1.0]), 0.0, snr).tolist() == [0.0, np.inf]
-
-    def test_least_share_is_capped_where_the_band_does_not_do(self):
-        tau = np.array([1.0, 1.0, 1.0, 0.0])
-        left = np.array([0.5, 0.0, -1.0, 1.0])
-        for snr in (None, np.full(4, 3.0)):
-            assert least_share(tau, left, snr).tolist() == [1.0, 1.0, 1.0, 0.0]
-
-    @pytest.mark.parametrize("snr_db", [-30, -10, 0, 10, 30, 60])
-    @pytest.mark.parametrize("rate", [1e-12, 1e-6, 1e-3, 0.1, 0.5, 0.9, 0.999])
-    def test_least_share_inverts_the_upload_time(self, snr_db, rate):
-        snr = np.array([10 ** (snr_db / 10)])
-        share = least_share(np.array([rate]), np.ones(1), snr)
-        assert upload_s(np.array([rate]), share, snr) == pytest.approx(1.0, rel=1e-12)
-
-    @pytest.mark.parametrize("snr", [1.0, 30.0, 1e6])
-    @pytest.mark.parametrize("rate", [1e-3, 0.1, 0.5, 0.9])
-    def test_least_share_is_lamberts_function(self, snr, rate):
-        # rho = snr / x, x = -W_{-1}(-a exp(-a)) / a - 1, a = rate * log(1+snr) / snr
-        a = rate * np.log1p(snr) / snr
-        x = -lambertw(-a * np.exp(-a), k=-1).real / a - 1
-        share = least_share(np.array([rate]), np.ones(1), np.array([snr]))
-        assert share == pytest.approx(snr / x, rel=1e-9)
-
-    @pytest.mark.parametrize("snr", [1e-3, 1.0, 1e6])
-    def test_least_share_is_the_root_of_the_rate(self, snr):
-        def surplus(rho):
-            return rho * np.log2(1 + snr / rho) / np.log2(1 + snr) - 0.4
-
-        root = brentq(surplus, 1e-9, 1.0, xtol=1e-15)
-        share = least_share(np.array([0.4]), np.ones(1), np.array([snr]))
-        assert share == pytest.approx(root, rel=1e-9)
-
-    @pytest.mark.parametrize("e", [6e-9, 8e-9, 1e-8, 2e-8])
-    def test_least_share_at_vanishing_snr(self, e):
-        # a = rate * log(1+snr) / snr = 1 - e, and log(1+x) / x = 1 - e gives x = 2 e to
-        # first order: rho = snr / x.
-        snr = 1e-9
-        rate = (1 - e) / (1 - snr / 2)
-        share = least_share(np.array([rate]), np.ones(1), np.array([snr]))
-        assert share == pytest.approx(snr / (2 * e), rel=1e-6)
-
-    @pytest.mark.parametrize("snr", [[-1.0], [np.nan], [np.inf], 3.0])
-    def test_impossible_snr_is_refused(self, snr):
-        with pytest.raises(ValueError, match="snr"):
-            PowerLimitedUplink(snr)

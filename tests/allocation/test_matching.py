@@ -1,0 +1,112 @@
+"""Matchings against brute force over all of them."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lola_flwr.allocation import matching
+from lola_flwr.allocation.matching import any_matching, cheapest_matching, slots_of
+
+
+def all_matchings(num_rows, demand, everyone):
+    """Rows and columns of every matching, whether its edges exist or not."""
+    if everyone:
+        rows = range(num_rows)
+        for columns in itertools.product(range(len(demand)), repeat=num_rows):
+            if np.all(np.bincount(columns, minlength=len(demand)) >= demand):
+                yield [*rows], [*columns]
+    else:
+        columns = [column for column, count in enumerate(demand) for _ in range(count)]
+        for rows in itertools.permutations(range(num_rows), len(columns)):
+            yield [*rows], columns
+
+
+def tables(seed, count):
+    """Costs, few of them alike, some infinite and some negative, and demands."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        num_rows, num_columns = rng.integers(1, 6), rng.integers(1, 4)
+        cost = rng.normal(size=(num_rows, num_columns)).round(1)
+        cost[rng.random(cost.shape) < 0.25] = np.inf
+        yield cost, rng.integers(1, 3, size=num_columns)
+
+
+def check_against_brute_force(cost, demand, everyone):
+    """Compare; return whether there is a matching."""
+    totals = [cost[m].sum() for m in all_matchings(len(cost), demand, everyone)]
+    found = cheapest_matching(cost, demand, all_devices=everyone)
+    if min(totals, default=np.inf) == np.inf:
+        assert found is None
+        return False
+    (rows, columns), total = found
+    assert total == pytest.approx(min(totals), abs=1e-12)
+    assert total == pytest.approx(cost[rows, columns].sum(), abs=1e-12)
+    assert len(set(rows.tolist())) == rows.size
+    count = np.bincount(columns, minlength=demand.size)
+    if everyone:
+        assert rows.tolist() == [*range(len(cost))]
+        assert np.all(count >= demand)
+    else:
+        assert count.tolist() == demand.tolist()
+    return True
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+@pytest.mark.parametrize("rows_per_slot", [0, 64])
+def test_the_cheapest_matching_is_the_cheapest(everyone, rows_per_slot, monkeypatch):
+    # With 0 rows a slot every table is pruned first.
+    monkeypatch.setattr(matching, "_ROWS_PER_SLOT", rows_per_slot)
+    seen = [check_against_brute_force(*t, everyone) for t in tables(81, 300)]
+    assert 50 < sum(seen) < 250
+
+
+def test_a_table_of_no_more_rows_than_slots_is_not_pruned_below_them(monkeypatch):
+    monkeypatch.setattr(matching, "_ROWS_PER_SLOT", 0)
+    cost = np.array([[1.0, 2.0], [2.0, 1.0]])
+    (rows, columns), total = cheapest_matching(cost, np.ones(2, int), all_devices=False)
+    assert (dict(zip(rows, columns, strict=True)), total) == ({0: 0, 1: 1}, 2.0)
+
+
+def test_a_device_with_no_block_at_all_leaves_no_matching_of_everybody():
+    cost = np.array([[1.0], [np.inf]])
+    assert cheapest_matching(cost, np.ones(1, int), all_devices=True) is None
+    assert cheapest_matching(cost, np.ones(1, int), all_devices=False) is not None
+
+
+def test_slots_are_copies_of_a_column():
+    assert slots_of(np.array([2, 0, 1, 3])).tolist() == [0, 0, 2, 3, 3, 3]
+
+
+def most_filled(edges, slots, taken=frozenset()):
+    """Return how many slots different devices can fill: each choice is tried."""
+    if not slots:
+        return 0
+    column, *others = slots
+    return max(
+        most_filled(edges, others, taken),
+        *(
+            1 + most_filled(edges, others, taken | {row})
+            for row in np.flatnonzero(edges[:, column])
+            if row not in taken
+        ),
+        0,
+    )
+
+
+def test_the_largest_matching_is_the_largest():
+    rng = np.random.default_rng(82)
+    full = 0
+    for _ in range(300):
+        edges = rng.random((rng.integers(1, 6), rng.integers(1, 4))) < 0.4
+        demand = rng.integers(1, 3, size=edges.shape[1])
+        device_of_slot = any_matching(edges, demand)
+        slots = slots_of(demand)
+        filled = np.flatnonzero(device_of_slot >= 0)
+        assert device_of_slot.shape == slots.shape
+        assert device_of_slot.dtype == np.int64
+        assert edges[device_of_slot[filled], slots[filled]].all()
+        assert len(set(device_of_slot[filled].tolist())) == filled.size
+        assert filled.size == most_filled(edges, slots.tolist())
+        full += filled.size == slots.size
+    assert 20 < full < 280

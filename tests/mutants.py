@@ -1,0 +1,128 @@
+"""Change the core a little, in thousands of ways, and see whether its tests notice.
+
+``python -m tests.mutants`` has mutmut make the mutants of the modules that
+pyproject.toml names, and run each module's own tests against them. It prints the
+mutants that live, and fails if one of them is not among the accepted ones
+(``accepted_mutants.toml``, which says why each is harmless), or if an accepted one
+lives no longer. ``--again`` tries only those that lived, after tests were added.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mutmut import __main__ as mutmut
+from mutmut.configuration import config
+from mutmut.mutation.data import SourceFileMutationData
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.stats import status_by_exit_code
+from mutmut.utils.file_utils import walk_mutatable_files
+
+ACCEPTED = Path(__file__).with_name("accepted_mutants.toml")
+AGAIN = "--again"
+# A mutant that does not come to an end is noticed, too.
+NOTICED = ("killed", "timeout")
+
+
+class Mutant(NamedTuple):
+    """A change to one function; it keeps its name when lines move."""
+
+    function: str
+    change: str
+
+
+def own_tests(module: Path) -> list[str]:
+    """Return the tests of a module: those of its name, in the room of its room's."""
+    room = Path("tests", *module.parent.parts[1:])
+    found = sorted(map(str, room.glob(f"test_{module.stem}*.py")))
+    if not found:
+        raise SystemExit(f"{module} has no tests of its own: {room}/test_{module.name}")
+    return found
+
+
+def verdicts(module: Path) -> dict[str, str]:
+    """Return what became of each mutant of a module, by mutmut's name for it."""
+    data = SourceFileMutationData(path=module)
+    data.load()
+    return {
+        key: status_by_exit_code[code] for key, code in data.exit_code_by_key.items()
+    }
+
+
+def described(key: str, module: Path) -> Mutant:
+    """Say what a mutant changes."""
+    function = key.rpartition("__mutmut_")[0].replace("xǁ", "").replace("ǁ", ".")
+    lines = get_diff_for_mutant(key, path=module).splitlines()[2:]
+    change = [f"{line[0]} {line[1:].strip()}" for line in lines if line[0] in "-+"]
+    return Mutant(function.replace(".x_", "."), "\n".join(change))
+
+
+def try_module(module: Path, again: bool) -> None:
+    """Try the mutants of one module, in a process of its own."""
+    config().only_mutate = [str(module)]
+    config().pytest_add_cli_args_test_selection = own_tests(module)
+    living = [k for k, status in verdicts(module).items() if status not in NOTICED]
+    if living or not again:
+        mutmut._run(living if again else [], max_children=1)
+
+
+def accepted_mutants() -> dict[Mutant, str]:
+    """Return why each accepted mutant is harmless."""
+    entries = tomllib.loads(ACCEPTED.read_text("utf-8"))["accepted"]
+    return {
+        Mutant(entry["function"], change.strip()): entry["why"]
+        for entry in entries
+        for change in entry["changes"]
+    }
+
+
+def report(modules: Sequence[Path]) -> int:
+    """Print what became of the mutants; return how many findings need a hand."""
+    accepted = accepted_mutants()
+    seen: set[Mutant] = set()
+    findings = 0
+    for module in modules:
+        found = verdicts(module)
+        living = {key: s for key, s in found.items() if s not in NOTICED}
+        names = {key: described(key, module) for key in living}
+        unexplained = {key: m for key, m in names.items() if m not in accepted}
+        seen |= set(names.values())
+        findings += len(unexplained)
+        print(
+            f"{module}: {len(found)} mutants, {len(found) - len(living)} noticed, "
+            f"{len(living) - len(unexplained)} accepted, {len(unexplained)} unexplained"
+        )
+        for key, mutant in unexplained.items():
+            print(f"\n{living[key]}: {mutant.function}\n{mutant.change}\n")
+    for mutant in accepted.keys() - seen:
+        findings += 1
+        print(f"\nNo longer there: {mutant.function}\n{mutant.change}\n")
+    return findings
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Try all modules one after the other, or one; 1 if something needs a hand."""
+    again = AGAIN in arguments
+    modules = sorted(walk_mutatable_files())
+    chosen = [Path(name) for name in arguments if name != AGAIN]
+    if chosen:
+        try_module(*chosen, again=again)
+        return 0
+    if not again:
+        shutil.rmtree("mutants", ignore_errors=True)
+    for module in modules:
+        # Each has its own tests in memory, and its own mutants.
+        subprocess.run(
+            [sys.executable, "-m", "tests.mutants", str(module), *arguments], check=True
+        )
+    return int(report(modules) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
