@@ -25,6 +25,7 @@ from mutmut.stats import status_by_exit_code
 from mutmut.utils.file_utils import walk_mutatable_files
 
 ACCEPTED = Path(__file__).with_name("accepted_mutants.toml")
+LOG = Path("mutants", "run.log")
 AGAIN = "--again"
 # A mutant that does not come to an end is noticed, too.
 NOTICED = ("killed", "timeout")
@@ -65,11 +66,15 @@ def described(key: str, module: Path) -> Mutant:
 
 def try_module(module: Path, again: bool) -> None:
     """Try the mutants of one module, in a process of its own."""
-    config().only_mutate = [str(module)]
     config().pytest_add_cli_args_test_selection = own_tests(module)
-    living = [k for k, status in verdicts(module).items() if status not in NOTICED]
-    if living or not again:
-        mutmut._run(living if again else [], max_children=1)
+    # Which test reaches what; otherwise that of the module before would be taken.
+    Path("mutants", "mutmut-stats.json").unlink(missing_ok=True)
+    dotted = ".".join(module.with_suffix("").parts)
+    names = [f"{dotted}.x*"]
+    if again:
+        names = [key for key, s in verdicts(module).items() if s not in NOTICED]
+    if names:
+        mutmut._run(names, max_children=1)
 
 
 def accepted_mutants() -> dict[Mutant, str]:
@@ -116,11 +121,14 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if not again:
         shutil.rmtree("mutants", ignore_errors=True)
-    for module in modules:
-        # Each has its own tests in memory, and its own mutants.
-        subprocess.run(
-            [sys.executable, "-m", "tests.mutants", str(module), *arguments], check=True
-        )
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("w") as log:
+        for module in modules:
+            # Each has its own tests in memory.
+            command = [sys.executable, "-m", "tests.mutants", str(module), *arguments]
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise SystemExit(f"mutmut failed on {module}; see the end of {LOG}.")
     return int(report(modules) > 0)
 
 

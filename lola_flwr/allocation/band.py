@@ -139,8 +139,7 @@ def _power_limited_share(
     share = relative_rate.copy()  # right at 0 and at 1, the ends of the range
     inside = (relative_rate > 0.0) & (relative_rate < 1.0) & (snr > 0.0)
     rate, snr = relative_rate[inside], snr[inside]
-    slope = rate * (np.log1p(snr) / snr)
-    slope = np.clip(slope, np.finfo(np.float64).tiny, 1.0)
+    slope = np.maximum(rate * (np.log1p(snr) / snr), np.finfo(np.float64).tiny)
     u = np.maximum(slope - 1.0 - np.log(slope), 0.0)
     x = np.maximum((np.sqrt(2.0 * u) + u + (1.0 - slope)) / slope, snr)
     for _ in range(_MAX_NEWTON_STEPS):
@@ -152,5 +151,5 @@ def _power_limited_share(
         if np.all(nearer >= x * (1.0 - 1e-15)):
             break
         x = np.minimum(nearer, x)
-    share[inside] = np.minimum(snr / x, 1.0)
+    share[inside] = snr / x
     return share

@@ -9,8 +9,10 @@ from lola_flwr.allocation import (
     AllocationProblem,
     RoundMode,
     allocate,
+    find_allocator,
 )
-from lola_flwr.allocation.shares import with_equal_shares
+from lola_flwr.allocation.shares import with_best_shares, with_equal_shares
+from lola_flwr.errors import UserError
 
 
 @pytest.fixture
@@ -65,8 +67,73 @@ class TestDispatch:
         everyone = allocate(with_mode(problem, participation="all"), name)
         assert np.all(everyone.block_of_device >= 0)
 
+    def test_a_function_may_be_named(self):
+        found = find_allocator("lola_flwr.allocation.baselines:solve_greedy")
+        assert found is ALLOCATORS["greedy"]
+        for name, message in (
+            ("lola_flwr.allocation.baselines:solve", "cannot be imported: .*'solve'"),
+            ("lola_flwr.allocation.none:solve", "cannot be imported: No module"),
+            ("lola_flwr.allocation.allocators:ALLOCATORS", "is not a function"),
+            ("greedly", "Did you mean 'greedy'"),
+        ):
+            with pytest.raises(UserError, match=message):
+                find_allocator(name)
+
+
+class Diagonal:
+    """Give each block in turn the next devices; remember what was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, problem, *, first=0):
+        self.asked.append((problem.demand.tolist(), first))
+        blocks = np.repeat(np.arange(problem.num_blocks), problem.demand)
+        return with_best_shares(problem, first + np.arange(blocks.size), blocks)
+
 
 class TestBackups:
+    def asked(self, compute_s, upload_s, feasible=True, **mode):
+        """What an allocator is asked for where blocks cost this, whoever does them."""
+        num_devices, num_blocks = 12, len(compute_s)
+        shape = (max(num_devices, 2 * num_blocks), num_blocks)
+        problem = AllocationProblem(
+            np.broadcast_to(compute_s, shape),
+            np.broadcast_to(upload_s, shape),
+            np.broadcast_to(feasible, shape),
+            mode=RoundMode(**mode),
+        )
+        diagonal = Diagonal()
+        allocate(problem, diagonal, first=1).check(problem)
+        assert {first for _, first in diagonal.asked} == {1}
+        return [demand for demand, _ in diagonal.asked]
+
+    def test_blocks_are_backed_up_in_the_order_of_their_bands(self):
+        # The longer a block computes, the less time its upload has.
+        for backups, demand in ((1, [2, 1, 1]), (2, [2, 1, 2]), (3, [2, 2, 2])):
+            asked = self.asked([3.0, 1.0, 2.0], 1.0, backups=backups)
+            assert asked == [[1, 1, 1], demand]
+
+    def test_among_equals_those_nearest_the_input_come_first(self):
+        asked = self.asked(np.ones(40), 1.0, backups=3)
+        assert asked[1] == [2] * 3 + [1] * 37
+
+    def test_a_block_with_nothing_to_send_may_be_backed_up_one_left_out_may_not(self):
+        asked = self.asked(np.ones(3), [1.0, 1.0, 0.0], blocks=[0, 2], backups=2)
+        assert asked == [[1, 0, 1], [2, 0, 2]]
+
+    def test_what_cannot_be_backed_up_keeps_its_devices(self):
+        feasible = np.zeros((12, 2), dtype=bool)
+        feasible[1:3, 0], feasible[3:, 1] = True, True
+        asked = self.asked(
+            [2.0, 1.0], 1.0, feasible, devices_per_block=[2, 1], backups=2
+        )
+        assert asked == [[2, 1], [2, 2]]
+
+    def test_nothing_is_asked_twice(self):
+        feasible = np.eye(13, 2, -1, dtype=bool)[:12]
+        assert self.asked([2.0, 1.0], 1.0, feasible, backups=2) == [[1, 1]]
+
     def backed_up(self, problem, backups, name="exact"):
         given = with_mode(problem, backups=backups)
         allocation = allocate(given, name)

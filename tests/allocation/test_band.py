@@ -63,7 +63,50 @@ def test_least_share_at_vanishing_snr(e):
     assert share == pytest.approx(snr / (2 * e), rel=1e-6)
 
 
-@pytest.mark.parametrize("snr", [[-1.0], [np.nan], [np.inf], 3.0])
-def test_impossible_snr_is_refused(snr):
-    with pytest.raises(ValueError, match="snr"):
+def test_times_and_shares_beyond_all_numbers():
+    # Neither a warning nor a NaN: too long is infinite, too much is the whole band.
+    huge, tiny = np.array([1e300]), np.array([1e-300])
+    for snr in (None, np.array([3.0])):
+        assert upload_s(huge, tiny, snr).tolist() == [np.inf]
+        assert least_share(huge, tiny, snr).tolist() == [1.0]
+        nothing = np.zeros(1)
+        assert least_share(nothing, nothing, snr).tolist() == [1.0]
+    assert least_share(tiny, np.ones(1), np.array([3.0]))[0] < 1e-290
+
+
+def test_no_signal_is_no_gain_from_a_narrow_band():
+    share = least_share(np.full(2, 0.4), np.ones(2), np.array([0.0, 1.0]))
+    assert share[0] == 0.4
+    assert share[1] < 0.4
+
+
+def test_single_precision_goes_in_and_double_comes_out():
+    tau, share = np.float32([1.0, 3.0]), np.float32([0.1, 0.7])
+    expected = tau.astype(np.float64) / share.astype(np.float64)
+    assert upload_s(tau, share).tolist() == expected.tolist()
+
+
+def test_snrs_are_copied_and_frozen():
+    given = np.array([0, 1, 7])
+    uplink = PowerLimitedUplink(given)
+    given[:] = 9
+    assert uplink.snr.tolist() == [0.0, 1.0, 7.0]
+    assert uplink.snr.dtype == np.float64
+    with pytest.raises(ValueError, match="read-only"):
+        uplink.snr[0] = 2
+    assert PowerLimitedUplink([0.25]).snr.tolist() == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("snr", "message"),
+    [
+        ([1.0, -1.0], r"snr\[1\]=-1.0"),
+        ([np.nan, 1.0], r"snr\[0\]=nan"),
+        ([1.0, np.inf], r"snr\[1\]=inf"),
+        (3.0, r"snr must be \(K,\)"),
+        ([[1.0, 2.0]], r"snr must be \(K,\)"),
+    ],
+)
+def test_impossible_snr_is_refused(snr, message):
+    with pytest.raises(ValueError, match=message):
         PowerLimitedUplink(snr)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -44,18 +45,24 @@ def test_the_bound_holds_and_the_answer_checks(seed, slack, power_limited):
     assert refined.round_s <= (1 + slack) * coarsest.round_s * (1 + 1e-9)
     np.testing.assert_array_equal(refined.block_of_device, coarsest.block_of_device)
     assert (level[coarsest.block_of_device < 0] == 0).all()
+    if level.any():
+        assert refined.stop_reason == "payloads"
+        assert refined.iterations == coarsest.iterations > 0
+        assert refined.bound_s == coarsest.bound_s
     factor = (bits / bits[0])[level]
     np.testing.assert_allclose(
         refined_problem.full_band_upload_s, problem.full_band_upload_s * factor
     )
 
 
-@given(seeds, st.sampled_from([0.05, 0.3, 1.0]))
+@given(seeds, st.sampled_from([0.05, 0.3, 1.0]), st.booleans())
 def test_no_choice_of_payloads_within_the_bound_gives_more_devices_the_next(
-    seed, slack
+    seed, slack, power_limited
 ):
     """Brute force over all choices: level by level, as many as can have it."""
-    problem, bits = instance(seed)
+    snr = np.random.default_rng(seed).uniform(0.01, 50, 5)
+    options = {"power_limited": PowerLimitedUplink(snr)} if power_limited else {}
+    problem, bits = instance(seed, **options)
     coarsest = allocate(problem)
     _, _, level = refine_payloads(problem, coarsest, bits, slack=slack)
     devices = np.flatnonzero(coarsest.block_of_device >= 0)
@@ -66,7 +73,8 @@ def test_no_choice_of_payloads_within_the_bound_gives_more_devices_the_next(
     most = 0
     for choice in product([0, 1], repeat=len(devices)):
         factor = (bits / bits[0])[list(choice), blocks]
-        if best_deadline(compute_s, upload_s * factor) <= longest * (1 - 1e-9):
+        deadline = best_deadline(compute_s, upload_s * factor, problem.snr_of(devices))
+        if deadline <= longest * (1 - 1e-9):
             most = max(most, sum(choice))
     assert (level[devices] >= 1).sum() >= most
 
@@ -113,6 +121,40 @@ def test_fixed_payloads_stay_as_they_are():
     assert level.any()
     np.testing.assert_array_equal(
         refined_problem.full_band_upload_s[fixed], problem.full_band_upload_s[fixed]
+    )
+
+
+def test_the_whole_band_may_not_be_enough():
+    # One device has all of it: twice the payload takes twice the time, no less.
+    problem = AllocationProblem([[1.0]], [[1.0]])
+    coarsest = allocate(problem)
+    for slack, expected in ((0.49, 0), (0.51, 1), (1.51, 2)):
+        *_, level = refine_payloads(problem, coarsest, [[1], [2], [4]], slack=slack)
+        assert level.tolist() == [expected]
+
+
+def test_the_band_may_be_used_up_to_its_end():
+    problem = AllocationProblem(np.zeros((2, 2)), np.ones((2, 2)))
+    coarsest = replace(allocate(problem), round_s=2.0)  # not a rounding error more
+    *_, level = refine_payloads(problem, coarsest, np.array([[1, 1], [2, 2]]), slack=1)
+    assert level.tolist() == [1, 1]
+
+
+def test_among_equals_the_first_get_the_finer_payload():
+    problem = AllocationProblem(np.ones((40, 40)), np.ones((40, 40)))
+    coarsest = allocate(problem)
+    bits = np.array([[1], [2]]) * np.ones(40)
+    *_, level = refine_payloads(problem, coarsest, bits, slack=0.5)
+    assert level.tolist() == [1] * 20 + [0] * 20
+
+
+def test_payloads_of_single_precision_lose_nothing():
+    problem, bits = instance(0)
+    single = bits.astype(np.float32)
+    refined, _, level = refine_payloads(problem, allocate(problem), single, slack=50)
+    factor = single.astype(np.float64) / single[0].astype(np.float64)
+    np.testing.assert_array_equal(
+        refined.full_band_upload_s, problem.full_band_upload_s * factor[level]
     )
 
 

@@ -104,3 +104,17 @@ class TestCrunch:
             [[1.0, 1.0], [9.0, 1.0]], np.ones((2, 2)), [[False, True], [True, True]]
         )
         assert allocate(problem, "crunch").device_of_block.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "monotone"),
+    [
+        ([[3.0, 2.0, 2.0], [np.inf, 1.0, 0.0]], True),
+        ([[3.0]], True),
+        ([[3.0, 1.0, 2.0]], False),
+        ([[3.0, 2.0, 1.0], [1.0, 1.0, 2.0]], False),
+        ([[2.0, np.inf, 1.0]], False),
+    ],
+)
+def test_monotone_is_no_faster_on_any_deeper_block(latency_s, monotone):
+    assert is_monotone(np.array(latency_s)) is monotone

@@ -11,6 +11,7 @@ from lola_flwr.allocation import (
     ALLOCATORS,
     AllocationProblem,
     InfeasibleAllocation,
+    PowerLimitedUplink,
     RoundMode,
     allocate,
     exact,
@@ -60,6 +61,16 @@ class TestEqualsBruteForce:
     @pytest.mark.parametrize("kind", KINDS)
     def test_power_limited(self, kind):
         assert compare_with_brute_force(12, kind, 20, True) > 2
+
+    def test_power_limited_where_the_band_decides(self):
+        # Computing and sending take as long as each other, with very different SNRs.
+        rng = np.random.default_rng(24)
+        for _ in range(15):
+            problem = AllocationProblem(
+                *rng.exponential(size=(2, 5, 3)),
+                power_limited=PowerLimitedUplink(10 ** rng.uniform(-2, 3, 5)),
+            )
+            assert equals_brute_force(problem)
 
     @pytest.mark.parametrize("rows", [1, 3])
     def test_pruned_in_small_steps(self, rows, monkeypatch):
@@ -119,6 +130,27 @@ class TestLargeFleets:
         with pytest.raises(InfeasibleAllocation, match="only device 17"):
             allocate(problem)
 
+    @pytest.mark.parametrize("deadline_s", [None, 3.0])
+    @pytest.mark.parametrize("rows", [1, 4, 4096])
+    def test_the_cheapest_of_each_block_are_left(self, deadline_s, rows, monkeypatch):
+        monkeypatch.setattr(exact, "_ROWS_A_STEP", rows)
+        rng = np.random.default_rng(25)
+        for devices_per_block in (1, [2, 0, 1]):
+            problem = AllocationProblem(
+                *rng.exponential(size=(2, 30, 3)),
+                mode=RoundMode(devices_per_block=devices_per_block),
+            )
+            blocks = np.flatnonzero(problem.demand)
+            cost = problem.compute_s + 3 * problem.full_band_upload_s
+            if deadline_s is not None:
+                left_s = deadline_s - problem.compute_s
+                cost = problem.full_band_upload_s / left_s
+                cost[left_s <= 0] = np.inf
+            cheapest = np.argsort(cost[:, blocks], axis=0)[:3]  # 3 slots
+            left = exact._shortlist(problem, deadline_s)
+            assert left.devices.tolist() == np.unique(cheapest).tolist()
+            assert left.blocks.tolist() == blocks.tolist()
+
 
 class TestCertificate:
     def test_never_above_any_other_allocator(self):
@@ -141,6 +173,19 @@ class TestCertificate:
         assert allocation.stop_reason == "iterations"
         assert np.isnan(allocation.bound_s) and np.isnan(allocation.gap)
         assert allocation.round_s >= allocate(problem).round_s
+
+    def test_iterations_are_counted_and_no_more_are_taken_than_allowed(self):
+        rng = np.random.default_rng(26)
+        most = 0
+        for _ in range(30):
+            problem = fleet_problem(rng, 14, 8)
+            needed = allocate(problem).iterations
+            most = max(most, needed)
+            enough = allocate(problem, max_iterations=needed)
+            short = allocate(problem, max_iterations=needed - 1)
+            assert (enough.stop_reason, enough.iterations) == ("optimal", needed)
+            assert (short.stop_reason, short.iterations) == ("iterations", needed - 1)
+        assert most > 1
 
 
 class TestLaws:

@@ -11,7 +11,7 @@ from lola_flwr.allocation import (
     RoundMode,
     allocate,
 )
-from lola_flwr.allocation.infeasible import explain_infeasible
+from lola_flwr.allocation.infeasible import explain_infeasible, is_feasible
 
 
 def problem(feasible, **fields):
@@ -78,6 +78,43 @@ class TestMessages:
         with pytest.raises(InfeasibleAllocation, match="Device 2 can compute no block"):
             allocate(replace(given, mode=RoundMode(participation="all")))
 
+    def test_as_many_bytes_as_are_needed_are_enough(self):
+        impossible = problem([[0]], memory_bytes=[5], required_memory_bytes=[5])
+        with pytest.raises(InfeasibleAllocation, match="feasible is False"):
+            allocate(impossible)
+
+    @pytest.mark.parametrize(
+        ("devices_per_block", "message"),
+        [
+            (1, "Too few devices: 2 for 3 blocks. Add devices, or train at most 2 blo"),
+            (
+                2,
+                "Too few devices: 2 for 3 blocks that need 6 devices. Add devices, or ",
+            ),
+        ],
+    )
+    def test_the_remedy_is_what_was_asked_too_much_of(self, devices_per_block, message):
+        mode = RoundMode(devices_per_block=devices_per_block)
+        told = str(explain_infeasible(problem(np.ones((2, 3)), mode=mode)))
+        assert told.startswith(message)
+        assert told.endswith("lower devices_per_block.") == (devices_per_block > 1)
+
+    def test_a_lack_elsewhere_is_another_matter(self):
+        # Device 3 alone can hold blocks 0 and 1, device 0 alone blocks 2 and 3.
+        feasible = np.zeros((4, 4), dtype=bool)
+        feasible[3, :2], feasible[0, 2:] = True, True
+        told = str(explain_infeasible(problem(feasible)))
+        assert told.startswith(
+            "Blocks 0, 1 need 2 devices, but only device 3 can hold them. "
+        )
+
+    @pytest.mark.parametrize(("num_blocks", "end"), [(8, "6, 7"), (9, "7 and 1 more")])
+    def test_lists_of_eight_are_not_cut(self, num_blocks, end):
+        feasible = np.zeros((20, num_blocks), dtype=bool)
+        feasible[: num_blocks - 1] = True
+        told = str(explain_infeasible(problem(feasible)))
+        assert f"{end} need {num_blocks} devices, but only devices 0, 1, " in told
+
     def test_long_lists_are_cut(self):
         feasible = np.zeros((20, 12), dtype=bool)
         feasible[:10, :11], feasible[:, 11] = True, True
@@ -119,3 +156,20 @@ def test_all_allocators_agree_on_feasibility():
             else:
                 with pytest.raises(InfeasibleAllocation):
                     allocate(given, name)
+
+
+def test_feasible_is_what_any_matching_solves():
+    rng = np.random.default_rng(43)
+    modes = [
+        RoundMode(),
+        RoundMode(devices_per_block=2),
+        RoundMode((0,), 1, "all"),
+        RoundMode(participation="all"),
+    ]
+    seen = []
+    for i in range(200):
+        given = random_problem(rng, int(rng.integers(1, 6)), 2, mode=modes[i % 4])
+        expected = matchings(given)[0].size > 0
+        assert is_feasible(given) is expected
+        seen.append(expected)
+    assert 50 < sum(seen) < 150
