@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import tomli_w
 from mutmut import __main__ as mutmut
 from mutmut.configuration import config
 from mutmut.mutation.data import SourceFileMutationData
@@ -35,7 +36,13 @@ class Mutant(NamedTuple):
     """A change to one function; it keeps its name when lines move."""
 
     function: str
-    change: str
+    was: str
+    becomes: str
+
+    def __str__(self) -> str:
+        """Say it as an entry of ``accepted_mutants.toml``."""
+        entry = {**self._asdict(), "becomes": [self.becomes], "why": ""}
+        return tomli_w.dumps({"accepted": [entry]}, multiline_strings=True)
 
 
 def own_tests(module: Path) -> list[str]:
@@ -59,9 +66,11 @@ def verdicts(module: Path) -> dict[str, str]:
 def described(key: str, module: Path) -> Mutant:
     """Say what a mutant changes."""
     function = key.rpartition("__mutmut_")[0].replace("xǁ", "").replace("ǁ", ".")
-    lines = get_diff_for_mutant(key, path=module).splitlines()[2:]
-    change = [f"{line[0]} {line[1:].strip()}" for line in lines if line[0] in "-+"]
-    return Mutant(function.replace(".x_", "."), "\n".join(change))
+    diff = get_diff_for_mutant(key, path=module).splitlines()[2:]
+    was, becomes = (
+        "\n".join(line[1:].strip() for line in diff if line[0] == sign) for sign in "-+"
+    )
+    return Mutant(function.replace(".x_", "."), was, becomes)
 
 
 def try_module(module: Path, again: bool) -> None:
@@ -77,13 +86,14 @@ def try_module(module: Path, again: bool) -> None:
         mutmut._run(names, max_children=1)
 
 
-def accepted_mutants() -> dict[Mutant, str]:
-    """Return why each accepted mutant is harmless."""
+def accepted_mutants() -> set[Mutant]:
+    """Return the mutants that may live."""
     entries = tomllib.loads(ACCEPTED.read_text("utf-8"))["accepted"]
     return {
-        Mutant(entry["function"], change.strip()): entry["why"]
+        Mutant(entry["function"], entry["was"].strip(), becomes.strip())
         for entry in entries
-        for change in entry["changes"]
+        for becomes in entry["becomes"]
+        if entry["why"]
     }
 
 
@@ -104,10 +114,10 @@ def report(modules: Sequence[Path]) -> int:
             f"{len(living) - len(unexplained)} accepted, {len(unexplained)} unexplained"
         )
         for key, mutant in unexplained.items():
-            print(f"\n{living[key]}: {mutant.function}\n{mutant.change}\n")
-    for mutant in accepted.keys() - seen:
+            print(f"\n# {living[key]}\n{mutant}")
+    for mutant in sorted(accepted - seen):
         findings += 1
-        print(f"\nNo longer there: {mutant.function}\n{mutant.change}\n")
+        print(f"\n# lives no longer\n{mutant}")
     return findings
 
 

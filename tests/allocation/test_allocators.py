@@ -115,8 +115,9 @@ class TestBackups:
             assert asked == [[1, 1, 1], demand]
 
     def test_among_equals_those_nearest_the_input_come_first(self):
-        asked = self.asked(np.ones(40), 1.0, backups=3)
-        assert asked[1] == [2] * 3 + [1] * 37
+        # Every other block is as hard as the others, and so are those between.
+        asked = self.asked(1.0 + np.arange(40) % 2, 1.0, backups=23)
+        assert asked[1] == [2, 2] * 3 + [1, 2] * 17
 
     def test_a_block_with_nothing_to_send_may_be_backed_up_one_left_out_may_not(self):
         asked = self.asked(np.ones(3), [1.0, 1.0, 0.0], blocks=[0, 2], backups=2)

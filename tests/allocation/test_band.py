@@ -63,6 +63,17 @@ def test_least_share_at_vanishing_snr(e):
     assert share == pytest.approx(snr / (2 * e), rel=1e-6)
 
 
+def test_least_share_rises_with_the_rate_and_stays_below_it():
+    # From the smallest signal to the largest, and up to the last rate below 1, where
+    # numerator and denominator of Newton's step both vanish.
+    snr = 2.0 ** np.arange(-900, 300, 4)[:, np.newaxis]
+    few = 2.0 ** -np.arange(1, 54)
+    rate = np.concatenate([few[::-1], 1 - few[1:]])
+    share = least_share(np.broadcast_to(rate, (snr.size, rate.size)), np.ones(1), snr)
+    assert np.all((share > 0) & (share <= rate * (1 + 1e-12)))
+    assert np.all(np.diff(share, axis=1) >= -1e-12 * share[:, 1:])
+
+
 def test_times_and_shares_beyond_all_numbers():
     # Neither a warning nor a NaN: too long is infinite, too much is the whole band.
     huge, tiny = np.array([1e300]), np.array([1e-300])

@@ -15,7 +15,7 @@ from lola_flwr.allocation import (
     allocate,
     refine_payloads,
 )
-from lola_flwr.allocation.shares import best_deadline
+from lola_flwr.allocation.shares import best_deadline, with_best_shares
 
 
 def instance(seed, num_devices=5, num_blocks=4, **options):
@@ -141,16 +141,19 @@ def test_the_band_may_be_used_up_to_its_end():
 
 
 def test_among_equals_the_first_get_the_finer_payload():
-    problem = AllocationProblem(np.ones((40, 40)), np.ones((40, 40)))
-    coarsest = allocate(problem)
+    # The uplink of every other device is twice as slow as those between.
+    upload_s = (1.0 + np.arange(40) % 2)[:, None] * np.ones(40)
+    problem = AllocationProblem(np.ones((40, 40)), upload_s)
+    coarsest = allocate(problem, lambda p: with_best_shares(p, *2 * [np.arange(40)]))
     bits = np.array([[1], [2]]) * np.ones(40)
-    *_, level = refine_payloads(problem, coarsest, bits, slack=0.5)
-    assert level.tolist() == [1] * 20 + [0] * 20
+    *_, level = refine_payloads(problem, coarsest, bits, slack=0.66)
+    assert level[0::2].tolist() == [1] * 20
+    assert level[1::2].tolist() == [1] * 10 + [0] * 10
 
 
 def test_payloads_of_single_precision_lose_nothing():
     problem, bits = instance(0)
-    single = bits.astype(np.float32)
+    single = (bits * [[1.0], [1.1], [1.3]]).astype(np.float32)
     refined, _, level = refine_payloads(problem, allocate(problem), single, slack=50)
     factor = single.astype(np.float64) / single[0].astype(np.float64)
     np.testing.assert_array_equal(

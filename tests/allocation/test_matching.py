@@ -68,6 +68,21 @@ def test_a_table_of_no_more_rows_than_slots_is_not_pruned_below_them(monkeypatch
     assert (dict(zip(rows, columns, strict=True)), total) == ({0: 0, 1: 1}, 2.0)
 
 
+@pytest.mark.parametrize("everyone", [False, True])
+def test_pruning_keeps_the_cheapest_total(everyone, monkeypatch):
+    rng = np.random.default_rng(83)
+    for _ in range(30):
+        # Dear in one column is dear in all: the columns compete for the same rows.
+        cost = rng.random((40, 1)) + 0.1 * rng.random((40, 3))
+        demand = np.array([2, 1, 2])
+        totals = []
+        for rows_per_slot in (0, 10**9):
+            monkeypatch.setattr(matching, "_ROWS_PER_SLOT", rows_per_slot)
+            _, total = cheapest_matching(cost, demand, all_devices=everyone)
+            totals.append(total)
+        assert totals[0] == pytest.approx(totals[1], rel=1e-12)
+
+
 def test_a_device_with_no_block_at_all_leaves_no_matching_of_everybody():
     cost = np.array([[1.0], [np.inf]])
     assert cheapest_matching(cost, np.ones(1, int), all_devices=True) is None

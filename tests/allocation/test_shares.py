@@ -3,8 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lola_flwr.allocation import AllocationProblem, PowerLimitedUplink, RoundMode
 from lola_flwr.allocation.band import least_share, upload_s
-from lola_flwr.allocation.shares import best_deadline, best_shares
+from lola_flwr.allocation.shares import (
+    best_deadline,
+    best_shares,
+    with_best_shares,
+    with_equal_shares,
+)
 
 times = st.one_of(
     st.sampled_from([0.0, 1e-9, 1.0, 1e9]), st.floats(1e-9, 1e9, allow_nan=False)
@@ -56,6 +62,8 @@ def test_power_limited_devices_finish_together_too(pairs, snr_db):
     assert np.all(share >= 0) and share.sum() <= 1.0
     finish = (c + upload_s(tau, share, snr)).max()
     assert finish == pytest.approx(best_deadline(c, tau, snr), rel=1e-9)
+    if finish > c[tau == 0].max(initial=-1.0) * (1 + 1e-9):
+        assert share.sum() == pytest.approx(1.0, rel=1e-6)
     # A narrow band is never slower when the power is concentrated on it.
     assert finish <= best_deadline(c, tau) * (1 + 1e-12)
 
@@ -73,3 +81,34 @@ def test_power_limited_devices_finish_together_at_vanishing_snr(snr_db):
         assert least_share(tau, deadline - c, snr).sum() <= 1 + 1e-6
         finish = c + upload_s(tau, best_shares(c, tau, snr), snr)
         assert finish.max() == pytest.approx(deadline, rel=1e-12)
+
+
+COMPUTE_S = np.array([[5.0, 4.0, 3.0], [9.0, 8.0, 7.0], [3.0, 2.0, 1.0], [2.0, 2.0, 2]])
+UPLOAD_S = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0], [1.0, 0.0, 1]])
+
+
+@pytest.mark.parametrize("snr", [None, np.array([0.5, 2.0, 30.0, 4.0])])
+@pytest.mark.parametrize("split", [with_best_shares, with_equal_shares])
+def test_allocations_of_a_matching_are_those_of_its_devices(split, snr):
+    problem = AllocationProblem(
+        COMPUTE_S,
+        UPLOAD_S,
+        constant_s=0.25,
+        power_limited=None if snr is None else PowerLimitedUplink(snr),
+        mode=RoundMode(blocks=[0, 2]),
+    )
+    devices, blocks = np.array([2, 0]), np.array([0, 2])
+    found = split(
+        problem, devices, blocks, bound_s=1.5, iterations=7, stop_reason="gap"
+    )
+    found.check(problem)
+    assert found.block_of_device.tolist() == [2, -1, 0, -1]
+    c, tau = np.array([3.0, 3.0]), np.array([7.0, 3.0])
+    own = None if snr is None else snr[devices]
+    share = best_shares(c, tau, own) if split is with_best_shares else np.full(2, 0.5)
+    assert found.share == pytest.approx([share[1], 0.0, share[0], 0.0], rel=1e-12)
+    assert found.share.sum() <= 1.0
+    finish = (c + upload_s(tau, share, own)).max()
+    assert found.round_s == pytest.approx(0.25 + finish, rel=1e-12)
+    assert (found.num_blocks, found.bound_s) == (3, 1.5)
+    assert (found.iterations, found.stop_reason) == (7, "gap")
