@@ -104,7 +104,7 @@ def _common_wait(
     # Newton on 1 / sum = 1. That function is a harmonic mean of lines, so it rises and
     # is concave: from the left the iteration rises monotonically to the root, and where
     # all slacks are equal it is a line and one step suffices.
-    wait = max(alone, total - mean_slack, np.finfo(np.float64).tiny)
+    wait = max(alone, total - mean_slack)
     for _ in range(_MAX_NEWTON_STEPS):
         share = full_band_upload_s / (slack_s + wait)
         excess = float(share.sum())

@@ -45,6 +45,32 @@ class TestAllocationProblem:
         )
         assert problem.feasible.tolist() == [[0, 1], [1, 0], [0, 0]]
 
+    def test_pairs_at_the_border_are_impossible_those_below_it_are_not(self):
+        nearly = np.nextafter(1e100, 0)
+        problem = AllocationProblem(
+            [[1e100, nearly], [1, 0]], [[1, 1], [1e100, nearly]], constant_s=nearly
+        )
+        assert problem.feasible.tolist() == [[False, True], [False, True]]
+        with pytest.raises(ValueError, match="read-only"):
+            problem.feasible[0, 0] = True
+
+    def test_what_explains_infeasibility_is_kept(self):
+        memory_bytes, required = np.array([1, 2, 3]), [4, 0.0]
+        problem = AllocationProblem(
+            ONES,
+            ONES,
+            memory_bytes=memory_bytes,
+            required_memory_bytes=required,
+            device_names=["a", "b", "c"],
+        )
+        memory_bytes[:] = 9
+        assert problem.memory_bytes.tolist() == [1.0, 2.0, 3.0]
+        assert problem.required_memory_bytes.tolist() == [4.0, 0.0]
+        assert [problem.name_of(device) for device in (0, 2)] == ["a", "c"]
+        assert AllocationProblem(ONES, ONES).name_of(2) == "2"
+        with pytest.raises(ValueError, match="read-only"):
+            problem.memory_bytes[0] = 9
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -55,6 +81,7 @@ class TestAllocationProblem:
             ((ONES, ONES, np.ones((3, 2))), "feasible must be boolean"),
             (([[1.0, np.nan]], [[1.0, 1.0]]), r"compute_s\[0, 1\]=nan"),
             (([[1.0, 1.0]], [[-2.0, 1.0]]), r"full_band_upload_s\[0, 0\]=-2.0"),
+            (([[0.0, 0.5], [0.0, -1e-300]], ONES[:2]), r"s\[1, 1\]=-1e-300"),
         ],
     )
     def test_bad_arrays_are_named(self, arguments, message):
@@ -64,11 +91,13 @@ class TestAllocationProblem:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"memory_bytes": [1.0]}, r"memory_bytes is \(1,\)"),
+            ({"memory_bytes": [1.0]}, r"memory_bytes is \(1,\) but must be \(3,\) "),
+            ({"device_names": ["a", "b"]}, "2 device_names for 3 devices"),
             ({"required_memory_bytes": [1.0, -1.0]}, r"required_memory_bytes\[1\]"),
             ({"constant_s": -1.0}, "constant_s"),
             ({"constant_s": float("nan")}, "constant_s"),
-            ({"power_limited": PowerLimitedUplink([1.0])}, "power_limited.snr"),
+            ({"constant_s": 1e100}, "constant_s"),
+            ({"power_limited": PowerLimitedUplink([1.0])}, "mismatch: power_limited.s"),
             ({"mode": RoundMode(blocks=[2])}, "blocks names 2"),
             ({"mode": RoundMode(devices_per_block=[1, 1, 1])}, "has 3 counts"),
             (
@@ -102,6 +131,7 @@ class TestRoundMode:
             ({"devices_per_block": 0}, "devices_per_block"),
             ({"devices_per_block": [1, -1]}, "devices_per_block"),
             ({"devices_per_block": [0, 0]}, "devices_per_block"),
+            ({"devices_per_block": []}, "devices_per_block must be counts"),
             ({"participation": "some"}, "'some'; use one of needed, all"),
             ({"backups": -1}, "backups"),
             ({"backups": 1, "participation": "all"}, "there are none"),
@@ -119,3 +149,13 @@ class TestRoundMode:
         assert demand(blocks=np.array([1])).tolist() == [0, 1]
         assert demand(devices_per_block=3).tolist() == [3, 3]
         assert demand(blocks=[0], devices_per_block=(2, 1)).tolist() == [2, 0]
+
+    def test_sequences_become_tuples_of_int(self):
+        mode = RoundMode(np.array([2, 0]), np.array([0, 1, 3]))
+        assert mode == RoundMode((2, 0), (0, 1, 3))
+        assert hash(mode) == hash(RoundMode((2, 0), (0, 1, 3)))
+        assert RoundMode([1]).blocks == (1,)
+
+    def test_backups_or_everybody(self):
+        assert RoundMode(backups=2).backups == 2
+        assert RoundMode(participation="all").participation == "all"
