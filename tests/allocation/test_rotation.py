@@ -12,6 +12,8 @@ from lola_flwr.allocation import (
     allocate,
     rotate,
 )
+from lola_flwr.allocation.edges import edges_of
+from lola_flwr.allocation.rotation import _fewest_meetings
 from lola_flwr.allocation.shares import best_deadline
 
 
@@ -154,3 +156,61 @@ class TestRotate:
         meetings[active] = 7
         rotated = rotate(problem, best, meetings, eps=5.0)
         assert met(rotated, meetings) < met(best, meetings)
+
+    def test_any_slack_but_none_is_used(self):
+        problem = AllocationProblem(np.ones((3, 1)), np.ones((3, 1)))
+        best = allocate(problem)
+        meetings = np.zeros((3, 1), dtype=int)
+        meetings[best.device_of_block[0]] = 1
+        for eps in (1e-9, 1.0, 1e9):
+            assert met(rotate(problem, best, meetings, eps=eps), meetings) == 0
+
+
+def lagrangian_choice(points):
+    """Last vertex within the band of the lower hull of (band, meetings); or None.
+
+    What no price on the band prefers to all others is not on the hull.
+    """
+    hull = []
+    for band, meetings in sorted(points):
+        if hull and meetings >= hull[-1][1]:
+            continue
+        while len(hull) > 1:
+            (b1, m1), (b2, m2) = hull[-2:]
+            if (m1 - m2) * (band - b1) > (m1 - meetings) * (b2 - b1):
+                break
+            hull.pop()
+        hull.append((band, meetings))
+    within = [vertex for vertex in hull if vertex[0] <= 1.0]
+    return within[-1] if within else None
+
+
+@pytest.mark.parametrize("everybody", [False, True])
+def test_the_choice_is_the_best_that_a_price_on_the_band_can_find(everybody):
+    rng = np.random.default_rng(70)
+    mode = RoundMode(participation="all" if everybody else "needed")
+    problem = AllocationProblem(np.ones((5, 3)), np.ones((5, 3)), mode=mode)
+    edges = edges_of(problem)
+    devices, blocks = matchings(problem)
+    several = none = 0
+    for _ in range(150):
+        counts = rng.integers(0, 9, size=(5, 3))
+        # The scarcer the pairs, the larger their shares: something is to be chosen.
+        least_share = np.minimum(
+            rng.choice([0.6, 1.2, 9.0]) / (1 + counts) * rng.random((5, 3)), 1.0
+        )
+        share = np.where(least_share < 1, least_share, np.inf)
+        points = {
+            (float(share[d, b].sum()), int(counts[d, b].sum()))
+            for d, b in zip(devices, blocks, strict=True)
+        }
+        expected = lagrangian_choice(points)
+        chosen = _fewest_meetings(edges, counts, least_share)
+        if expected is None:
+            none += 1
+            assert chosen is None
+            continue
+        assert (chosen.band, chosen.meetings) == pytest.approx(expected)
+        several += expected not in (min(points), min((m, b) for b, m in points)[::-1])
+    assert several > 20
+    assert none > 5
