@@ -278,8 +278,10 @@ def federate_config(model, *, block_index, **changes):
     return {**record, **changes}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize(
+    ("reentrant", "compiled"),
+    [(None, False), (None, True), (False, False), (True, False), (True, True)],
+)
 def test_a_block_that_got_no_gradient_is_not_returned(model, reentrant, compiled):
     """Re-entrant checkpoints cut off a block whose input wants no gradient."""
 
