@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.errors import UserError, reason_of
+from lola_flwr.machine.files import filling
 from lola_flwr.model.adapter_blocks import base_name, is_adapted
 
 # These take the adapter's initial value out of the base weights.
@@ -57,22 +59,28 @@ def save_model(model: Any, directory: Path) -> None:
     ------
     UserError
         The initialisation changed the base weights of this model, or of the one that it
-        is a copy of, and its initial values are not known.
+        is a copy of, and its initial values are not known; or the directory cannot be
+        written.
     """
     initial = _initial_values.get(model)
-    if initial is None:
-        if is_adapted(model) and changes_base(model):
-            raise UserError(
-                "The initialisation "
-                f"{model.peft_config['default'].init_lora_weights!r} changed the base "
-                "weights, and this copy of the model does not know how; save the model "
-                "that adapt() returned."
-            )
+    if initial is None and is_adapted(model) and changes_base(model):
+        raise UserError(
+            "The initialisation "
+            f"{model.peft_config['default'].init_lora_weights!r} changed the base "
+            "weights, and this copy of the model does not know how; save the model "
+            "that adapt() returned."
+        )
+    with filling(directory):
         model.save_pretrained(directory)
-        return
+        if initial is not None:
+            _save_for_base_as_it_was(model, initial, directory)
+
+
+def _save_for_base_as_it_was(
+    model: Any, initial: Mapping[str, Tensor], directory: Path
+) -> None:
     from safetensors.torch import save_file
 
-    model.save_pretrained(directory)
     values = _adapter_values(model)
     for name, start in initial.items():
         if name.endswith(".lora_A.weight"):
