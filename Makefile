@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all test-testbed check bench figures compare testbed docs clean
+.PHONY: venv demo test test-all test-testbed check mutants bench figures compare testbed docs clean
 
 venv: $(VENV)/.installed
 
@@ -39,6 +39,10 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# What of the core its own tests do not notice being changed: an hour or more.
+mutants: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest simulations/benchmarks -o python_files='bench_*.py'
