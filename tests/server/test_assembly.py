@@ -111,3 +111,54 @@ def test_all_means_agree_on_equal_updates_and_keep_names_and_types(block_mean):
 def test_unknown_means_are_named():
     with pytest.raises(UserError, match="choose from mean, median, trimmed"):
         assemble_gradient([], "krum")
+
+
+@pytest.mark.parametrize(
+    ("block_mean", "count", "expected"),
+    [
+        # A third of 5 is one at either end, of 6 two.
+        ("trimmed", 5, [(2 + 3 + 7) / 3, (-6 - 3 - 2) / 3]),
+        ("trimmed", 6, [(3 + 7) / 2, (-4 - 3) / 2]),
+        ("median", 5, [3, -3]),
+        ("median", 6, [5, -3.5]),
+    ],
+)
+def test_robust_means_are_those_of_each_coordinate(block_mean, count, expected):
+    values = [[7, -2], [1, -9], [2, -6], [30, 50], [3, -3], [50, -4]]
+    updates = [update(value) for value in values[:count]]
+    # Of another parameter alone: it has no part in this one's mean.
+    mean = assemble_gradient([*updates, update([1e9], name="v")], block_mean)
+    np.testing.assert_allclose(mean["w"], expected, rtol=1e-6)
+    assert mean["w"].dtype == np.float32
+
+
+def test_a_scaled_update_is_the_same_but_for_its_gradients():
+    statistics = {"running_mean": np.float32([1.0])}
+    given = BlockUpdate(
+        {"a": np.float32([1, -2]), "b": np.float32([4])}, 7, statistics, 5.0, True
+    )
+    scaled = given.scaled(np.float64(0.3))
+    for name, gradient in given.gradients.items():
+        expected = (gradient * np.float64(0.3)).astype(np.float32)
+        np.testing.assert_array_equal(scaled.gradients[name], expected, strict=True)
+    assert (scaled.num_examples, scaled.norm, scaled.zeroth_order) == (7, 5.0, True)
+    assert scaled.statistics is statistics
+
+
+def test_statistics_are_weighted_by_examples_and_counters_stay_whole():
+    def holding(num_examples, **statistics):
+        arrays = {name: np.asarray(value) for name, value in statistics.items()}
+        return BlockUpdate({}, num_examples, arrays)
+
+    mean = average_statistics(
+        [
+            holding(10, mean=np.float32([1.0, 2.0]), batches=10),
+            holding(30, mean=np.float32([3.0, -2.0]), batches=13),
+            holding(50, batches=20),
+        ]
+    )
+    expected = np.float32([2.5, -1.0])
+    np.testing.assert_array_equal(mean["mean"], expected, strict=True)
+    # (10 * 10 + 30 * 13 + 50 * 20) / 90 = 16.6
+    np.testing.assert_array_equal(mean["batches"], np.array(17), strict=True)
+    assert average_statistics([]) == {}

@@ -137,3 +137,28 @@ def test_the_compiler_of_pytorch_stays_out_of_memory():
         "sys.exit('torch._dynamo' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_moves_go_past_the_optimizer():
+    optimizer = ServerOptimizer(
+        {"a": np.float32([1, 2]), "b": np.float32([3])},
+        optimizer="SGD",
+        lr=1.0,
+        momentum=0.5,
+    )
+    optimizer.step({"a": np.float32([1, 1]), "b": np.float32([1])})
+    optimizer.shift({"a": np.float32([10, -20])})
+    np.testing.assert_array_equal(optimizer.state()["a"], [10, -19])
+    np.testing.assert_array_equal(optimizer.state()["b"], [2])
+    # What it has of momentum is that of the step alone.
+    optimizer.step({"a": np.float32([0, 0])})
+    np.testing.assert_array_equal(optimizer.state()["a"], [9.5, -19.5])
+
+
+def test_a_linear_decay_ends_at_zero_and_stays_there():
+    optimizer = ServerOptimizer(
+        {"a": np.float32([0])}, optimizer="SGD", lr=1.0, linear_decay_steps=2
+    )
+    for expected in (-1.0, -1.5, -1.5, -1.5):
+        optimizer.step({"a": np.float32([1])})
+        assert optimizer.state()["a"].tolist() == [expected]
