@@ -11,6 +11,7 @@ from lola_flwr.allocation import (
 )
 from lola_flwr.allocation.edges import edges_of
 from lola_flwr.allocation.jbba import DualPoint, _Ascent, dual_bound
+from lola_flwr.allocation.shares import best_deadline
 
 
 class TestDualBound:
@@ -98,6 +99,80 @@ class TestDualAscent:
         ]
         assert bounds[0] < bounds[1] < bounds[2]
 
+    def test_steps_are_those_of_the_dual(self):
+        problem = fleet_problem(np.random.default_rng(40), 6, 4)
+        edges = edges_of(problem)
+        start_s = allocate(problem, "crunch").round_s
+        ascent = _Ascent(edges, start_s, 0.3)
+        price, y = np.full(6, 1 / 6), np.sqrt(start_s / 2)
+        bound_s, deadline_s = 0.0, start_s
+        for number in range(1, 5):
+            involvement = -2 * y * np.sqrt(price * problem.full_band_upload_s[:, 0])
+            too_slow = problem.compute_s + problem.full_band_upload_s >= deadline_s
+            cost_s = np.where(too_slow, np.inf, problem.compute_s)
+            value_s, (rows, blocks) = dual_bound(
+                edges, DualPoint(price, involvement, y), cost_s
+            )
+            assert ascent.step() == pytest.approx(value_s)
+            c = problem.compute_s[rows, blocks]
+            tau = problem.full_band_upload_s[rows, blocks]
+            bound_s = max(bound_s, value_s)
+            deadline_s = min(deadline_s, best_deadline(c, tau))
+            assert ascent.bound_s == pytest.approx(bound_s)
+            assert ascent.deadline_s == pytest.approx(deadline_s)
+            # A device's latency at the share that the prices would have it take.
+            latency_s = np.zeros(6)
+            latency_s[rows] = c + tau / (np.sqrt(price[rows] * tau) / y)
+            demanded = np.sqrt(price[rows] * tau).sum()
+            price = price * np.exp(0.3 / np.sqrt(number) * latency_s / latency_s.max())
+            price = price / price.sum()
+            y = (y + demanded) / 2
+            assert ascent._multiplier == pytest.approx(price)
+            assert ascent._root_band_price == pytest.approx(y)
+
+    def test_multipliers_stay_above_nothing_and_sum_to_one(self):
+        problem = fleet_problem(np.random.default_rng(41), 40, 2)
+        ascent = _Ascent(edges_of(problem), allocate(problem, "crunch").round_s, 9.0)
+        for _ in range(60):
+            ascent.step()
+            assert ascent._multiplier.sum() == pytest.approx(1.0)
+            assert ascent._multiplier.min() >= 0.99e-9
+        assert ascent._multiplier.min() < 1.01e-9  # the border is reached
+
+    @pytest.mark.parametrize("factor", [1e-6, 1e6])
+    def test_the_unit_of_time_does_not_matter(self, factor):
+        given = fleet_problem(np.random.default_rng(42))
+        scaled = AllocationProblem(
+            given.compute_s * factor, given.full_band_upload_s * factor
+        )
+        first, second = (
+            allocate(p, "jbba", max_iterations=30, gap_tolerance=0.1)
+            for p in (given, scaled)
+        )
+        assert second.iterations == first.iterations
+        assert second.bound_s == pytest.approx(factor * first.bound_s, rel=1e-6)
+        assert second.round_s == pytest.approx(factor * first.round_s, rel=1e-6)
+
+    def test_what_every_round_takes_is_no_part_of_the_ascent(self):
+        given = fleet_problem(np.random.default_rng(43))
+        start_s = allocate(given, "crunch+shares").round_s
+        logs = []
+        for constant_s in (0.0, 1e3):
+            problem = AllocationProblem(
+                given.compute_s, given.full_band_upload_s, constant_s=constant_s
+            )
+            log = []
+            allocate(
+                problem,
+                "jbba",
+                max_iterations=5,
+                gap_tolerance=0.0,
+                on_iteration=lambda *pair, log=log: log.append(pair),
+            )
+            logs.append(np.array(log) - constant_s)
+        assert logs[0] == pytest.approx(logs[1], rel=1e-9)
+        assert np.all(logs[0][:, 1] <= start_s)
+
     def test_a_late_device_has_its_multiplier_raised(self):
         # Two devices, one block each; device 0 computes for 9 s, device 1 for 1 s.
         problem = AllocationProblem([[9.0, 9.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]])
@@ -144,6 +219,27 @@ class TestStops:
         problem = fleet_problem(np.random.default_rng(38))
         allocation = allocate(problem, "jbba", time_limit_s=0.0)
         assert (allocation.stop_reason, allocation.iterations) == ("time", 0)
+
+    def test_on_no_gap_at_all(self):
+        for times, iterations in ((np.zeros((3, 2)), 0), (np.ones((1, 1)), 1)):
+            problem = AllocationProblem(times, times)
+            allocation = allocate(problem, "jbba", gap_tolerance=0.0)
+            assert allocation.stop_reason == "gap"
+            assert allocation.iterations == iterations
+
+    def test_not_before_the_time(self):
+        problem = fleet_problem(np.random.default_rng(38))
+        allocation = allocate(problem, "jbba", max_iterations=2, time_limit_s=3600)
+        assert (allocation.stop_reason, allocation.iterations) == ("iterations", 2)
+
+    def test_by_default_after_200_steps_of_at_first_0_3(self):
+        problem = fleet_problem(np.random.default_rng(38))
+        allocation = allocate(problem, "jbba")
+        assert (allocation.stop_reason, allocation.iterations) == ("iterations", 200)
+        same = allocate(problem, "jbba", gap_tolerance=1e-3, step_size=0.3)
+        assert same.bound_s == allocation.bound_s
+        other = allocate(problem, "jbba", step_size=0.4)
+        assert other.bound_s != allocation.bound_s
 
     def test_a_cut_that_leaves_nothing_proves_the_incumbent(self):
         # One device: CRUNCH is optimal, and no edge can beat it.
