@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,20 +97,16 @@ def _weighted_mean(updates: Sequence[BlockUpdate]) -> Float32Arrays:
 
 
 def _coordinate_wise(
-    mean: StackMean,
-) -> Callable[[Sequence[BlockUpdate]], Float32Arrays]:
-    """Return the mean of updates that is ``mean`` of each parameter's stack."""
-
-    def assemble(updates: Sequence[BlockUpdate]) -> Float32Arrays:
-        names = dict.fromkeys(name for update in updates for name in update.gradients)
-        return {
-            name: mean(
-                np.stack([u.gradients[name] for u in updates if name in u.gradients])
-            ).astype(np.float32)
-            for name in names
-        }
-
-    return assemble
+    updates: Sequence[BlockUpdate], *, mean: StackMean
+) -> Float32Arrays:
+    """Return ``mean`` of each parameter's gradients, stacked."""
+    names = dict.fromkeys(name for update in updates for name in update.gradients)
+    return {
+        name: mean(
+            np.stack([u.gradients[name] for u in updates if name in u.gradients])
+        ).astype(np.float32)
+        for name in names
+    }
 
 
 def _median(stack: npt.NDArray[Any]) -> npt.NDArray[np.floating]:
@@ -126,7 +123,10 @@ def _trimmed_mean(stack: npt.NDArray[Any]) -> npt.NDArray[np.floating]:
 ROBUST_MEANS: dict[str, StackMean] = {"median": _median, "trimmed": _trimmed_mean}
 _MEANS: dict[str, Callable[[Sequence[BlockUpdate]], Float32Arrays]] = {
     "mean": _weighted_mean,
-    **{name: _coordinate_wise(mean) for name, mean in ROBUST_MEANS.items()},
+    **{
+        name: partial(_coordinate_wise, mean=mean)
+        for name, mean in ROBUST_MEANS.items()
+    },
 }
 BLOCK_MEANS = tuple(_MEANS)
 

@@ -154,9 +154,10 @@ def test_statistics_are_weighted_by_examples_and_counters_stay_whole():
         [
             holding(10, mean=np.float32([1.0, 2.0]), batches=10),
             holding(30, mean=np.float32([3.0, -2.0]), batches=13),
-            holding(50, batches=20),
+            holding(50, batches=20, alone=np.float64(0.1)),
         ]
     )
+    np.testing.assert_array_equal(mean["alone"], np.array(0.1), strict=True)
     expected = np.float32([2.5, -1.0])
     np.testing.assert_array_equal(mean["mean"], expected, strict=True)
     # (10 * 10 + 30 * 13 + 50 * 20) / 90 = 16.6
