@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from lola_flwr.machine.files import local_path
 from simulations.adapters.cases import FAMILIES, Case, cases, tunings
 from simulations.adapters.check import Outcome, try_case
 from simulations.adapters.table import document
@@ -75,7 +76,7 @@ def _judged(case: Case, outcome: Outcome, faults: Mapping[str, str]) -> Outcome:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m simulations.adapters")
-    parser.add_argument("--out", type=Path, help="directory for the table")
+    parser.add_argument("--out", type=local_path, help="directory for the table")
     parser.add_argument(
         "--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="F"
     )
