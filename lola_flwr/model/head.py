@@ -47,6 +47,11 @@ def own_names(config: PretrainedConfig) -> tuple[str, ...]:
     return tuple(str(names.get(index, "")) for index in range(len(names)))
 
 
+def are_named(names: Sequence[str]) -> bool:
+    """Tell whether classes have names, or the numbers that stand for them."""
+    return not all(map(_NO_NAME.fullmatch, names))
+
+
 def set_task(
     config: PretrainedConfig, num_labels: int, class_names: Sequence[str]
 ) -> None:
@@ -115,8 +120,9 @@ def fit_head(
         return ""
     if not class_names:
         listed = ", ".join(f"{index} {name}" for index, name in enumerate(own))
-        named = not all(map(_NO_NAME.fullmatch, own))
-        return f"its classes are taken for the task's as they are: {listed}" * named
+        if not are_named(own):
+            return ""
+        return f"its classes are taken for the task's as they are: {listed}"
     order = _matched(own, class_names)
     if order is None:
         _renew(model, rows)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.machine.files import filling
 from lola_flwr.model.adapter_blocks import base_name, is_adapted
+from lola_flwr.model.head import are_named, own_names
 
 # These take the adapter's initial value out of the base weights.
 _BASE_CHANGING = ("pissa", "olora")
@@ -74,6 +75,42 @@ def save_model(model: Any, directory: Path) -> None:
         model.save_pretrained(directory)
         if initial is not None:
             _save_for_base_as_it_was(model, initial, directory)
+
+
+def keep_class_names(model: Any, directory: Path) -> str:
+    """Keep the names of a classifier's classes beside its saved adapters.
+
+    Who loads adapters has the names from their base, as it is stored. Where that one
+    has other classes (whose head the adapters replace), transformers would call the
+    adapters' by them without a word; beside a configuration it wants all of a model.
+
+    Parameters
+    ----------
+    model
+        The model.
+    directory
+        Where ``save_model`` has saved it.
+
+    Returns
+    -------
+    What to tell the user; "" where the base's own classes are these.
+    """
+    stored = is_adapted(model) and model.peft_config["default"].base_model_name_or_path
+    if not stored:
+        return ""
+    from transformers import AutoConfig
+
+    config = model.get_base_model().config
+    own, names = own_names(AutoConfig.from_pretrained(stored)), own_names(config)
+    if own == names or (len(own) == len(names) and not are_named(own)):
+        return ""
+    with filling(directory):
+        config.save_pretrained(directory)
+    return (
+        f"{stored} by itself has other classes ({', '.join(own)}) than these adapters "
+        f"({', '.join(names)}): load it with config=AutoConfig.from_pretrained("
+        f"{str(directory)!r}), ignore_mismatched_sizes=True, and them with PeftModel"
+    )
 
 
 def _save_for_base_as_it_was(

@@ -7,12 +7,15 @@ import subprocess
 import sys
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file
 
+from lola_flwr.model.adapters import adapt
 from lola_flwr.model.loading import load_classifier
-from lola_flwr.model.saved_adapters import save_model
+from lola_flwr.model.saved_adapters import keep_class_names, save_model
 from tests.model.text_families import FAMILIES, save_tiny
 
 PAIRS = [("a cat sleeps", "no cat sees"), ("every dog barks a bird", "a bird")]
@@ -71,6 +74,52 @@ def train_and_save(directory, family, class_names):
     with torch.no_grad():
         logits = model.eval()(**batch).logits
     return {**{name: t.numpy() for name, t in batch.items()}, "logits": logits.numpy()}
+
+
+def save_adapter(directory, own):
+    """Save a LoRA adapter for a base whose classes have other names, or none."""
+    names = {"id2label": own, "label2id": {name: i for i, name in own.items()}}
+    base = save_tiny(directory / "base", "Bert", **names)
+    model, tokenizer = load_classifier(base, num_labels=3, class_names=TASKS["nli"])
+    adapted = adapt(model, "lora", {"r": 2, "init_lora_weights": False})
+    save_model(adapted, directory / "adapter")
+    tokenizer.save_pretrained(directory / "adapter")
+    said = keep_class_names(adapted, directory / "adapter")
+    with torch.no_grad():
+        return said, adapted(**tokenizer(*PAIRS[0], return_tensors="pt")).logits
+
+
+def test_adapters_are_not_called_by_the_classes_of_their_base(tmp_path):
+    """Their base is a classifier of these classes in another order, by itself."""
+    own = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
+    said, logits = save_adapter(tmp_path, own)
+    directory = str(tmp_path / "adapter")
+    assert "has other classes (CONTRADICTION, NEUTRAL, ENTAILMENT)" in said
+    with pytest.raises((OSError, ValueError)):
+        transformers.pipeline("text-classification", model=directory)
+    # As it says.
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base",
+        config=transformers.AutoConfig.from_pretrained(directory),
+        ignore_mismatched_sizes=True,
+    )
+    loaded = peft.PeftModel.from_pretrained(base, directory).eval()
+    assert loaded.config.id2label == dict(enumerate(TASKS["nli"]))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    with torch.no_grad():
+        again = loaded(**tokenizer(*PAIRS[0], return_tensors="pt")).logits
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [TASKS["nli"], ("LABEL_0", "LABEL_1", "LABEL_2")])
+def test_adapters_whose_base_says_nothing_else_are_loaded_as_they_are(own, tmp_path):
+    said, logits = save_adapter(tmp_path, dict(enumerate(own)))
+    assert said == ""
+    pipe = transformers.pipeline("text-classification", model=str(tmp_path / "adapter"))
+    with torch.no_grad():
+        again = pipe.model(**pipe.tokenizer(*PAIRS[0], return_tensors="pt")).logits
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-6)
+    assert pipe.model.config.id2label == dict(enumerate(own))
 
 
 @pytest.fixture(scope="module")

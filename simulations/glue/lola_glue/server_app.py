@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from lola_flwr.machine.files import filling
 from lola_flwr.model.adapter_trial import check_merging, check_saving
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
-from lola_flwr.model.saved_adapters import merge, save_model
+from lola_flwr.model.saved_adapters import keep_class_names, merge, save_model
 from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import read_rounds, require_training
@@ -142,7 +142,10 @@ def fine_tune(grid: Grid, context: Context) -> None:
             with filling(directory / "model") as saved:
                 save_model(model, saved)
                 tokenizer.save_pretrained(saved)
+                said = keep_class_names(model, saved)
             log(INFO, "model written to %s", directory / "model")
+            if said:
+                log(WARNING, "%s", said)
         if config.save_merged:
             with filling(directory / "merged") as saved:
                 merge(model).save_pretrained(saved)
