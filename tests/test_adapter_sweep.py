@@ -61,8 +61,10 @@ def test_the_table():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_no_tuner_is_wrong_on_any_family_and_the_page_says_so(tmp_path):
     assert main(["--out", str(tmp_path)]) == 0
-    assert (tmp_path / "adapters.md").read_text(encoding="utf-8") in PAGE.read_text(
-        encoding="utf-8"
-    )
+    sums, table, *_ = (tmp_path / "adapters.md").read_text("utf-8").split("\n\n")
+    page = PAGE.read_text("utf-8")
+    assert sums in page
+    assert table in page

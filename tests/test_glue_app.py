@@ -23,6 +23,7 @@ OPTIONS = (
     'schedule="CosineAnnealingLR"',
     'schedule-options="T_max=4"',
 )
+QUERIES = [f"roberta.encoder.layer.{i}.attention.self.query" for i in range(4)]
 TINY = ('model="random:roberta-tiny"', "batch-size=8", "rounds=3", "eval-every=2")
 
 
@@ -179,6 +180,28 @@ def test_adapters_are_saved_as_such_and_merged(initialisation, tmp_path):
         torch.testing.assert_close(
             adapted(**sentences).logits, merged(**sentences).logits
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (['tuning="frod"', "save-model=true"], "is read back as another model"),
+        (
+            [
+                *('tuning="lily"', "save-merged=true"),
+                # Named in full, so that Lily's layers share nothing.
+                f'tuning-options="target_modules={QUERIES}"',
+            ],
+            "'lily' cannot be merged",
+        ),
+    ],
+)
+def test_saving_is_tried_before_the_first_round(overrides, message, tmp_path):
+    finished = run(tmp_path, *overrides)
+    assert finished.status == "finished:failed"
+    assert message in finished.error
+    assert not (tmp_path / "out" / "rounds.jsonl").exists()
 
 
 @pytest.mark.slow

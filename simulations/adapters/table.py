@@ -10,8 +10,8 @@ from simulations.adapters.cases import Case
 from simulations.adapters.check import Outcome
 from simulations.figures.tables import markdown_table
 
-# Where names differ between families, a refusal is still the same.
-_NAME = re.compile(r"\b[\w-]+(\.[\w-]+)+")
+# Where these differ between families, a refusal is still the same.
+_NAME_OR_SIZE = re.compile(r"\b[\w-]+(\.[\w-]+)+|\b\de[+-]\d+")
 
 
 def document(outcomes: Mapping[Case, Outcome]) -> str:
@@ -56,9 +56,11 @@ def _word(outcome: Outcome) -> str:
 
 def _lines(outcomes: Mapping[Case, Outcome]) -> list[str]:
     """List what was said, once where only names differ; every fault."""
-    said: dict[str, str] = {}
+    said: dict[tuple[str, str], str] = {}
     for case, outcome in outcomes.items():
         for text in filter(None, (outcome.line, *outcome.lines)):
             where = case.name if outcome.verdict == "wrong" else case.tuning
-            said.setdefault(f"{where} {_NAME.sub('', text)}", f"- `{where}`: {text}")
-    return ["\n".join(said.values())] if said else []
+            said.setdefault(
+                f"{where} {_NAME_OR_SIZE.sub('', text)}", f"- `{where}`: {text}"
+            )
+    return ["\n".join(sorted(said.values()))] if said else []
