@@ -7,33 +7,41 @@ dropout, and can be kept.
 The model runs its own forward code in both parts, so any model will do whose blocks
 are layers of equal shape. The lower part ends, by an exception, where the block is
 called. In the upper part the layers below the block hand NaN through, which the block
-finds replaced by what the lower part gave: whatever else depended on those layers would
-turn the loss into NaN, and not go wrong unseen.
+finds replaced by what the lower part gave: whatever else depends on those layers turns
+the output into NaN, and the model is refused. So is one with trained weights below.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from lola_flwr.device.prefix.cache import ActivationCache
+from lola_flwr.device.prefix.layers import block_modules, weights_below
+from lola_flwr.device.prefix.samples import (
+    WITHOUT_REUSE,
+    Arguments,
+    digest,
+    padding_mask,
+    rows_of,
+    sample_keys,
+)
 from lola_flwr.errors import UserError
+from lola_flwr.model.backprop import only_trainable
 from lola_flwr.model.blocks import BlockPartition
 
 if TYPE_CHECKING:
     # A worker may live in Python 3.10, whose typing lacks it.
     from typing import Self
 
-Arguments = dict[int | str, Any]
-
-_TURN_OFF = "Turn the reuse of the layers below the block off."
+# Between a sample's states computed alone and in a batch, of the largest.
+_ROUNDING = 1e-5
 
 
 class reused_prefix:
@@ -81,13 +89,18 @@ class reused_prefix:
         self._layers = block_modules(model, partition)[: block_index + 1]
         self._cache = cache
         self._version = version
-        self._below = _below(model, partition, block_index)
+        self._below = weights_below(model, partition, block_index)
+        self._head = partition.head
         self._digest: tuple[object, str] | None = None
         self._layer_in_memory = layer_in_memory or (lambda index: nullcontext())
         self._handles: list[Any] = []
         # Whether the lower part runs, and otherwise what it gave for this call.
         self._below_runs = False
         self._hidden: Tensor | None = None
+        # What the layers below hand through in the upper part.
+        self._handed = torch.nan
+        # Whether states do not depend on padding behind them; None: not known yet.
+        self._padding_is_neutral: bool | None = None
         # The tuple that a layer returns, as those of some models do, without its hidden
         # states; of other layers None. Empty: not known yet.
         self._beside_hidden: list[tuple[None, ...] | None] = []
@@ -102,7 +115,9 @@ class reused_prefix:
                     self._before_model, with_kwargs=True
                 ),
                 block.register_forward_pre_hook(self._before_block, with_kwargs=True),
-                self._model.register_forward_hook(self._after_model, always_call=True),
+                self._model.register_forward_hook(
+                    self._after_model, with_kwargs=True, always_call=True
+                ),
             ]
         return self
 
@@ -134,15 +149,28 @@ class reused_prefix:
             return (self._given(), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._given()}
 
-    def _after_model(self, *_: object) -> None:
-        self._hidden = None
+    def _after_model(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        try:
+            if _has_nan(output):
+                self._handed = 0.0
+                with torch.no_grad():
+                    if not _has_nan(self._model.forward(*args, **kwargs)):
+                        raise UserError(
+                            "The model's output depends on the layers below the block "
+                            f"by another way than through it. {WITHOUT_REUSE}"
+                        )
+        finally:
+            self._handed = torch.nan
+            self._hidden = None
 
     def _given(self) -> Tensor:
         """Return what the lower part gave for the call of the model that runs."""
         if self._hidden is None:
             raise UserError(
                 "The model's layers were called apart from the model itself; call the "
-                f"model. {_TURN_OFF}"
+                f"model. {WITHOUT_REUSE}"
             )
         return self._hidden
 
@@ -151,7 +179,7 @@ class reused_prefix:
             hidden = _first_hidden(args, kwargs)
             if not self._below_runs:
                 self._given()
-                handed = hidden.new_full((), torch.nan).expand_as(hidden)
+                handed = hidden.new_full((), self._handed).expand_as(hidden)
                 nones = self._beside_hidden[0]
                 return handed if nones is None else (handed, *nones)
             with self._layer_in_memory(index):
@@ -166,7 +194,7 @@ class reused_prefix:
                 raise UserError(
                     "The layers below the block can be run apart only where each maps "
                     "hidden states to hidden states of the same shape, and to nothing "
-                    f"else; here {_shape(hidden)} became {returned}. {_TURN_OFF}"
+                    f"else; here {_shape(hidden)} became {returned}. {WITHOUT_REUSE}"
                 )
             is_tuple = isinstance(output, tuple)
             self._beside_hidden = [(None,) * len(beside) if is_tuple else None]
@@ -184,33 +212,64 @@ class reused_prefix:
         num_samples = len(next(iter(batch.values())))
         if self._cache is None:
             return self._run_below(arguments)
+
+        def run_below(samples: Sequence[int]) -> Tensor:
+            return self._run_below(
+                {k: rows_of(v, samples, num_samples) for k, v in arguments.items()}
+            )
+
         prefix = f"{self._version or self._present_version()} {self._autocast()}"
-        mask = batch.get("attention_mask")
-        # What a mask leaves out is padding, if there is one entry for each token.
-        mask = None if mask is None or mask.ndim != 2 else mask.bool()
-        keys = _sample_keys(prefix, arguments, num_samples, mask)
-        kept = {sample: self._cache.get(key) for sample, key in enumerate(keys)}
-        found = {sample: rows for sample, rows in kept.items() if rows is not None}
-        missing = [sample for sample in kept if sample not in found]
+        mask = padding_mask(batch)
+        keys = sample_keys(prefix, arguments, num_samples, mask)
+        length = None if mask is None else mask.shape[1]
+        found: dict[int, Tensor] = {}
+        for sample, known in enumerate(keys):
+            for key in known:
+                states = self._cache.get(key)
+                if states is not None and self._serves(
+                    states, length, partial(run_below, [sample])
+                ):
+                    found[sample] = states[:length]
+                    break
+        missing = [sample for sample in range(num_samples) if sample not in found]
         if not self._beside_hidden and not missing:
             missing = [0]  # to see what a layer returns
         if missing:
-            hidden = self._run_below(
-                {k: _rows(v, missing, num_samples) for k, v in arguments.items()}
-            )
-            if mask is not None and hidden.shape[1] != mask.shape[1]:
+            hidden = run_below(missing)
+            _check_rows(hidden, missing, run_below)
+            if length not in (None, hidden.shape[1]):
                 raise UserError(
-                    f"An attention mask of {mask.shape[1]} positions does not fit "
-                    f"hidden states of {hidden.shape[1]}. {_TURN_OFF}"
+                    f"An attention mask of {length} positions does not fit hidden "
+                    f"states of {hidden.shape[1]}. {WITHOUT_REUSE}"
                 )
             for sample, states in zip(missing, hidden, strict=True):
-                found[sample] = states if mask is None else states[mask[sample]]
-                self._cache.put(keys[sample], found[sample])
+                found[sample] = states
+                self._cache.put(keys[sample][0], states)
             if len(missing) == num_samples:
                 return hidden
-        rows = [found[sample] for sample in range(num_samples)]
         device = next(iter(batch.values())).device
-        return (torch.stack(rows) if mask is None else _padded(rows, mask)).to(device)
+        return torch.stack([found[n].to(device) for n in range(num_samples)])
+
+    def _serves(
+        self,
+        states: Tensor,
+        length: int | None,
+        run_below: Callable[[], Tensor],
+    ) -> bool:
+        """Tell whether a sample's states, with other padding perhaps, will do.
+
+        Those of a longer padding do where none of them depends on what is cut off:
+        this is tried once, since convolutions and averages over positions do depend.
+        """
+        if length is None or len(states) == length:
+            return True
+        if len(states) > length and self._padding_is_neutral is None:
+            (expected,) = run_below()
+            difference = (states[:length].to(expected.device) - expected).abs().max()
+            self._padding_is_neutral = bool(
+                difference <= _ROUNDING * expected.abs().max()
+            )
+        return len(states) > length and bool(self._padding_is_neutral)
 
     def _run_below(self, arguments: Arguments) -> Tensor:
         """Run the model up to the block, in evaluation mode."""
@@ -220,19 +279,33 @@ class reused_prefix:
         self._model.eval()
         self._below_runs = True
         try:
-            with torch.no_grad():
+            with only_trainable(self._model, self._head), torch.enable_grad():
                 # Not the module's call, whose hook led here.
                 self._model.forward(*args, **kwargs)
         except _BlockReached as reached:
-            return reached.hidden
+            self._refuse_trained_below(reached.hidden)
+            return reached.hidden.detach()
         finally:
             self._below_runs = False
             for module in training:
                 module.training = True
         raise UserError(
             f"The model's forward pass never called block {self._block_index}. "
-            f"{_TURN_OFF}"
+            f"{WITHOUT_REUSE}"
         )
+
+    def _refuse_trained_below(self, hidden: Tensor) -> None:
+        if not hidden.requires_grad or not self._head:
+            return
+        parameters = dict(self._model.named_parameters())
+        trained = [parameters[name] for name in self._head]
+        found = torch.autograd.grad(hidden.sum(), trained, allow_unused=True)
+        for name, gradient in zip(self._head, found, strict=True):
+            if gradient is not None:
+                raise UserError(
+                    f"{name} belongs to the head, but runs before the block: divide "
+                    "the model with model_partition, which sees what runs when."
+                ) from None
 
     def _present_version(self) -> str:
         """Return the digest of the weights below the block, as they are now."""
@@ -262,117 +335,39 @@ class _BlockReached(Exception):
         self.hidden = hidden
 
 
-def block_modules(model: nn.Module, partition: BlockPartition) -> list[nn.Module]:
-    """Return the module that each block is, or is a part of.
-
-    Raises
-    ------
-    UserError
-        The blocks are not one module each.
-    """
-    paths = [[name.split(".") for name in block] for block in partition.blocks]
-    if len(paths) == 1:
-        return [model]
-    every = [path for block in paths for path in block]
-    depth = 0
-    while len({tuple(path[: depth + 1]) for path in every}) == 1:
-        depth += 1
-    modules = [{".".join(path[: depth + 1]) for path in block} for block in paths]
-    names = [name for block in modules for name in block]
-    if len(names) != len(paths) or len(set(names)) != len(paths):
-        raise UserError(
-            "The layers below a block can be run apart only where every block is one "
-            f"module; these are {', '.join(sorted(set(names))[:4])}, .... {_TURN_OFF}"
-        )
-    return [model.get_submodule(name) for name in names]
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a digest of named tensors; fast, for content that nobody forges."""
-    total = xxhash.xxh3_128()
-    for name, tensor in tensors:
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(_bytes(tensor.detach().cpu()))
-    return total.hexdigest()
-
-
-def _below(
-    model: nn.Module, partition: BlockPartition, block_index: int
-) -> list[tuple[str, Tensor]]:
-    """Return what the lower part computes with, and perhaps some more."""
-    above = {
-        id(tensor)
-        for module in block_modules(model, partition)[block_index:]
-        for tensor in (*module.parameters(), *module.buffers())
-    }
-    head = set(partition.head)
-    return [
-        (name, tensor)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if id(tensor) not in above and name not in head
-    ]
-
-
 def _first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
         raise UserError(
-            f"The layers of this model do not take hidden states first. {_TURN_OFF}"
+            f"The layers of this model do not take hidden states first. {WITHOUT_REUSE}"
         )
     return hidden
 
 
-def _rows(value: Any, samples: Sequence[int], num_samples: int) -> Any:
-    """Select the samples of an argument that holds one entry for each."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == num_samples:
-        return value[list(samples)]
-    return value
+def _check_rows(
+    hidden: Tensor,
+    samples: Sequence[int],
+    run_below: Callable[[Sequence[int]], Tensor],
+) -> None:
+    """Refuse hidden states that are not one row for each sample."""
+    rows = len(hidden)
+    if rows == len(samples) > 1 and rows == hidden.shape[1]:
+        # As many samples as positions: a single sample tells which comes first.
+        rows *= len(run_below(samples[:1]))
+    if rows != len(samples):
+        raise UserError(
+            f"Hidden states of shape {_shape(hidden)} are not one row for each of "
+            f"{len(samples)} samples. {WITHOUT_REUSE}"
+        )
 
 
-def _sample_keys(
-    prefix: str, arguments: Arguments, num_samples: int, mask: Tensor | None
-) -> list[str]:
-    """Return the keys of a call's samples, which do not depend on their padding."""
-    keys = [
-        hashlib.blake2b(prefix.encode(), digest_size=20) for _ in range(num_samples)
-    ]
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            samples = value.detach().cpu()
-            per_sample = samples.ndim > 0 and len(samples) == num_samples
-            per_token = mask is not None and samples.shape[:2] == mask.shape
-            for sample, key in enumerate(keys):
-                part = samples[sample] if per_sample else samples
-                if mask is not None and per_token:
-                    part = part[mask[sample].cpu()]
-                key.update(f"{name} {tuple(part.shape)} {part.dtype}".encode())
-                key.update(_bytes(part))
-        elif value is None or isinstance(value, bool | int | float | str):
-            for key in keys:
-                key.update(f"{name}={value!r}".encode())
-        else:
-            raise UserError(
-                f"The model was called with {name}={type(value).__name__}, by which "
-                f"samples cannot be told apart. {_TURN_OFF}"
-            )
-    if mask is not None:
-        # Where a sample stands among its padding.
-        for row, key in zip(mask.cpu(), keys, strict=True):
-            key.update(_bytes(row.nonzero()))
-    return [key.hexdigest() for key in keys]
-
-
-def _padded(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Put samples into a batch again; padding, which nothing attends to, is zero."""
-    batch = rows[0].new_zeros(*mask.shape, *rows[0].shape[1:])
-    for sample, kept in enumerate(rows):
-        batch[sample, mask[sample].to(kept.device)] = kept.to(batch.device)
-    return batch
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    # Only a tensor with a dimension can be seen as bytes.
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _has_nan(output: Any) -> bool:
+    """Tell whether a model's loss, or else its first output, is not a number."""
+    loss = getattr(output, "loss", None)
+    first = loss if isinstance(loss, Tensor) else output
+    while isinstance(first, Mapping | Sequence):
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    return isinstance(first, Tensor) and bool(first.isnan().any())
 
 
 def _shape(value: object) -> str:

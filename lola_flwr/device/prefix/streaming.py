@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lola_flwr.device.prefix.cache import ActivationCache
-from lola_flwr.device.prefix.reuse import block_modules, digest, reused_prefix
+from lola_flwr.device.prefix.layers import block_modules
+from lola_flwr.device.prefix.reuse import reused_prefix
+from lola_flwr.device.prefix.samples import digest
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import replacing, writing
 from lola_flwr.model.blocks import BlockPartition

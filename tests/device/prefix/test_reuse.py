@@ -187,22 +187,96 @@ def padded(batch, length):
 def test_samples_are_found_however_far_they_are_padded(roberta, batch):
     partition = partition_of(roberta)
     cache = ActivationCache(10**6)
+    rows = []
+    roberta.roberta.encoder.layer[0].output.register_forward_hook(
+        lambda module, args, output: rows.append(len(output))
+    )
+    reference = transformers.RobertaForSequenceClassification(roberta.config).eval()
+    reference.load_state_dict(roberta.state_dict())
     with reused_prefix(roberta, partition, 2, cache):
-        block_gradient(roberta, partition, 2, batch)
-        cache.hits = 0
-        for other in (
-            padded(batch, 14),
-            {name: values[[5, 0, 3]] for name, values in batch.items()},
-            {
-                name: values[4:, :7] if values.ndim > 1 else values[4:]
-                for name, values in batch.items()
-            },
+        for given, run in (
+            (padded(batch, 14), 6),
+            (batch, 1),  # to see that padding makes no difference
+            ({name: values[[5, 0, 3]] for name, values in batch.items()}, 0),
+            # Farther than ever: what becomes of the padding there is not known yet.
+            (padded(batch, 16), 6),
+            (padded(batch, 12), 0),
         ):
-            result = block_gradient(roberta, partition, 2, other)
-            reference = transformers.RobertaForSequenceClassification(roberta.config)
-            reference.load_state_dict(roberta.state_dict())
-            assert_same(result, block_gradient(reference.eval(), partition, 2, other))
-    assert cache.hits == 6 + 3 + 2
+            rows.clear()
+            result = block_gradient(roberta, partition, 2, given)
+            assert_same(result, block_gradient(reference, partition, 2, given))
+            assert sum(rows) == run
+
+
+def test_a_loss_may_read_what_becomes_of_padding(roberta, batch):
+    # As that of question answering does: every position may be the answer's first.
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.roberta = roberta.roberta
+
+        def forward(self, input_ids, attention_mask, labels):
+            states = self.roberta(input_ids, attention_mask).last_hidden_state
+            return {"loss": (states[..., 0] * torch.arange(len(states[0]))).mean()}
+
+    model = Whole().eval()
+    partition = partition_of(model)
+
+    def loss(model, batch):
+        return model(**batch)["loss"]
+
+    def gradient(given):
+        return block_gradient(model, partition, 2, given, loss_function=loss)
+
+    batches = [padded(batch, 14), padded(batch, 14), batch]
+    expected = [gradient(given) for given in batches]
+    cache = ActivationCache(10**6)
+    with reused_prefix(model, partition, 2, cache):
+        for given, plain in zip(batches, expected, strict=True):
+            assert_same(gradient(given), plain)
+    assert cache.hits == 12
+
+
+class Averaging(nn.Module):
+    """Below its last layer every position sees all others, padding too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(60, 4)
+        self.layers = nn.ModuleList(Mean() for _ in range(3))
+
+    def forward(self, input_ids, attention_mask, labels):
+        states = self.embed(input_ids)
+        for layer in self.layers:
+            states = layer(states)
+        return {"loss": (states[:, 0] * labels[:, None]).square().mean()}
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+
+    def forward(self, states):
+        return states + torch.tanh(self.map(states)).mean(1, keepdim=True)
+
+
+def test_layers_that_read_padding_are_run_for_every_length(batch):
+    torch.manual_seed(0)
+    model = Averaging().eval()
+    partition = partition_of(model)
+
+    def gradient(given):
+        return block_gradient(
+            model, partition, 2, given, loss_function=lambda m, b: m(**b)["loss"]
+        )
+
+    cache = ActivationCache(10**6)
+    given = [padded(batch, 14), batch, batch, padded(batch, 14)]
+    expected = [gradient(each) for each in given]
+    with reused_prefix(model, partition, 2, cache):
+        for each, plain in zip(given, expected, strict=True):
+            assert_same(gradient(each), plain)
 
 
 def test_left_padding_is_told_apart(batch):
@@ -338,8 +412,75 @@ def skip_gradient(model, loss_function=None, block_index=2):
         )
 
 
-def test_what_else_depends_on_the_layers_below_is_not_wrong_unseen():
-    assert np.isnan(skip_gradient(Skip()).loss)
+def test_what_else_depends_on_the_layers_below_is_refused():
+    with pytest.raises(UserError, match="by another way than through it"):
+        skip_gradient(Skip())
+
+
+def test_a_loss_that_is_no_number_is_no_sign_of_it():
+    model = Skip()
+    model.layers[2].bias.data.fill_(torch.nan)
+    assert np.isnan(skip_gradient(model).loss)
+
+
+class HeadBelow(nn.Module):
+    """A norm that is registered behind the layers and runs before them, as BART's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        for layer in (self.norm, *self.layers):
+            x = layer(x)
+        return x
+
+    loss = Skip.loss
+
+
+def test_trained_weights_below_the_block_are_refused():
+    with pytest.raises(
+        UserError, match=r"norm\.weight belongs to the head, but runs before the block"
+    ):
+        skip_gradient(HeadBelow())
+
+
+def test_a_layer_whose_output_wants_gradients_by_itself_is_no_such_weight():
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return (super().forward(x)).detach().requires_grad_()
+
+    model = Skip()
+    model.layers[0] = Detached(4, 4)
+    model.forward = lambda x: model.layers[2](model.layers[1](model.layers[0](x)))
+    assert np.isfinite(skip_gradient(model).loss)
+
+
+class PositionsFirst(nn.Module):
+    """Hidden states as XLNet has them: positions first, then samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x)
+        return x.transpose(0, 1)
+
+
+@pytest.mark.parametrize("positions", [2, 3])
+def test_hidden_states_without_a_row_for_each_sample_are_refused(positions):
+    model = PositionsFirst()
+    partition = partition_of(model)
+    cache = ActivationCache(10**6)
+    with (
+        reused_prefix(model, partition, 2, cache),
+        pytest.raises(UserError, match="not one row for each"),
+    ):
+        model(torch.ones(2, positions, 4))
 
 
 def test_models_that_do_not_fit_are_refused(batch):
