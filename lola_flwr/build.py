@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lola_flwr.allocation import RoundMode
 from lola_flwr.costs.estimated import BlockCosts
-from lola_flwr.costs.measured import Example
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.steps import StepSchedules
@@ -22,6 +21,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import fingerprint
+from lola_flwr.model.trace import Example
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
@@ -193,8 +193,8 @@ def coordinator_for_weights(
         ``partition_parameters``.
     example
         The model's input for some examples (``torch.zeros(1, 3, 224, 224)``): costs
-        are measured on it. Needed for convolutions, and whatever else the estimate
-        from shapes does not know.
+        are measured on it, and it shows what runs before and behind the blocks. Needed
+        for convolutions, and whatever else the estimate from shapes does not know.
     step
         How the server steps.
     settings
@@ -208,7 +208,7 @@ def coordinator_for_weights(
         NumPy lacks.
     """
     parameters = dict(model.named_parameters())
-    partition = model_partition(model, stack=stack, blocks=blocks)
+    partition = model_partition(model, stack=stack, blocks=blocks, example=example)
     trained = {id(parameters[name]): name for name in partition.trainable}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if trained.get(id(parameter), name) != name:

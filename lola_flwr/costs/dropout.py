@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lola_flwr.errors import UserError, reason_of
-from lola_flwr.model.inputs import example_inputs, failure_of
+from lola_flwr.costs.estimated import CostsNotEstimated
+from lola_flwr.errors import reason_of
+from lola_flwr.model.example import examples_of
+from lola_flwr.model.inputs import failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,21 +35,21 @@ def dropped_heads(model: nn.Module) -> int:
 
     Raises
     ------
-    UserError
+    CostsNotEstimated
         The model has dropout, and runs on none of the inputs that are known here, so
         that it cannot be seen where.
     """
     if not any(map(_drops, model.modules())):
         return 0
     reason = "its kind of input is not known"
-    for example in example_inputs(model):
+    for example in examples_of(model):
         watch = _Watch()
         with _training(model), watch:
             failure = failure_of(model, example)
         if failure is None:
             return watch.heads
         reason = reason_of(failure)
-    raise UserError(
+    raise CostsNotEstimated(
         f"{type(model).__name__} has dropout, and what it keeps for a step depends on "
         f"where, which could not be seen ({reason}): pass example=, the model's input "
         "for an example or more, and costs are measured."

@@ -17,12 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.costs.memory import Levers, StepMemory
+from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.payload import payload_bits, projections_bytes
 
 Shapes = Mapping[str, Sequence[int]]
+
+
+class CostsNotEstimated(UserError):
+    """What a model costs does not follow from its shapes: it has to be measured."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ down to each block are run once; PyTorch's own counter counts their operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,9 @@ from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.model.backprop import only_block_trainable
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.recording import require_gradients
+from lola_flwr.model.trace import Example
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.payload import payload_bits
-
-# Input of a model for some examples: its first argument, or its arguments by name. The
-# first dimension of each tensor counts the examples.
-Example = Tensor | Mapping[str, Tensor]
 
 
 def measure_costs(

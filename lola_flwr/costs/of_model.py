@@ -13,13 +13,15 @@ from lola_flwr.costs.adapters import measured_costs
 from lola_flwr.costs.dropout import dropped_heads
 from lola_flwr.costs.estimated import (
     BlockCosts,
+    CostsNotEstimated,
     estimate_costs,
     estimate_zeroth_order_costs,
 )
-from lola_flwr.costs.measured import Example, measure_costs
+from lola_flwr.costs.measured import measure_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import base_weights
 from lola_flwr.model.blocks import BlockPartition, passed_names
+from lola_flwr.model.trace import Example
 
 _REMEDY = (
     "pass example=, the model's input for an example or more, such as "
@@ -56,7 +58,7 @@ def model_costs(
 
     Raises
     ------
-    UserError
+    CostsNotEstimated
         Without an example: the estimate knows no such model.
     """
     if example is not None:
@@ -162,18 +164,18 @@ def _refuse_to_estimate(
         if name not in own and not re.search(r"\.\d+\.", name):
             continue
         if len(shapes[name]) > 2:
-            raise UserError(
+            raise CostsNotEstimated(
                 f"What {name} of shape {tuple(shapes[name])} costs depends on the size "
                 f"of its input: {_REMEDY}."
             )
         if len(shapes[name]) == 2 and name not in own:
-            raise UserError(
+            raise CostsNotEstimated(
                 f"Back-propagation passes {name}, which belongs to no block, so that "
                 f"its costs are not estimated: {_REMEDY}."
             )
     widths = {_width([shapes[name] for name in block]) for block in partition.blocks}
     if sequence_length > 1 and len(widths) > 1:
-        raise UserError(
+        raise CostsNotEstimated(
             f"The blocks have different widths ({', '.join(map(str, sorted(widths)))}),"
             f" and so may have different numbers of tokens: {_REMEDY}."
         )

@@ -23,7 +23,8 @@ from lola_flwr.d2ft.subnetworks import (
 )
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.model.inputs import example_inputs, failure_of
+from lola_flwr.model.example import examples_of
+from lola_flwr.model.inputs import failure_of
 
 _KNOWN = "sub-networks are known of BERT, RoBERTa, DistilBERT and ViT layers"
 
@@ -134,7 +135,7 @@ def _check(model: nn.Module, layers: Sequence[LayerParts]) -> None:
     or turned by positions. Layers are called as the model calls them.
     """
     reason = "its kind of input is not known"
-    for example in example_inputs(model):
+    for example in examples_of(model):
         with _in_evaluation(model), _recorded(layers) as calls:
             failure = failure_of(model, example)
         if failure is None:

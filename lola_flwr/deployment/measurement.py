@@ -196,8 +196,9 @@ def measure_device(
     import torch
 
     from lola_flwr.costs.of_model import model_costs
-    from lola_flwr.model.blocks import partition_parameters
-    from lola_flwr.model.inputs import check_sequence_length, token_ids
+    from lola_flwr.model.adapter_blocks import model_partition
+    from lola_flwr.model.example import token_ids
+    from lola_flwr.model.inputs import check_sequence_length
     from lola_flwr.model.loading import load_classifier
 
     if torch_device is None:
@@ -213,7 +214,7 @@ def measure_device(
     model, _ = load_classifier(model_name, num_labels=2)
     check_sequence_length(model, sequence_length, model_name)
     model.to(place).train()
-    partition = partition_parameters(n for n, _ in model.named_parameters())
+    partition = model_partition(model)
     costs = model_costs(
         model, partition, batch_size=batch_size, sequence_length=sequence_length
     )

@@ -8,13 +8,15 @@ TinyLoRA's do, is asked of the layers themselves.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lola_flwr.model.blocks import BlockPartition, BlocksNotFound, partition_parameters
+from lola_flwr.model.blocks import BlockPartition, BlocksNotFound
+from lola_flwr.model.running import divide, trace_of
+from lola_flwr.model.trace import Example, Trace
 
 # peft's names: "base_model.model." before those of the model, and the weights of a
 # module that it wraps one level deeper than they were.
@@ -34,8 +36,12 @@ def model_partition(
     *,
     stack: str | None = None,
     blocks: str | Sequence[str] | None = None,
+    example: Example | None = None,
 ) -> BlockPartition:
     """Divide a model, with or without adapters, into blocks, head and frozen rest.
+
+    What runs before, behind and beside the blocks is seen in a forward pass on one
+    example.
 
     Parameters
     ----------
@@ -45,23 +51,31 @@ def model_partition(
     stack, blocks
         As for ``partition_parameters``; in the names that the model has without
         adapters.
+    example
+        The model's input for an example: its first argument, or its arguments by name
+        (default: made up for a model of transformers; of another model, parameters are
+        taken to run in the order of their names).
 
     Raises
     ------
     BlocksNotFound
-        As ``partition_parameters``, or the adapters cannot be divided: see
-        ``adapter_partition``.
+        As ``partition_parameters``; the blocks do not run one after the other; or the
+        adapters cannot be divided: see ``adapter_partition``.
+    UserError
+        The model cannot be run on the example.
     """
     names = [name for name, _ in model.named_parameters()]
     if not is_adapted(model):
         own = {n for n, p in model.named_parameters() if not p.requires_grad}
-        return partition_parameters(names, stack=stack, blocks=blocks).freezing(own)
+        trace = trace_of(model, example)
+        return divide(names, trace, stack=stack, blocks=blocks).freezing(own)
     return adapter_partition(
         names,
         _trained(model),
         buffers=[name for name, _ in model.named_buffers()],
         stack=stack,
         blocks=blocks,
+        trace=trace_of(model, example, _stands_for(names)),
     )
 
 
@@ -72,6 +86,7 @@ def adapter_partition(
     buffers: Sequence[str] = (),
     stack: str | None = None,
     blocks: str | Sequence[str] | None = None,
+    trace: Trace | None = None,
 ) -> BlockPartition:
     """Divide the names of a model with adapters.
 
@@ -86,6 +101,8 @@ def adapter_partition(
     stack, blocks
         As for ``partition_parameters``; in the names that the model has without
         adapters.
+    trace
+        What a forward pass has shown, in these names, too.
 
     Returns
     -------
@@ -102,7 +119,7 @@ def adapter_partition(
     """
     hosts = _hosts(names)
     base = {base_name(name): name for name in names if not _is_added(name, hosts)}
-    partition = partition_parameters(base, stack=stack, blocks=blocks)
+    partition = divide(base, trace, stack=stack, blocks=blocks)
     in_use = base_weights(names)
     head = partition.num_blocks
     groups = [*partition.blocks, partition.head, partition.frozen]
@@ -159,6 +176,24 @@ def adapter_partition(
             if base[name] in in_use and base[name] not in taken
         ),
     )
+
+
+def _stands_for(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """Tell which weights of the base a parameter is, or works on.
+
+    Those may be of a type that has no gradients, or have given way to a copy.
+    """
+    hosts = _hosts(names)
+    base = [base_name(name) for name in names if not _is_added(name, hosts)]
+
+    def stands_for(name: str) -> list[str]:
+        if not _is_added(name, hosts):
+            return [base_name(name)]
+        host = next((path for path in _paths(name) if path in hosts), None)
+        inside = f"{base_name(host)}." if host is not None else None
+        return [weight for weight in base if inside and weight.startswith(inside)]
+
+    return stands_for
 
 
 def base_weights(names: Iterable[str]) -> list[str]:

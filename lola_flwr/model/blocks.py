@@ -9,41 +9,36 @@ embeddings, what stands between blocks given by hand, and another stack behind t
 blocks, which back-propagation passes but nobody trains (T5's decoder, where its
 encoder is chosen).
 
-Everything follows from parameter names in the order in which the modules run, so that a
-server can divide a state dict without building the model. ``named_parameters()`` gives
-the order in which modules were registered, which in most models is the same. Where it
-is not (a classifier registered before the layers that feed it would count as frozen),
-pass the names in running order, and the blocks by hand if their numbers mislead, too.
+``model_partition`` divides a model; what runs before and behind the blocks it sees in a
+traced forward pass. ``partition_parameters`` divides names alone, as those of a state
+dict: they have to be in the order in which the modules run. ``named_parameters()`` has
+them in the order in which modules were registered, which is another one in some models:
+XLM-RoBERTa has its classifier in front of the layers that feed it, BART a norm of its
+embeddings behind the layers that it feeds.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lola_flwr.errors import UserError
-
-# A name inside a container of numbered modules: "<container>.<number>.<parameter>".
-# The lazy prefix finds the outermost number, so that lists inside a layer stay inside.
-_NUMBERED = re.compile(r"(.+?)\.\d+\..+")
-
-# Parameters that stand behind the stack in model order but feed every layer of it, as
-# DeBERTa's relative positions do: their gradient needs the whole stack.
-_SHARED_BY_LAYERS = re.compile(r"rel_embeddings|relative_attention_bias")
+from lola_flwr.model.stacks import (
+    SHARED_BY_LAYERS,
+    Behind,
+    are_modules,
+    blocks_of_stack,
+    containers_of,
+    names_of,
+    sample_of,
+)
+from lola_flwr.model.stacks import BlocksNotFound as BlocksNotFound
 
 # What a state dict holds beside parameters: statistics of batch normalization, and the
 # frequencies of rotary positions.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "inv_freq")
-
-# The layers of a stack: number -> parameter within the layer -> its full name.
-Layers = Mapping[int, Mapping[str, str]]
-
-
-class BlocksNotFound(UserError):
-    """The names do not show one stack of equal layers, or no such blocks."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +135,7 @@ def partition_parameters(
     *,
     stack: str | None = None,
     blocks: str | Sequence[str] | None = None,
+    behind: Behind | None = None,
 ) -> BlockPartition:
     r"""Divide parameter names into blocks, head and frozen rest.
 
@@ -149,9 +145,10 @@ def partition_parameters(
     Parameters
     ----------
     names
-        Parameter names in the order in which the modules run, as
-        ``model.named_parameters()`` or a state dict mostly gives them. Leave out names
-        of tied weights (a language model's ``lm_head``).
+        Parameter names in the order in which the modules run, which
+        ``model.named_parameters()`` or a state dict mostly, but not always, gives; use
+        ``model_partition`` where the model is at hand. Leave out names of tied weights
+        (a language model's ``lm_head``).
     stack
         Prefix of the stack whose layers are the blocks (``"encoder.block"``), where
         the longest is not meant or its layers are not equal: ``"swin.encoder.layers"``
@@ -162,6 +159,9 @@ def partition_parameters(
         the output: ``["layer1", "layer2", "layer3", "layer4"]``. Of a single one, each
         different match is a block, in the order of the names:
         ``r"layer\d\.\d+"`` makes each residual block of a ResNet a block.
+    behind
+        Tells which parameters run behind, or beside, some others (default: their order
+        does).
 
     Returns
     -------
@@ -173,22 +173,28 @@ def partition_parameters(
     BlocksNotFound
         No stack of at least two equal layers, several of the same length or one behind
         the other, a stack or block that no name belongs to, or names that are not in
-        model order.
+        model order, or may not be.
     """
     names = tuple(names)
     parameters = [name for name in names if not name.endswith(_BUFFERS)]
-    _refuse_alphabetical_order(parameters)
+    shared: set[str] = set()
+    by_order = behind is None
+    if behind is None:
+        _refuse_alphabetical_order(parameters)
+        shared = {name for name in parameters if SHARED_BY_LAYERS.search(name)}
+        behind = _behind_by_order(parameters, shared)
     if blocks is None:
-        found = _blocks_of_stack(parameters, stack)
+        found = blocks_of_stack(parameters, stack, behind)
+        if by_order:
+            _refuse_unknown_order(parameters, found)
     elif stack is None:
         found = _blocks_by_hand(parameters, blocks)
     else:
         raise BlocksNotFound("Give stack=... or blocks=..., not both.")
-    shared = {name for name in parameters if _SHARED_BY_LAYERS.search(name)}
     trained = tuple(
         tuple(name for name in block if name not in shared) for block in found
     )
-    head = _head(parameters, {name for block in found for name in block}, shared)
+    head = _head(parameters, {name for block in found for name in block}, behind)
     kept = {name for block in trained for name in block}.union(head)
     frozen = tuple(name for name in names if name not in kept)
     return BlockPartition(blocks=trained, head=head, frozen=frozen)
@@ -207,7 +213,7 @@ def passed_names(names: Iterable[str], partition: BlockPartition) -> tuple[str, 
     names = tuple(names)
     in_blocks = {name for block in partition.blocks for name in block}
     first = min(index for index, name in enumerate(names) if name in in_blocks)
-    return tuple(n for n in names[first:] if not _SHARED_BY_LAYERS.search(n))
+    return tuple(n for n in names[first:] if not SHARED_BY_LAYERS.search(n))
 
 
 def _refuse_alphabetical_order(names: Sequence[str]) -> None:
@@ -223,21 +229,47 @@ def _refuse_alphabetical_order(names: Sequence[str]) -> None:
         )
 
 
-def _head(
-    names: Sequence[str], in_blocks: set[str], shared: set[str]
-) -> tuple[str, ...]:
+def _refuse_unknown_order(names: Sequence[str], blocks: Sequence[list[str]]) -> None:
+    """Refuse what stands in front of a base model that has embeddings of its own.
+
+    It may be a stem, which feeds the base model, or a classifier that it feeds.
+    """
+    base = f"{blocks[0][0].partition('.')[0]}."
+    inside = [name for name in names if name.startswith(base)]
+    in_blocks = {name for block in blocks for name in block}
+    if names[0] not in inside and in_blocks <= set(inside) - {inside[0]}:
+        raise BlocksNotFound(
+            f"{names[0]} stands in front of {inside[0]}, and names do not tell whether "
+            f"it runs before or behind {base.removesuffix('.')!r}: divide the model "
+            "with model_partition, which sees it on an example."
+        )
+
+
+def _behind_by_order(names: Sequence[str], shared: set[str]) -> Behind:
+    """Take the order of names for that in which their modules run."""
+    places = {name: place for place, name in enumerate(names)}
+
+    def behind(inside: Collection[str]) -> list[str]:
+        feeding = set(shared)
+        # What stands beside shared relative positions (as DeBERTa's encoder.LayerNorm
+        # does) prepares them for all layers.
+        for container in {n.rsplit(".", 2)[0] for n in shared.difference(inside)}:
+            feeding |= {name for name in names if name.startswith(f"{container}.")}
+        later = names[max(places[name] for name in inside) + 1 :]
+        return [name for name in later if name not in feeding]
+
+    return behind
+
+
+def _head(names: Sequence[str], in_blocks: set[str], behind: Behind) -> tuple[str, ...]:
     """Find the parameters behind the blocks that back-propagation passes first."""
-    last = max(index for index, name in enumerate(names) if name in in_blocks)
-    excluded = in_blocks | shared
-    for layers in _containers(names).values():
-        stack = {name for layer in layers.values() for name in layer.values()}
-        if _are_modules(layers) and in_blocks.isdisjoint(stack):
+    excluded = set(in_blocks)
+    for layers in containers_of(names).values():
+        stack = names_of(layers)
+        if are_modules(layers) and in_blocks.isdisjoint(stack):
             excluded |= stack
-    # What stands beside shared relative positions (as DeBERTa's encoder.LayerNorm does)
-    # prepares them for all layers.
-    for container in {name.rsplit(".", 2)[0] for name in shared - in_blocks}:
-        excluded |= {name for name in names if name.startswith(f"{container}.")}
-    return tuple(name for name in names[last + 1 :] if name not in excluded)
+    candidates = set(behind(in_blocks)) - excluded
+    return tuple(name for name in names if name in candidates)
 
 
 def _blocks_by_hand(
@@ -257,7 +289,7 @@ def _blocks_by_hand(
         if not any(matches):
             raise BlocksNotFound(
                 f"blocks: {pattern!r} matches the beginning of no parameter name "
-                f"({_sample(names)}), up to a dot or the end."
+                f"({sample_of(names)}), up to a dot or the end."
             )
         for match in filter(None, matches):
             key = match[0] if isinstance(blocks, str) else pattern
@@ -272,104 +304,3 @@ def _blocks_by_hand(
             "match one regular expression."
         )
     return list(found.values())
-
-
-def _blocks_of_stack(names: Sequence[str], stack: str | None) -> list[list[str]]:
-    """Collect the names of each layer of a stack: a given one, or the longest."""
-    containers = _containers(names)
-    if stack is None:
-        stack = _longest_stack(containers, names)
-    layers = _layers_at(names, stack)
-    if len(layers) < 2:
-        known = ", ".join(filter(None, sorted(containers))) or "none"
-        raise BlocksNotFound(
-            f"No stack of layers at stack={stack!r}; the stacks found are: {known}."
-        )
-    if list(layers) != list(range(len(layers))):
-        raise BlocksNotFound(
-            f"The layers of {stack!r} are numbered {list(layers)}; expected 0 to "
-            f"{len(layers) - 1} without gaps, in this order. Pass the names of the "
-            "whole model in model order; or, if the modules between have no "
-            f"parameters, blocks={_pattern_of(stack)}."
-        )
-    return [list(layer.values()) for layer in layers.values()]
-
-
-def _containers(names: Sequence[str]) -> dict[str, Layers]:
-    """Collect the outermost containers of at least two numbered modules."""
-    # A model that is an nn.Sequential has numbers in front.
-    top = _layers_at(names, "")
-    if len(top) >= 2 and _are_equal(top):
-        return {"": top}
-    matches = [_NUMBERED.fullmatch(name) for name in names]
-    prefixes = ["", *dict.fromkeys(match[1] for match in matches if match)]
-    containers = {prefix: _layers_at(names, prefix) for prefix in prefixes}
-    return {prefix: layers for prefix, layers in containers.items() if len(layers) >= 2}
-
-
-def _layers_at(names: Sequence[str], prefix: str) -> Layers:
-    """Collect the numbered modules under a prefix, in the order of the names."""
-    pattern = re.compile(
-        rf"{re.escape(f'{prefix}.' if prefix else '')}(?P<number>\d+)\.(?P<inner>.+)"
-    )
-    layers: dict[int, dict[str, str]] = {}
-    for match in filter(None, map(pattern.fullmatch, names)):
-        layers.setdefault(int(match["number"]), {})[match["inner"]] = match.string
-    return layers
-
-
-def _are_equal(layers: Layers) -> bool:
-    """Tell whether all layers hold parameters of the same names."""
-    # T5's first layer alone holds the position bias of all layers: left out here.
-    own = [
-        {inner for inner in layer if not _SHARED_BY_LAYERS.search(inner)}
-        for layer in layers.values()
-    ]
-    return all(layer == own[0] for layer in own)
-
-
-def _are_modules(layers: Layers) -> bool:
-    """Tell a stack of layers from a head of plain modules (Linear, ReLU, Linear)."""
-    return any("." in inner for layer in layers.values() for inner in layer)
-
-
-def _longest_stack(containers: Mapping[str, Layers], names: Sequence[str]) -> str:
-    """Choose the stack with most layers; refuse to guess between equals."""
-    # Beside numbered modules, plain ones (Linear, ReLU, Linear) are a classifier.
-    modules = {prefix: c for prefix, c in containers.items() if _are_modules(c)}
-    candidates = modules or containers
-    stacks = {prefix: c for prefix, c in candidates.items() if _are_equal(c)}
-    if not stacks:
-        unlike = " and ".join(map(repr, candidates))
-        raise BlocksNotFound(
-            "No stack of at least two equal layers among the parameter names "
-            f"({_sample(names)})."
-            + (f" The modules of {unlike} are unlike each other." if unlike else "")
-            + " Name the stack with stack=..., or the blocks with blocks=[...]; layers "
-            "that share their parameters, as ALBERT's do, cannot be told apart."
-        )
-    length = max(map(len, stacks.values()))
-    longest = [prefix for prefix, layers in stacks.items() if len(layers) == length]
-    if len(longest) > 1:
-        raise BlocksNotFound(
-            f"{len(longest)} stacks have {length} layers: {', '.join(longest)}. "
-            "Choose one with stack=...."
-        )
-    order = list(candidates)
-    behind = order[order.index(longest[0]) + 1 :]
-    if modules and behind:
-        raise BlocksNotFound(
-            f"Behind the layers of {longest[0]!r} stand those of {behind[0]!r}. Choose "
-            "one with stack=... (the other stays frozen), or name the blocks of both "
-            "with blocks=[...]."
-        )
-    return longest[0]
-
-
-def _pattern_of(stack: str) -> str:
-    """Spell the regular expression whose matches are the modules of a stack."""
-    return f'r"{re.escape(f"{stack}." if stack else "")}\\d+"'
-
-
-def _sample(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:3])}, ..." if names else "no parameters at all"

@@ -8,14 +8,15 @@ says no field of the configuration that all of them have. A short forward pass t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from itertools import islice, product
+from collections.abc import Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lola_flwr.errors import UserError, reason_of
+from lola_flwr.model.example import token_ids, word_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,8 +25,6 @@ _logger = logging.getLogger(__name__)
 
 _PAIR = ("a cat sleeps", "a dog barks")
 _TOKEN_TYPES = "token_type_ids"
-# Tokens of an example that is to be short.
-_NUM_TOKENS = 7
 
 
 def check_sequence_length(
@@ -49,7 +48,7 @@ def check_sequence_length(
     """
     # No table of positions is longer than the longest there is: more tokens than that
     # need not be tried.
-    words = _word_embeddings(model)
+    words = word_embeddings(model)
     tables = [t for t in (*model.parameters(), *model.buffers()) if t is not words]
     longest = max(size for table in tables for size in table.shape)
     tried = min(sequence_length, longest + 1)
@@ -74,45 +73,6 @@ def check_sequence_length(
         f"max-length={sequence_length} exceeds the {good} positions of "
         f"model={model_name!r}; lower it."
     )
-
-
-def token_ids(model: nn.Module, length: int) -> Tensor:
-    """Return a sequence of tokens that a model takes for words, ended; [1, length].
-
-    Padding is not among them, which some models do not count.
-    """
-    config: Any = model.config
-    table = _word_embeddings(model)
-    known = range(len(table) if table is not None else 100)
-    padding = {getattr(module, "padding_idx", None) for module in model.modules()}
-    end = getattr(config, "eos_token_id", None)
-    reserved = {*padding, getattr(config, "pad_token_id", None), end}
-    words = list(islice((n for n in known if n not in reserved), _NUM_TOKENS))
-    ids = torch.tensor(words).repeat(length // len(words) + 1)[None, :length]
-    if isinstance(end, int) and end in known:
-        # An encoder with a decoder classifies what it makes of the end.
-        ids[0, -1] = end
-    return ids
-
-
-def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Give what may be input of a model, a short example each; on its device.
-
-    Nothing where its kind of input is not known.
-    """
-    kind = getattr(model, "main_input_name", None)
-    place = next(model.parameters()).device
-    if kind == "input_ids":
-        ids = token_ids(model, _NUM_TOKENS).to(place)
-        yield {kind: ids}
-        yield {kind: ids, "decoder_input_ids": ids}
-    if kind == "pixel_values":
-        config: Any = model.config
-        size, channels = (
-            getattr(config, key, None) for key in ("image_size", "num_channels")
-        )
-        if isinstance(size, int) and isinstance(channels, int):
-            yield {kind: torch.zeros(1, channels, size, size, device=place)}
 
 
 def fit_tokenizer(
@@ -179,7 +139,7 @@ def _check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:
             "tokens, all special. Save the tokenizer beside the model, with "
             "tokenizer.save_pretrained."
         )
-    words = _word_embeddings(model)
+    words = word_embeddings(model)
     last = max(vocabulary, key=vocabulary.__getitem__)
     if words is not None and vocabulary[last] >= len(words):
         size = vocabulary[last] + 1
@@ -246,14 +206,6 @@ def _ignores_padding(model: Any, tokenizer: Any) -> bool:
             for given in ([short], [short, long])
         )
     return torch.allclose(alone, beside, rtol=1e-3, atol=1e-5)
-
-
-def _word_embeddings(model: Any) -> Tensor | None:
-    """Return the table of word embeddings; None where words are hashed (CANINE)."""
-    try:
-        return getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:
-        return None
 
 
 def failure_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None:

@@ -24,8 +24,8 @@ from lola_flwr.device.prefix import (
 )
 from lola_flwr.machine.files import local_path
 from lola_flwr.machine.heap import keep_no_freed_memory
+from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.backprop import block_gradient
-from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
 
 MODEL = "random:roberta-base"
@@ -48,7 +48,7 @@ def load(name=MODEL):
 
 
 def partition_of(model):
-    return partition_parameters(n for n, _ in model.named_parameters())
+    return model_partition(model)
 
 
 def timed(step):

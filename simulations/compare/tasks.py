@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.backprop import Batch
-from lola_flwr.model.blocks import BlockPartition, partition_parameters
+from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_classifier
 from lola_flwr.randomness import rng_for
 from lola_glue.partitions import partition_examples
@@ -71,7 +72,7 @@ class Task:
     @property
     def partition(self) -> BlockPartition:
         """The model's blocks."""
-        return partition_parameters(name for name, _ in self.model.named_parameters())
+        return model_partition(self.model)
 
 
 def text_task(

@@ -577,7 +577,7 @@ REFUSED = {
         TorchvisionResNet,
         "Behind the layers of 'layer1' stand those of 'layer2'",
     ),
-    "perceptron": (perceptron, r'numbered \[0, 2, 4\].* blocks=r"\\d\+"'),
+    "perceptron": (perceptron, r"numbered \[0, 2, 4\].* blocks='\\d\+'"),
     "sequential of unlike modules": (
         mixed_sequential,
         r"No stack of at least two .* modules of '' are unlike each other",

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from lola_flwr.errors import UserError
-from lola_flwr.model.inputs import check_sequence_length, example_inputs, token_ids
+from lola_flwr.model.example import examples_of, token_ids
+from lola_flwr.model.inputs import check_sequence_length
 from lola_flwr.model.loading import load_classifier
 from tests.model.text_families import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -89,7 +90,7 @@ class TestSequenceLength:
         check_sequence_length(model, 30, "bart")
         with pytest.raises(UserError, match="exceeds the 30 positions"):
             check_sequence_length(model, 31, "bart")
-        assert len(next(example_inputs(model))["input_ids"][0]) == 7
+        assert len(next(examples_of(model))["input_ids"][0]) == 7
 
 
 class TestTokenizer:

@@ -10,7 +10,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
-from lola_flwr.model.blocks import BlockPartition, partition_parameters
+from lola_flwr.model.adapter_blocks import model_partition
+from lola_flwr.model.blocks import BlockPartition
 from lola_vision.config import NUM_HEADS, VisionConfig
 from lola_vision.images import Images, load_images
 
@@ -49,7 +50,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         model = ViTForImageClassification(vit)
-    partition = partition_parameters(name for name, _ in model.named_parameters())
+    partition = model_partition(model)
     num_patches = (config.image_size // config.patch_size) ** 2
     costs = model_costs(
         model,
