@@ -139,6 +139,8 @@ class GlueConfig(RunConfig):
     task: Annotated[str, AfterValidator(_known_task)]
     data_dir: str
     model: str
+    stack: str
+    blocks: str
     num_devices: int = Field(ge=0)
     fleet: str
     interface: Interface
@@ -234,6 +236,11 @@ class GlueConfig(RunConfig):
         return self
 
     def _contradictions(self) -> Iterator[str]:
+        if self.stack and self.blocks:
+            yield (
+                f"stack={self.stack!r} and blocks={self.blocks!r} both say what the "
+                "blocks are; drop one of the two"
+            )
         if self.snr_min_db > self.snr_max_db:
             yield (
                 f"snr-min-db={self.snr_min_db:g} must not exceed "

@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from lola_flwr.costs import of_model
-from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.costs.estimated import BlockCosts, CostsNotEstimated
 from lola_flwr.device.sampling import POOL_FACTOR
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.example import example_of
 from lola_flwr.model.inputs import check_sequence_length
 from lola_flwr.model.loading import load_classifier
 from lola_glue.config import (
@@ -46,27 +47,36 @@ def load_model(config: GlueConfig, task: Task) -> tuple[Any, Any]:
 
 def model_blocks(config: GlueConfig, model: nn.Module) -> BlockPartition:
     """Divide the model: layer by layer, or all of it as one block."""
-    layers = model_partition(model)
+    layers = _layers(config, model)
     return layers.merged() if isinstance(config, FedAvgFullConfig) else layers
 
 
 def model_costs(config: UpdatesConfig, model: nn.Module) -> BlockCosts:
-    """Estimate each block's costs under the run's batch and length.
+    """Estimate each block's costs under the run's batch and length, or measure them.
 
     With a sampler the forward pass over its pool counts.
     """
-    layers = model_partition(model)
+    layers = _layers(config, model)
     sizes: dict[str, Any] = {
         "batch_size": config.batch_size,
         "sequence_length": config.max_length,
     }
-    costs = of_model.model_costs(
-        model,
-        layers,
+    options: dict[str, Any] = {
         **sizes,
-        merged=isinstance(config, FedAvgFullConfig),
-        micro_batch_size=config.micro_batch_size,
-    )
+        "merged": isinstance(config, FedAvgFullConfig),
+        "micro_batch_size": config.micro_batch_size,
+    }
+    try:
+        costs = of_model.model_costs(model, layers, **options)
+    except CostsNotEstimated:
+        example = example_of(model, num_tokens=config.max_length)
+        costs = of_model.model_costs(model, layers, **options, example=example)
     if config.sampler == "random":
         return costs
     return of_model.with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)
+
+
+def _layers(config: GlueConfig, model: nn.Module) -> BlockPartition:
+    return model_partition(
+        model, stack=config.stack or None, blocks=config.blocks or None
+    )
