@@ -45,15 +45,16 @@ def example_of(
     base: Any = getattr(model, "get_base_model", lambda: model)()
     kind = getattr(base, "main_input_name", None)
     make = _MADE.get(kind) if hasattr(base, "config") else None
-    values = None if make is None else make(base, batch_size, num_tokens)
+    choices = 2 if _chooses_between_texts(base) else 1
+    values = None if make is None else make(base, choices * batch_size, num_tokens)
     if values is None:
         raise UserError(
             f"What {type(base).__name__} takes as input is not known here; pass "
             "example=, its arguments for an example, as {'input_ids': ...}."
         )
+    if choices > 1:
+        values = values.reshape(batch_size, choices, *values.shape[1:])
     example = {str(kind): values}
-    if _chooses_between_texts(base):
-        example = {name: torch.stack(2 * [v], dim=1) for name, v in example.items()}
     accepted = inspect.signature(base.forward).parameters
     if "decoder_input_ids" in accepted and base.config.is_encoder_decoder:
         example["decoder_input_ids"] = token_ids(base, num_tokens, batch_size)
