@@ -56,7 +56,7 @@ def _word(outcome: Outcome) -> str:
 
 def _lines(outcomes: Mapping[Case, Outcome]) -> list[str]:
     """List what was said, once where only names differ; every fault."""
-    said: dict[tuple[str, str], str] = {}
+    said: dict[str, str] = {}
     for case, outcome in outcomes.items():
         for text in filter(None, (outcome.line, *outcome.lines)):
             where = case.name if outcome.verdict == "wrong" else case.tuning
