@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
+from lola_flwr.costs.shapes import model_shapes
 from lola_flwr.device.store import complete
 from lola_flwr.model.blocks import BlockPartition, partition_parameters
-from lola_flwr.model.loading import load_classifier
 from lola_flwr.wire.codec import codec_named, encode_with_feedback
 from lola_flwr.wire.packing import GRADIENTS, pack, unpack
 from lola_flwr.wire.payload import payload_bits
@@ -29,9 +28,7 @@ BLOCK = 3
 
 
 def roberta_base() -> tuple[dict[str, tuple[int, ...]], BlockPartition]:
-    with torch.device("meta"):
-        model, _ = load_classifier("random:roberta-base", num_labels=2)
-    shapes = {name: tuple(values.shape) for name, values in model.named_parameters()}
+    shapes = {n: tuple(s) for n, s in model_shapes("roberta-base").shapes.items()}
     return shapes, partition_parameters(shapes)
 
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from lola_flwr.allocation import (
     ALLOCATORS,
     RANDOM_ALLOCATORS,
@@ -23,8 +21,8 @@ from lola_flwr.allocation import (
     allocate,
 )
 from lola_flwr.costs.estimated import BlockCosts, estimate_costs
+from lola_flwr.costs.shapes import model_shapes
 from lola_flwr.model.blocks import partition_parameters
-from lola_flwr.model.loading import load_classifier
 from lola_flwr.planning import (
     AllocationOptions,
     Known,
@@ -92,10 +90,8 @@ def draws(num_fleets: int, rounds: int) -> list[Draw]:
 @lru_cache
 def parameter_shapes(model_name: str) -> Mapping[str, tuple[int, ...]]:
     """Return the shape of each parameter of a classifier with two labels."""
-    # Shapes are all that is needed: no memory is taken on the meta device.
-    with torch.device("meta"):
-        model, _ = load_classifier(model_name, num_labels=2)
-    return {name: tuple(values.shape) for name, values in model.named_parameters()}
+    shapes = model_shapes(model_name).shapes
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 @lru_cache

@@ -9,7 +9,7 @@ import numpy as np
 
 from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.model.blocks import partition_parameters
-from simulations.figures.latency import parameter_shapes
+from lola_flwr.model.loading import load_classifier
 from simulations.figures.learning import LearningRun
 from simulations.figures.tables import Row
 
@@ -64,7 +64,8 @@ def outcome_rows(runs: Iterable[LearningRun]) -> list[Row]:
 
 def _memory_bytes(config: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Memory that each block needs under a run's configuration, shape [N]."""
-    shapes = parameter_shapes(str(config["model"]))
+    model, _ = load_classifier(str(config["model"]), num_labels=2)
+    shapes = {name: tuple(values.shape) for name, values in model.named_parameters()}
     return estimate_costs(
         shapes,
         partition_parameters(shapes),
