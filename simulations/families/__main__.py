@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from lola_flwr.machine.files import local_path
 from simulations.families.classes import model_classes
 from simulations.families.processes import try_all
 from simulations.families.table import page, summary
@@ -42,11 +43,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m simulations.families", description=__doc__
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/families"), help="where results go")
+    add(
+        "--out", type=local_path, default=Path("runs/families"), help="where results go"
+    )
     add("--only", nargs="+", help="classes whose names have one of these words in them")
     add("--tasks", nargs="+", help="classes of these tasks")
     add("--seconds", type=float, default=120, help="that a class may take")
-    add("--page", type=Path, help="write the tables as a page of the documentation")
+    add(
+        "--page",
+        type=local_path,
+        help="write the tables as a page of the documentation",
+    )
     return parser
 
 

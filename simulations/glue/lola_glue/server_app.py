@@ -20,6 +20,7 @@ from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import filling
 from lola_flwr.model.adapter_trial import check_merging, check_saving
+from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
 from lola_flwr.model.saved_adapters import keep_class_names, merge, save_model
@@ -78,10 +79,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
     model, tokenizer = load_model(config, task)
     partition = model_blocks(config, model)
     few = make_batch(train, np.arange(1), tokenizer, max_length=config.max_length)
-    if config.save_model:
-        check_saving(model, lambda: load_base(config, task)[0], few)
-    if config.save_merged:
-        check_merging(model, few)
+    try_saving(config, task, model, few)
 
     def mean_loss(examples: Examples) -> float:
         return evaluate_model(model, tokenizer, task, examples, config.max_length)[
@@ -151,6 +149,14 @@ def fine_tune(grid: Grid, context: Context) -> None:
                 merge(model).save_pretrained(saved)
                 tokenizer.save_pretrained(saved)
             log(INFO, "merged model written to %s", directory / "merged")
+
+
+def try_saving(config: GlueConfig, task: Task, model: Any, few: Batch) -> None:
+    """Try now what would else be refused after all the training."""
+    if config.save_model:
+        check_saving(model, lambda: load_base(config, task)[0], few)
+    if config.save_merged:
+        check_merging(model, few)
 
 
 def run_legacy(
