@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(ABC):
     """What any round comes to, whatever the method.
 
     Parameters
@@ -102,16 +103,17 @@ class Record:
             return [f"round {self.server_round} is skipped: {self.skipped}"]
         return self._lines()
 
+    @abstractmethod
     def _lines(self) -> list[str]:
-        raise NotImplementedError
+        """Return the lines of a round that took place."""
 
     def warning(self) -> str | None:
         """Return what went wrong in a round that took place; None if nothing did."""
         return None
 
+    @abstractmethod
     def taken(self, seconds: float) -> Self:
         """Return the record of a round that took so long here."""
-        raise NotImplementedError
 
     def figures(self) -> dict[str, float]:
         """Return the round's figures by name, but for those of an evaluation."""
