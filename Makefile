@@ -25,7 +25,7 @@ demo: venv
 
 # Two processes: most tests compute on one core, and some wait for Flower's programs.
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # As root, with network namespaces: real SuperNodes over shaped links.
 test-testbed: venv

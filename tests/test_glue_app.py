@@ -15,6 +15,8 @@ from lola_flwr.model.loading import load_classifier
 from lola_flwr.simulation import run_app
 from lola_glue.tasks import TASKS
 
+pytestmark = pytest.mark.flower_run
+
 APP = Path(__file__).parent.parent / "simulations" / "glue"
 OPTIONS = (
     "save-model=true",
@@ -110,9 +112,10 @@ def test_the_saved_model_says_the_tasks_classes(legacy):
     assert cut["label"] in names
 
 
-@pytest.mark.parametrize(
-    "interface", [pytest.param("legacy", marks=pytest.mark.slow), "message"]
-)
+# In the fast suite the recordings replay both interfaces, and a project switched to
+# LoLa-DEFT runs through Flower by the Message API.
+@pytest.mark.slow
+@pytest.mark.parametrize("interface", ["legacy", "message"])
 def test_one_seed_gives_one_result_under_both_interfaces(legacy, interface, tmp_path):
     finished = run(tmp_path, *OPTIONS, f'interface="{interface}"')
     assert finished.completed, finished.output

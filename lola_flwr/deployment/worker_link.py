@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.errors import UserError
+from lola_flwr.machine.files import replacing
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -164,11 +165,12 @@ def token_path(socket_path: Path) -> Path:
 
 def write_token(socket_path: Path, token: str) -> None:
     """Write a worker's token, for its owner's eyes only."""
-    path = token_path(socket_path)
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(token)
+    # A client that looks while it is written must not take half a token for the whole.
+    with replacing(token_path(socket_path)) as path:
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(token)
 
 
 def connect(socket_path: Path, *, timeout_s: float = 5.0) -> socket.socket:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -114,6 +115,16 @@ def test_a_token_that_others_can_read_is_not_shown(tmp_path):
     token_path(path).chmod(0o640)
     with pytest.raises(UserError, match="640"):
         connect(path)
+
+
+def test_a_token_is_never_seen_in_part(tmp_path):
+    path = tmp_path / "worker.sock"
+    write_token(path, "secret")
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [write_token(path, "secret") for _ in range(300)])
+        while not writing.done():
+            assert token_path(path).read_text() == "secret"
+        writing.result()
 
 
 def test_no_worker_is_a_link_error(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 
 from lola_flwr.simulation import run_app
 
+pytestmark = pytest.mark.flower_run
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "migration.md"
 DIFFS = dict(
@@ -73,7 +75,10 @@ def test_the_page_applies(kind, tmp_path):
         assert "FedAvg" not in source
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The GLUE app runs by the legacy interface.
+@pytest.mark.parametrize(
+    "kind", ["message", pytest.param("legacy", marks=pytest.mark.slow)]
+)
 def test_a_switched_project_runs(kind, tmp_path):
     output = run(switched(kind, tmp_path), tmp_path, "num-server-rounds=1")
     assert "3 of 3 devices active" in output

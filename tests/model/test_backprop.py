@@ -137,7 +137,8 @@ def test_nothing_below_the_block_is_recorded(roberta, batch):
 PUBLISHED_MIB = {1: 48, 2: 78, 4: 138, 6: 198, 8: 259, 10: 319, 12: 379}
 
 
-@pytest.mark.parametrize("dropout", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [False, True])
 def test_saved_activations_are_those_of_the_table_and_of_the_cost_model(dropout):
     model, _ = load_classifier("random:roberta-base", num_labels=2)
     model.train(dropout)

@@ -63,8 +63,8 @@ def assert_all_is_accounted_for(records, grid, rounds):
 
 def test_a_short_soak_counts_every_fault(tmp_path):
     tiny = {"model": "random:roberta-tiny", "batch_size": 2, "max_length": 8}
-    records, grid = soak(tmp_path, 15, eval_every=100, **tiny)
-    assert_all_is_accounted_for(records, grid, 15)
+    records, grid = soak(tmp_path, 10, eval_every=100, **tiny)
+    assert_all_is_accounted_for(records, grid, 10)
     assert len(grid.counts) > 8
 
 

@@ -99,7 +99,13 @@ def run(strategy, grid, num_rounds=1, **options):
     return strategy.start(grid, strategy.initial_arrays(), num_rounds, **options)
 
 
-@pytest.mark.parametrize("family", ["roberta", "roberta-lora", "vit"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("roberta", "vit")),
+        "roberta-lora",
+    ],
+)
 def test_steps_lower_the_loss(family):
     records = []
     strategy, grid = federation(family, on_round=records.append)
