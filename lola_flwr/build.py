@@ -192,9 +192,9 @@ def coordinator_for_weights(
         Where the blocks are not the layers of the longest stack: as for
         ``partition_parameters``.
     example
-        The model's input for some examples (``torch.zeros(1, 3, 224, 224)``): costs
-        are measured on it, and it shows what runs before and behind the blocks. Needed
-        for convolutions, and whatever else the estimate from shapes does not know.
+        The model's input for some examples (``torch.zeros(1, 3, 224, 224)``), on which
+        costs are counted, and which shows what runs before and behind the blocks.
+        Needed where it does not follow from the model.
     step
         How the server steps.
     settings
@@ -204,7 +204,7 @@ def coordinator_for_weights(
     ------
     UserError
         The model does not show one stack of equal layers, what its blocks cost cannot
-        be estimated, trained parameters go by two names, or arrays have a type that
+        be counted, trained parameters go by two names, or arrays have a type that
         NumPy lacks.
     """
     parameters = dict(model.named_parameters())

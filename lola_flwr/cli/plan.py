@@ -31,8 +31,11 @@ def plan(
         int | None, typer.Option(help="Devices to generate; 20 if not given.")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="minilm-l6, roberta-base, ..., or a directory.")
+        str, typer.Option(help="minilm-l6, roberta-base, ..., or a model's directory.")
     ] = "roberta-base",
+    stack: Annotated[
+        str | None, typer.Option(help="Layers that are the blocks: encoder.block, ...")
+    ] = None,
     allocator: Annotated[
         str, typer.Option(help="Allocator whose plan is shown in full.")
     ] = "exact",
@@ -86,7 +89,11 @@ def plan(
 
     find_allocator(allocator)
     costs = named_model_costs(
-        model, batch_size=batch_size, sequence_length=max_length, codec=codec
+        model,
+        batch_size=batch_size,
+        sequence_length=max_length,
+        codec=codec,
+        stack=stack,
     )
     run = RunStatement(
         costs=costs,

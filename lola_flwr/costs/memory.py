@@ -36,6 +36,37 @@ class Levers:
 
 
 @dataclass(frozen=True, eq=False)
+class Affine:
+    """Bytes that grow with the sequences of a pass.
+
+    Parameters
+    ----------
+    fixed
+        What any number of them takes.
+    per_sequence
+        What each takes besides.
+    """
+
+    fixed: Float64Array | float
+    per_sequence: Float64Array | float
+
+    @classmethod
+    def through(
+        cls, one: Float64Array | float, most: Float64Array | float, batch_size: int
+    ) -> Affine:
+        """Return the bytes between those of one sequence and those of a batch.
+
+        A peak is a convex function of the number, and so at most this.
+        """
+        rise = (most - one) / (batch_size - 1) if batch_size > 1 else 0.0 * one
+        return cls(one - rise, rise) if batch_size > 1 else cls(rise, one)
+
+    def of(self, num_sequences: int) -> Float64Array | float:
+        """Return the bytes of some sequences."""
+        return self.fixed + num_sequences * self.per_sequence
+
+
+@dataclass(frozen=True, eq=False)
 class StepMemory:
     """What a step's parts take at its peak, bytes.
 
@@ -59,12 +90,13 @@ class StepMemory:
     array_bytes
         The largest array of these, which is there twice while it is added to the sum of
         the micro-batches before, shape [N].
-    kept_bytes
-        What back-propagation to each block keeps of one sequence, shape [N].
-    passing_bytes
-        The gradient that is on its way back, of one sequence.
+    whole_bytes
+        What the step takes besides weights where the batch is computed at once,
+        shape [N].
+    pass_bytes
+        What a pass takes besides weights and gradients, shape [N].
     working_bytes
-        What a layer takes of one sequence while it runs and nothing is kept.
+        What the model takes below the block while it runs there and keeps nothing.
     """
 
     batch_size: int
@@ -75,16 +107,17 @@ class StepMemory:
     head_bytes: float
     update_bytes: Float64Array
     array_bytes: Float64Array
-    kept_bytes: Float64Array
-    passing_bytes: float
-    working_bytes: float
+    whole_bytes: Float64Array
+    pass_bytes: Affine
+    working_bytes: Affine
 
     def peak_bytes(self, levers: Levers) -> Float64Array:
         """Return the peak for each block, shape [N]."""
         size = min(levers.micro_batch_size, self.micro_batch_size)
         several = size < self.batch_size
-        step = self.update_bytes + size * (self.kept_bytes + self.passing_bytes)
-        step = step + several * self.array_bytes
+        step = self.whole_bytes
+        if several:
+            step = self.update_bytes + self.array_bytes + self.pass_bytes.of(size)
         if not levers.stream_prefix:
             weights = self.layer_bytes.sum() + self.rest_bytes + self.head_bytes
             return np.asarray(weights + step)
@@ -93,9 +126,9 @@ class StepMemory:
         # what is mapped of the embeddings. They are unmapped before the layer runs, but
         # a kernel with large folios maps up to ten times as much for a few rows.
         tokens = size * self.sequence_length
-        share = 1 - np.exp(-tokens * _MAPPED_AT_ONCE_BYTES / self.rest_bytes)
+        share = -np.expm1(-tokens * _MAPPED_AT_ONCE_BYTES / max(self.rest_bytes, 1.0))
         once = self.layer_bytes.max() + share * self.rest_bytes
-        below = several * self.update_bytes + once + size * self.working_bytes
+        below = several * self.update_bytes + once + self.working_bytes.of(size)
         return np.asarray(above + np.maximum(step, below))
 
     def options(self, *, splits: bool, streams: bool) -> list[Levers]:

@@ -1,32 +1,25 @@
-"""What the blocks of a model cost: estimated from it, or measured on an example."""
+"""What the blocks of a model cost, counted on the model."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-from lola_flwr.costs.adapters import measured_costs
-from lola_flwr.costs.dropout import dropped_heads
-from lola_flwr.costs.estimated import (
-    BlockCosts,
-    CostsNotEstimated,
-    estimate_costs,
-    estimate_zeroth_order_costs,
-)
-from lola_flwr.costs.measured import measure_costs
-from lola_flwr.errors import UserError
-from lola_flwr.model.adapter_blocks import base_weights
-from lola_flwr.model.blocks import BlockPartition, passed_names
-from lola_flwr.model.trace import Example
-
-_REMEDY = (
-    "pass example=, the model's input for an example or more, such as "
-    "torch.zeros(1, 3, 224, 224), and costs are measured"
-)
+from lola_flwr.costs.counted import Example, counted, parameter_bytes
+from lola_flwr.costs.counter import at_batch
+from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.costs.examples import example_of
+from lola_flwr.costs.memory import Affine, Levers, StepMemory
+from lola_flwr.costs.shapes import config_file
+from lola_flwr.errors import UserError, reason_of
+from lola_flwr.model.adapter_blocks import model_partition
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.wire.codec import codec_named
+from lola_flwr.wire.payload import payload_bits, projections_bytes
 
 
 def model_costs(
@@ -40,54 +33,137 @@ def model_costs(
     micro_batch_size: int = 0,
     example: Example | None = None,
 ) -> BlockCosts:
-    """Estimate each block's costs under a codec, or measure them.
+    """Count what training each block costs a device.
 
     Parameters
     ----------
     model
-        The model.
+        The model; it stays as it is. It may be without weights (on ``"meta"``).
     partition
         Its layers as blocks, also if ``merged``.
-    batch_size, sequence_length, merged, micro_batch_size
-        As for ``estimate_costs``.
+    batch_size
+        Examples of a device's mini-batch.
+    sequence_length
+        Tokens of an example, where the model reads tokens and no example is given.
     codec
         Name of the codec that gradients travel in.
+    merged
+        Whether one device trains the whole stack, as in ``partition.merged()``, rather
+        than one block of it.
+    micro_batch_size
+        Examples that are computed at a time; 0: all of the mini-batch.
     example
-        The model's input for some examples, to measure on as ``measure_costs`` does
-        (default: estimate, as ``estimate_costs`` does).
+        The model's input for one example or more, such as a batch that a device trains
+        on (default: made from the model itself). Its values matter only where
+        what the model does depends on them.
+
+    Returns
+    -------
+    BlockCosts
+        One entry per block; a single one if ``merged``.
 
     Raises
     ------
-    CostsNotEstimated
-        Without an example: the estimate knows no such model.
+    UserError
+        The model's input is not known without an example, the model does not run on
+        it, or what it computes depends on values.
     """
-    if example is not None:
-        measured = partition.merged() if merged else partition
-        return measure_costs(
-            model, measured, example, batch_size=batch_size, codec=codec
-        )
-    shapes = {name: tuple(values.shape) for name, values in model.named_parameters()}
-    if partition.layers:
-        # What adapters cost is measured.
-        plain = BlockPartition(
-            blocks=partition.layers, head=partition.frozen_head, frozen=()
-        )
-        weights = {name: shapes[name] for name in base_weights(shapes)}
-        _refuse_to_estimate(weights, plain, sequence_length)
-    else:
-        _refuse_to_estimate(shapes, partition, sequence_length)
-        _refuse_frozen_layers(model, partition)
-    buffers = {name: tuple(values.shape) for name, values in model.named_buffers()}
-    shapes |= {name: buffers[name] for name in partition.frozen if name in buffers}
-    return estimate_costs(
-        shapes,
-        partition,
+    example = example_of(model, sequence_length) if example is None else example
+    partition = partition.merged() if merged else partition
+    size = min(micro_batch_size or batch_size, batch_size)
+    counts, held_bytes = counted(
+        model, example, lambda m: (m.count(partition, size), m.held_bytes())
+    )
+    sizes = parameter_bytes(model)
+
+    def total(names: Iterable[str]) -> float:
+        return float(sum(sizes.get(name, 0) for name in set(names)))
+
+    parameters = dict(model.named_parameters())
+    updates = [
+        [parameters[name].nbytes for name in partition.update_names(index)]
+        for index in range(partition.num_blocks)
+    ]
+    update_bytes = np.array([sum(update) for update in updates], np.float64)
+    layers = partition.layers or ((),) * partition.num_blocks
+    layer_bytes = np.array(
+        [total({*b, *layer}) for b, layer in zip(partition.blocks, layers, strict=True)]
+    )
+    head_bytes = total((*partition.head, *partition.frozen_head))
+    step = StepMemory(
+        batch_size=batch_size,
+        micro_batch_size=size,
+        sequence_length=_tokens(example, sequence_length),
+        layer_bytes=layer_bytes,
+        rest_bytes=held_bytes - layer_bytes.sum() - head_bytes,
+        head_bytes=head_bytes,
+        update_bytes=update_bytes,
+        array_bytes=np.array([max(update) for update in updates], np.float64),
+        whole_bytes=counts.whole_bytes,
+        pass_bytes=Affine.through(counts.one_bytes, counts.pass_bytes, size),
+        working_bytes=Affine.through(counts.below_one_bytes, counts.below_bytes, size),
+    )
+    passes = -(-batch_size // size)
+    return BlockCosts(
+        flops=passes * at_batch(counts.flops, batch_size / passes),
+        memory_bytes=step.peak_bytes(Levers(size)),
+        payload_bits=payload_bits(
+            partition,
+            {n: tuple(p.shape) for n, p in parameters.items()},
+            codec_named(codec),
+        ),
+        gradient_bytes=update_bytes,
+        step=step,
+    )
+
+
+def configured_model_costs(
+    model: str,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    codec: str = "fp32",
+    stack: str | None = None,
+) -> BlockCosts:
+    """Count what the blocks of a model cost, from its configuration alone.
+
+    Parameters
+    ----------
+    model
+        A directory with a ``config.json``, or such a file. The model is of the class
+        that it names, else a classifier; weights are float32.
+    batch_size, sequence_length, codec
+        As for `model_costs`.
+    stack
+        As for `model_partition`.
+
+    Raises
+    ------
+    UserError
+        Not a model of transformers, or one whose costs cannot be counted so.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(config_file(model)))
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised: load it, and use model_costs")
+        named = (getattr(config, "architectures", None) or [""])[0]
+        build = getattr(transformers, named, None)
+        if build is None:
+            build = transformers.AutoModelForSequenceClassification.from_config
+        with torch.device("meta"):
+            built = build(config)
+    # What transformers raises on a configuration is of all types.
+    except Exception as error:
+        raise UserError(
+            f"model={model!r} cannot be counted: {reason_of(error)}."
+        ) from error
+    return model_costs(
+        built,
+        model_partition(built, stack=stack),
         batch_size=batch_size,
         sequence_length=sequence_length,
-        dropout_heads=dropped_heads(model) if sequence_length > 1 else 0,
-        merged=merged,
-        micro_batch_size=micro_batch_size,
-        adapters=measured_costs(model, partition) if partition.layers else None,
         codec=codec,
     )
 
@@ -99,17 +175,39 @@ def zeroth_order_costs(
     batch_size: int,
     sequence_length: int,
     num_directions: int,
+    example: Example | None = None,
 ) -> BlockCosts:
-    """Estimate what blocks cost devices that train by forward passes alone.
+    """Count what each block costs a device that trains by forward passes alone.
 
-    Parameters are those of ``model_costs`` and of ``estimate_zeroth_order_costs``.
+    Parameters
+    ----------
+    model, partition, batch_size, sequence_length, example
+        As for `model_costs`.
+    num_directions
+        Directions of a mini-batch, two forward passes each.
+
+    Returns
+    -------
+    Costs that hardly depend on the block: two forward passes a direction; the weights,
+    a copy of block and head, and what a forward pass takes; a number a direction.
     """
-    return estimate_zeroth_order_costs(
-        {name: tuple(values.shape) for name, values in model.named_parameters()},
-        partition,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        num_directions=num_directions,
+    example = example_of(model, sequence_length) if example is None else example
+    forward, held_bytes = counted(
+        model, example, lambda m: (m.run(partition, None), m.held_bytes())
+    )
+    parameters = dict(model.named_parameters())
+    moved = [
+        sum(parameters[name].nbytes for name in partition.update_names(index))
+        for index in range(partition.num_blocks)
+    ]
+    flops = 2 * num_directions * at_batch(forward.flops, batch_size)
+    return BlockCosts(
+        flops=np.full(partition.num_blocks, float(flops)),
+        memory_bytes=held_bytes + forward.peak_bytes(batch_size) + np.array(moved),
+        payload_bits=np.full(
+            partition.num_blocks, 8.0 * projections_bytes(num_directions)
+        ),
+        gradient_bytes=np.zeros(partition.num_blocks),
     )
 
 
@@ -133,53 +231,18 @@ def with_pool(
     pool_factor
         Size of a pool, in mini-batches.
     """
-    sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
     # A direction takes two forward passes over a mini-batch.
-    one = zeroth_order_costs(model, partition, **sizes, num_directions=1)
+    one = zeroth_order_costs(
+        model,
+        partition,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        num_directions=1,
+    )
     return replace(costs, flops=costs.flops + pool_factor * one.flops[0] / 2)
 
 
-def _refuse_frozen_layers(model: nn.Module, partition: BlockPartition) -> None:
-    """Refuse layers that run and are no blocks, since the project has frozen them."""
-    frozen = set(partition.frozen)
-    for name, parameter in model.named_parameters():
-        matrix_of_a_layer = parameter.ndim > 1 and re.search(r"(^|\.)\d+\.", name)
-        if name in frozen and matrix_of_a_layer and not parameter.requires_grad:
-            raise UserError(
-                f"{name} is frozen (requires_grad=False), and what its layer costs is "
-                f"not estimated: {_REMEDY}."
-            )
-
-
-def _refuse_to_estimate(
-    shapes: Mapping[str, Sequence[int]],
-    partition: BlockPartition,
-    sequence_length: int,
-) -> None:
-    """Refuse models whose costs do not follow from the shapes of their parameters."""
-    own = set(partition.trainable)
-    for name in passed_names(shapes, partition):
-        # A single module between the layers, as DeBERTa's convolution, costs little
-        # beside them; a layer of another stack does not.
-        if name not in own and not re.search(r"\.\d+\.", name):
-            continue
-        if len(shapes[name]) > 2:
-            raise CostsNotEstimated(
-                f"What {name} of shape {tuple(shapes[name])} costs depends on the size "
-                f"of its input: {_REMEDY}."
-            )
-        if len(shapes[name]) == 2 and name not in own:
-            raise CostsNotEstimated(
-                f"Back-propagation passes {name}, which belongs to no block, so that "
-                f"its costs are not estimated: {_REMEDY}."
-            )
-    widths = {_width([shapes[name] for name in block]) for block in partition.blocks}
-    if sequence_length > 1 and len(widths) > 1:
-        raise CostsNotEstimated(
-            f"The blocks have different widths ({', '.join(map(str, sorted(widths)))}),"
-            f" and so may have different numbers of tokens: {_REMEDY}."
-        )
-
-
-def _width(shapes: Sequence[Sequence[int]]) -> int:
-    return Counter(size for shape in shapes for size in shape).most_common(1)[0][0]
+def _tokens(example: Example, sequence_length: int) -> int:
+    """Return how many tokens of an example the embeddings look up."""
+    ids = None if isinstance(example, Tensor) else example.get("input_ids")
+    return ids[0].numel() if isinstance(ids, Tensor) else sequence_length

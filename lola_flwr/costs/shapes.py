@@ -88,9 +88,9 @@ def model_shapes(model: str, *, num_labels: int = 2) -> ModelShapes:
     UserError
         No such model, or one of a family whose shapes are not known here.
     """
-    directory = local_path(model)
-    if directory.is_dir():
-        return ModelShapes(*_from_config(model, _read_config(directory), num_labels))
+    path = config_file(model)
+    if path is not None:
+        return ModelShapes(*_from_config(model, _read_config(path), num_labels))
     name = model.removeprefix("random:").rpartition("/")[2]
     if name not in KNOWN_MODELS:
         raise UserError(
@@ -100,12 +100,26 @@ def model_shapes(model: str, *, num_labels: int = 2) -> ModelShapes:
     return ModelShapes(*_from_config(model, KNOWN_MODELS[name], num_labels))
 
 
-def _read_config(directory: Path) -> Mapping[str, Any]:
+def config_file(model: str) -> Path | None:
+    """Return the ``config.json`` that is, or is in, a path; None: it is a name."""
+    path = local_path(model)
+    if path.is_file():
+        return path
+    return path / "config.json" if path.is_dir() else None
+
+
+def has_shapes(model: str) -> bool:
+    """Tell whether `model_shapes` knows the family of a model, or its name at least."""
+    path = config_file(model)
+    return path is None or _read_config(path).get("model_type") in _FAMILIES
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model={str(directory)!r}: its config.json cannot be read "
+            f"model={str(path.parent)!r}: its {path.name} cannot be read "
             f"({type(error).__name__}); give a directory in Hugging Face format."
         ) from None
     return config if isinstance(config, dict) else {}

@@ -27,7 +27,7 @@ from lola_flwr.device.steps import StepResult, step_for
 from lola_flwr.device.store import LostCopy, Residuals, complete
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import keep_no_freed_memory
-from lola_flwr.model.backprop import Batch, LossFunction, model_loss
+from lola_flwr.model.backprop import Batch, LossFunction, model_loss, train_mode
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.precision import Accelerator, Precision, autocast, find_device
 from lola_flwr.randomness import rng_for
@@ -167,7 +167,7 @@ class BlockDevice:
             # The device's own random state is left as it was.
             torch.random.fork_rng(),
         ):
-            _train_mode(model)
+            train_mode(model)
             rng = rng_for(
                 self.seed, "dropout", assignment.server_round, self.profile.name
             )
@@ -268,7 +268,7 @@ class BlockDevice:
         check_fingerprint(local.fingerprint(), task)
         # The device's own random state is left as it was.
         with torch.random.fork_rng(), autocast(self.precision, device):
-            _train_mode(local.model)
+            train_mode(local.model)
             result: PartResult = compute_part(
                 local.model,
                 local.partition,
@@ -322,15 +322,3 @@ class BlockDevice:
                 chosen.micro_batch_size, self.micro_batch_size or assignment.batch_size
             ),
         )
-
-
-def _train_mode(model: nn.Module) -> None:
-    """Put a model into training mode, but for its running statistics.
-
-    Where gradients travel they belong to the frozen base: layers normalize by them in
-    training as the server does in evaluation, and no device changes its own.
-    """
-    model.train()
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.eval()

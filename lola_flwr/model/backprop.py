@@ -53,6 +53,18 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
+def train_mode(model: nn.Module) -> None:
+    """Put a model into training mode, but for its running statistics.
+
+    Where gradients travel they belong to the frozen base: layers normalize by them in
+    training as the server does in evaluation, and no device changes its own.
+    """
+    model.train()
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()
+
+
 class only_trainable:
     """Freeze all parameters but some for the duration of a ``with``.
 

@@ -16,7 +16,7 @@ from lola_flwr.allocation import (
     allocate,
 )
 from lola_flwr.costs.estimated import BlockCosts, estimate_costs
-from lola_flwr.costs.shapes import model_shapes
+from lola_flwr.costs.shapes import has_shapes, model_shapes
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.planning.known import AllocationOptions, Known, RunStatement
 from lola_flwr.planning.solution import planned_blocks, solve_round
@@ -46,28 +46,51 @@ class Plan:
 
 
 def named_model_costs(
-    model: str, *, batch_size: int = 32, sequence_length: int = 64, codec: str = "fp32"
+    model: str,
+    *,
+    batch_size: int = 32,
+    sequence_length: int = 64,
+    codec: str = "fp32",
+    stack: str | None = None,
 ) -> BlockCosts:
-    """Estimate what each layer of a model costs, from its name or ``config.json``.
+    """Return what each layer of a model costs, by its name or ``config.json``.
+
+    For families that `model_shapes` knows it is estimated, without PyTorch; for all
+    others counted, on the class that the configuration names, without weights.
 
     Parameters
     ----------
     model
-        As for `model_shapes`.
+        As for `model_shapes`, or the directory or ``config.json`` of any other model of
+        transformers.
     batch_size, sequence_length
         Mini-batch of a device: examples, and tokens of each.
     codec
         Name of the codec that gradients travel in.
+    stack
+        Where the blocks are not the layers of the longest stack: as for
+        `partition_parameters`.
 
     Raises
     ------
     UserError
-        Unknown model or codec.
+        Unknown model or codec, or a model whose costs cannot be counted.
     """
+    if not has_shapes(model):
+        # PyTorch is imported where it has to be.
+        from lola_flwr.costs.of_model import configured_model_costs
+
+        return configured_model_costs(
+            model,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            codec=codec,
+            stack=stack,
+        )
     known = model_shapes(model)
     return estimate_costs(
         known.shapes,
-        partition_parameters(known.shapes),
+        partition_parameters(known.shapes, stack=stack),
         batch_size=batch_size,
         sequence_length=sequence_length,
         codec=codec,

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import torch
 
-from lola_flwr.costs.measured import saved_bytes
+from lola_flwr.costs.counter import saved_bytes
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import (

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.allocation import allocate
+from lola_flwr.costs.counter import saved_bytes
 from lola_flwr.costs.estimated import estimate_costs
-from lola_flwr.costs.measured import saved_bytes
 from lola_flwr.model.backprop import model_loss, only_block_trainable
 from lola_flwr.model.blocks import BlockPartition, partition_parameters
 from lola_flwr.model.loading import load_classifier
@@ -106,7 +106,9 @@ def depth_rows(
             merged=whole,
         )
         assert costs.step is not None
-        kept = batch_size * costs.step.kept_bytes
+        # Besides, one hidden state is on its way back.
+        passing = 4.0 * sequence_length * model.config.hidden_size
+        kept = batch_size * (costs.step.pass_bytes.per_sequence - passing)
         flops += costs.flops[::-1].tolist()
         model_bytes += kept[::-1].tolist()
     measured = [

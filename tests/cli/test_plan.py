@@ -12,13 +12,17 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from lola_flwr.allocation import ALLOCATORS, allocate
 from lola_flwr.cli.main import main
+from lola_flwr.costs.of_model import model_costs
 from lola_flwr.costs.shapes import KNOWN_MODELS, model_shapes
+from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.loading import _RANDOM_SHAPES, load_classifier
 from lola_flwr.planning import named_model_costs, round_problem
 from lola_flwr.system.fleet_file import generate_fleet
@@ -120,3 +124,47 @@ def test_depth_costs_more(model):
     costs = named_model_costs(model)
     assert np.all(np.diff(costs.flops) < 0)
     assert np.all(np.diff(costs.memory_bytes) < 0)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+        vocab_size=60,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_any_other_configuration_is_counted(capsys, llama):
+    shown = planned(capsys, "--model", str(llama), "--max-length", "8")
+    assert shown["num_blocks"] == 3
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(llama))
+    sizes = {"batch_size": 32, "sequence_length": 8}
+    expected = model_costs(model, model_partition(model), **sizes)
+    for path in (llama, llama / "config.json"):
+        costs = named_model_costs(str(path), **sizes)
+        np.testing.assert_array_equal(costs.flops, expected.flops)
+        np.testing.assert_array_equal(costs.memory_bytes, expected.memory_bytes)
+
+
+def test_what_cannot_be_planned_is_said(capsys, llama, tmp_path):
+    path = llama / "config.json"
+    config = json.loads(path.read_text())
+    assert main(["plan", "--model", str(llama), "--stack", "layers"]) != 0
+    assert "model.layers" in capsys.readouterr().err
+    quantised = {
+        "quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    }
+    path.write_text(json.dumps({**config, **quantised}))
+    assert main(["plan", "--model", str(llama)]) != 0
+    assert "weights are quantised: load it" in capsys.readouterr().err
+    path.write_text(json.dumps({"model_type": "no such family"}))
+    assert main(["plan", "--model", str(llama)]) != 0
+    said = capsys.readouterr().err
+    assert "cannot be counted" in said
+    assert len(said.strip().splitlines()) == 1

@@ -12,7 +12,6 @@ from torch import nn
 
 from lola_flwr.build import coordinator_for, coordinator_for_weights, trainer_for
 from lola_flwr.clients import AssignedBlock
-from lola_flwr.costs.measured import measure_costs
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
@@ -97,20 +96,13 @@ def test_frozen_layers_neither_change_nor_travel(frozen):
     assert sent == trained | statistics(model)
 
 
-def test_what_runs_before_the_blocks_is_measured_and_not_estimated():
+def test_what_runs_before_the_blocks_is_counted():
     """Frozen layers run forward, and back-propagation passes those behind a block."""
-    frozen, batch = ("layers.0", "layers.1"), {"batch_size": 16}
-    model = frozen_net(*frozen)
-    with pytest.raises(
-        UserError, match=r"layers\.0\.linear\.weight is frozen .*: pass example="
-    ):
-        coordinator_for_weights(model, **batch)
-    costs = model_costs(model, model_partition(model), example=EXAMPLE, **batch)
-    whole = measure_costs(Net(), model_partition(Net()), EXAMPLE, **batch)
+    model, batch = frozen_net("layers.0", "layers.1"), {"batch_size": 16}
+    costs = model_costs(model, model_partition(model), **batch)
+    whole = model_costs(Net(), model_partition(Net()), example=EXAMPLE, **batch)
     np.testing.assert_array_equal(costs.flops, whole.flops[2:])
     np.testing.assert_array_equal(costs.payload_bits, whole.payload_bits[2:])
-    # The estimate knows frozen vectors, and what stands before all layers.
-    model = frozen_net("embed", "layers.1.norm", "layers.2.linear.bias")
     coordinator_for_weights(model, **batch)
 
 
@@ -171,5 +163,8 @@ def test_sequential_models_are_seen_as_layers():
     model[0].requires_grad_(False)
     partition = model_partition(model, blocks=["0", "1", "2"])
     assert partition.blocks == tuple((f"{n}.weight", f"{n}.bias") for n in (1, 2))
-    with pytest.raises(UserError, match=r"^0\.weight is frozen"):
-        model_costs(model, partition, batch_size=4)
+    costs = model_costs(model, partition, batch_size=4)
+    # Forward through four; the head's gradient and its input's; and the block's own.
+    last, layer, head = costs.flops[1], 2 * 4 * 16, 2 * 4 * 8
+    assert last == 3 * layer + 3 * head + layer
+    assert costs.flops[0] == last + layer

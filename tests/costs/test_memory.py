@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lola_flwr.costs.memory import Levers, StepMemory
+from lola_flwr.costs.memory import Affine, Levers, StepMemory
 from lola_flwr.system.devices import DeviceProfile
 
 
@@ -18,9 +19,10 @@ def step_memory(batch_size=8):
         head_bytes=1e5,
         update_bytes=np.array([1.1e6, 1.1e6, 2.1e6]),
         array_bytes=np.array([3e5, 3e5, 6e5]),
-        kept_bytes=np.array([6e5, 4e5, 2e5]),
-        passing_bytes=1e5,
-        working_bytes=1e5,
+        whole_bytes=np.array([1.1e6, 1.1e6, 2.1e6])
+        + batch_size * np.array([7e5, 5e5, 3e5]),
+        pass_bytes=Affine(np.zeros(3), np.array([7e5, 5e5, 3e5])),
+        working_bytes=Affine(0.0, 1e5),
     )
 
 
@@ -89,3 +91,18 @@ def test_the_server_expects_what_the_devices_choose(fleet, batch_size):
             ways = (False, True) if device.streams_prefix else (False,)
             peaks = [step.peak_bytes(Levers(s, w))[block] for s in sizes for w in ways]
             assert row[block] <= device.memory_bytes or row[block] == min(peaks)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e9), st.floats(0, 1e9)), min_size=1), st.data())
+def test_a_peak_is_at_most_what_lies_between_its_ends(lines, data):
+    """Each moment's bytes are affine in the sequences; the peak is their maximum."""
+    most = data.draw(st.integers(1, 64))
+
+    def peak(size):
+        return max(fixed + size * each for fixed, each in lines)
+
+    between = Affine.through(peak(1), peak(most), most)
+    assert between.of(1) == pytest.approx(peak(1))
+    assert between.of(most) == pytest.approx(peak(most))
+    size = data.draw(st.integers(1, most))
+    assert between.of(size) >= peak(size) * (1 - 1e-9) - 1e-6

@@ -16,14 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lola_flwr.build import coordinator_for
 from lola_flwr.clients import BlockDevice
-from lola_flwr.costs.adapters import measured_costs
-from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model import adapters
 from lola_flwr.model.adapter_blocks import base_name, model_partition
 from lola_flwr.model.adapters import adapt
-from lola_flwr.model.backprop import block_gradient, only_block_trainable
+from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import BlocksNotFound
 from lola_flwr.model.loading import fingerprint, load_classifier
 from lola_flwr.model.saved_adapters import merge, save_model
@@ -33,7 +31,6 @@ from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.npy import NPY_HEADER_BYTES
 from lola_flwr.wire.payload import payload_bits
 from tests.conftest import SMALL
-from tests.model.test_backprop import saved_bytes
 from tests.server.test_coordinator import npy
 
 # peft warns of much that is meant here.
@@ -553,18 +550,13 @@ class TestCosts:
         model = adapt(model, "lora", {"r": 8, "target_modules": ["query", "value"]})
         partition = model_partition(model)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        costs = estimate_costs(
-            shapes,
-            replace(partition, head=()),
-            batch_size=1,
-            sequence_length=1,
-            codec="bf16",
-        )
+        uploaded = replace(partition, head=())
+        bits = payload_bits(uploaded, shapes, codec_named("bf16"))
         # A and B of two matrices: 4 tensors of 8 x 768 values of 2 bytes, in one array.
         per_block = 4 * 8 * 768 * 2 + NPY_HEADER_BYTES
         assert 12 * per_block < 0.6e6
         # Its name and Flower's records around it: some 1.2 kB a message.
-        records = costs.payload_bits / 8 - per_block
+        records = bits / 8 - per_block
         assert np.all((records > 1_000) & (records < 1_300))
         head = sum(model.get_parameter(name).numel() for name in partition.head)
         assert head == 768 * 768 + 768 + 2 * 768 + 2
@@ -572,7 +564,7 @@ class TestCosts:
     @pytest.mark.parametrize(
         "case", ["lora", "lora-all-linear", "dora", "vera", "oft", "c3a-all-linear"]
     )
-    def test_operations_and_memory_are_those_of_pytorch(self, case):
+    def test_operations_are_those_of_pytorch(self, case):
         config = transformers.RobertaConfig(
             hidden_size=64,
             intermediate_size=256,
@@ -600,19 +592,9 @@ class TestCosts:
         }
         costs = model_costs(model, partition, batch_size=16, sequence_length=32)
         for index in range(3):
-
-            def forward(index=index):
-                with only_block_trainable(model, partition, index):
-                    model(**batch)
-
-            estimated = 16 * costs.step.kept_bytes[index]
-            assert estimated == pytest.approx(saved_bytes(model, forward), rel=0.15)
-        model.base_model.model.set_attn_implementation("eager")
-        for index in range(3):
             with FlopCounterMode(display=False) as counter:
                 block_gradient(model, partition, index, batch)
-            counted = counter.get_total_flops()
-            assert costs.flops[index] == pytest.approx(counted, rel=0.1)
+            assert costs.flops[index] == counter.get_total_flops()
 
     def test_a_frozen_pooler_is_passed(self):
         config = transformers.BertConfig(**SMALL)
@@ -623,17 +605,18 @@ class TestCosts:
             "base_model.model.bert.pooler.dense.bias",
         )
         options = {"batch_size": 8, "sequence_length": 16}
-        costs = model_costs(model, partition, **options)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        without = estimate_costs(
-            shapes,
-            replace(partition, frozen_head=()),
-            adapters=measured_costs(model, partition),
-            dropout_heads=2,
+        passed = model_costs(model, partition, **options)
+        trained = model_costs(
+            model,
+            replace(
+                partition,
+                head=(*partition.head, *partition.frozen_head),
+                frozen_head=(),
+            ),
             **options,
         )
-        # Forward and back through it, for one token of each sequence.
-        np.testing.assert_allclose(costs.flops - without.flops, 8 * 2 * 2 * 16 * 16)
+        # For its gradient, as many operations as forward: one token of each sequence.
+        np.testing.assert_array_equal(trained.flops - passed.flops, 8 * 2 * 16 * 16)
 
     @pytest.mark.parametrize(
         ("tuning", "options"),
@@ -648,23 +631,14 @@ class TestCosts:
         costs = model_costs(model, partition, batch_size=8, sequence_length=16)
         assert np.all(np.diff(costs.flops) < 0)
 
-    def test_sparse_matrices_count_with_their_places(self):
-        options = {"target_modules": ["query"]}
-        model = adapt(small_roberta(), "shira", {**options, "r": 2})
-        costs = measured_costs(model, model_partition(model))
-        # A row, a column and a value for each of 2 x (16 + 16) entries.
-        expected = np.full(3, 64 * (8 + 8 + 4))
-        np.testing.assert_array_equal(costs.trained_bytes.fixed, expected)
-        model = adapt(small_roberta(), "frod", options)
-        costs = measured_costs(model, model_partition(model))
-        assert np.all(costs.passed_bytes.fixed > 0)
-
-    def test_a_stack_behind_the_blocks_needs_an_example(self):
+    def test_a_stack_behind_the_blocks_is_passed(self):
         options = {"target_modules": r"encoder\..*\.(q|v)"}
         model = adapt(FAMILIES["t5"](), "lora", options)
         partition = model_partition(model, stack="encoder.block")
-        with pytest.raises(UserError, match=r"passes .*decoder.*example="):
-            model_costs(model, partition, batch_size=1, sequence_length=4)
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        example = {"input_ids": ids, "decoder_input_ids": ids}
+        costs = model_costs(model, partition, batch_size=1, example=example)
+        assert np.all(np.diff(costs.flops) < 0)
 
     def test_adapters_cost_less_than_their_layers(self):
         model, partition = adapted_roberta("lora")

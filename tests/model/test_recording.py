@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lola_flwr.clients import BlockDevice
-from lola_flwr.costs.measured import measure_costs
+from lola_flwr.costs.of_model import model_costs
 from lola_flwr.d2ft.scores import score_subnetworks
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
@@ -227,10 +227,10 @@ def test_an_evaluation_on_the_way_does_not_count(net):
             calls.check(["pooler.weight"])
 
 
-def test_costs_are_not_measured_of_what_is_not_recorded(net):
+def test_costs_are_not_counted_of_what_is_not_recorded(net):
     net.run[1, "a"] = net.run[1, "b"] = without_recording
     with pytest.raises(NoGradient, match="No parameter of block 0"):
-        measure_costs(net, blocks_of(net), torch.ones(2, 4), batch_size=2)
+        model_costs(net, blocks_of(net), example=torch.ones(2, 4), batch_size=2)
 
 
 @pytest.mark.parametrize("family", ["roberta", "vit", "roberta-lora"])

@@ -7,12 +7,11 @@ from typing import Any
 from torch import nn
 
 from lola_flwr.costs import of_model
-from lola_flwr.costs.estimated import BlockCosts, CostsNotEstimated
+from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.device.sampling import POOL_FACTOR
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.model.example import example_of
 from lola_flwr.model.inputs import check_sequence_length
 from lola_flwr.model.loading import load_classifier
 from lola_glue.config import (
@@ -52,7 +51,7 @@ def model_blocks(config: GlueConfig, model: nn.Module) -> BlockPartition:
 
 
 def model_costs(config: UpdatesConfig, model: nn.Module) -> BlockCosts:
-    """Estimate each block's costs under the run's batch and length, or measure them.
+    """Count each block's costs under the run's batch and length.
 
     With a sampler the forward pass over its pool counts.
     """
@@ -66,11 +65,7 @@ def model_costs(config: UpdatesConfig, model: nn.Module) -> BlockCosts:
         "merged": isinstance(config, FedAvgFullConfig),
         "micro_batch_size": config.micro_batch_size,
     }
-    try:
-        costs = of_model.model_costs(model, layers, **options)
-    except CostsNotEstimated:
-        example = example_of(model, num_tokens=config.max_length)
-        costs = of_model.model_costs(model, layers, **options, example=example)
+    costs = of_model.model_costs(model, layers, **options)
     if config.sampler == "random":
         return costs
     return of_model.with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)

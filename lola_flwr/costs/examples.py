@@ -1,0 +1,173 @@
+"""Make a model's input for one example: its shapes and types, from the configuration.
+
+For the models of ``transformers`` whose class says what they are for, and for plain
+modules that read one tensor into a linear layer or an embedding. All others need an
+example of their input, and are refused with a line that gives it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lola_flwr.errors import UserError
+from lola_flwr.model.example import token_ids
+
+# A class of transformers' automatic models -> the shape of one example's labels: one
+# number for each token, or one in all.
+_LABELS = {
+    "CAUSAL_LM": "tokens",
+    "MASKED_LM": "tokens",
+    "SEQ_TO_SEQ_CAUSAL_LM": "tokens",
+    "SPEECH_SEQ_2_SEQ": "tokens",
+    "TOKEN_CLASSIFICATION": "tokens",
+    "SEQUENCE_CLASSIFICATION": "class",
+    "IMAGE_CLASSIFICATION": "class",
+    "AUDIO_CLASSIFICATION": "class",
+    "QUESTION_ANSWERING": "span",
+}
+
+
+def example_of(model: nn.Module, sequence_length: int) -> Tensor | dict[str, Tensor]:
+    """Return a model's input for one example; of its tensors, the values say nothing.
+
+    Parameters
+    ----------
+    model
+        The model, with or without adapters.
+    sequence_length
+        Tokens of an example, where the model reads tokens or writes them; 1 where
+        examples of a plain module are no sequences.
+
+    Raises
+    ------
+    UserError
+        The model's input does not follow from its configuration.
+    """
+    base: Any = model
+    if hasattr(model, "peft_config"):
+        base = base.get_base_model()
+    main = getattr(base, "main_input_name", None)
+    taken = inspect.signature(base.forward).parameters
+    if main is None or not hasattr(base, "config"):
+        plain, known = _plain_input(base, sequence_length)
+        wanted = [p for p in taken.values() if p.default is inspect.Parameter.empty]
+        if not known or len(wanted) != 1:
+            raise _unknown(model, plain)
+        return plain
+    kind = _labels_of(base)
+    tokens = torch.zeros(1, sequence_length, dtype=torch.long)
+    if main == "input_ids":
+        tokens = token_ids(base, sequence_length).cpu()
+    example: dict[str, Tensor] = {}
+    if main == "input_ids":
+        example = {"input_ids": tokens}
+        if "attention_mask" in taken:
+            example["attention_mask"] = torch.ones_like(tokens)
+    elif main == "pixel_values" and hasattr(base.config, "image_size"):
+        example = {"pixel_values": torch.zeros(1, *_image_of(base.config))}
+    elif main == "input_features" and hasattr(base.config, "max_source_positions"):
+        # As Whisper's: its first convolutions halve the frames.
+        frames = 2 * base.config.max_source_positions
+        example = {main: torch.zeros(1, base.config.num_mel_bins, frames)}
+    label = dict(_labels(base.config, kind, tokens))
+    if not example or (kind is None and "labels" in taken):
+        raise _unknown(model, _guess(main, example, label, tokens))
+    if not label and "decoder_input_ids" in taken:
+        label = {"decoder_input_ids": tokens}
+    return {**example, **label}
+
+
+def spelled(example: Tensor | Mapping[str, Any]) -> str:
+    """Write an example as Python would make it."""
+    if isinstance(example, Tensor):
+        shape = ", ".join(map(str, example.shape))
+        kind = "" if example.dtype == torch.float32 else f", dtype={example.dtype}"
+        return f"torch.zeros({shape}{kind})"
+    parts = [
+        f'"{name}": {spelled(value) if isinstance(value, Tensor) else repr(value)}'
+        for name, value in example.items()
+    ]
+    return "{" + ", ".join(parts) + "}"
+
+
+def _unknown(model: nn.Module, guess: Tensor | Mapping[str, Tensor]) -> UserError:
+    return UserError(
+        f"What {type(model).__name__} reads does not follow from the model, and its "
+        f"costs are counted on that: pass example={spelled(guess)}, or whatever its "
+        "input for one example is."
+    )
+
+
+def _labels_of(model: nn.Module) -> str | None:
+    """Return the kind of labels that a model's class takes, by transformers' lists."""
+    from transformers.models.auto import modeling_auto
+
+    ancestors = {ancestor.__name__ for ancestor in type(model).__mro__}
+    for task, kind in _LABELS.items():
+        for names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
+            known = (names,) if isinstance(names, str) else names
+            if not ancestors.isdisjoint(known):
+                return kind
+    return None
+
+
+def _labels(
+    config: Any, kind: str | None, tokens: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    one = torch.zeros(1, dtype=torch.long)
+    if kind == "tokens":
+        yield "labels", tokens
+    elif kind == "span":
+        yield "start_positions", one
+        yield "end_positions", one
+    elif kind == "class":
+        problem = getattr(config, "problem_type", None)
+        if problem == "multi_label_classification":
+            yield "labels", torch.zeros(1, config.num_labels)
+        elif problem == "regression" or (problem is None and config.num_labels == 1):
+            yield "labels", torch.zeros(1, config.num_labels).squeeze(-1)
+        else:
+            yield "labels", one
+
+
+def _image_of(config: Any) -> tuple[int, int, int]:
+    """Return the channels, height and width of an image."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return int(getattr(config, "num_channels", 3)), int(height), int(width)
+
+
+def _guess(
+    main: str, example: dict[str, Tensor], label: dict[str, Tensor], tokens: Tensor
+) -> dict[str, Tensor]:
+    likely = {
+        "pixel_values": torch.zeros(1, 3, 224, 224),
+        "input_values": torch.zeros(1, 16000),  # a second of sound
+        "input_features": torch.zeros(1, 80, 3000),
+    }
+    known = example or {main: likely.get(main, tokens)}
+    return {**known, **(label or {"labels": torch.zeros(1, dtype=torch.long)})}
+
+
+def _plain_input(model: nn.Module, sequence_length: int) -> tuple[Tensor, bool]:
+    """Return the input of a plain module, by the first that has weights.
+
+    And whether it follows from that, or is a guess.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            tokens = (sequence_length,) if sequence_length > 1 else ()
+            return torch.zeros(1, *tokens, module.in_features), True
+        if isinstance(module, nn.Embedding):
+            return torch.zeros(1, sequence_length, dtype=torch.long), True
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            sizes = (1000,) if isinstance(module, nn.Conv1d) else (224, 224)
+            return torch.zeros(1, module.in_channels, *sizes), False
+        if next(module.parameters(recurse=False), None) is not None:
+            break
+    return torch.zeros(1, 3, 224, 224), False
