@@ -40,10 +40,7 @@ from lola_flwr.costs.operations import dense_parts
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.backprop import block_gradient, train_mode
 from lola_flwr.model.blocks import BlockPartition
-
-# Input of a model for some examples: its first argument, or its arguments by name. The
-# first dimension of each tensor counts the examples.
-Example = Tensor | Mapping[str, Any]
+from lola_flwr.model.trace import Example
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lola_flwr.costs.counted import Example, counted, parameter_bytes
+from lola_flwr.costs.counted import counted, parameter_bytes
 from lola_flwr.costs.counter import at_batch
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.examples import example_of
@@ -18,6 +18,7 @@ from lola_flwr.costs.shapes import config_file
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.trace import Example
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.payload import payload_bits, projections_bytes
 
