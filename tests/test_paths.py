@@ -13,10 +13,10 @@ import typer
 from lola_flwr.cli.main import app, main
 from lola_flwr.cli.paths import LocalPath
 from lola_flwr.clients.node import node_profile
-from lola_flwr.costs.shapes import model_shapes
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.machine.files import expanded, local_path
 from lola_flwr.model.loading import load_classifier
+from lola_flwr.planning import named_model_costs
 from lola_flwr.run.directory import run_directory
 from lola_glue.device import device_fn
 from lola_glue.tasks import load_task
@@ -64,7 +64,7 @@ def test_a_model(home):
         part.save_pretrained(home / "my-model")
     loaded, _ = load_classifier("~/my-model", num_labels=2)
     assert loaded.config.num_hidden_layers == 4
-    assert len(model_shapes("~/my-model").shapes) == len(dict(model.named_parameters()))
+    assert len(named_model_costs("~/my-model").flops) == 4
 
 
 def test_data_fleet_and_output_of_an_app(home):

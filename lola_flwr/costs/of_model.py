@@ -132,7 +132,8 @@ def configured_model_costs(
     ----------
     model
         A directory with a ``config.json``, or such a file. The model is of the class
-        that it names, else a classifier; weights are float32.
+        that it names, with float32 weights. An encoder that predicts masked words, or
+        of no class, is taken for a classifier of sequences, as it is fine-tuned.
     batch_size, sequence_length, codec
         As for `model_costs`.
     stack
@@ -151,7 +152,7 @@ def configured_model_costs(
             raise ValueError("its weights are quantised: load it, and use model_costs")
         named = (getattr(config, "architectures", None) or [""])[0]
         build = getattr(transformers, named, None)
-        if build is None:
+        if build is None or named.endswith(("ForMaskedLM", "ForPreTraining", "Model")):
             build = transformers.AutoModelForSequenceClassification.from_config
         with torch.device("meta"):
             built = build(config)

@@ -6,7 +6,6 @@ those of ``transformers``' sequence classifiers, in the order of ``named_paramet
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,6 @@ KNOWN_MODELS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 24,
     },
 }
-_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 def model_shapes(model: str, *, num_labels: int = 2) -> ModelShapes:
@@ -78,26 +76,28 @@ def model_shapes(model: str, *, num_labels: int = 2) -> ModelShapes:
     Parameters
     ----------
     model
-        A name from `KNOWN_MODELS` (an owner before it and ``random:`` are left out:
-        ``"FacebookAI/roberta-base"``), or a directory with a ``config.json``.
+        A name from `KNOWN_MODELS`; an owner before it and ``random:`` are left out:
+        ``"FacebookAI/roberta-base"``.
     num_labels
         Classes of its head.
 
     Raises
     ------
     UserError
-        No such model, or one of a family whose shapes are not known here.
+        No such model.
     """
-    path = config_file(model)
-    if path is not None:
-        return ModelShapes(*_from_config(model, _read_config(path), num_labels))
     name = model.removeprefix("random:").rpartition("/")[2]
     if name not in KNOWN_MODELS:
         raise UserError(
             f"model={model!r} is neither a directory with a config.json nor one of "
             f"{', '.join(KNOWN_MODELS)}.{nearest(name, KNOWN_MODELS)}"
         )
-    return ModelShapes(*_from_config(model, KNOWN_MODELS[name], num_labels))
+    config = KNOWN_MODELS[name]
+    drops = config["attention_probs_dropout_prob"] > 0
+    return ModelShapes(
+        shapes=dict(_encoder(config["model_type"] == "bert", config, num_labels)),
+        dropout_heads=int(config["num_attention_heads"]) if drops else 0,
+    )
 
 
 def config_file(model: str) -> Path | None:
@@ -106,44 +106,6 @@ def config_file(model: str) -> Path | None:
     if path.is_file():
         return path
     return path / "config.json" if path.is_dir() else None
-
-
-def has_shapes(model: str) -> bool:
-    """Tell whether `model_shapes` knows the family of a model, or its name at least."""
-    path = config_file(model)
-    return path is None or _read_config(path).get("model_type") in _FAMILIES
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model={str(path.parent)!r}: its {path.name} cannot be read "
-            f"({type(error).__name__}); give a directory in Hugging Face format."
-        ) from None
-    return config if isinstance(config, dict) else {}
-
-
-def _from_config(
-    model: str, config: Mapping[str, Any], num_labels: int
-) -> tuple[dict[str, tuple[int, ...]], int]:
-    family = config.get("model_type")
-    if family not in _FAMILIES:
-        raise UserError(
-            f"model={model!r} is of the family {family!r}; shapes are known for "
-            f"{', '.join(_FAMILIES)}."
-        )
-    missing = [key for key in _BERT_BASE if key not in config]
-    # transformers writes all fields of a configuration; older files leave some out.
-    if missing:
-        raise UserError(
-            f"model={model!r}: its config.json lacks {', '.join(missing)}; save it "
-            "anew with save_pretrained."
-        )
-    drops = config["attention_probs_dropout_prob"] > 0
-    heads = int(config["num_attention_heads"]) if drops else 0
-    return dict(_encoder(family == "bert", config, num_labels)), heads
 
 
 def _encoder(

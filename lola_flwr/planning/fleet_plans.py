@@ -16,7 +16,7 @@ from lola_flwr.allocation import (
     allocate,
 )
 from lola_flwr.costs.estimated import BlockCosts, estimate_costs
-from lola_flwr.costs.shapes import has_shapes, model_shapes
+from lola_flwr.costs.shapes import config_file, model_shapes
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.planning.known import AllocationOptions, Known, RunStatement
 from lola_flwr.planning.solution import planned_blocks, solve_round
@@ -55,14 +55,14 @@ def named_model_costs(
 ) -> BlockCosts:
     """Return what each layer of a model costs, by its name or ``config.json``.
 
-    For families that `model_shapes` knows it is estimated, without PyTorch; for all
-    others counted, on the class that the configuration names, without weights.
+    For a name it is estimated, without PyTorch; for a configuration counted as a run
+    counts it, on a model without weights.
 
     Parameters
     ----------
     model
-        As for `model_shapes`, or the directory or ``config.json`` of any other model of
-        transformers.
+        A name as for `model_shapes`; or the directory or the ``config.json`` of any
+        model of transformers.
     batch_size, sequence_length
         Mini-batch of a device: examples, and tokens of each.
     codec
@@ -76,7 +76,7 @@ def named_model_costs(
     UserError
         Unknown model or codec, or a model whose costs cannot be counted.
     """
-    if not has_shapes(model):
+    if config_file(model) is not None:
         # PyTorch is imported where it has to be.
         from lola_flwr.costs.of_model import configured_model_costs
 

@@ -106,17 +106,19 @@ def test_known_shapes_are_those_of_the_model(name, config):
     assert known.dropout_heads == loaded.config.num_attention_heads
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_shapes_from_a_directory(tmp_path, family):
+@pytest.mark.parametrize("named", [[], ["BertForMaskedLM"], ["BertModel"]])
+def test_an_encoder_is_planned_as_the_classifier_that_it_becomes(tmp_path, named):
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3}
     config = AutoConfig.for_model(
-        family, **sizes, intermediate_size=16, vocab_size=50, num_labels=2
+        "bert", **sizes, intermediate_size=16, vocab_size=50, architectures=named
     )
     config.save_pretrained(tmp_path)
     model = AutoModelForSequenceClassification.from_config(config)
-    assert dict(model_shapes(str(tmp_path)).shapes) == {
-        name: tuple(values.shape) for name, values in model.named_parameters()
-    }
+    sizes = {"batch_size": 2, "sequence_length": 4}
+    expected = model_costs(model, model_partition(model), **sizes)
+    costs = named_model_costs(str(tmp_path), **sizes)
+    np.testing.assert_array_equal(costs.flops, expected.flops)
+    np.testing.assert_array_equal(costs.memory_bytes, expected.memory_bytes)
 
 
 @pytest.mark.parametrize("model", KNOWN_MODELS)
