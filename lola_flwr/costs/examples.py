@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.errors import UserError
-from lola_flwr.model.example import token_ids
+from lola_flwr.model.example import example_of
 
 # A class of transformers' automatic models -> the shape of one example's labels: one
 # number for each token, or one in all.
@@ -32,8 +32,18 @@ _LABELS = {
 }
 
 
-def example_of(model: nn.Module, sequence_length: int) -> Tensor | dict[str, Tensor]:
-    """Return a model's input for one example; of its tensors, the values say nothing.
+# What follows from a configuration: of each main input, the entry that says its size.
+# (Of all others `lola_flwr.model.example` makes up a size, and costs hang on it.)
+_SAYS_SIZE = {
+    "pixel_values": "image_size",
+    "input_features": "max_source_positions",
+}
+
+
+def training_example(
+    model: nn.Module, sequence_length: int
+) -> Tensor | dict[str, Tensor]:
+    """Return a model's input and labels for one example; values say nothing.
 
     Parameters
     ----------
@@ -60,25 +70,20 @@ def example_of(model: nn.Module, sequence_length: int) -> Tensor | dict[str, Ten
             raise _unknown(model, plain)
         return plain
     kind = _labels_of(base)
-    tokens = torch.zeros(1, sequence_length, dtype=torch.long)
-    if main == "input_ids":
-        tokens = token_ids(base, sequence_length).cpu()
     example: dict[str, Tensor] = {}
-    if main == "input_ids":
-        example = {"input_ids": tokens}
-        if "attention_mask" in taken:
-            example["attention_mask"] = torch.ones_like(tokens)
-    elif main == "pixel_values" and hasattr(base.config, "image_size"):
-        example = {"pixel_values": torch.zeros(1, *_image_of(base.config))}
-    elif main == "input_features" and hasattr(base.config, "max_source_positions"):
-        # As Whisper's: its first convolutions halve the frames.
-        frames = 2 * base.config.max_source_positions
-        example = {main: torch.zeros(1, base.config.num_mel_bins, frames)}
+    tokens = torch.zeros(1, sequence_length, dtype=torch.long)
+    if main == "input_ids" or hasattr(base.config, _SAYS_SIZE.get(main, "")):
+        made = example_of(base, num_tokens=sequence_length)
+        example = {name: values.cpu() for name, values in made.items()}
+        tokens = example.get("input_ids", tokens)
+    if main == "input_ids" and "attention_mask" in taken:
+        example["attention_mask"] = torch.ones_like(tokens)
     label = dict(_labels(base.config, kind, tokens))
     if not example or (kind is None and "labels" in taken):
         raise _unknown(model, _guess(main, example, label, tokens))
-    if not label and "decoder_input_ids" in taken:
-        label = {"decoder_input_ids": tokens}
+    if label:
+        # A decoder's input is then made from the labels, as in training.
+        example.pop("decoder_input_ids", None)
     return {**example, **label}
 
 
@@ -133,13 +138,6 @@ def _labels(
             yield "labels", torch.zeros(1, config.num_labels).squeeze(-1)
         else:
             yield "labels", one
-
-
-def _image_of(config: Any) -> tuple[int, int, int]:
-    """Return the channels, height and width of an image."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return int(getattr(config, "num_channels", 3)), int(height), int(width)
 
 
 def _guess(

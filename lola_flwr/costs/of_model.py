@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lola_flwr.costs.counted import counted, parameter_bytes
 from lola_flwr.costs.counter import at_batch
 from lola_flwr.costs.estimated import BlockCosts
-from lola_flwr.costs.examples import example_of
+from lola_flwr.costs.examples import training_example
 from lola_flwr.costs.memory import Affine, Levers, StepMemory
 from lola_flwr.costs.shapes import config_file
 from lola_flwr.errors import UserError, reason_of
@@ -69,7 +69,7 @@ def model_costs(
         The model's input is not known without an example, the model does not run on
         it, or what it computes depends on values.
     """
-    example = example_of(model, sequence_length) if example is None else example
+    example = training_example(model, sequence_length) if example is None else example
     partition = partition.merged() if merged else partition
     size = min(micro_batch_size or batch_size, batch_size)
     counts, held_bytes = counted(
@@ -193,7 +193,7 @@ def zeroth_order_costs(
     Costs that hardly depend on the block: two forward passes a direction; the weights,
     a copy of block and head, and what a forward pass takes; a number a direction.
     """
-    example = example_of(model, sequence_length) if example is None else example
+    example = training_example(model, sequence_length) if example is None else example
     forward, held_bytes = counted(
         model, example, lambda m: (m.run(partition, None), m.held_bytes())
     )

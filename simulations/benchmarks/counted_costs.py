@@ -25,7 +25,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from lola_flwr.costs.examples import example_of
+from lola_flwr.costs.examples import training_example
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
@@ -62,7 +62,7 @@ def compare(case: Case) -> list[Row]:
     model = adapt(model, case.tuning, dict(case.options))
     train_mode(model)
     partition = model_partition(model, **case.blocks)
-    example = example_of(model, TOKENS) if case.example is None else case.example
+    example = training_example(model, TOKENS) if case.example is None else case.example
     costs = model_costs(
         model,
         partition,

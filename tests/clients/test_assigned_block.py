@@ -295,7 +295,9 @@ def test_a_block_that_got_no_gradient_is_not_returned(model, reentrant, compiled
     if reentrant is not None:
         model = Checkpointed()
     # The server has the model without: of this one it would refuse to count the costs.
-    block = AssignedBlock(model, federate_config(Net(), block_index=1))
+    plain = Net()
+    plain.load_state_dict(model.state_dict())
+    block = AssignedBlock(model, federate_config(plain, block_index=1))
     start = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     run = torch.compile(model, backend="eager") if compiled else model

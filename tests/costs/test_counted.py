@@ -11,7 +11,7 @@ from torch import nn
 
 from lola_flwr.costs.counted import counted
 from lola_flwr.costs.estimated import estimate_costs
-from lola_flwr.costs.examples import example_of
+from lola_flwr.costs.examples import training_example
 from lola_flwr.costs.memory import Levers
 from lola_flwr.costs.of_model import model_costs, with_pool, zeroth_order_costs
 from lola_flwr.costs.shapes import KNOWN_MODELS, model_shapes
@@ -124,7 +124,7 @@ def test_all_blocks_are_as_if_each_was_counted(make):
         runs = [runnable.run(partition, index) for index in blocks]
         return runnable.count(partition, 6), runs
 
-    every, runs = counted(model, example_of(model, 10), count)
+    every, runs = counted(model, training_example(model, 10), count)
     for index, run in enumerate(runs):
         np.testing.assert_array_equal(every.flops[index], run.flops)
         assert every.whole_bytes[index] == run.peak_bytes(6)
@@ -264,7 +264,7 @@ INPUTS = {
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_models_input_follows_from_its_configuration(name):
     model = MODELS[name].make()
-    example = example_of(model, 7)
+    example = training_example(model, 7)
     assert {n: tuple(value.shape) for n, value in example.items()} == INPUTS[name]
 
 
@@ -280,7 +280,7 @@ def test_a_models_input_follows_from_its_configuration(name):
 def test_labels_are_of_the_problems_kind(problem, num_labels, shape, dtype):
     config = hf.BertConfig(**SMALL, num_labels=num_labels, problem_type=problem)
     model = hf.BertForSequenceClassification(config)
-    labels = example_of(model, 7)["labels"]
+    labels = training_example(model, 7)["labels"]
     assert (tuple(labels.shape), labels.dtype) == (shape, dtype)
     costs = model_costs(model, partition_of(model), batch_size=2, sequence_length=7)
     assert (costs.flops > 0).all()
