@@ -211,7 +211,8 @@ def measure_device(
         raise UserError(f"torch-device={torch_device!r}: {reason}.") from None
     progress(f"loading {model_name}", 0, 1)
     memory_bytes = _USABLE_MEMORY * _free_bytes(place)
-    model, _ = load_classifier(model_name, num_labels=2)
+    # What its classes mean takes no time.
+    model, _ = load_classifier(model_name, num_labels=2, class_names=("0", "1"))
     check_sequence_length(model, sequence_length, model_name)
     model.to(place).train()
     partition = model_partition(model)

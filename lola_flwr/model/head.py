@@ -109,6 +109,11 @@ def fit_head(
     Returns
     -------
     What there is to tell the user of the head's classes; "" if nothing.
+
+    Raises
+    ------
+    UserError
+        The head's classes have names and the task's have none.
     """
     rows = _class_dimensions(model)
     if rows.keys() & set(mismatched):
@@ -122,7 +127,11 @@ def fit_head(
         listed = ", ".join(f"{index} {name}" for index, name in enumerate(own))
         if not are_named(own):
             return ""
-        return f"its classes are taken for the task's as they are: {listed}"
+        raise UserError(
+            f"The model has classes already ({listed}), and which of the task's each "
+            "is does not follow: pass class_names=, in the order of the task's "
+            f"numbers, as {list(own)} if they are the same."
+        )
     order = _matched(own, class_names)
     if order is None:
         _renew(model, rows)

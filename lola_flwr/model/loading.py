@@ -82,8 +82,8 @@ def load_classifier(
     num_labels
         Classes; 1 makes a regression.
     class_names
-        Their names, in the order of their numbers. Without them the head of a model of
-        so many classes is kept, in its own order.
+        Their names, in the order of their numbers. Without them a head of so many
+        classes is kept if its classes have no names either, only numbers.
     seed
         Seed of the weights that are not loaded: a new head, or all of a random model.
 
@@ -98,7 +98,8 @@ def load_classifier(
         No such model here, or its files are not usable; the message names the choices
         that need no network.
     UserError
-        Model and tokenizer do not go together, or the class names are not as many.
+        Model and tokenizer do not go together, or the class names are not as many, or
+        missing where the model's own classes have names.
     """
     check_class_names(num_labels, class_names)
     with torch.random.fork_rng(devices=[]):

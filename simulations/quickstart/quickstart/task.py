@@ -42,8 +42,8 @@ def reviews(start: int, stop: int) -> datasets.Dataset:
 @lru_cache
 def load_model(name: str, path: str):
     """Return the model with its adapters, their blocks, and the tokenizer."""
-    labels = load_data(path)["train"].features["label"].num_classes
-    model, tokenizer = load_classifier(name, num_labels=labels)
+    labels = load_data(path)["train"].features["label"].names
+    model, tokenizer = load_classifier(name, num_labels=len(labels), class_names=labels)
     model = adapt(model, "lora", {"r": 8, "target_modules": "all-linear"})
     return model, model_partition(model), tokenizer
 
