@@ -1,0 +1,189 @@
+"""Install the wheel beside the oldest and the newest of what it needs, and test it.
+
+``python -m tests.matrix`` has uv make an environment for each row: Python, how versions
+are chosen, and what is asked for besides. It installs the wheel with the extras, copies
+the tests away from the package's sources, and runs those of the rooms that lean on
+PyTorch, transformers, peft and Flower. It prints a table, and fails if a row does.
+``--only NAME`` tries some rows; ``--page FILE`` writes the table into the docs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("simulation", "glue", "adapters", "offline", "quantised", "streaming")
+TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")
+ROOMS = (
+    *("cli", "clients", "costs", "d2ft", "device", "model", "planning", "server"),
+    *("strategies", "wire", "zeroth_order"),
+)
+# What tells an environment from another.
+SHOWN = ("flwr", "torch", "transformers", "peft", "numpy", "scipy", "datasets", "ray")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment to try.
+
+    Parameters
+    ----------
+    name
+        Its name.
+    python
+        Version of Python.
+    asked
+        Requirements besides the wheel's own.
+    lowest
+        Whether the wheel's own requirements are met by the lowest versions that they
+        admit, or by today's newest.
+    """
+
+    name: str
+    python: str
+    asked: tuple[str, ...] = ()
+    lowest: bool = False
+
+
+ENVIRONMENTS = (
+    Environment("lowest", "3.11", lowest=True),
+    Environment("newest", "3.11"),
+    Environment("flwr 1.41", "3.11", ("flwr==1.41.*",)),
+    Environment("flwr 1.42", "3.11", ("flwr==1.42.*",)),
+    Environment("Python 3.12", "3.12"),
+    Environment("Python 3.13", "3.13"),
+)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of an environment: its versions, and pytest's last line."""
+
+    environment: Environment
+    versions: dict[str, str]
+    outcome: str
+    passed: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try the environments; return 1 if one fails."""
+    options = _parser().parse_args(arguments)
+    chosen = [e for e in ENVIRONMENTS if not options.only or e.name in options.only]
+    tried = []
+    shutil.rmtree(options.out, ignore_errors=True)
+    wheel = _wheel(options.out)
+    for environment in chosen:
+        place = options.out / environment.name.replace(" ", "-")
+        tried.append(_try(environment, wheel, place, options.tests))
+        print(
+            f"{environment.name}: {tried[-1].outcome} ({place}/tests.log)", flush=True
+        )
+    table = "\n".join(_table(tried))
+    print(f"\n{table}")
+    if options.page:
+        text = options.page.read_text("utf-8")
+        above, mark, _ = text.partition("| environment |")
+        if not mark:
+            raise SystemExit(f"{options.page} has no table that begins with {mark!r}")
+        options.page.write_text(f"{above}{table}\n", "utf-8")
+    return int(not all(row.passed for row in tried))
+
+
+def _wheel(directory: Path) -> Path:
+    _uv("build", "--quiet", "--wheel", "--out-dir", str(directory), str(ROOT))
+    (wheel,) = directory.glob("*.whl")
+    return wheel
+
+
+def _try(
+    environment: Environment, wheel: Path, place: Path, tests: Sequence[str]
+) -> Tried:
+    """Make an environment, and run the tests in it."""
+    python = str(place / "venv" / "bin" / "python")
+    resolution = "lowest-direct" if environment.lowest else "highest"
+    install = ("pip", "install", "--quiet", "--python", python)
+    try:
+        _uv("venv", "--quiet", "--python", environment.python, str(place / "venv"))
+        # "Direct" are a project's own requirements, not those of a wheel that is asked
+        # for.
+        _uv(
+            *(*install, "--resolution", resolution),
+            *("--requirements", str(ROOT / "pyproject.toml")),
+            *(option for extra in EXTRAS for option in ("--extra", extra)),
+            *environment.asked,
+        )
+        _uv(*install, "--no-deps", str(wheel))
+        _uv(*install, *TOOLS)
+    except subprocess.CalledProcessError as error:
+        last = error.stderr.strip().splitlines()[-1]
+        return Tried(environment, {}, f"cannot be installed: {last}", passed=False)
+    listed = json.loads(_uv("pip", "list", "--python", python, "--format", "json"))
+    versions = {entry["name"]: entry["version"] for entry in listed}
+    _copy(place / "project")
+    log = place / "tests.log"
+    with log.open("w") as file:
+        done = subprocess.run(
+            [
+                *(python, "-m", "pytest", "-n", "2", "--dist", "loadfile"),
+                *("--tb=short", *(tests or [f"tests/{room}" for room in ROOMS])),
+            ],
+            cwd=place / "project",
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    *_, last = filter(str.strip, log.read_text("utf-8").splitlines())
+    outcome, *_ = last.strip("= ").split(" in ")
+    return Tried(environment, versions, outcome, passed=done.returncode == 0)
+
+
+def _copy(project: Path) -> None:
+    """Copy what tests need, and nothing that could stand in for the wheel."""
+    hidden = shutil.ignore_patterns("__pycache__")
+    for name in ("tests", "simulations", "docs"):
+        shutil.copytree(ROOT / name, project / name, ignore=hidden)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, project)
+
+
+def _table(tried: Sequence[Tried]) -> Iterator[str]:
+    yield f"| environment | Python | {' | '.join(SHOWN)} | tests |"
+    yield "|" + " --- |" * (len(SHOWN) + 3)
+    for row in tried:
+        versions = (row.versions.get(name, "").partition("+")[0] for name in SHOWN)
+        place = row.environment
+        cells = (place.name, place.python, *versions, row.outcome)
+        yield f"| {' | '.join(cells)} |"
+
+
+def _uv(*arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "uv", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    add = parser.add_argument
+    add("--only", nargs="+", help="names of environments", metavar="NAME")
+    add("--tests", nargs="+", default=(), help="other tests", metavar="PATH")
+    add(
+        "--out", type=Path, default=ROOT / "runs" / "matrix", help="where they are made"
+    )
+    add("--page", type=Path, help="a page of the docs whose last table this is")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
