@@ -8,7 +8,8 @@ The model runs its own forward code in both parts, so any model will do whose bl
 are layers of equal shape. The lower part ends, by an exception, where the block is
 called. In the upper part the layers below the block hand NaN through, which the block
 finds replaced by what the lower part gave: whatever else depends on those layers turns
-the output into NaN, and the model is refused. So is one with trained weights below.
+the output into NaN, and the model is refused. So is one with trained weights below, and
+one that notes in evaluation what it computes with later (NLLB-MoE's capacity).
 """
 
 from __future__ import annotations
@@ -278,11 +279,13 @@ class reused_prefix:
         training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         self._below_runs = True
+        before = _notes(self._model)
         try:
             with only_trainable(self._model, self._head), torch.enable_grad():
                 # Not the module's call, whose hook led here.
                 self._model.forward(*args, **kwargs)
         except _BlockReached as reached:
+            self._refuse_notes(before)
             self._refuse_trained_below(reached.hidden)
             return reached.hidden.detach()
         finally:
@@ -293,6 +296,15 @@ class reused_prefix:
             f"The model's forward pass never called block {self._block_index}. "
             f"{WITHOUT_REUSE}"
         )
+
+    def _refuse_notes(self, before: Mapping[str, object]) -> None:
+        for name, value in _notes(self._model).items():
+            if name in before and value is not before[name] and value != before[name]:
+                raise UserError(
+                    f"{name} was {before[name]} and is {value} after the layers below "
+                    "the block have run: how often they run would change what the "
+                    f"model computes. {WITHOUT_REUSE}"
+                ) from None
 
     def _refuse_trained_below(self, hidden: Tensor) -> None:
         if not hidden.requires_grad or not self._head:
@@ -335,6 +347,16 @@ class _BlockReached(Exception):
         self.hidden = hidden
 
 
+def _notes(model: nn.Module) -> dict[str, object]:
+    """Return the numbers that modules keep beside weights, as from call to call."""
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if value is None or isinstance(value, int | float)
+    }
+
+
 def _first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
@@ -371,4 +393,6 @@ def _has_nan(output: Any) -> bool:
 
 
 def _shape(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    return "None" if value is None else type(value).__name__

@@ -483,11 +483,33 @@ def test_hidden_states_without_a_row_for_each_sample_are_refused(positions):
         model(torch.ones(2, positions, 4))
 
 
+class Capacity(nn.Linear):
+    """Keeps from an evaluation how many samples it had, as NLLB-MoE's experts do."""
+
+    def forward(self, x):
+        if not self.training:
+            self.capacity = len(x)
+        return super().forward(x) * (torch.arange(len(x)) < self.capacity)[:, None]
+
+
+def test_what_a_pass_below_leaves_behind_is_refused():
+    model = HeadBelow()
+    model.norm, model.layers[0] = nn.Identity(), Capacity(4, 4)
+    model.layers[0].capacity = 8
+    with pytest.raises(UserError, match=r"layers\.0\.capacity was 8 and is 2 after"):
+        skip_gradient(model)
+    assert np.isfinite(skip_gradient(model).loss)  # nothing changes any more
+
+
 def test_models_that_do_not_fit_are_refused(batch):
     with pytest.raises(UserError, match=r"\(2, 4\) became \(2, 1\)"):
         skip_gradient(Skip((1, 1, 1)))
     with pytest.raises(UserError, match="apart from the model itself"):
         skip_gradient(Skip(), lambda m, b: m.layers[2](m.layers[1](b["x"])).mean())
+    named = Skip()
+    named.layers[0].forward = lambda x: {"states": x}
+    with pytest.raises(UserError, match=r"\(2, 4\) became dict\. Train"):
+        skip_gradient(named)
     mixed = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     names = [n for n, _ in mixed.named_parameters()]
     blocks = partition_parameters(names, blocks=[r"\w\.weight", r"\w\.bias"])
