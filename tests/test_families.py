@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +29,9 @@ from simulations.families.table import page, summary
 from simulations.families.trial import Trial, tried
 
 CLASSES = {kind.name: kind for kind in model_classes()}
+
+# Sections of the page that list the classes of an outcome.
+SECTIONS = ["Right when told", "Refused", "Not tried"]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -158,6 +165,81 @@ def test_the_page_counts_and_says_why():
     assert "- `B`: `b.layers`" in text
     assert "## Wrong" not in text
     assert "- `F`: off" in page([*trials, Trial("F", "text", "wrong", "off")])
+
+
+class TestASweepThatWasStopped:
+    @pytest.fixture
+    def sweep(self, tmp_path, monkeypatch):
+        """Run a sweep that finds every class right; return which it tried."""
+
+        def run(*arguments, stopped_after=None):
+            tried = []
+
+            def all_right(kinds, *, seconds):
+                for kind in kinds:
+                    if len(tried) == stopped_after:
+                        raise KeyboardInterrupt
+                    tried.append(kind.name)
+                    yield Trial(kind.name, kind.task, "right")
+
+            monkeypatch.setattr("simulations.families.__main__.try_all", all_right)
+            with suppress(KeyboardInterrupt):
+                assert main(["--out", str(tmp_path), *arguments]) == 0
+            return tried
+
+        return run
+
+    def test_it_goes_on_where_it_was(self, sweep, tmp_path):
+        assert sweep("--only", "XLNet", stopped_after=2) == [
+            "XLNetForSequenceClassification",
+            "XLNetForTokenClassification",
+        ]
+        every = sweep("--page", str(tmp_path / "page.md"))
+        assert len(every) == len(CLASSES) - 2
+        assert f"{len(CLASSES)} of {len(CLASSES)}" in (tmp_path / "page.md").read_text()
+        assert sweep() == []
+        again = sweep("--again", "--only", "XLNetForM")
+        assert again == ["XLNetForMultipleChoice"]
+        lines = (tmp_path / "families.jsonl").read_text().splitlines()
+        assert len(lines) == len(CLASSES)
+
+    def test_results_of_another_transformers_are_none(self, sweep, tmp_path):
+        (name,) = sweep("--only", "XLNetForMultipleChoice")
+        file = tmp_path / "families.jsonl"
+        file.write_text(file.read_text().replace(hf.__version__, "4.0.0"))
+        assert sweep("--only", name) == [name]
+
+    def test_a_page_is_of_all_classes(self, sweep, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            sweep("--only", "XLNet", "--page", str(tmp_path / "page.md"))
+        assert "--page lists all" in capsys.readouterr().err
+
+
+def test_the_page_of_the_documentation_is_complete():
+    text = Path("docs/families.md").read_text(encoding="utf-8")
+    if f"transformers {hf.__version__} " not in text:
+        pytest.skip(f"The page is of another transformers than {hf.__version__}.")
+    rows = re.findall(r"^\| ([\w, ]+) \| ([\d |]+) \|$", text, flags=re.MULTILINE)
+    counts = {task: [int(n) for n in cells.split(" | ")] for task, cells in rows}
+    tasks = Counter(kind.task for kind in CLASSES.values())
+    assert {n: row[0] + row[-1] for n, row in counts.items()} == {
+        **tasks,
+        "all": len(CLASSES),
+    }
+    for number, *outcomes, _ in counts.values():
+        assert number == sum(outcomes)
+    assert [sum(column) for column in zip(*counts.values(), strict=True)] == [
+        2 * total for total in counts["all"]
+    ]
+    # Each section lists as many classes as the table counts, all of them known.
+    listed = {
+        title: re.findall(r"`(\w+)`(?=, `|: )", section)
+        for title, section in re.findall(r"^## (.+)\n\n((?:- .+\n)+)", text, re.M)
+    }
+    _, _, told, refused, wrong, untried = counts["all"]
+    assert wrong == 0
+    assert [len(listed[title]) for title in SECTIONS] == [told, refused, untried]
+    assert {name for names in listed.values() for name in names} <= CLASSES.keys()
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def partition_parameters(
     r"""Divide parameter names into blocks, head and frozen rest.
 
     Without ``stack`` and ``blocks``, every layer of the longest stack of equal layers
-    is a block.
+    is a block; of those, where that is known, that the output needs.
 
     Parameters
     ----------
@@ -249,7 +249,9 @@ def _behind_by_order(names: Sequence[str], shared: set[str]) -> Behind:
     """Take the order of names for that in which their modules run."""
     places = {name: place for place, name in enumerate(names)}
 
-    def behind(inside: Collection[str]) -> list[str]:
+    def behind(inside: Collection[str]) -> Sequence[str]:
+        if not inside:
+            return names
         feeding = set(shared)
         # What stands beside shared relative positions (as DeBERTa's encoder.LayerNorm
         # does) prepares them for all layers.

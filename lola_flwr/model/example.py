@@ -15,7 +15,7 @@ from lola_flwr.errors import UserError
 # An example is short: so many tokens, pixels on a side, samples of sound and frames.
 _NUM_TOKENS = 7
 _NUM_PIXELS = 64
-_NUM_SAMPLES = 4096
+_NUM_SAMPLES = 4800  # 60 frames of 5 ms
 _NUM_FRAMES = 64
 
 

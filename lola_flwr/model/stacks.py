@@ -114,6 +114,10 @@ def _longest_stack(
     containers: Mapping[str, Layers], names: Sequence[str], behind: Behind
 ) -> str:
     """Choose the stack with most layers; refuse to guess between equals."""
+    # What never runs, as layers for images where the example has none, is not meant.
+    needed = set(behind(()))
+    running = {p: c for p, c in containers.items() if needed & names_of(c)}
+    containers = running or containers
     # Beside numbered modules, plain ones (Linear, ReLU, Linear) are a classifier.
     modules = {prefix: c for prefix, c in containers.items() if are_modules(c)}
     candidates = modules or containers

@@ -115,10 +115,11 @@ def check_prefix_cache(
     batch: Batch,
     loss_function: LossFunction,
 ) -> str:
-    """Check the same gradients with the layers below out of a cache, cold and warm.
+    """Check the same gradients with the layers below out of a cache.
 
-    In evaluation they are compared with full back-propagation; in training, where
-    dropout is off below the block, cold with warm.
+    It is filled by the batch itself (cold, then warm), and by other batches of its
+    samples. In evaluation they are compared with full back-propagation; in training,
+    where dropout is off below the block, with those of the cold cache.
 
     Returns
     -------
@@ -138,36 +139,45 @@ def check_prefix_cache(
             if expected is None:
                 continue
         for index in some_blocks(partition)[1:]:
-            cache = ActivationCache(_CACHE_BYTES)
-            kept = expected
-            for state in ("cold", "warm"):
-                try:
-                    with reused_prefix(model, partition, index, cache):
-                        found = _block_gradient(
-                            model, partition, index, batch, loss_function
-                        )
-                except UserError as error:
-                    return one_line(error)
-                kept = kept or found
-                _compare(found, kept, f"{state} cache, block {index}")
-            if not cache.hits:
+            own, others = (ActivationCache(_CACHE_BYTES) for _ in range(2))
+
+            def gradient(
+                of: Batch, cache: ActivationCache, index: int = index
+            ) -> dict[str, Tensor]:
+                with reused_prefix(model, partition, index, cache):
+                    return _block_gradient(model, partition, index, of, loss_function)
+
+            try:
+                cold = gradient(batch, own)
+                warm = gradient(batch, own)
+                for samples in ([2, 0], [1]):
+                    gradient({n: v[samples] for n, v in batch.items()}, others)
+                mixed = gradient(batch, others)
+            except UserError as error:
+                return one_line(error)
+            kept = expected or cold
+            _compare(cold, kept, f"cold cache, block {index}")
+            if not (own.hits and others.hits):
                 return "Nothing is found again: each pass changes the layers below."
+            _compare(warm, kept, f"warm cache, block {index}")
+            _compare(mixed, kept, f"cache of other batches, block {index}")
     return ""
 
 
 def check_saving(model: Any, batch: Batch) -> None:
-    """Check that the saved model, loaded anew, gives the same outputs, in float32.
+    """Check that the model, saved in float32 and loaded anew, gives the same outputs.
 
     Raises
     ------
     Wrong
-        They differ by more than ``SAVED_TOLERANCE``.
+        They differ by more than ``SAVED_TOLERANCE``, in the model's own precision.
     """
+    dtype = model.dtype
     model.float()
-    batch = {n: v.float() if v.is_floating_point() else v for n, v in batch.items()}
     with tempfile.TemporaryDirectory() as directory:
         save_model(model, Path(directory))
-        loaded = type(model).from_pretrained(directory)
+        loaded = type(model).from_pretrained(directory).to(dtype)
+    model.to(dtype)
     pairs = zip(_forward(model, batch), _forward(loaded, batch), strict=True)
     difference = max(_largest(old - new) for old, new in pairs)
     if not difference <= SAVED_TOLERANCE:

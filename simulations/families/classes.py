@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from lola_flwr.model.backprop import Batch
-from lola_flwr.model.example import example_of
+from lola_flwr.model.example import example_of, token_ids
 from simulations.families.check import seed_everything
 from simulations.families.tiny import tiny_config
 
@@ -71,11 +71,12 @@ def build(kind: ModelClass) -> tuple[Any, dict[str, Tensor]]:
     seed_everything()
     model_type = getattr(transformers, kind.name)
     model = model_type(tiny_config(model_type.config_class.model_type)).eval()
-    # Padding's embedding stays zero, which some models make it when they are loaded.
+    # What is never trained, as a table of sines, some models make when they are loaded,
+    # and some make padding's embedding zero.
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape))
         for embedding in embeddings:
             if embedding.padding_idx is not None:
@@ -146,18 +147,45 @@ def _batch(model: Any, kind: ModelClass) -> dict[str, Tensor]:
 
 def _inputs(model: Any, kind: ModelClass) -> dict[str, Tensor]:
     """Make up what the library does not know how to make up, too."""
-    if kind.name.startswith("Perceiver"):
-        if "image" in kind.task:
-            size = model.config.image_size
-            return {"inputs": torch.randn(BATCH_SIZE, 3, size, size)}
-        return {"inputs": 7 + torch.arange(8 * BATCH_SIZE).reshape(BATCH_SIZE, 8)}
+    unknown = _unknown_inputs(model, kind)
+    if unknown is not None:
+        return unknown
     batch = example_of(model, BATCH_SIZE)
     if kind.name.startswith("Splinter"):
         batch["input_ids"][..., 1] = model.config.question_token_id
     if kind.name in ("LongformerForQuestionAnswering", "LongformerForMultipleChoice"):
         # Between question and text; the end is the third.
         batch["input_ids"][..., [1, 2]] = model.config.sep_token_id
+    if kind.name.startswith("Git"):  # labels count from behind the image
+        batch["pixel_values"] = _images(model.config.vision_config.image_size)
+    if kind.name.startswith("GraniteSpeech5"):  # four frames in one
+        batch["input_features"] = batch["input_features"].repeat(1, 1, 4)
     return batch
+
+
+def _unknown_inputs(model: Any, kind: ModelClass) -> dict[str, Tensor] | None:
+    """Make up inputs of classes that the library is to be given an example of."""
+    if kind.name.startswith("Perceiver"):
+        if "image" in kind.task:
+            return {"inputs": _images(model.config.image_size)}
+        return {"inputs": 7 + torch.arange(8 * BATCH_SIZE).reshape(BATCH_SIZE, 8)}
+    if kind.name.startswith("Siglip2"):  # images cut into patches, of any shape
+        config = model.config.vision_config
+        width = config.num_channels * config.patch_size**2
+        return {
+            "pixel_values": torch.randn(BATCH_SIZE, 16, width),
+            "pixel_attention_mask": torch.ones(BATCH_SIZE, 16, dtype=torch.long),
+            "spatial_shapes": torch.full((BATCH_SIZE, 2), 4),
+        }
+    if kind.name.startswith("SpeechEncoderDecoder"):
+        sound = example_of(model.encoder, BATCH_SIZE)["input_values"]
+        text = token_ids(model.decoder, 7, BATCH_SIZE)
+        return {"inputs": sound, "decoder_input_ids": text}
+    return None
+
+
+def _images(size: int) -> Tensor:
+    return torch.randn(BATCH_SIZE, 3, size, size)
 
 
 def _fit_running_statistics(model: nn.Module, batch: Batch) -> None:

@@ -21,8 +21,8 @@ _INTRODUCTION = """\
 
 Each class of transformers {transformers} that an automatic class of these tasks finds,
 built tiny and at random, without a network: {tried} of {all} could be tried.
-`python -m simulations.families --page docs/families.md` tries them anew and writes
-this page.
+`python -m simulations.families --page docs/families.md` tries them and writes this
+page; stopped, it goes on where it was.
 
 Of each are checked
 
@@ -38,7 +38,9 @@ Of each are checked
 *Right when told* are classes that have no one stack of equal layers: they are refused
 in a line that names their stacks, and are right with `stack=` (a key of the GLUE app,
 too); or those for which no input can be made up, with `example=`. *Refused* are those
-that neither helps; *not tried*, those that cannot be built, run or trained here.
+that neither helps, with all that is said to them; *not tried*, those that cannot be
+built, run or trained here. Of a model of texts with images or sound it is the text that
+is tried: layers that never run on it are passed over.
 """
 
 
@@ -61,15 +63,17 @@ def page(trials: Sequence[Trial]) -> str:
     )
     parts = [
         introduction,
-        summary(trials),
+        f"{summary(trials)}\n",
         "## Right when told\n",
         _listed({t.name: t.reason for t in trials if t.outcome == "told"}, code=True),
         "## Refused\n",
         _listed({t.name: t.reason for t in trials if t.outcome == "refused"}),
         "## Without the prefix cache\n",
         f"Of {len(cached)} classes that are right, {len(uncached)} cannot run the "
-        "layers below a block apart: with `prefix_cache=`, or where they stream them, "
-        "they are refused in a line.\n",
+        "layers below a block apart, at least those of one of their stacks: with "
+        "`prefix_cache=`, or where they stream them, they are refused in a line. Where "
+        "each pass in training changes what is below, as running statistics of batch "
+        "normalization, a cache is of no use, and changes nothing.\n",
         _listed({t.name: t.prefix_cache for t in uncached}),
         "## Not tried\n",
         _listed({t.name: t.reason for t in trials if t.outcome == "not tried"}),

@@ -54,9 +54,11 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 def _shrunk(kind: type[PreTrainedConfig], given: dict[str, Any]) -> PreTrainedConfig:
     arguments: dict[str, Any] = {}
+    own = {**given}
     for name, value in vars(kind()).items():
         if isinstance(value, PreTrainedConfig):
-            arguments[name] = _shrunk(type(value), EXCEPTIONS.get(value.model_type, {}))
+            of_part = EXCEPTIONS.get(value.model_type, {}) | own.pop(name, {})
+            arguments[name] = _shrunk(type(value), of_part)
         elif isinstance(value, list | tuple):
             if (small := [_small_in_stages(name, each) for each in value]) != [*value]:
                 arguments[name] = type(value)(small)
@@ -64,9 +66,9 @@ def _shrunk(kind: type[PreTrainedConfig], given: dict[str, Any]) -> PreTrainedCo
             arguments[name] = small
     if "kv_lora_rank" in arguments:  # latent attention has no groups
         arguments["num_key_value_heads"] = 4
-    if "layerdrop" in vars(kind()):  # a layer left out at random has no gradient
-        arguments["layerdrop"] = 0.0
-    small = kind(**arguments | given)
+    # A layer left out at random has no gradient.
+    arguments |= {name: 0.0 for name in vars(kind()) if name.endswith("layerdrop")}
+    small = kind(**arguments | own)
     if getattr(small, "pad_token_id", 0) is None:
         small.pad_token_id = 0  # a classifier's batches are padded
     return small
@@ -96,6 +98,9 @@ def _small_in_stages(name: str, value: Any) -> Any:
 _MAMBA_HEADS = {"mamba_d_head": 16}  # four heads of twice the hidden size
 # Windows and heads divide the tokens and the widths of the stages.
 _WINDOWS = {"num_heads": [1, 2, 2, 4], "window_size": 4, "patch_size": 2}
+_CROSS_ATTENTION = {"is_decoder": True, "add_cross_attention": True}
+# The file's format has queries, keys and values in one matrix, of three equal parts.
+_EQUAL_HEADS = {"num_key_value_heads": 4}
 _ATTENTION_WINDOW = {"attention_window": 8}  # a text is padded to its multiple
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # Left open by the default configuration, but needed by the model.
@@ -105,12 +110,16 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}},
+    "encoder-decoder": {"decoder": _CROSS_ATTENTION},
+    "speech-encoder-decoder": {"decoder": _CROSS_ATTENTION},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1},
+    "granite_speech5_encoder": _EQUAL_HEADS,
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
     "ministral": {"head_dim": 8},
-    "moonshine_streaming": {"num_key_value_heads": 2},
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "nemotron": {"num_key_value_heads": 2},
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
@@ -120,6 +129,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA_HEADS, "attn_layer_indices": [1]},
     "bit": {"num_groups": 8},
     "bros": {"hidden_size": 64},
+    "blt": {"use_cache": False},  # which it cannot have
     "blenderbot": {"encoder_layers": LAYERS},
     "codegen": {"rotary_dim": 4},
     "cvt": {"depth": [1, 2, 3], "embed_dim": [8, 16, 32], "num_heads": [1, 2, 2]},
@@ -134,6 +144,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "out_channels": [8, 8, 8, 8, 8, 8, 8],
     },
     "esmc": {"num_key_value_heads": 4},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": {"intermediate_size": 64, "num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 4},
@@ -153,6 +164,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 1},
     "mistral4": {"head_dim": 16},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "nemotron3_5_transcribe_asr_audio": _EQUAL_HEADS,
+    "nemotron3_5_transcribe_word_timestamp": _EQUAL_HEADS,
+    "nemotron3_diarization_audio": _EQUAL_HEADS,
     "neomme": {"head_dim": 16},
     "perceiver": {
         "d_latents": 32,
@@ -162,9 +176,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8,
     },
     "pegasus_x": {"block_size": 8, "num_global_tokens": 4},
-    "reformer": {"is_decoder": True},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "swin": _WINDOWS,
     "swinv2": _WINDOWS,
+    "xlstm": {
+        "hidden_size": 128,
+        "embedding_dim": 128,
+        "mode": "train",
+        "chunk_size": 7,
+    },
     "textnet": {"stem_out_channels": 8},
     "zamba": {
         "attn_layer_period": 2,

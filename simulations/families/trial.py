@@ -39,8 +39,8 @@ class Trial:
     reason
         What the library, or the class, says to it; or the stacks that it was told.
     prefix_cache
-        What the library says to running the layers below a block apart; "" if that
-        gives the same gradient.
+        What the library says to running the layers below a block apart, in the first
+        stack where it refuses; "" if that gives the same gradient.
     """
 
     name: str
@@ -63,15 +63,15 @@ def tried(kind: ModelClass) -> Trial:
     # What a class has against a made-up configuration and input is of all types.
     except Exception as error:
         return ended("not tried", f"{type(error).__name__}: {one_line(error)}")
-    stacks: list[str | None] = []
+    told: list[str] = []
     refusals: list[str] = []
     caches: list[str] = []
     try:
-        for stack, partition in _partitions(model, batch, refusals):
+        for what, partition in _partitions(model, batch, refusals):
             check_partition(model, partition, batch)
             check_gradients(model, partition, batch, loss_of)
             caches.append(check_prefix_cache(model, partition, batch, loss_of))
-            stacks.append(stack)
+            told.append(what)
         check_saving(model, batch)
     except NotDifferentiable as error:
         return ended("not tried", f"cannot be trained: {error}")
@@ -82,33 +82,31 @@ def tried(kind: ModelClass) -> Trial:
     # The library has to refuse in a line of its own.
     except Exception as error:
         return ended("wrong", f"{type(error).__name__}: {one_line(error)}")
-    if not stacks:
-        return ended("refused", refusals[0])
-    if stacks == [None]:
-        return ended("right", prefix_cache=caches[0])
-    return ended("told", ", ".join(filter(None, stacks)), caches[0])
+    if not told:
+        return ended("refused", " ".join(refusals))
+    refused = next(filter(None, caches), "")
+    outcome: Outcome = "told" if any(told) else "right"
+    return ended(outcome, ", ".join(filter(None, told)), refused)
 
 
 def _partitions(
     model: Any, batch: Batch, refusals: list[str]
-) -> Iterator[tuple[str | None, BlockPartition]]:
-    """Yield the model's division; where it is refused, those that are advised."""
-    advice: dict[str, Any] = {}
-    try:
-        yield None, model_partition(model)
-        return
-    except BlocksNotFound as error:
-        refusals.append(one_line(error))
-        stacks = error.stacks
-    except UserError as error:
-        refusals.append(one_line(error))
-        if "pass example=" not in str(error):
-            return
-        advice = {"example": {name: values[:1] for name, values in batch.items()}}
-        stacks = ("",)
-    for stack in stacks:
+) -> Iterator[tuple[str, BlockPartition]]:
+    """Yield the model's division; where it is refused, those that are advised.
+
+    With each comes what the library was told: an example, a stack, both, or nothing.
+    """
+    pending: list[tuple[str, dict[str, Any]]] = [("", {})]
+    for what, told in pending:
         try:
-            partition = model_partition(model, stack=stack or None, **advice)
-            yield stack or "example=", partition
-        except BlocksNotFound as refusal:
-            refusals.append(one_line(refusal))
+            yield what, model_partition(model, **told)
+        except UserError as error:
+            refusals.append(f"{f'With `{what}`: ' if what else ''}{one_line(error)}")
+            if isinstance(error, BlocksNotFound) and "stack" not in told:
+                pending += [
+                    (f"{what} {stack}".strip(), {**told, "stack": stack})
+                    for stack in error.stacks
+                ]
+            elif "pass example=" in str(error) and not told:
+                example = {name: values[:1] for name, values in batch.items()}
+                pending.append(("example=", {"example": example}))

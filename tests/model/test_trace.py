@@ -177,6 +177,20 @@ def test_another_stack_behind_is_found_whatever_was_registered_first():
     ]
 
 
+def test_a_stack_that_never_runs_is_not_meant():
+    class WithImages(Steps):
+        def __init__(self):
+            super().__init__()
+            make = nn.TransformerEncoderLayer
+            self.images = nn.ModuleList(make(4, 1, 4) for _ in range(5))
+
+    partition = model_partition(WithImages(), example=EXAMPLE)
+    assert modules_of(partition.blocks[2]) == {"layers.2"}
+    assert any(name.startswith("images.4.") for name in partition.frozen)
+    with pytest.raises(BlocksNotFound, match=r"does not depend on block 0 \(images"):
+        model_partition(WithImages(), stack="images", example=EXAMPLE)
+
+
 def test_what_no_gradient_reaches_stays_frozen():
     class Chosen(nn.Module):
         """A layer that chooses by weights, as DeepSeek's indexer does."""
