@@ -56,7 +56,9 @@ FAMILIES = {
         *("told", "swin.encoder.layers", "each maps hidden states to hidden states"),
     ),
     "Wav2Vec2ForSequenceClassification": ("right", "", ""),
-    "AlbertForSequenceClassification": ("refused", "share their parameters", ""),
+    "AlbertForSequenceClassification": (
+        *("told", r"blocks=albert\.encoder\.albert_layer_groups\.0", ""),
+    ),
 }
 
 

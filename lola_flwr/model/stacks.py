@@ -31,11 +31,16 @@ class BlocksNotFound(UserError):
         What is wrong, and what to do.
     stacks
         Stacks that can be chosen with ``stack=``.
+    blocks
+        A regular expression that can be given as ``blocks=``; "" if none is known.
     """
 
-    def __init__(self, message: str, stacks: Iterable[str] = ()) -> None:
+    def __init__(
+        self, message: str, stacks: Iterable[str] = (), blocks: str = ""
+    ) -> None:
         super().__init__(message)
         self.stacks = tuple(stacks)
+        self.blocks = blocks
 
 
 def blocks_of_stack(
@@ -125,6 +130,7 @@ def _longest_stack(
     if not stacks:
         first, *more = candidates or [""]
         which = f"one of {', '.join(candidates)}" if more else repr(first)
+        alone = "" if candidates else _module_alone(names)
         raise BlocksNotFound(
             "No stack of at least two equal layers among the parameter names "
             f"({sample_of(names)}). "
@@ -135,10 +141,11 @@ def _longest_stack(
                 if candidates
                 else "Name"
             )
-            + " the blocks with blocks='...', a regular expression of what their names "
-            "begin with; layers that share their parameters, as ALBERT's do, cannot be "
-            "told apart.",
+            + f" the blocks with blocks='{alone or '...'}', a regular expression of "
+            "what their names begin with; layers that share their parameters, as "
+            "ALBERT's do, are one block.",
             filter(None, candidates),
+            alone,
         )
     length = max(map(len, stacks.values()))
     longest = [prefix for prefix, layers in stacks.items() if len(layers) == length]
@@ -162,8 +169,18 @@ def _longest_stack(
     return longest[0]
 
 
-def _pattern_of(*stacks: str) -> str:
+def _module_alone(names: Sequence[str]) -> str:
+    """Spell the module that is alone in its list; "" if there is not just one such.
+
+    ALBERT runs it again and again.
+    """
+    matches = [_NUMBERED.fullmatch(name) for name in names]
+    prefixes = dict.fromkeys(match[1] for match in matches if match)
+    return _pattern_of(*prefixes, number="0") if len(prefixes) == 1 else ""
+
+
+def _pattern_of(*stacks: str, number: str = r"\d+") -> str:
     """Spell the regular expression whose matches are the modules of stacks."""
     prefixes = [re.escape(f"{stack}.") if stack else "" for stack in stacks]
     either = prefixes[0] if len(prefixes) == 1 else f"({'|'.join(prefixes)})"
-    return rf"{either}\d+"
+    return f"{either}{number}"

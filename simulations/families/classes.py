@@ -156,6 +156,9 @@ def _inputs(model: Any, kind: ModelClass) -> dict[str, Tensor]:
     if kind.name in ("LongformerForQuestionAnswering", "LongformerForMultipleChoice"):
         # Between question and text; the end is the third.
         batch["input_ids"][..., [1, 2]] = model.config.sep_token_id
+    if kind.name.startswith("Lxmert"):  # regions of an image
+        batch["visual_feats"] = torch.randn(BATCH_SIZE, 5, model.config.visual_feat_dim)
+        batch["visual_pos"] = torch.rand(BATCH_SIZE, 5, model.config.visual_pos_dim)
     if kind.name.startswith("Git"):  # labels count from behind the image
         batch["pixel_values"] = _images(model.config.vision_config.image_size)
     if kind.name.startswith("GraniteSpeech5"):  # four frames in one

@@ -36,11 +36,12 @@ Of each are checked
 - the outputs of the model, saved and loaded again: equal to 1e-6.
 
 *Right when told* are classes that have no one stack of equal layers: they are refused
-in a line that names their stacks, and are right with `stack=` (a key of the GLUE app,
-too); or those for which no input can be made up, with `example=`. *Refused* are those
-that neither helps, with all that is said to them; *not tried*, those that cannot be
-built, run or trained here. Of a model of texts with images or sound it is the text that
-is tried: layers that never run on it are passed over.
+in a line that names their stacks, and are right with `stack=`, or `blocks=` (keys of
+the GLUE app, too); or those for which no input can be made up, with `example=`.
+*Refused* are those that none of it helps, with all that is said to them; *not tried*,
+those that cannot be built, run or trained here. Of models that take images or sound
+with a text, mostly the text alone is tried: layers that never run on it are passed
+over.
 """
 
 

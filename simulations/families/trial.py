@@ -94,7 +94,8 @@ def _partitions(
 ) -> Iterator[tuple[str, BlockPartition]]:
     """Yield the model's division; where it is refused, those that are advised.
 
-    With each comes what the library was told: an example, a stack, both, or nothing.
+    With each comes what the library was told: an example, what the blocks are, both,
+    or nothing.
     """
     pending: list[tuple[str, dict[str, Any]]] = [("", {})]
     for what, told in pending:
@@ -102,11 +103,11 @@ def _partitions(
             yield what, model_partition(model, **told)
         except UserError as error:
             refusals.append(f"{f'With `{what}`: ' if what else ''}{one_line(error)}")
-            if isinstance(error, BlocksNotFound) and "stack" not in told:
-                pending += [
-                    (f"{what} {stack}".strip(), {**told, "stack": stack})
-                    for stack in error.stacks
-                ]
+            if isinstance(error, BlocksNotFound) and told.keys() <= {"example"}:
+                advised = [(stack, {"stack": stack}) for stack in error.stacks]
+                if error.blocks:
+                    advised.append((f"blocks={error.blocks}", {"blocks": error.blocks}))
+                pending += [(f"{what} {a}".strip(), told | more) for a, more in advised]
             elif "pass example=" in str(error) and not told:
                 example = {name: values[:1] for name, values in batch.items()}
                 pending.append(("example=", {"example": example}))

@@ -115,13 +115,21 @@ def test_numbers_inside_a_layer_stay_inside_it():
     assert partition_parameters(names).num_blocks == 2
 
 
-def test_shared_layers_are_refused():
+def test_layers_that_share_their_parameters_are_one_block():
     config = hf.AlbertConfig(**SMALL)
     names = [
         n for n, _ in hf.AlbertForSequenceClassification(config).named_parameters()
     ]
-    with pytest.raises(BlocksNotFound, match="No stack of at least two equal layers"):
+    with pytest.raises(
+        BlocksNotFound, match="No stack of at least two equal layers"
+    ) as refusal:
         partition_parameters(names)
+    # What is advised can be followed.
+    advised = refusal.value.blocks
+    assert f"blocks='{advised}'" in str(refusal.value)
+    partition = partition_parameters(names, blocks=advised)
+    assert partition.num_blocks == 1
+    assert modules_of(partition.head) == {"albert.pooler", "classifier"}
 
 
 def test_equal_stacks_are_not_guessed_between():
@@ -597,16 +605,6 @@ def test_what_names_do_not_tell_is_refused(name):
     with pytest.raises(BlocksNotFound, match=message) as refusal:
         partition_parameters(names)
     assert "\n" not in str(refusal.value)
-
-
-def test_a_layer_that_is_run_several_times_can_be_the_only_block():
-    model = hf.AlbertForSequenceClassification(hf.AlbertConfig(**SMALL))
-    names = [name for name, _ in model.named_parameters()]
-    partition = partition_parameters(
-        names, blocks=["albert.encoder.albert_layer_groups.0"]
-    )
-    assert partition.num_blocks == 1
-    assert modules_of(partition.head) == {"albert.pooler", "classifier"}
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet by stages"])
