@@ -297,11 +297,12 @@ class reused_prefix:
             f"{WITHOUT_REUSE}"
         )
 
-    def _refuse_notes(self, before: Mapping[str, object]) -> None:
+    def _refuse_notes(self, before: Mapping[str, float]) -> None:
         for name, value in _notes(self._model).items():
-            if name in before and value is not before[name] and value != before[name]:
+            earlier = before.get(name, value)
+            if value is not earlier and value != earlier:
                 raise UserError(
-                    f"{name} was {before[name]} and is {value} after the layers below "
+                    f"{name} was {earlier} and is {value} after the layers below "
                     "the block have run: how often they run would change what the "
                     f"model computes. {WITHOUT_REUSE}"
                 ) from None
@@ -347,13 +348,13 @@ class _BlockReached(Exception):
         self.hidden = hidden
 
 
-def _notes(model: nn.Module) -> dict[str, object]:
-    """Return the numbers that modules keep beside weights, as from call to call."""
+def _notes(model: nn.Module) -> dict[str, float]:
+    """Return the numbers that modules keep beside weights; flags are none."""
     return {
         f"{path}.{name}": value
         for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if value is None or isinstance(value, int | float)
+        if type(value) in (int, float)
     }
 
 
