@@ -32,8 +32,10 @@ Of each are checked
 - the gradients of the first, the middle and the last block, and of the head, against
   full back-propagation, in evaluation and in training with the same dropout: they
   differ by less than 1e-5 of the largest;
-- the same with the layers below the block out of the prefix cache, cold and warm;
-- the outputs of the model, saved and loaded again: equal to 1e-6.
+- the same with the layers below the block out of the prefix cache: cold, warm, and
+  filled by other batches of the same samples;
+- the outputs of the model, saved in float32 and loaded again: equal to 1e-6, computed
+  in float64 where the model can.
 
 *Right when told* are classes that have no one stack of equal layers: they are refused
 in a line that names their stacks, and are right with `stack=`, or `blocks=` (keys of
