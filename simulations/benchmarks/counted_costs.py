@@ -141,9 +141,10 @@ def _executed_flops(run: Callable[[], None]) -> int:
         mapping[torch.ops.bitsandbytes.gemm_4bit] = lambda a, _, weight, *__, **___: (
             2 * a.numel() * weight[0]
         )
-    mapping[aten._grouped_mm] = lambda a, _, *__, out_shape, **___: (
-        2 * a.numel() * out_shape[-1]
-    )
+    if hasattr(aten, "_grouped_mm"):  # since PyTorch 2.9
+        mapping[aten._grouped_mm] = lambda a, _, *__, out_shape, **___: (
+            2 * a.numel() * out_shape[-1]
+        )
     mapping[aten._scaled_dot_product_flash_attention_for_cpu] = (
         lambda q, k, v, *_, **__: sdpa_flop_count(q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
     )
