@@ -123,10 +123,12 @@ class ServerOptimizer:
             # Some optimizers can be made, but not stepped with a dense gradient alone.
             probe = torch.nn.Parameter(torch.zeros(1))
             probe.grad = torch.zeros(1)
+            trial = factory([probe], **options)
             with torch.no_grad():
-                factory([probe], **options).step()
+                trial.step()
             self._optimizer = factory(self._parameters.values(), **options)
-        except (TypeError, ValueError, RuntimeError) as error:
+        # What an option that is wrong makes of an optimizer's own code can be anything.
+        except Exception as error:
             raise UserError(f"optimizer={optimizer!r}: {error}") from None
         if schedule is None:
             steps = linear_decay_steps
@@ -135,9 +137,10 @@ class ServerOptimizer:
                 lambda step: 1.0 if steps is None else max(0.0, 1.0 - step / steps),
             )
         else:
-            self._schedule = _schedule_named(
-                schedule, self._optimizer, schedule_options or {}
-            )
+            given = schedule_options or {}
+            # Nor can all schedules that can be made be stepped.
+            _schedule_named(schedule, trial, given, steps=1)
+            self._schedule = _schedule_named(schedule, self._optimizer, given)
 
     def step(
         self, gradient: Mapping[str, npt.NDArray[np.float32]], server_round: int = 1
@@ -224,11 +227,7 @@ class ServerOptimizer:
         self.load(values)
         # A schedule is a function of the steps taken, so they are taken again: what it
         # keeps between them is not all fit for JSON.
-        with warnings.catch_warnings():
-            # It would like the optimizer to be stepped between its own steps.
-            warnings.simplefilter("ignore")
-            for _ in range(snapshot.values["steps"]):
-                self._schedule.step()
+        _take_steps(self._schedule, snapshot.values["steps"])
         self._optimizer.load_state_dict(
             {"state": state, "param_groups": snapshot.values["groups"]}
         )
@@ -256,8 +255,12 @@ def _without_compiler(
 
 
 def _schedule_named(
-    name: str, optimizer: torch.optim.Optimizer, options: Mapping[str, Any]
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    options: Mapping[str, Any],
+    steps: int = 0,
 ) -> LRScheduler:
+    """Return the schedule of that name after some steps."""
     factory = getattr(lr_scheduler, name, None)
     if not (
         isinstance(factory, type)
@@ -271,6 +274,16 @@ def _schedule_named(
         )
     try:
         schedule: LRScheduler = factory(optimizer, **options)
-    except (TypeError, ValueError) as error:
+        _take_steps(schedule, steps)
+    except Exception as error:
         raise UserError(f"schedule={name!r}: {error}") from None
     return schedule
+
+
+def _take_steps(schedule: LRScheduler, steps: int) -> None:
+    """Let a schedule go on alone."""
+    with warnings.catch_warnings():
+        # It would like the optimizer to be stepped between its own steps.
+        warnings.simplefilter("ignore")
+        for _ in range(steps):
+            schedule.step()

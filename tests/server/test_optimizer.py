@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lola_flwr.errors import UserError
-from lola_flwr.server.optimizer import ServerOptimizer
+from lola_flwr.server.optimizer import ServerOptimizer, ServerStep
 
 
 def test_missing_gradients_leave_values_alone():
@@ -35,6 +35,10 @@ def test_sgd_by_name():
         ("Optimizer", {"lr": 1.0}, "optimizer='Optimizer'"),
         ("SGD", {"lr": -1.0}, "Invalid learning rate"),
         ("SGD", {"speed": 1.0}, "speed"),
+        # Refused by the first step, or by whatever happens to go wrong.
+        ("ASGD", {"t0": "now"}, "optimizer='ASGD': unsupported operand"),
+        ("AdamW", {"capturable": True}, "optimizer='AdamW': If capturable=True"),
+        ("AdamW", {"betas": (0.9,)}, "optimizer='AdamW': tuple index"),
     ],
 )
 def test_bad_options(name, options, message):
@@ -90,6 +94,8 @@ def test_a_schedule_by_name():
         ("ReduceLROnPlateau", {}, "counts steps"),
         ("StepLR", {}, "schedule='StepLR': .*step_size"),
         ("StepLR", {"speed": 1}, "speed"),
+        # Refused by the first step, here and not in the first round.
+        ("StepLR", {"step_size": 0}, "schedule='StepLR': .*zero"),
     ],
 )
 def test_bad_schedules(schedule, options, message):
@@ -162,3 +168,44 @@ def test_a_linear_decay_ends_at_zero_and_stays_there():
     for expected in (-1.0, -1.5, -1.5, -1.5):
         optimizer.step({"a": np.float32([1])})
         assert optimizer.state()["a"].tolist() == [expected]
+
+
+def test_values_and_gradients_of_any_precision_are_stepped_in_float32():
+    third = np.array([1 / 3])
+    optimizer = ServerOptimizer({"a": third}, optimizer="SGD", lr=1.0)
+    assert optimizer.state()["a"].dtype == np.float32
+    optimizer.step({"a": third})
+    np.testing.assert_array_equal(
+        optimizer.state()["a"], np.zeros(1, np.float32), strict=True
+    )
+
+
+def test_a_step_s_fields_are_an_optimizer_s_arguments():
+    step = ServerStep(
+        optimizer="SGD",
+        lr=0.5,
+        options={"momentum": 0.9},
+        linear_decay_steps=7,
+        schedule="StepLR",
+        schedule_options={"step_size": 3},
+        block_mean="median",
+    )
+    assert step.arguments() == {
+        "optimizer": "SGD",
+        "lr": 0.5,
+        "momentum": 0.9,
+        "linear_decay_steps": 7,
+        "schedule": "StepLR",
+        "schedule_options": {"step_size": 3},
+    }
+    made = ServerOptimizer({"a": np.float32([1])}, **step.arguments())
+    made.step({"a": np.float32([1])})
+    assert made.state()["a"].tolist() == [0.5]
+    assert ServerStep().arguments()["optimizer"] == "AdamW"
+
+
+@pytest.mark.parametrize("name", ["lr", "schedule"])
+def test_an_option_with_a_field_of_its_own_is_refused(name):
+    options = {"momentum": 0.9, name: 1.0, "weight_decay": 0.1}
+    with pytest.raises(UserError, match=f"{name} is an argument of its own"):
+        ServerStep(options=options).arguments()
