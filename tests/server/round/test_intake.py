@@ -16,6 +16,8 @@ from tests.server.test_coordinator import (
     SHAPES,
     honest_reply,
     make_coordinator,
+    npy,
+    size_of,
 )
 
 SENT = {name: np.ones(SHAPES[name], np.float32) for name in PARTITION.trainable}
@@ -26,13 +28,13 @@ def plan():
     return make_coordinator().plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
 
 
-def read(plan, replies, norms=None, limits=None):
-    reader = UpdateReader(PARTITION, tuple(SENT), 10.0)
+def read(plan, replies, norms=None, limits=None, sent=SENT):
+    reader = UpdateReader(PARTITION, tuple(sent), 10.0)
     return read_replies(
         reader,
         plan,
         replies,
-        SENT,
+        sent,
         norms or NormHistory(),
         limits or NormLimits(np.inf, np.inf),
     )
@@ -68,3 +70,166 @@ def test_so_it_did_where_there_is_no_manifest_at_all(plan):
     liar, *others = plan.assignments
     read_in = read(plan, [lost_copy(plan, liar)])
     assert read_in.lacked_bytes == {liar: 0.0, **dict.fromkeys(others, 0.0)}
+
+
+def test_a_lost_copy_that_is_told_of_twice_is_lost_once(plan):
+    truthful, *_ = plan.assignments
+    plan = replace(plan, manifests={truthful: manifest(False)})
+    read_in = read(plan, 2 * [lost_copy(plan, truthful)])
+    assert read_in.refused == {"lost-copy": 2}
+    assert truthful not in read_in.lacked_bytes
+
+
+def test_the_first_usable_reply_counts_and_the_first_refusal_is_told(plan):
+    first, second, third = plan.assignments
+    unreadable = honest_reply(plan, first, tensors=[b"1"])
+    late = {**honest_reply(plan, first).report, "server-round": 7}
+    replies = [
+        unreadable,
+        honest_reply(plan, first, report=late),
+        honest_reply(plan, first, value=0.25),
+        honest_reply(plan, first, value=9.0),
+        honest_reply(plan, first, value=9.0),
+        honest_reply(plan, second),
+    ]
+    read_in = read(plan, replies)
+    assert [*read_in.accepted] == [first, second]
+    for gradient in read_in.accepted[first].update.gradients.values():
+        assert np.all(gradient == 0.25)
+    assert read_in.refused == {"wrong-array": 1, "late": 1, "duplicate": 2}
+    assert [*read_in.refusals] == [first]
+    assert read_in.refusals[first].startswith("wrong-array: gradients: ")
+    assert read_in.lacked_bytes == {first: None, second: None, third: 0.0}
+    twice = read(plan, 2 * [honest_reply(plan, third)])
+    assert twice.refusals == {third: "duplicate: the device replied before"}
+
+
+def test_who_was_not_asked_has_no_part_in_it(plan):
+    (idle,) = set(plan.device_ids) - set(plan.assignments)
+    some, *_ = plan.assignments
+    replies = [
+        honest_reply(plan, some, device_id=idle),
+        honest_reply(plan, some, device_id="stranger"),
+    ]
+    read_in = read(plan, replies)
+    assert read_in.accepted == {}
+    assert read_in.refused == {"not-asked": 2}
+    assert set(read_in.refusals) == {idle, "stranger"}
+    assert read_in.lacked_bytes == dict.fromkeys(plan.assignments, 0.0)
+
+
+def test_a_device_without_the_memory_lacks_what_its_block_needs(plan):
+    short, broken, _ = plan.assignments
+    needed = replace(plan.assignments[short], memory_bytes=5e8)
+    plan = replace(plan, assignments={**plan.assignments, short: needed})
+    replies = [
+        honest_reply(plan, short, report={"failure": "out-of-memory"}),
+        honest_reply(plan, broken, report={"failure": "fire"}),
+    ]
+    read_in = read(plan, replies)
+    assert read_in.refused == {"out-of-memory": 1, "device-failure": 1}
+    assert read_in.lacked_bytes[short] == 5e8
+    assert read_in.lacked_bytes[broken] == 0.0
+
+
+def test_what_was_of_no_use_is_known_by_the_kind_of_update(plan):
+    gradient, weights, estimate = plan.assignments
+    names = PARTITION.update_names(plan.assignments[weights].block_index)
+    tensors = {name: npy(SENT[name]) for name in names}
+    statistic = {"layer.running_mean": npy(np.float32([1.0]))}
+    asked = {"direction_seed": 1, "num_directions": 2}
+    zeroth_order = replace(
+        plan.assignments[estimate], perturbation=1.0, smallest_share=1.0, **asked
+    )
+    plan = replace(plan, assignments={**plan.assignments, estimate: zeroth_order})
+    report = honest_reply(plan, weights).report
+    projected = {
+        **honest_reply(plan, estimate).report,
+        "update-kind": "zeroth-order",
+        "direction-seed": 1,
+        "projections": bytes(np.float32([1, 2])),
+    }
+    tensor = npy(np.float32([1]))
+    replies = [
+        honest_reply(
+            plan,
+            gradient,
+            tensors=[honest_reply(plan, gradient).tensors[0]],
+            upload_s=1.5,
+        ),
+        honest_reply(
+            plan,
+            weights,
+            tensors={**tensors, **statistic, "other": tensor},
+            report={**report, "update-kind": "weights"},
+        ),
+        honest_reply(plan, estimate, tensors=[tensor], report=projected),
+    ]
+    sent = {**SENT, "layer.running_mean": np.float32([0.0])}
+    read_in = read(plan, replies, sent=sent)
+    assert read_in.refused == {}
+    uploads = {device: reply.upload for device, reply in read_in.accepted.items()}
+    assert uploads[gradient].ignored_arrays == 0
+    assert uploads[gradient].upload_s == 1.5
+    assert uploads[weights].ignored_arrays == 1
+    assert uploads[estimate].ignored_arrays == 1
+    kinds = [reply.report.update_kind for reply in read_in.accepted.values()]
+    assert kinds == ["gradient", "weights", "zeroth-order"]
+    # The norm of an estimate says nothing of its block's.
+    blocks = [plan.assignments[device].block_index for device in (gradient, weights)]
+    assert set(read_in.norms.of_block) == set(blocks)
+
+
+def norm_of(plan, device, value):
+    """Euclidean norm of a gradient of equal elements."""
+    return value * size_of_update(plan, device) ** 0.5
+
+
+def size_of_update(plan, device):
+    return size_of(PARTITION.update_names(plan.assignments[device].block_index))
+
+
+def test_norms_are_told_in_the_order_of_the_plan_before_they_are_limited(plan):
+    history = NormHistory({0: (1.0,), 1: (2.0,), 2: (3.0,)})
+    limits = NormLimits(max_norm=1.0, factor=np.inf)
+    values = dict(zip(plan.assignments, (0.01, 3.0, 5.0), strict=True))
+    replies = [honest_reply(plan, d, value=v) for d, v in values.items()]
+    for order in (replies, replies[::-1]):
+        read_in = read(plan, order, history, limits)
+        assert read_in.refused == {}
+        for device, value in values.items():
+            block = plan.assignments[device].block_index
+            norm = norm_of(plan, device, value)
+            before = history.of_block[block]
+            assert read_in.norms.of_block[block] == (*before, pytest.approx(norm))
+            update = read_in.accepted[device].update
+            assert update.norm == pytest.approx(norm)
+            for gradient in update.gradients.values():
+                np.testing.assert_allclose(gradient, value / max(norm, 1.0), rtol=1e-5)
+
+
+def test_norms_beyond_all_measure_are_refused_and_the_others_are_scaled_down(plan):
+    usual, large, huge = plan.assignments
+    norms = {d: norm_of(plan, d, 1.0) for d in plan.assignments}
+    history = NormHistory(
+        {plan.assignments[d].block_index: 9 * (norm,) for d, norm in norms.items()}
+    )
+    values = {usual: 1.0, large: 19.0, huge: 21.0}
+    replies = [honest_reply(plan, d, value=v) for d, v in values.items()]
+    read_in = read(plan, replies, history, NormLimits(np.inf, factor=2.0))
+    assert read_in.refused == {"excessive-norm": 1}
+    assert read_in.refusals == {huge: f"excessive-norm: {21 * norms[huge]:g}"}
+    assert read_in.lacked_bytes == {usual: None, large: None, huge: 0.0}
+    scaled = {
+        device: reply.update.gradients["head.w"][0, 0]
+        for device, reply in read_in.accepted.items()
+    }
+    assert scaled == {usual: 1.0, large: pytest.approx(2.0)}
+    both = read(
+        plan,
+        [replies[2], honest_reply(plan, large, value=30.0), replies[2]],
+        history,
+        NormLimits(np.inf, factor=2.0),
+    )
+    assert both.refused == {"excessive-norm": 2, "duplicate": 1}
+    assert both.refusals[huge] == "duplicate: the device replied before"
