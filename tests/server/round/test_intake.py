@@ -108,8 +108,8 @@ def test_who_was_not_asked_has_no_part_in_it(plan):
     (idle,) = set(plan.device_ids) - set(plan.assignments)
     some, *_ = plan.assignments
     replies = [
-        honest_reply(plan, some, device_id=idle),
-        honest_reply(plan, some, device_id="stranger"),
+        replace(honest_reply(plan, some), device_id=idle),
+        replace(honest_reply(plan, some), device_id="stranger"),
     ]
     read_in = read(plan, replies)
     assert read_in.accepted == {}
