@@ -183,7 +183,7 @@ class Int8:
         """Scale every channel to whole numbers from -127 to 127."""
         rows = _channels(values.shape).rows_of(values)
         # A value that is not finite spoils its channel, which the server then refuses.
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore"):
             largest = np.abs(rows).max(axis=1, initial=0.0)
             scale = (largest / _LEVELS).astype("<f4")
             levels = np.rint(rows / np.where(scale > 0, scale, 1)[:, np.newaxis])

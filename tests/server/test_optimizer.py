@@ -209,3 +209,15 @@ def test_an_option_with_a_field_of_its_own_is_refused(name):
     options = {"momentum": 0.9, name: 1.0, "weight_decay": 0.1}
     with pytest.raises(UserError, match=f"{name} is an argument of its own"):
         ServerStep(options=options).arguments()
+
+
+def test_a_schedule_of_a_single_step_is_no_fault():
+    optimizer = ServerOptimizer(
+        {"a": np.float32([1])},
+        optimizer="SGD",
+        lr=1.0,
+        momentum=0.9,
+        schedule="OneCycleLR",
+        schedule_options={"max_lr": 1.0, "total_steps": 1},
+    )
+    optimizer.step({"a": np.float32([1])})

@@ -79,6 +79,21 @@ def test_fp16_loses_no_gradient_however_small_or_large(scale):
     assert np.count_nonzero(decoded) == np.count_nonzero(values)
 
 
+@pytest.mark.parametrize("exponent", range(-148, 128))
+def test_fp16_does_not_overflow_right_below_a_power_of_two(exponent):
+    below = np.nextafter(np.float32(2.0**exponent), np.float32(0))
+    values = np.array([below, -below], np.float32)
+    decoded = round_trip(CODECS["fp16"], values)
+    np.testing.assert_allclose(decoded, values, rtol=2**-11)
+
+
+def test_what_overflows_in_fp16_does_so_in_silence():
+    wire = np.array([113, 65504, -65504], np.float16)
+    np.testing.assert_array_equal(CODECS["fp16"].decode(wire, (2,)), [np.inf, -np.inf])
+    wire = CODECS["fp16"].encode(np.float32([np.inf, 3e38]))
+    assert np.isinf(CODECS["fp16"].decode(wire, (2,))).any()
+
+
 @pytest.mark.parametrize("exponent", [np.nan, np.inf, 0.5, -127, 114, -2048])
 def test_powers_of_two_that_no_encoder_sends(exponent):
     wire = CODECS["fp16"].encode(np.ones((2, 3), np.float32))
@@ -100,6 +115,16 @@ def test_int8_is_within_half_a_level_of_its_channel(values):
         largest = np.abs(values).max(initial=0.0)
     # Below 127 of the smallest float32 steps a scale is zero.
     assert np.all(error <= largest / 254 * (1 + 1e-4) + 127 * 2.0**-149)
+
+
+def test_int8_of_numbers_below_the_normal_ones():
+    smallest = np.float32(2.0**-149)
+    # 190 / 127 of the smallest number is rounded to 1 of it: 190 is beyond 127 levels.
+    decoded = round_trip(CODECS["int8"], smallest * np.float32([190, -190, 3]))
+    np.testing.assert_array_equal(decoded, smallest * np.float32([127, -127, 3]))
+    # 60 / 127 of it is no scale at all.
+    assert not CODECS["int8"].encode(smallest * np.float32([60, -60])).any()
+    assert not CODECS["int8"].encode(np.zeros((2, 3), np.float32)).any()
 
 
 @given(floats(), st.floats(0.01, 1))
@@ -128,6 +153,9 @@ def test_top_k_keeps_the_largest_and_rounds_them(values, fraction):
         ("topk:0.01", (3072, 768), 23593 * 6),
         ("topk:0.01", (256, 256), 656 * 4),
         ("topk:0.01", (768,), 8 * 4),
+        # Up to which position a byte is enough.
+        ("topk:0.01", (256,), 3 * 3),
+        ("topk:0.01", (257,), 3 * 4),
     ],
 )
 def test_sizes_are_known_beforehand(name, shape, nbytes):
@@ -225,6 +253,8 @@ def test_bf16_rounds_as_torch_does(dropped):
         ("topk", "codec='topk': write the share of the values"),
         ("topk:0", "codec='topk:0': write the share"),
         ("topk:nan", "codec='topk:nan': write the share"),
+        ("topk:1.01", "codec='topk:1.01': write the share"),
+        ("topk:-0.5", "codec='topk:-0.5': write the share"),
         ("auto:1", "codec='auto:1' is unknown"),
     ],
 )
