@@ -16,6 +16,7 @@ from lola_flwr.model.backprop import (
 )
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
+from lola_flwr.model.recording import NoGradient
 
 
 def full_gradients(model, batch):
@@ -33,10 +34,13 @@ def test_equals_full_backpropagation(roberta, batch, block_index, training):
     torch.manual_seed(3)
     expected = full_gradients(roberta, batch)
     torch.manual_seed(3)
+    expected_loss = roberta(**batch).loss.item()
+    torch.manual_seed(3)
     result = block_gradient(roberta, partition, block_index, batch)
 
     assert tuple(result.gradients) == partition.update_names(block_index)
     assert result.num_examples == 6
+    assert result.loss == pytest.approx(expected_loss, rel=1e-6)
     for name, gradient in result.gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
         assert gradient.abs().sum() > 0 or "key.bias" in name
@@ -196,6 +200,50 @@ def test_what_the_loss_does_not_depend_on_has_a_gradient_of_zeros(roberta, batch
             assert torch.equal(gradient, torch.zeros_like(gradient))
         elif "key.bias" not in name:
             assert torch.any(gradient != 0), name
+
+
+def test_inputs_that_want_a_gradient_are_given_none(roberta, batch):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    inputs = torch.randn(6, 10, 16, requires_grad=True)
+    batch = {"inputs_embeds": inputs, "labels": batch["labels"]}
+    block_gradient(roberta, partition, 1, batch)
+    assert inputs.grad is None
+
+
+def test_a_block_that_the_loss_does_not_depend_on_is_named(roberta, batch):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+
+    def head_alone(model, batch):
+        return model.classifier(torch.ones(1, 1, 16)).sum()
+
+    name = partition.blocks[1][0]
+    with pytest.raises(NoGradient, match=rf"No parameter of block 1 \({name}, "):
+        block_gradient(roberta, partition, 1, batch, loss_function=head_alone)
+
+
+class Broken(torch.autograd.Function):
+    """Passes a loss on, and fails on the way back."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("a fault of the model's own")
+
+
+def test_errors_on_the_way_back_are_the_model_s_own(roberta, batch):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    with pytest.raises(RuntimeError, match=r"a fault of the model's own"):
+        block_gradient(
+            roberta,
+            partition,
+            1,
+            batch,
+            loss_function=lambda model, batch: Broken.apply(model(**batch).loss),
+        )
+    assert all(p.grad is None and p.requires_grad for p in roberta.parameters())
 
 
 def test_a_forgotten_preparation_does_not_undo_the_next(roberta):
