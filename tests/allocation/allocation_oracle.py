@@ -142,3 +142,16 @@ def all_modes(rng, num_devices, num_blocks):
         "all": RoundMode(participation="all"),
         "all-some-blocks": RoundMode(participation="all", blocks=some.tolist()),
     }
+
+
+def any_argpartition(table, kth, axis):
+    """As `numpy.argpartition`, in no order but that which it promises.
+
+    NumPy's own sorts short columns whole on some processors.
+    """
+    rng = np.random.default_rng(kth)
+    order = np.argsort(table, axis=axis)
+    before, after = order[:kth], order[kth + 1 :]
+    return np.concatenate(
+        [rng.permutation(before), order[kth : kth + 1], rng.permutation(after)]
+    )

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from allocation_oracle import any_argpartition
 
 from lola_flwr.allocation import matching
 from lola_flwr.allocation.matching import any_matching, cheapest_matching, slots_of
@@ -70,11 +71,11 @@ def test_a_table_of_no_more_rows_than_slots_is_not_pruned_below_them(monkeypatch
 
 @pytest.mark.parametrize("everyone", [False, True])
 def test_pruning_keeps_the_cheapest_total(everyone, monkeypatch):
+    monkeypatch.setattr(np, "argpartition", any_argpartition)
     rng = np.random.default_rng(83)
-    for _ in range(5):
+    for _ in range(30):
         # Dear in one column is dear in all: the columns compete for the same rows.
-        # So many rows that NumPy does not simply sort them.
-        cost = rng.random((2000, 1)) + 1e-6 * rng.random((2000, 3))
+        cost = rng.random((40, 1)) + 1e-6 * rng.random((40, 3))
         demand = np.array([2, 1, 2])
         totals = []
         for rows_per_slot in (0, 10**9):
