@@ -73,8 +73,8 @@ def rotate(
     if not problem.all_devices:
         # As many devices on each block as now, backups included.
         held = np.bincount(best.block_of_device[active], minlength=problem.num_blocks)
-        mode = replace(problem.mode, blocks=None, devices_per_block=held.tolist())
-        problem = replace(problem, mode=replace(mode, backups=0))
+        mode = replace(problem.mode, devices_per_block=held.tolist())
+        problem = replace(problem, mode=mode)
     edges = edges_of(problem)
     chosen = _fewest_meetings(
         edges,

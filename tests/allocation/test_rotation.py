@@ -75,7 +75,10 @@ class TestRotate:
             assert rotated.round_s <= (1 + eps) * best.round_s
             assert met(rotated, meetings) <= met(best, meetings)
             assert rotated.bound_s == best.bound_s
-            rotated_some += rotated is not best
+            assert rotated.iterations == best.iterations
+            if rotated is not best:
+                assert rotated.stop_reason == "rotation"
+                rotated_some += 1
         assert rotated_some > 2
 
     def test_close_to_the_fewest_meetings(self):
@@ -156,6 +159,20 @@ class TestRotate:
         meetings[active] = 7
         rotated = rotate(problem, best, meetings, eps=5.0)
         assert met(rotated, meetings) < met(best, meetings)
+
+    def test_what_every_round_takes_is_slack_for_the_rest(self):
+        rng = np.random.default_rng(71)
+        for _ in range(10):
+            given = fleet_problem(rng, 8, 4)
+            meetings = rng.integers(0, 5, size=(8, 4))
+            round_s = allocate(given).round_s
+            later = replace(given, constant_s=2 * round_s)
+            # A tenth of three times as much is three tenths of it.
+            for problem, eps in ((given, 0.3), (later, 0.1)):
+                rotated = rotate(problem, allocate(problem), meetings, eps=eps)
+                if problem is given:
+                    expected = rotated.block_of_device.tolist()
+            assert rotated.block_of_device.tolist() == expected
 
     def test_any_slack_but_none_is_used(self):
         problem = AllocationProblem(np.ones((3, 1)), np.ones((3, 1)))
