@@ -4,7 +4,8 @@
 pyproject.toml names, and run each module's own tests against them. It prints the
 mutants that live, and fails if one of them is not among the accepted ones
 (``accepted_mutants.toml``, which says why each is harmless), or if an accepted one
-lives no longer. ``--again`` tries only those that lived, after tests were added.
+lives no longer. ``python -m tests.mutants MODULE...`` does so for some modules only;
+``--again`` tries only those that lived, after tests were added.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,11 @@ class Mutant(NamedTuple):
         return tomli_w.dumps({"accepted": [entry]}, multiline_strings=True)
 
 
+def dotted(module: Path) -> str:
+    """Return the name that a module is imported by."""
+    return ".".join(module.with_suffix("").parts)
+
+
 def own_tests(module: Path) -> list[str]:
     """Return the tests of a module: those of its name, in the room of its room's."""
     room = Path("tests", *module.parent.parts[1:])
@@ -74,32 +80,32 @@ def described(key: str, module: Path) -> Mutant:
 
 
 def try_module(module: Path, again: bool) -> None:
-    """Try the mutants of one module, in a process of its own."""
+    """Try the mutants of one module."""
     config().pytest_add_cli_args_test_selection = own_tests(module)
     # Which test reaches what; otherwise that of the module before would be taken.
     Path("mutants", "mutmut-stats.json").unlink(missing_ok=True)
-    dotted = ".".join(module.with_suffix("").parts)
-    names = [f"{dotted}.x*"]
+    names = [f"{dotted(module)}.x*"]
     if again:
         names = [key for key, s in verdicts(module).items() if s not in NOTICED]
     if names:
         mutmut._run(names, max_children=1)
 
 
-def accepted_mutants() -> set[Mutant]:
-    """Return the mutants that may live."""
+def accepted_mutants(modules: Iterable[Path]) -> set[Mutant]:
+    """Return the mutants of some modules that may live."""
+    rooms = tuple(f"{dotted(module)}." for module in modules)
     entries = tomllib.loads(ACCEPTED.read_text("utf-8"))["accepted"]
     return {
         Mutant(entry["function"], entry["was"].strip(), becomes.strip())
         for entry in entries
         for becomes in entry["becomes"]
-        if entry["why"]
+        if entry["why"] and entry["function"].startswith(rooms)
     }
 
 
 def report(modules: Sequence[Path]) -> int:
     """Print what became of the mutants; return how many findings need a hand."""
-    accepted = accepted_mutants()
+    accepted = accepted_mutants(modules)
     seen: set[Mutant] = set()
     findings = 0
     for module in modules:
@@ -121,25 +127,30 @@ def report(modules: Sequence[Path]) -> int:
     return findings
 
 
+def try_apart(module: Path, again: bool) -> None:
+    """Try a module in a process of its own: what its tests import stays in memory."""
+    call = f"try_module(Path({str(module)!r}), again={again})"
+    command = [sys.executable, "-c", f"from tests.mutants import *; {call}"]
+    with LOG.open("a") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"mutmut failed on {module}; see the end of {LOG}.")
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Try all modules one after the other, or one; 1 if something needs a hand."""
+    """Try some modules, or all, one after the other; 1 if something needs a hand."""
     again = AGAIN in arguments
-    modules = sorted(walk_mutatable_files())
     chosen = [Path(name) for name in arguments if name != AGAIN]
-    if chosen:
-        try_module(*chosen, again=again)
-        return 0
+    every = sorted(walk_mutatable_files())
+    if unknown := {*chosen} - {*every}:
+        raise SystemExit(f"{min(unknown)} is not in only_mutate of pyproject.toml.")
     if not again:
         shutil.rmtree("mutants", ignore_errors=True)
     LOG.parent.mkdir(exist_ok=True)
-    with LOG.open("w") as log:
-        for module in modules:
-            # Each has its own tests in memory.
-            command = [sys.executable, "-m", "tests.mutants", str(module), *arguments]
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-            if done.returncode:
-                raise SystemExit(f"mutmut failed on {module}; see the end of {LOG}.")
-    return int(report(modules) > 0)
+    LOG.unlink(missing_ok=True)
+    for module in chosen or every:
+        try_apart(module, again)
+    return int(report(chosen or every) > 0)
 
 
 if __name__ == "__main__":

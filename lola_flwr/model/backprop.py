@@ -83,7 +83,7 @@ class only_trainable:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._parameters = dict(model.named_parameters())
         self._trainable = tuple(names)
-        self._flags: dict[str, bool] = {}
+        self._flags: dict[str, bool]
 
     def __enter__(self) -> dict[str, nn.Parameter]:
         self._flags = {name: p.requires_grad for name, p in self._parameters.items()}

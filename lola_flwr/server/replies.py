@@ -242,9 +242,9 @@ class UpdateReader:
             values: npt.NDArray[Any] = _read(
                 name, tensors[name], sent[name].shape, *dtypes
             )
-            wide = np.result_type(sent[name], values, np.float32)
+            wide = np.result_type(sent[name], np.float32)
             move = np.subtract(sent[name], values, dtype=wide)
-            moves[name] = _finite(name, move.astype(np.float32, copy=False))
+            moves[name] = _finite(name, np.asarray(move, np.float32))
         return moves
 
     def _estimated(

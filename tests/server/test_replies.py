@@ -153,7 +153,7 @@ def test_weights_are_moves_damped_where_all_blocks_move_at_once(own, travels):
         "layer.0.num_batches_tracked": np.array(8),
     }
     stranger = {"layer.9.running_mean": np.float32([1e30])}
-    reply = weights_reply({**weights, **statistics, **stranger}, examples=100)
+    reply = weights_reply({**stranger, **weights, **statistics}, examples=100)
     update, told = read(reply, sent=sent)
     wide = np.result_type(own, dtype, np.float32)
     moves = {
@@ -290,10 +290,10 @@ def test_examples_up_to_what_was_asked_for_count(kind, examples, taken):
     "examples", [0, -1, 2.5, 0.0, True, None, [8], "8", float("nan"), float("inf")]
 )
 def test_examples_that_are_no_number_of_examples(examples):
+    claimed = 0 if examples == 0 else examples
     for reply in (GOOD, weights_reply(drawn(2))):
         refused = refusal(replace(reply, num_examples=examples))
-        assert refused.startswith("wrong-examples: claims ")
-        assert refused.endswith(" examples of 8")
+        assert refused == f"wrong-examples: claims {claimed!r} examples of 8"
 
 
 @pytest.mark.parametrize("examples", [MOST + 1, MOST + 1.0])
@@ -341,11 +341,10 @@ def test_reports_up_to_the_borders_are_believed(fields):
         ({"loss": -1.1e6}, "implausible: loss=-1.1e+06"),
         ({"peak_memory_bytes": -1.0}, "implausible: peak_memory_bytes=-1"),
         ({"peak_memory_bytes": 1.1e15}, "implausible: peak_memory_bytes=1.1e+15"),
-        ({"compute_clock": "sun"}, "malformed-report: compute-clock='sun'"),
-        ({"uplink_limit": "rope"}, "malformed-report: uplink-limit='rope'"),
+        ({"compute_clock": "sun\n"}, r"malformed-report: compute-clock='sun\n'"),
+        ({"uplink_limit": "rope\n"}, r"malformed-report: uplink-limit='rope\n'"),
         ({"update_kind": "nothing"}, "lost-copy: the device no longer holds its ver"),
     ],
-    ids=str,
 )
 def test_reports_beyond_them_are_not(fields, refused):
     assert refusal(replace(GOOD, report=report(**fields))).startswith(refused)
@@ -389,7 +388,7 @@ def test_bytes_are_those_of_the_assignment_s_codec_and_shapes():
     refused = refusal(GOOD, assignment=replace(ASSIGNMENT, codec="bf16"))
     assert refused.startswith("wrong-array: gradients: ")
     refused = refusal(weights_reply({**drawn(2), "head.w": np.float32([[1.0]])}))
-    assert refused.startswith("wrong-array: head.w: ")
+    assert refused.startswith("wrong-array: head.w: Array of shape (1, 1) and type ")
     assert refusal(weights_reply({**drawn(2), "head.w": np.ones((2, 4))}))
 
 
