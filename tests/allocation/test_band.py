@@ -74,6 +74,12 @@ def test_least_share_rises_with_the_rate_and_stays_below_it():
     assert np.all(np.diff(share, axis=1) >= -1e-12 * share[:, 1:])
 
 
+def test_least_share_where_rounding_hides_the_signal():
+    # Newton's step is 0 / 0: without a warning, and nothing less than the whole band.
+    snr, rate = np.array([3.0929939537108197e-16]), np.array([1 - 2.0**-53])
+    assert least_share(rate, np.ones(1), snr).tolist() == [1.0]
+
+
 def test_times_and_shares_beyond_all_numbers():
     # Neither a warning nor a NaN: too long is infinite, too much is the whole band.
     huge, tiny = np.array([1e300]), np.array([1e-300])
