@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,40 +91,37 @@ def try_module(module: Path, again: bool) -> None:
         mutmut._run(names, max_children=1)
 
 
-def accepted_mutants(modules: Iterable[Path]) -> set[Mutant]:
-    """Return the mutants of some modules that may live."""
-    rooms = tuple(f"{dotted(module)}." for module in modules)
+def accepted_mutants() -> set[Mutant]:
+    """Return the mutants that may live."""
     entries = tomllib.loads(ACCEPTED.read_text("utf-8"))["accepted"]
     return {
         Mutant(entry["function"], entry["was"].strip(), becomes.strip())
         for entry in entries
         for becomes in entry["becomes"]
-        if entry["why"] and entry["function"].startswith(rooms)
+        if entry["why"]
     }
 
 
-def report(modules: Sequence[Path]) -> int:
-    """Print what became of the mutants; return how many findings need a hand."""
-    accepted = accepted_mutants(modules)
-    seen: set[Mutant] = set()
-    findings = 0
-    for module in modules:
-        found = verdicts(module)
-        living = {key: s for key, s in found.items() if s not in NOTICED}
-        names = {key: described(key, module) for key in living}
-        unexplained = {key: m for key, m in names.items() if m not in accepted}
-        seen |= set(names.values())
-        findings += len(unexplained)
-        print(
-            f"{module}: {len(found)} mutants, {len(found) - len(living)} noticed, "
-            f"{len(living) - len(unexplained)} accepted, {len(unexplained)} unexplained"
-        )
-        for key, mutant in unexplained.items():
-            print(f"\n# {living[key]}\n{mutant}")
-    for mutant in sorted(accepted - seen):
-        findings += 1
+def report(module: Path, accepted: Set[Mutant]) -> int:
+    """Print what became of a module's mutants; return how many need a hand."""
+    found = verdicts(module)
+    living = {key: s for key, s in found.items() if s not in NOTICED}
+    names = {key: described(key, module) for key in living}
+    unexplained = {key: m for key, m in names.items() if m not in accepted}
+    print(
+        f"{module}: {len(found)} mutants, {len(found) - len(living)} noticed, "
+        f"{len(living) - len(unexplained)} accepted, {len(unexplained)} unexplained"
+    )
+    for key, mutant in unexplained.items():
+        print(f"\n# {living[key]}\n{mutant}")
+    return len(unexplained) + report_gone(accepted - {*names.values()})
+
+
+def report_gone(mutants: Set[Mutant]) -> int:
+    """Print accepted mutants that live no longer; return how many there are."""
+    for mutant in sorted(mutants):
         print(f"\n# lives no longer\n{mutant}")
-    return findings
+    return len(mutants)
 
 
 def try_apart(module: Path, again: bool) -> None:
@@ -148,9 +145,16 @@ def main(arguments: Sequence[str]) -> int:
         shutil.rmtree("mutants", ignore_errors=True)
     LOG.parent.mkdir(exist_ok=True)
     LOG.unlink(missing_ok=True)
+    sys.stdout.reconfigure(line_buffering=True)
+    accepted, findings = accepted_mutants(), 0
     for module in chosen or every:
         try_apart(module, again)
-    return int(report(chosen or every) > 0)
+        own = {m for m in accepted if m.function.startswith(f"{dotted(module)}.")}
+        findings += report(module, own)
+        accepted -= own
+    if not chosen:
+        findings += report_gone(accepted)
+    return int(findings > 0)
 
 
 if __name__ == "__main__":
