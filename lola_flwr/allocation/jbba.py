@@ -106,8 +106,8 @@ def dual_bound(
         return None
     matching, block_part = found
     involvement = 2.0 * y * common + point.involvement_multiplier
-    num_active = matching[0].size
-    smallest = np.partition(involvement, num_active - 1)[:num_active]
+    rows, _ = matching
+    smallest = np.sort(involvement)[: rows.size]
     return block_part + float(smallest.sum()) - y * y, matching
 
 

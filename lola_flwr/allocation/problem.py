@@ -124,12 +124,8 @@ class RoundMode:
     def demand(self, num_blocks: int) -> IntArray:
         """Return how many devices each block needs, shape (N,); 0: left out."""
         demand = np.zeros(num_blocks, dtype=np.int64)
-        chosen = (
-            slice(None)
-            if self.blocks is None
-            else np.array(self.blocks, dtype=np.int64)
-        )
-        wanted = np.asarray(self.devices_per_block, dtype=np.int64)
+        chosen = slice(None) if self.blocks is None else list(self.blocks)
+        wanted = np.asarray(self.devices_per_block)
         demand[chosen] = wanted[chosen] if wanted.ndim else wanted
         return demand
 

@@ -71,6 +71,13 @@ class TestAllocationProblem:
         with pytest.raises(ValueError, match="read-only"):
             problem.memory_bytes[0] = 9
 
+    def test_devices_have_an_snr_where_their_power_is_limited(self):
+        problem = AllocationProblem(
+            ONES, ONES, power_limited=PowerLimitedUplink([1.0, 5.0, 3.0])
+        )
+        assert problem.snr_of(np.array([2, 0])).tolist() == [3.0, 1.0]
+        assert AllocationProblem(ONES, ONES).snr_of(np.array([2, 0])) is None
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -146,6 +153,7 @@ class TestRoundMode:
             return AllocationProblem(ONES, ONES, mode=RoundMode(**fields)).demand
 
         assert demand().tolist() == [1, 1]
+        assert demand().dtype == np.int64
         assert demand(blocks=np.array([1])).tolist() == [0, 1]
         assert demand(devices_per_block=3).tolist() == [3, 3]
         assert demand(blocks=[0], devices_per_block=(2, 1)).tolist() == [2, 0]
