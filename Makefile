@@ -42,7 +42,7 @@ check: venv
 
 # What of the core its own tests do not notice being changed. MUTANTS=--again: of those.
 mutants: venv
-	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m tests.mutants $(MUTANTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTANTS)
 
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest simulations/benchmarks -o python_files='bench_*.py'

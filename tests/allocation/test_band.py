@@ -75,7 +75,7 @@ def test_least_share_rises_with_the_rate_and_stays_below_it():
 
 
 def test_least_share_where_rounding_hides_the_signal():
-    # Newton's step is 0 / 0: no warning, and a share that is enough (0.58, to rounding).
+    # Newton's step is 0 / 0: no warning, and a share that is enough, 0.58 or more.
     snr, rate = np.array([3.0929939537108197e-16]), np.array([1 - 2.0**-53])
     assert 0.57 < least_share(rate, np.ones(1), snr)[0] <= 1
 

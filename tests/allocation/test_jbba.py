@@ -54,7 +54,6 @@ class TestDualBound:
         point = DualPoint(np.ones(1), np.zeros(1), 2.0)
         assert dual_bound(edges_of(problem), point)[0] == pytest.approx(7.0)
 
-
     def test_what_is_impossible_stays_so_at_a_multiplier_of_0(self):
         edges = edges_of(AllocationProblem(np.ones((2, 2)), np.ones((2, 2))))
         cost_s = np.array([[np.inf, 2.0], [1.0, 1.0]])

@@ -11,8 +11,10 @@ from lola_flwr.allocation import (
     RoundMode,
     allocate,
     rotate,
+    rotation,
 )
 from lola_flwr.allocation.edges import edges_of
+from lola_flwr.allocation.matching import cheapest_matching
 from lola_flwr.allocation.rotation import _fewest_meetings
 from lola_flwr.allocation.shares import best_deadline
 
@@ -231,3 +233,47 @@ def test_the_choice_is_the_best_that_a_price_on_the_band_can_find(everybody):
         several += expected not in (min(points), min((m, b) for b, m in points)[::-1])
     assert several > 20
     assert none > 5
+
+
+def choice(*candidates):
+    """Of (share, meetings): who joins a device that has met nobody and takes half."""
+    size = len(candidates) + 1
+    counts, least_share = np.zeros((size, 2), dtype=int), np.ones((size, 2))
+    least_share[0, 1] = 0.5
+    least_share[1:, 0], counts[1:, 0] = zip(*candidates, strict=True)
+    edges = edges_of(AllocationProblem(np.ones((size, 2)), np.ones((size, 2))))
+    chosen = _fewest_meetings(edges, counts, least_share)
+    return chosen.band, chosen.meetings
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [(0.1, 3)],  # the whole band for the fewest meetings of all
+        [(0.9, 0)],  # for the least band of all
+        [(0.1, 9), (0.9, 0)],  # for what lies between
+    ],
+)
+def test_the_whole_band_may_be_taken(others):
+    meetings = 3 if others[-1][1] == 0 else 0
+    assert choice((0.5, meetings), *others) == (1.0, meetings)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_beyond_the_band_by_rounding_is_beyond_it(order):
+    # Beside 8 meetings the two shares are the same number.
+    candidates = [(0.5, 8), (0.5 + 2.0**-52, 8)]
+    assert choice(*candidates[::order]) == (1.0, 8)
+
+
+def test_no_price_is_tried_that_finds_nothing_new(monkeypatch):
+    tried = []
+
+    def counted(*arguments, **options):
+        tried.append(arguments)
+        return cheapest_matching(*arguments, **options)
+
+    monkeypatch.setattr(rotation, "cheapest_matching", counted)
+    assert choice((0.1, 9), (0.4, 3), (0.9, 0)) == (0.9, 3)
+    # Fewest meetings, least band, what lies between, and that there is no more.
+    assert len(tried) == 4
