@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 from lola_flwr.costs.counter import saved_bytes
 from lola_flwr.costs.estimated import estimate_costs
@@ -13,6 +14,7 @@ from lola_flwr.model.backprop import (
     block_gradient,
     model_loss,
     only_block_trainable,
+    train_mode,
 )
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
@@ -244,6 +246,19 @@ def test_errors_on_the_way_back_are_the_model_s_own(roberta, batch):
             loss_function=lambda model, batch: Broken.apply(model(**batch).loss),
         )
     assert all(p.grad is None and p.requires_grad for p in roberta.parameters())
+
+
+def test_training_mode_leaves_running_statistics_as_they_are():
+    untracked = nn.BatchNorm1d(4, track_running_stats=False)
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), untracked, nn.Dropout()
+    ).eval()
+    train_mode(model)
+    assert [m.training for m in model] == [True, False, True, True]
+    assert model.training
+    model(torch.randn(8, 3))
+    assert model[1].num_batches_tracked == 0
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
 
 
 def test_a_forgotten_preparation_does_not_undo_the_next(roberta):
