@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from torch import nn
 
 from lola_flwr.costs.counted import counted
@@ -33,6 +34,8 @@ FAST = (
     "Side network",
 )
 REFUSED = {"LSTM": r"recurrent layer .* set torch\.backends\.mkldnn\.enabled"}
+if not hasattr(torch.ops.aten, "_grouped_mm"):  # before PyTorch 2.9
+    REFUSED["OLMoE LM (experts)"] = r"grouped_mm_fallback takes is not known"
 
 
 def partition_of(model, **by_hand):
@@ -59,8 +62,9 @@ def test_what_is_counted_is_what_pytorch_executes(name):
     assert rows
     for row in rows:
         assert row.flops_ratio == pytest.approx(1, abs=0.01)
-        assert row.step_ratio == pytest.approx(1, abs=0.05)
-        assert row.memory_ratio == pytest.approx(1, abs=0.05)
+        # Before PyTorch 2.13 weights of 4 bits are copied once more than is counted.
+        assert row.step_ratio == pytest.approx(1, abs=0.06)
+        assert row.memory_ratio == pytest.approx(1, abs=0.06)
 
 
 def mlp():
@@ -193,6 +197,10 @@ def test_the_model_stays_as_it_is():
             assert torch.equal(values, before[name])
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.11"),
+    reason="this PyTorch does not know a fake number's value: weights are asked for",
+)
 def test_no_layer_is_dropped():
     """Where LayerDrop draws by chance, what is counted is that it drops none."""
     options = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2}

@@ -261,7 +261,11 @@ def spread_gradients(*, reentrant):
 
 def test_where_the_model_is_spread_over_devices(monkeypatch):
     """Layers are not run as such there, and checkpointing changes nothing."""
-    found = spread_gradients(reentrant=True)
+    try:
+        found = spread_gradients(reentrant=True)
+    except RuntimeError as error:  # older PyTorch refuses it itself
+        assert "use_reentrant" in str(error)
+        return
     for name, gradient in spread_gradients(reentrant=False).items():
         torch.testing.assert_close(found[name], gradient)
 
