@@ -97,7 +97,8 @@ class Rounds(Generic[Plan, Answers]):
         self._why = why
         self._plan: Plan | None = None
         self._record: Record | None = None
-        self._plan_s = 0.0
+        self._plan_s = self._began = 0.0
+        self._start_metrics: Mapping[str, float] = {}
 
     def restart(self) -> None:
         """Begin a run: its first round has to succeed, whatever went before."""
@@ -106,6 +107,7 @@ class Rounds(Generic[Plan, Answers]):
             0 if self._record is not None else self._method.server_round
         )
         self._plan = self._record = None
+        self._start_metrics = {}
 
     def plan(
         self,
@@ -136,7 +138,7 @@ class Rounds(Generic[Plan, Answers]):
         UserError
             In the run's first round: too few devices connected, or no plan for them.
         """
-        self._plan = None
+        self._plan, self._began = None, time.perf_counter()
         try:
             devices = wait_for_devices(
                 connected,
@@ -171,13 +173,26 @@ class Rounds(Generic[Plan, Answers]):
         return None if record.skipped else record.figures()
 
     def report(self, server_round: int, metrics: Mapping[str, object]) -> None:
-        """Hand on the round's record, with those of its metrics that are numbers."""
+        """Hand on the round's record, with those of its metrics that are numbers.
+
+        Those of round 0, the model that a run starts from, go with its first record.
+        """
+        numbers = {name: float(v) for name, v in metrics.items() if _is_number(v)}  # type: ignore[arg-type]
+        if server_round == 0:
+            self._start_metrics = numbers
         record = self._record
         if record is None or record.server_round != server_round:
             return
+        start_metrics, self._start_metrics = self._start_metrics, {}
         if self.on_round is not None:
-            numbers = {name: float(v) for name, v in metrics.items() if _is_number(v)}  # type: ignore[arg-type]
-            self.on_round(replace(record, metrics=numbers))
+            self.on_round(
+                replace(
+                    record,
+                    metrics=numbers,
+                    start_metrics=start_metrics,
+                    measured_round_s=time.perf_counter() - self._began,
+                )
+            )
 
 
 class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):

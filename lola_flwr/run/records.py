@@ -86,6 +86,10 @@ class Record(ABC):
         Why the round did not take place; None if it did.
     metrics
         Evaluation of the model after this round, by metric; empty where none was made.
+    start_metrics
+        In the run's first record: evaluation of the model that it started from.
+    measured_round_s
+        How long the round took here, from waiting for devices to its evaluation.
     """
 
     server_round: int
@@ -96,6 +100,8 @@ class Record(ABC):
     train_loss: float | None = None
     skipped: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    start_metrics: Mapping[str, float] = field(default_factory=dict)
+    measured_round_s: float = 0.0
 
     def lines(self) -> list[str]:
         """Return the record as log lines."""
@@ -135,7 +141,8 @@ class Record(ABC):
         """
         values = {**_all_fields(), **asdict(self)}
         values["bound_s"] = _finite(values["bound_s"])
-        values["metrics"] = {k: _finite(v) for k, v in self.metrics.items()}
+        for name in ("metrics", "start_metrics"):
+            values[name] = {k: _finite(v) for k, v in values[name].items()}
         return json.dumps(values, allow_nan=False)
 
 

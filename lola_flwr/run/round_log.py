@@ -69,8 +69,9 @@ def _read_record(line: str, where: str) -> Record:
         values = json.loads(line)
         blocks = tuple(_known(BlockRecord, block) for block in values.pop("blocks", ()))
         values["bound_s"] = _or_nan(values.get("bound_s"))
-        metrics = values.get("metrics", {})
-        values["metrics"] = {name: _or_nan(value) for name, value in metrics.items()}
+        for name in ("metrics", "start_metrics"):
+            metrics = values.get(name, {})
+            values[name] = {metric: _or_nan(value) for metric, value in metrics.items()}
         if values.get("exchanges"):
             return _known(StepRecord, values)
         return _known(RoundRecord, {**values, "blocks": blocks})

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,12 +73,14 @@ def tracking(
             stack.push(partial(_close, name, tracker))
 
         def track(record: Record) -> None:
-            values = figures(record)
-            for name, log_round in started:
+            rounds = [(record.server_round, figures(record))]
+            if start := _known(record.start_metrics):
+                rounds.insert(0, (0, start))
+            for (name, log_round), (number, values) in product(started, rounds):
                 # A run is worth more than its curves: a tracker out of reach is said,
                 # and the rounds go on.
                 try:
-                    log_round(record.server_round, values)
+                    log_round(number, values)
                 except Exception as error:
                     _logger.warning("tracker %s: %s", name, str(error))
 
@@ -134,6 +137,10 @@ def figures(record: Record) -> dict[str, float]:
             "bytes/sent": record.sent_bytes,
             "bytes/received": record.received_bytes,
         }
+    return _known(values)
+
+
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
     return {
         k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)
     }

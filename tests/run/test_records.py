@@ -25,7 +25,14 @@ BLOCK = BlockRecord(
 )
 RECORDS = [
     RoundRecord(
-        1, 3, 3.0, bound_s=2.5, blocks=(BLOCK,), metrics={"accuracy": 0.5}, round_s=3.0
+        1,
+        3,
+        3.0,
+        bound_s=2.5,
+        blocks=(BLOCK,),
+        metrics={"accuracy": 0.5},
+        start_metrics={"accuracy": 0.25},
+        round_s=3.0,
     ),
     RoundRecord(2, 3, 3.0, skipped="nobody there", refused={"late": 2}),
 ]

@@ -22,6 +22,7 @@ RECORDS = [
         observed_s=2.5,
         train_loss=1.0 / number,
         metrics={"accuracy": 0.25 * number} if number == 2 else {},
+        start_metrics={"accuracy": 0.125} if number == 1 else {},
         refused={"late": 1},
     )
     for number in (1, 2)
@@ -116,7 +117,8 @@ def test_tensorboard(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     loss = [(event.step, event.value) for event in events.Scalars("train_loss")]
     assert loss == [(1, 1.0), (2, 0.5)]
-    assert [event.value for event in events.Scalars("accuracy")] == [0.5]
+    accuracy = [(event.step, event.value) for event in events.Scalars("accuracy")]
+    assert accuracy == [(0, 0.125), (2, 0.5)]
     (text,) = events.Tensors("config/text_summary")
     assert "| task | cola |" in text.tensor_proto.string_val[0].decode()
 
@@ -158,5 +160,5 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog
     with tracking(["mlflow"], tmp_path, CONFIG) as track:
         for record in RECORDS:
             track(record)
-    assert seen == [1, 2]
+    assert seen == [0, 1, 2]
     assert "tracker mlflow: out of reach" in caplog.text

@@ -428,6 +428,7 @@ def test_evaluations_are_part_of_the_records():
         evaluate_fn=lambda step, arrays: MetricRecord({"accuracy": step / 10}),
     )
     assert [r.metrics for r in records] == [{"accuracy": 0.1}, {"accuracy": 0.2}]
+    assert [r.start_metrics for r in records] == [{"accuracy": 0.0}, {}]
     assert result.evaluate_metrics_serverapp[2]["accuracy"] == 0.2
 
 

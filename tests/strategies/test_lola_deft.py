@@ -224,13 +224,17 @@ def test_evaluation_belongs_to_the_round(federation):
         on_round=records.append,
         evaluate_fn=lambda server_round, arrays, config: (
             (0.25, {"accuracy": 0.5, "note": "text", "flag": True})
-            if server_round == 2
+            if server_round in (0, 2)
             else None
         ),
     )
     server.fit(num_rounds=2, timeout=None)
     assert records[0].metrics == {}
     assert records[1].metrics == {"loss": 0.25, "accuracy": 0.5}
+    # What the run started from has no record of its own.
+    assert records[0].start_metrics == {"loss": 0.25, "accuracy": 0.5}
+    assert records[1].start_metrics == {}
+    assert all(record.measured_round_s > 0 for record in records)
 
 
 def test_further_configuration_reaches_the_devices(federation):

@@ -303,12 +303,16 @@ def test_evaluation_belongs_to_the_round(federation):
         2,
         evaluate_fn=lambda server_round, arrays: (
             MetricRecord({"loss": 0.25, "accuracy": 0.5, "curve": [1.0]})
-            if server_round == 2
+            if server_round in (0, 2)
             else None
         ),
     )
     assert records[0].metrics == {}
     assert records[1].metrics == {"loss": 0.25, "accuracy": 0.5}
+    # What the run started from has no record of its own.
+    assert records[0].start_metrics == {"loss": 0.25, "accuracy": 0.5}
+    assert records[1].start_metrics == {}
+    assert all(record.measured_round_s > 0 for record in records)
 
 
 def evaluating_nodes(grid):
