@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 _HERE = files("lola_flwr.report")
 _NOTEBOOK_HEIGHT = 900
+# The rest is under the configuration.
+_TOLD_VERSIONS = ("lola-flwr", "flwr", "torch", "python")
+# Later ones use what earlier ones define.
+_SCRIPT = (
+    *("helpers", "files", "line_chart", "heat_map"),
+    *("bars", "curves", "maps", "page"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Report:
     runs
         The runs; their names are made different.
     title
-        Heading of the page.
+        Heading of the page (default: whether it is about runs or a plan).
 
     Raises
     ------
@@ -42,12 +49,22 @@ class Report:
     """
 
     runs: Sequence[Run]
-    title: str = "lola-flwr report"
+    title: str = ""
 
     def __post_init__(self) -> None:
         """Check that there is something to report."""
         if not self.runs:
             raise UserError("A report needs at least one run.")
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether nothing in it has taken place."""
+        return all(run.is_plan for run in self.runs)
+
+    @property
+    def heading(self) -> str:
+        """The title, or what stands for it."""
+        return self.title or f"lola-flwr {'plan' if self.is_plan else 'report'}"
 
     def html(self) -> str:
         """Return the page."""
@@ -57,10 +74,12 @@ class Report:
             for run, name in zip(self.runs, names, strict=True)
         ]
         return _template().render(
-            title=self.title,
+            title=self.heading,
             runs=list(zip(names, self.runs, strict=True)),
+            facts=_side_by_side([_facts(run) for run in self.runs]),
             metrics=_union(run.metric_names for run in self.runs),
-            is_plan=all(run.is_plan for run in self.runs),
+            is_plan=self.is_plan,
+            learns=any(run.learns for run in self.runs),
             config=_side_by_side([run.config for run in self.runs]),
             versions=_side_by_side(
                 [run.description.get("versions", {}) for run in self.runs]
@@ -69,7 +88,7 @@ class Report:
             style=_asset("vendor/uplot-1.6.32.min.css") + _asset("report.css"),
             charts=_asset("vendor/uplot-1.6.32.min.js"),
             charts_licence=_asset("vendor/LICENSE.uplot"),
-            script=_asset("report.js"),
+            script=_script(),
         )
 
     def save(self, path: str | Path) -> Path:
@@ -87,10 +106,10 @@ class Report:
 
     def _repr_html_(self) -> str:
         """Show the page in a notebook, apart from the notebook's own style."""
+        page, title = html.escape(self.html()), html.escape(self.heading)
         return (
-            f'<iframe srcdoc="{html.escape(self.html())}" style="width:100%;'
-            f'height:{_NOTEBOOK_HEIGHT}px;border:0" title="{html.escape(self.title)}">'
-            "</iframe>"
+            f'<iframe srcdoc="{page}" style="width:100%;'
+            f'height:{_NOTEBOOK_HEIGHT}px;border:0" title="{title}"></iframe>'
         )
 
 
@@ -101,8 +120,13 @@ def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     environment.filters["size"] = _size
-    environment.filters["moment"] = _moment
     return environment.from_string(_asset("page.html.j2"))
+
+
+def _script() -> str:
+    """Return the parts of the page's script as one, whose names are its own."""
+    parts = "\n".join(_asset(f"script/{name}.js") for name in _SCRIPT)
+    return f"(() => {{\n{parts}}})();\n"
 
 
 @cache
@@ -123,12 +147,48 @@ def _size(value: int | None) -> str:
     return "–" if value is None else si(value, "B")
 
 
+def _facts(run: Run) -> dict[str, str]:
+    """Return when and with what a run was made, and whether it did what it should."""
+    facts = {}
+    if run.description.get("started"):
+        facts["started"] = _moment(run.description["started"])
+    if run.duration_s:
+        facts["rounds took here"] = _duration(run.duration_s)
+    if not run.is_plan:
+        done, asked = len(run.rounds), run.num_planned_rounds
+        facts["finished"] = "yes" if done >= asked else f"no: {done} of {asked} rounds"
+    target_s = run.latency_target_s
+    if target_s:
+        within = run.num_within_target
+        said = "reached" if within == len(run.rounds) else "not reached"
+        facts["latency target"] = (
+            f"{_number(target_s)} s a round: {said}, {within} of {len(run.rounds)} "
+            "rounds within it"
+        )
+    elif target_s is not None:
+        facts["latency target"] = "none"
+    versions = run.description.get("versions", {})
+    told = [f"{n} {versions[n]}" for n in _TOLD_VERSIONS if versions.get(n)]
+    if told:
+        facts["versions"] = ", ".join(told)
+    return facts
+
+
 def _moment(started: object) -> str:
     """Return when a run started, as people write it; as it stands if it is no time."""
     try:
         return f"{datetime.fromisoformat(str(started)):%Y-%m-%d %H:%M} UTC"
     except ValueError:
         return str(started)
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration as people write it: its two largest units."""
+    minutes, left = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.3g} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s"
 
 
 def _different(names: Sequence[str]) -> list[str]:

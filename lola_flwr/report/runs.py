@@ -79,7 +79,46 @@ class Run:
     @property
     def metric_names(self) -> list[str]:
         """Names of the metrics that any round has, in their order."""
-        return list(dict.fromkeys(name for r in self.rounds for name in r.metrics))
+        found = (n for r in self.rounds for n in (*r.start_metrics, *r.metrics))
+        return list(dict.fromkeys(found))
+
+    @property
+    def num_planned_rounds(self) -> int:
+        """Rounds that the configuration asks for; those that there are if unknown."""
+        asked = self.config.get("rounds")
+        return asked if isinstance(asked, int) else len(self.rounds)
+
+    @property
+    def duration_s(self) -> float:
+        """How long the rounds took here; 0 if the log does not tell."""
+        return sum(record.measured_round_s for record in self.rounds)
+
+    @property
+    def latency_target_s(self) -> float | None:
+        """What a round was to take at most; 0 if any time, None if not known."""
+        target = self.config.get("latency-target-s")
+        return float(target) if isinstance(target, (int, float)) else None
+
+    @property
+    def num_within_target(self) -> int:
+        """Rounds that took place and no longer than the target."""
+        target_s = (self.latency_target_s or math.inf) * (1 + 1e-9)
+        return sum(r.skipped is None and r.observed_s <= target_s for r in self.rounds)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has any metric or loss to show."""
+        figures = (
+            value
+            for r in self.rounds
+            for value in (r.train_loss, *r.start_metrics.values(), *r.metrics.values())
+        )
+        return any(value is not None and math.isfinite(value) for value in figures)
+
+    @property
+    def start(self) -> Mapping[str, float]:
+        """Evaluation of the model that the run started from."""
+        return self.rounds[0].start_metrics
 
     @property
     def refused(self) -> Mapping[str, int]:
@@ -91,12 +130,18 @@ class Run:
 
     def total_bytes(self, name: str) -> int | None:
         """Sum a count of bytes over all rounds; None if the log does not hold it."""
-        counts = [_count(block, name) for r in self.rounds for block in _blocks(r)]
-        # A model that is spread over devices has no blocks of theirs.
-        steps = [r for r in self.rounds if isinstance(r, StepRecord)]
-        counts += [getattr(step, name, None) for step in steps]
-        known = [count for count in counts if count is not None]
+        known = [count for count in self._bytes(name) if count is not None]
         return round(sum(known)) if known else None
+
+    def _bytes(self, name: str) -> list[float | None]:
+        """Return a count of bytes of each round; None where it is not known."""
+        counts = []
+        for record in self.rounds:
+            # A model that is spread over devices has no blocks of theirs.
+            parts = [record] if isinstance(record, StepRecord) else _blocks(record)
+            known = [count for part in parts if (count := _count(part, name))]
+            counts.append(sum(known) if known else None)
+        return counts
 
     def last(self, metric: str) -> float | None:
         """Return the last value of a metric; None if the run has none."""
@@ -137,7 +182,11 @@ class Run:
                     for name in self.metric_names
                 },
             },
+            "start_metrics": dict(
+                zip(self.start, _rounded(self.start.values()), strict=True)
+            ),
             "refused": [sum(_refused(record).values()) for record in self.rounds],
+            "bytes": {name: _rounded(self._bytes(name)) for name in _COUNTS},
             "devices": devices,
             "statuses": statuses,
             "num_blocks": max((b.block_index + b.depth for b in blocks), default=0),
@@ -168,7 +217,7 @@ def _refused(record: Record) -> Mapping[str, int]:
     return record.refused if isinstance(record, RoundRecord) else {}
 
 
-def _count(block: BlockRecord, name: str) -> float | None:
+def _count(block: BlockRecord | StepRecord, name: str) -> float | None:
     """Return a count of bytes; None where the record holds none."""
     return getattr(block, name, 0) or None
 

@@ -193,6 +193,8 @@ def run_directory(output_dir: str, run_id: int) -> Path:
 def describe_run(directory: Path, *, app: str, config: Mapping[str, Any]) -> None:
     """Write ``run.json``: what was run, how it was configured, and with what versions.
 
+    A run that goes on keeps the time that it began.
+
     Parameters
     ----------
     directory
@@ -210,7 +212,7 @@ def describe_run(directory: Path, *, app: str, config: Mapping[str, Any]) -> Non
     description = {
         "app": app,
         "config": dict(config),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": _started(directory / "run.json"),
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in _PACKAGES},
@@ -219,6 +221,15 @@ def describe_run(directory: Path, *, app: str, config: Mapping[str, Any]) -> Non
     text = json.dumps(description, indent=2) + "\n"
     with replacing(directory / "run.json") as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def _started(path: Path) -> str:
+    """Return when the run began that is described there; now if none is."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return now
 
 
 def _version(package: str) -> str | None:

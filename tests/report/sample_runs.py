@@ -59,6 +59,10 @@ def sample_run(name, *, num_devices=8, num_rounds=12, mode=None, seed=0):
                 wireless_s=wireless_s,
                 refused={"not finite": lost} if lost else {},
                 train_loss=0.7 - 0.4 * progress,
+                start_metrics={"loss": 0.7, "accuracy": 0.5}
+                if record.server_round == 1
+                else {},
+                measured_round_s=1.5,
                 metrics={"loss": 0.7 - 0.3 * progress, "accuracy": 0.5 + 0.4 * progress}
                 if record.server_round % 2 == 0
                 else {},

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.resources import files
+from xml.etree import ElementTree
 
 import pytest
 
 from lola_flwr.planning import named_model_costs, plan_rounds
 from lola_flwr.report import Report, Run
+from lola_flwr.run.records import StepRecord
 from lola_flwr.system.fleet_file import generate_fleet
 from tests.report.chromium import chromium
 from tests.report.sample_runs import HOSTILE, sample_run
@@ -58,6 +65,24 @@ def colors(page, selector):
         selector,
     )
 
+
+# How many pixels of a canvas have exactly the page's colors of some names.
+PIXELS = """
+const canvas = document.querySelector(arguments[0]);
+const { data } = canvas.getContext("2d")
+    .getImageData(0, 0, canvas.width, canvas.height);
+const style = getComputedStyle(document.documentElement);
+return arguments[1].map((name) => {
+    const hex = parseInt(style.getPropertyValue(`--${name}`).trim().slice(1), 16);
+    const wanted = [hex >> 16, (hex >> 8) & 255, hex & 255];
+    let count = 0;
+    for (let at = 0; at < data.length; at += 4) {
+        count += data[at + 3] === 255 &&
+            wanted.every((value, i) => data[at + i] === value);
+    }
+    return count;
+});
+"""
 
 CANVASES = [
     *("#by-time canvas", "#by-round canvas", "#latency-chart canvas"),
@@ -149,42 +174,58 @@ def test_a_hostile_name_stays_text(page):
     assert number_of(page, "b") == 0
 
 
+# What reaches beyond the window, or beyond a box that hides what is too wide.
 WIDE = """
 const width = document.documentElement.clientWidth;
-return [...document.querySelectorAll("main *")].filter((one) => {
+return [...document.querySelectorAll("body *:not(.skip)")].filter((one) => {
     const box = one.getBoundingClientRect();
-    return box.width > 0 && box.right > width + 1;
+    const cuts = getComputedStyle(one).overflowX !== "visible";
+    return box.width > 0 &&
+        (box.right > width + 1 || (cuts && one.scrollWidth > one.clientWidth + 1));
 }).map((one) => one.outerHTML.slice(0, 80));
 """
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 768, 1280])
-def test_nothing_is_cut_off(page, width, theme):
+@contextmanager
+def screen(page, width, theme="light"):
+    """A window of some width, and the page in a theme."""
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
     )
     try:
-        while (
-            page.execute_script("return document.documentElement.dataset.theme")
-            != theme
-        ):
+        shown = "return document.documentElement.dataset.theme"
+        while page.execute_script(shown) != theme:
             find(page, "#theme").click()
+        yield
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_nothing_is_cut_off(page, width, theme):
+    with screen(page, width, theme):
         assert page.execute_script(WIDE) == []
         names = page.find_elements("css selector", "#timeline .name")
         shown = [name.text for name in names if name.get_attribute("role") == "cell"]
         assert len(set(shown)) == len(shown) > 1
-        if width < 500:
-            # A name has a line of its own, and as many as it needs.
-            assert all(
-                page.execute_script(
-                    "return arguments[0].scrollWidth <= arguments[0].clientWidth", name
-                )
-                for name in names
-            )
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"device-{number:04d}" for number in range(30)],
+        [f"greenhouse-in-the-north-{number}" for number in range(30)],
+        [f"{number}-greenhouse-in-the-north" for number in range(30)],
+        [f"greenhouse-{number}-in-the-north" for number in range(30)],
+    ],
+)
+def test_short_labels_of_devices_stay_different(page, names):
+    helpers = files("lola_flwr.report").joinpath("script/helpers.js").read_text()
+    labels = page.execute_script(f"{helpers} return shortened(arguments[0], 16)", names)
+    assert len(set(labels)) == len(names)
+    assert max(map(len, labels)) <= 16
 
 
 def test_the_legend_shows_last_values_until_something_is_pointed_at(page):
@@ -202,7 +243,34 @@ def test_lines_that_lie_on_one_another_differ_in_dash_and_words(page):
         (marker) => getComputedStyle(marker).borderTopStyle)"""
     )
     assert dashes[1:] == ["solid", "dashed", "dotted"]
-    assert "no allocation would have been faster" in find(page, "#coincide").text
+    assert "Planned and bound coincide; no" in find(page, "#coincide").text
+    assert find(page, "#alike").text == "Round by round exact and crunch coincide."
+    dashes = page.execute_script(
+        """return [...document.querySelectorAll("#by-round .u-marker")].map(
+        (marker) => getComputedStyle(marker).borderTopStyle)"""
+    )
+    assert dashes[1:] == ["solid", "dashed"]
+
+
+def test_what_is_not_known_coincides_with_nothing(browser, tmp_path):
+    rounds = [
+        replace(record, bound_s=math.nan) for record in sample_run("exact").rounds
+    ]
+    browser.get(Report([Run("a", rounds)]).save(tmp_path / "report.html").as_uri())
+    assert find(browser, "#coincide").text == ""
+    assert "bound" not in find(browser, "#latency-chart").text
+
+
+def test_a_model_that_is_spread_has_no_sections_of_blocks(browser, tmp_path):
+    steps = [
+        StepRecord(n, 4, 2.0 * n, 2.0, 2.0, 0.5, sent_bytes=7_000_000) for n in (1, 2)
+    ]
+    browser.get(Report([Run("a", steps)]).save(tmp_path / "report.html").as_uri())
+    assert not any(
+        find(browser, place).is_displayed()
+        for place in ("#round", "#who", "#memory", "nav [href='#who']")
+    )
+    assert find(browser, "#bytes-chart .u-series:nth-child(2) .u-value").text == "7"
 
 
 def test_a_plan_is_called_a_plan(browser, tmp_path):
@@ -210,14 +278,21 @@ def test_a_plan_is_called_a_plan(browser, tmp_path):
     path = Report([Run("plan", records)]).save(tmp_path / "plan.html")
     browser.get(path.as_uri())
     text = find(browser, "body").text
+    assert find(browser, "h1").text == browser.title == "lola-flwr plan"
     assert "A plan:" in text
-    assert "observed" not in text.lower()
-    assert not find(browser, "#learning").is_displayed()
-    # One point alone is seen, too.
-    assert colors(browser, "#latency-chart canvas") > 3
+    for word in ("observed", "accepted", "reported", "refused", "learning", "run"):
+        assert not re.search(rf"\b{word}\b", text, re.IGNORECASE), word
+    assert number_of(browser, "#learning, #refused") == 0
+    # One point alone is seen, and both of its lines.
+    shown = browser.execute_script(
+        PIXELS, "#latency-chart canvas", ["compute", "bound"]
+    )
+    assert min(shown) > 10
 
 
-def test_charts_and_rounds_can_be_saved(page):
+@pytest.fixture
+def saves(page):
+    """Gives the name and the address of what is saved, or its text if it is one."""
     page.execute_script(
         """window.saved = [];
         HTMLAnchorElement.prototype.click = function () {
@@ -225,13 +300,44 @@ def test_charts_and_rounds_can_be_saved(page):
         };
         URL.createObjectURL = (blob) => { window.blob = blob; return "blob:x"; };"""
     )
-    find(page, "#latency .save").click()
-    find(page, "#table").click()
-    (chart, image), (table, _) = page.execute_script("return window.saved")
-    assert chart.endswith(".png")
-    assert image.startswith("data:image/png;base64,")
-    assert table == "exact.csv"
-    text = page.execute_async_script("window.blob.text().then(arguments[0])")
+
+    def save(selector):
+        page.execute_script("arguments[0].click()", find(page, selector))
+        name, address = page.execute_script("return window.saved.pop()")
+        if address.startswith("data:"):
+            return name, address
+        return name, page.execute_async_script("window.blob.text().then(arguments[0])")
+
+    return save
+
+
+def test_every_chart_can_be_saved_as_an_image(page, saves):
+    for figure in ("#learning", "#latency", "#who", "#bytes"):
+        name, image = saves(f"{figure} .save")
+        assert name.endswith(".png")
+        assert image.startswith("data:image/png;base64,")
+    for bars in ("#round", "#memory"):
+        name, text = saves(f"{bars} .save")
+        assert name.endswith(".svg")
+        drawing = ElementTree.fromstring(text)
+        tracks = number_of(page, f"{bars} .track")
+        svg = "{http://www.w3.org/2000/svg}"
+        assert len(drawing.findall(f"{svg}rect")) > 2 * tracks
+        assert HOSTILE[:64] in [text.text for text in drawing.iter(f"{svg}text")]
+
+
+def test_a_curve_is_saved_with_what_the_run_started_from(page, saves):
+    name, text = saves("#by-round-figure .save:last-child")
+    assert name == "Learning, against rounds.csv"
+    header, start, first, *_ = csv.reader(text.splitlines())
+    assert header == ["round", "exact", "crunch"]
+    assert start == ["0", "0.5", "0.5"]
+    assert first[0] == "2"
+
+
+def test_rounds_can_be_saved(page, saves):
+    name, text = saves("#table")
+    assert name == "exact.csv"
     rows = list(csv.DictReader(text.splitlines()))
     run = page.execute_script(
         "return JSON.parse(document.querySelector('#data').textContent)[0]"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -142,6 +145,78 @@ def test_a_hundred_rounds_of_fifty_devices_stay_small():
     ]
     assert 98 * 50 < sum(active) <= 99 * 50
     assert len(Report([run]).html().encode()) < 5e6
+
+
+def facts(run):
+    """Return what the page's second table says of a run."""
+    (table,) = re.findall(
+        r'<table class="runs facts">(.*?)</table>', Report([run]).html(), re.DOTALL
+    )
+    return dict(re.findall(r'data-label="(.*?)">(.*?)</td>', table))
+
+
+def test_what_a_run_was_is_summed_up(runs):
+    config = {"rounds": 12, "latency-target-s": 1000.0}
+    versions = {"lola-flwr": "0.1.0", "flwr": "1.41.0", "torch": "2.13.0", "x": "1"}
+    started = "2026-11-28T21:30:05+00:00"
+    description = {"config": config, "versions": versions, "started": started}
+    run = replace(runs[0], description=description)
+    assert facts(run) == {
+        "started": "2026-11-28 21:30 UTC",
+        # A round that was skipped tells no time.
+        "rounds took here": "16.5 s",
+        "finished": "yes",
+        "latency target": "1000 s a round: not reached, 11 of 12 rounds within it",
+        "versions": "lola-flwr 0.1.0, flwr 1.41.0, torch 2.13.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.25, "0.25 s"), (75, "1 min 15 s"), (7400, "2 h 3 min")]
+)
+def test_a_duration_is_said_in_its_largest_units(seconds, said):
+    record = StepRecord(1, 4, 2.0, exchanges=1, measured_round_s=seconds)
+    assert facts(Run("a", [record]))["rounds took here"] == said
+
+
+@pytest.mark.parametrize(
+    ("target_s", "said"),
+    [
+        (0.0, "none"),
+        (2.0, "2 s a round: reached, 2 of 2 rounds within it"),
+        (1.9, "1.9 s a round: not reached, 0 of 2 rounds within it"),
+    ],
+)
+def test_whether_the_target_was_reached(target_s, said):
+    rounds = [StepRecord(n, 4, 2.0 * n, 2.0, 2.0, exchanges=1) for n in (1, 2)]
+    config = {"rounds": 3, "latency-target-s": target_s}
+    told = facts(Run("a", rounds, {"config": config}))
+    assert told["latency target"] == said
+    assert told["finished"] == "no: 2 of 3 rounds"
+
+
+def test_a_run_that_goes_on_began_when_it_began(tmp_path):
+    describe_run(tmp_path, app="app", config={})
+    path = tmp_path / "run.json"
+    then = json.loads(path.read_text()) | {"started": "2026-01-01T00:00:00+00:00"}
+    path.write_text(json.dumps(then))
+    describe_run(tmp_path, app="app", config={"rounds": 2})
+    now = json.loads(path.read_text())
+    assert (now["started"], now["config"]) == (then["started"], {"rounds": 2})
+
+
+def test_what_a_run_started_from_is_in_the_data(page):
+    for shown in json.loads(page.scripts[0]):
+        assert shown["start_metrics"] == {"loss": 0.7, "accuracy": 0.5}
+
+
+def test_without_figures_there_is_no_learning(page):
+    rounds = [StepRecord(1, 4, 2.0, exchanges=1, train_loss=math.nan)]
+    learning = [
+        "learning" in [attributes.get("id") for _, attributes in shown.elements]
+        for shown in (page, Page(Report([Run("a", rounds)]).html()))
+    ]
+    assert learning == [True, False]
 
 
 def test_bytes_of_a_spread_model_are_counted():
