@@ -20,7 +20,6 @@ import pytest
 
 from lola_flwr.cli.main import main
 from tests.report.sample_runs import sample_run
-from tests.tree import modules
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -145,24 +144,6 @@ def test_links_lead_somewhere(name):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[name].read_text()):
         if not link.startswith("http"):
             assert (PAGES[name].parent / link).exists(), link
-
-
-@pytest.mark.slow
-def test_the_site_is_built(tmp_path):
-    pytest.importorskip("mkdocs")
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"),
-            *("--config-file", DOCS / "site" / "mkdocs.yml", "--site-dir", tmp_path),
-        ],
-        check=True,
-        cwd=ROOT,
-    )
-    for module in modules():
-        _, _, path = module.partition(".")
-        if path:
-            page = tmp_path / "reference" / path.partition(".")[0] / "index.html"
-            assert f'id="{module}"' in page.read_text(), module
 
 
 def write_outputs():
