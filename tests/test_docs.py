@@ -1,6 +1,6 @@
 """The documentation's programs and commands: all are run, and what they print is so.
 
-``python -m tests.test_docs`` writes what the programs print into the pages.
+``python -m tests.test_docs`` writes what programs and commands print into the pages.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ WALKS = {
 }
 # A program, and what it prints where the page shows that.
 PROGRAM = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
+# A command, and what it prints where the page shows that.
+SHOWN = re.compile(r"```bash\n(lola-flwr [^\n]*)\n```\n\n```text\n(.*?)```", re.DOTALL)
+# How long this machine took to solve a problem.
+SOLVED_IN = re.compile(r" *\d+\.\d ms")
 COMMANDS = {
     name: [
         line
@@ -67,14 +72,35 @@ def words_of(command):
     return words[1:] if words[0] == "lola-flwr" else words
 
 
+def run_shown(command):
+    """Run a command; return what it prints, a refusal as well, as a page shows it."""
+    out = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
+        patch.setenv("COLUMNS", "100")
+        code = main(words_of(command))
+    printed = "\n".join(map(str.rstrip, out.getvalue().splitlines()))
+    assert (code != 0) == printed.startswith("error: "), command
+    return f"{printed}\n"
+
+
 def is_quick(command):
     return words_of(command)[0] in QUICK
+
+
+def link_checkout(directory):
+    """Put what commands of the pages name into a directory."""
+    for name in ("simulations", "docs"):
+        (directory / name).symlink_to(ROOT / name)
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A directory as the pages assume it: the apps, and two finished runs."""
-    (tmp_path / "simulations").symlink_to(ROOT / "simulations")
+    link_checkout(tmp_path)
     for name in ("exact", "crunch"):
         run = sample_run(name)
         directory = tmp_path / "runs" / name
@@ -99,8 +125,20 @@ def test_programs_print_what_the_page_says(name, workplace):
     "name", [n for n, c in COMMANDS.items() if any(map(is_quick, c))]
 )
 def test_quick_commands_work(name, workplace, capsys):
+    shown = {command for command, _ in SHOWN.findall(PAGES[name].read_text())}
     for command in filter(is_quick, COMMANDS[name]):
+        if command in shown:
+            continue  # below, and some of them are refused
         assert main(words_of(command)) == 0, command
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, path in WALKS.items() if SHOWN.search(path.read_text())]
+)
+def test_commands_print_what_the_page_says(name, workplace):
+    for command, says in SHOWN.findall(PAGES[name].read_text()):
+        printed = run_shown(command)
+        assert SOLVED_IN.sub("", printed) == SOLVED_IN.sub("", says), command
 
 
 @pytest.mark.slow
@@ -147,11 +185,14 @@ def test_links_lead_somewhere(name):
 
 
 def write_outputs():
-    """Put what the pages' programs print into them."""
+    """Put what the pages' programs and commands print into them."""
     for path in WALKS.values():
-        text = path.read_text()
-        if not programs(text):
-            continue
+        text = SHOWN.sub(
+            lambda match: (
+                f"```bash\n{match[1]}\n```\n\n```text\n{run_shown(match[1])}```"
+            ),
+            path.read_text(),
+        )
         printed = iter(run_programs(text))
 
         def filled(match, printed=printed):
@@ -163,4 +204,6 @@ def write_outputs():
 
 
 if __name__ == "__main__":
-    write_outputs()
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        link_checkout(Path(place))
+        write_outputs()

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,17 @@ def test_every_command_is_run_by_a_test():
     assert set(COMMANDS) == {*others, *flower, *RUNS, *PLANS}
 
 
+def check_words(words):
+    """Check what stands behind ``lola-flwr simulate``: app, devices, configuration."""
+    directory, option, _, *overrides = words
+    assert option == "--devices"
+    app = read_app(ROOT / directory)
+    check_config(app, {**app.config, **read_overrides(app, overrides)})
+
+
 @pytest.mark.parametrize("command", RUNS)
 def test_run_configurations_are_valid(command):
-    _, _, directory, *words = shlex.split(command)
-    app = read_app(ROOT / directory)
-    overrides = read_overrides(app, words[2:])
-    assert words[0] == "--devices"
-    check_config(app, {**app.config, **overrides})
+    check_words(shlex.split(command)[2:])
 
 
 @pytest.mark.parametrize("command", PLANS)
@@ -73,6 +78,20 @@ def test_programs_run(program):
 def test_excerpts_stand_in_the_app(excerpt):
     app = ROOT / "simulations" / "quickstart" / "quickstart"
     assert any(excerpt in path.read_text() for path in app.glob("*.py"))
+
+
+def test_each_row_of_a_table_has_its_command():
+    rows = [line for line in README.splitlines() if line.startswith("| ")]
+    for row in rows[1:]:
+        commands = re.findall(r"`([^`]*)`", row.rpartition(" | ")[2])
+        assert commands, row
+        if commands[0].startswith(SIMULATE):
+            check_words(" ".join(commands).split()[2:])
+
+
+def test_apps_list_nothing_that_flower_would_install():
+    for path in (ROOT / "simulations").glob("*/pyproject.toml"):
+        assert tomllib.loads(path.read_text())["project"]["dependencies"] == [], path
 
 
 def test_readme_can_be_read_in_one_go():
