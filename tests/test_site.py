@@ -130,7 +130,9 @@ return [...document.querySelectorAll("article table")].flatMap((table) => {
     const walk = document.createTreeWalker(table, NodeFilter.SHOW_TEXT);
     const words = [];
     while (walk.nextNode()) {
-        for (const word of walk.currentNode.textContent.matchAll(/[\\w.]+/g)) {
+        const isCode = walk.currentNode.parentElement.closest("code");
+        const pattern = isCode ? /\\S+/g : /[\\w.]+/g;
+        for (const word of walk.currentNode.textContent.matchAll(pattern)) {
             range.setStart(walk.currentNode, word.index);
             range.setEnd(walk.currentNode, word.index + word[0].length);
             const tops = [...range.getClientRects()].map((box) => Math.round(box.top));

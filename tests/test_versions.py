@@ -52,7 +52,7 @@ def table():
             # As a person says it: from, then below.
             bounds = sorted(map(str, one.specifier), key=lambda bound: bound[0] == "<")
             rows.append(
-                f"| {one.name}{extras} | {', '.join(bounds)} | {tested} | "
+                f"| `{one.name}{extras}` | {', '.join(bounds)} | {tested} | "
                 f"{purpose}{only} |"
             )
     return "\n".join(rows) + "\n"
@@ -65,7 +65,7 @@ def test_the_page_says_what_is_declared():
 
 def test_everything_that_users_install_is_there():
     shown = table()
-    for need in ("flwr |", "torch |", "peft |", "`[simulation]`", "`[adapters]`"):
+    for need in ("`flwr` |", "`torch` |", "`peft` |", "`[simulation]`", "`[adapters]`"):
         assert need in shown
     assert "`[dev]`" not in shown
 

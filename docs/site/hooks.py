@@ -40,3 +40,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
         return f"{match[1]} (`{target.relative_to(docs.parent)}`)"
 
     return re.sub(r"\[([^]]*)\]\((\.\./[^)#]*)\)", named, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark the words of code in tables, which are not to be broken at their hyphens."""
+
+    def words(code: re.Match[str]) -> str:
+        return re.sub(r"\S+", r"<span>\g<0></span>", code[0])
+
+    def cells(table: re.Match[str]) -> str:
+        return re.sub(r"(?<=<code>)[^<]+(?=</code>)", words, table[0])
+
+    return re.sub(r"<table>.*?</table>", cells, html, flags=re.DOTALL)
