@@ -60,7 +60,7 @@ def table():
 
 def test_the_page_says_what_is_declared():
     (shown,) = TABLE.findall(PAGE.read_text())
-    assert shown == table()
+    assert shown == table(), "`python -m tests.test_versions` writes it"
 
 
 def test_everything_that_users_install_is_there():
