@@ -54,9 +54,13 @@ def without_measurements(records):
     ]
 
 
+def saved(directory):
+    names = TASKS["acceptability"].class_names
+    return load_classifier(str(directory), num_labels=len(names), class_names=names)
+
+
 def saved_model(directory):
-    model, _ = load_classifier(str(directory / "out" / "model"), num_labels=2)
-    return model
+    return saved(directory / "out" / "model")[0]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +177,7 @@ def test_adapters_are_saved_as_such_and_merged(initialisation, tmp_path):
         block["status"] for record in rounds_of(tmp_path) for block in record["blocks"]
     } == {"accepted"}
     initial, _ = load_classifier("random:roberta-tiny", num_labels=2)
-    merged, tokenizer = load_classifier(str(tmp_path / "out" / "merged"), num_labels=2)
+    merged, tokenizer = saved(tmp_path / "out" / "merged")
     for name, values in merged.named_parameters():
         changed = not torch.equal(values, initial.get_parameter(name))
         assert changed == ("query.w" in name or "value.w" in name or "class" in name)

@@ -53,7 +53,7 @@ id lola >/dev/null 2>&1 ||
 [ -x "$prefix/bin/python" ] || "$python" -m venv "$prefix"
 if [ -n "${LOLA_WORKER_PYTHON:-}" ]; then
     # The worker's own Python has PyTorch; this one carries messages.
-    "$prefix/bin/pip" install --quiet "$flwr" "numpy>=1.26,<3"
+    "$prefix/bin/pip" install --quiet "$flwr" "numpy>=2,<3"
     "$prefix/bin/pip" install --quiet --no-deps "$package"
 else
     "$prefix/bin/pip" install --quiet "$flwr" "$package"
