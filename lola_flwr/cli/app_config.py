@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import tomli_w
 
-from lola_flwr.errors import UserError, nearest
+from lola_flwr.errors import UserError, nearest, reason_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ class FlowerApp:
     schema
         ``"package.module:RunConfig"`` that checks the configuration: ``run-config`` of
         ``[tool.lola-flwr]``; None if the app names none.
+    check
+        ``"package.module:check"``, called with the configuration and the number of
+        devices before anything starts: ``check`` of ``[tool.lola-flwr]``.
     """
 
     directory: Path
     name: str
     config: Mapping[str, Any]
     schema: str | None = None
+    check: str | None = None
 
 
 def read_app(directory: Path) -> FlowerApp:
@@ -64,11 +69,13 @@ def read_app(directory: Path) -> FlowerApp:
             f"{directory} is no Flower app, its pyproject.toml has no [tool.flwr.app]; "
             "give the app's directory, such as simulations/glue."
         )
+    own = tool.get("lola-flwr", {})
     return FlowerApp(
         directory=directory,
         name=str(document.get("project", {}).get("name", directory.resolve().name)),
         config=dict(_flat(app.get("config", {}))),
-        schema=tool.get("lola-flwr", {}).get("run-config"),
+        schema=own.get("run-config"),
+        check=own.get("check"),
     )
 
 
@@ -110,22 +117,68 @@ def check_config(app: FlowerApp, config: Mapping[str, Any]) -> None:
     UserError
         What the schema says; or the app names a schema that cannot be imported.
     """
-    if app.schema is None:
+    schema = schema_of(app)
+    if schema is not None:
+        schema.from_run_config(config)
+
+
+def check_start(app: FlowerApp, config: Mapping[str, Any], num_devices: int) -> None:
+    """Let the app say what would else end its run after everything has started.
+
+    Parameters
+    ----------
+    app
+        The app; one that offers no check is taken to start.
+    config
+        Its run configuration.
+    num_devices
+        Devices that will be simulated.
+
+    Raises
+    ------
+    UserError
+        What the check says; or it cannot be imported, or fails itself.
+    """
+    check = _named(app, "check", app.check)
+    if check is None:
         return
-    with _importable(app.directory):
-        try:
-            schema = resolve_name(app.schema)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"run-config={app.schema!r} in {app.directory}/pyproject.toml cannot "
-                f"be imported: {error}."
-            ) from None
-    schema.from_run_config(config)
+    disabled = logging.root.manager.disable
+    # The run itself will warn of the same.
+    logging.disable(logging.WARNING)
+    try:
+        with _importable(app.directory):
+            check(config, num_devices)
+    except UserError:
+        raise
+    # It is the app's code.
+    except Exception as error:
+        raise UserError(
+            f"check={app.check!r} of {app.directory} fails: {reason_of(error)}."
+        ) from error
+    finally:
+        logging.disable(disabled)
+
+
+def schema_of(app: FlowerApp) -> Any:
+    """Return what checks an app's configuration; None if the app names nothing.
+
+    Raises
+    ------
+    UserError
+        It cannot be imported.
+    """
+    return _named(app, "run-config", app.schema)
+
+
+def kind_of(value: Any) -> str:
+    """Return in words what a key with such a default takes."""
+    kinds = {int: "a whole number", float: "a number", bool: "true or false"}
+    return kinds.get(type(value), "a string")
 
 
 def as_run_config(overrides: Mapping[str, Any]) -> list[str]:
     """Return overrides as ``flwr run --run-config`` takes them."""
-    return [f"{key}={_as_toml(value)}" for key, value in overrides.items()]
+    return [f"{key}={as_toml(value)}" for key, value in overrides.items()]
 
 
 def _read_override(app: FlowerApp, word: str) -> tuple[str, Any]:
@@ -147,14 +200,26 @@ def _read_override(app: FlowerApp, word: str) -> tuple[str, Any]:
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(default):
-        wanted = {int: "a whole number", float: "a number", bool: "true or false"}
         raise UserError(
-            f"{key}={text} must be {wanted.get(type(default), 'a string')}, as in "
-            f"{key}={_as_toml(default)}."
+            f"{key}={text} must be {kind_of(default)}, as in {key}={as_toml(default)}."
         )
     if isinstance(value, str) and '"' in value:
         raise UserError(f"{key}={text}: Flower's overrides cannot hold double quotes.")
     return key, value
+
+
+def _named(app: FlowerApp, key: str, name: str | None) -> Any:
+    """Import what an app names in ``[tool.lola-flwr]``; None if it names nothing."""
+    if name is None:
+        return None
+    with _importable(app.directory):
+        try:
+            return resolve_name(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{key}={name!r} in {app.directory}/pyproject.toml cannot be "
+                f"imported: {error}."
+            ) from None
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -166,7 +231,8 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _as_toml(value: Any) -> str:
+def as_toml(value: Any) -> str:
+    """Return a value as it stands in a TOML file."""
     return tomli_w.dumps({"_": value}).removeprefix("_ = ").strip()
 
 

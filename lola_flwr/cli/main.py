@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import click
 import typer
 
-from lola_flwr.cli import doctor, fleet, plan, profile, report, simulate, worker
+from lola_flwr.cli import doctor, fleet, keys, plan, profile, report, simulate, worker
 from lola_flwr.errors import UserError
 
 # Exit codes besides 0: the run failed, the command was not understood, Ctrl-C.
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+# Distributions whose versions tell what this is.
+_VERSIONS = ("lola-flwr", "flwr", "torch")
 
 
 def _add_commands(app: typer.Typer) -> None:
     app.command()(plan.plan)
     app.command()(profile.profile)
     app.command()(simulate.simulate)
+    app.command()(keys.keys)
     app.command()(report.report)
     app.command()(doctor.doctor)
     app.command()(worker.worker)
@@ -39,6 +44,27 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _add_commands(app)
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        print(", ".join(f"{name} {_version(name)}" for name in _VERSIONS))
+        raise typer.Exit()
+
+
+@app.callback()
+def _of_all_commands(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_versions,
+            is_eager=True,
+            help="Show the versions of lola-flwr, Flower and PyTorch.",
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error.format_message())
         return MISUSED
     except click.ClickException as error:
-        return _say(error.format_message(), MISUSED)
+        from lola_flwr.cli.hints import what_was_wrong
+
+        return _say(what_was_wrong(error, words), MISUSED)
     except UserError as error:
         return _say(str(error), FAILED)
     except (click.Abort, KeyboardInterrupt):
@@ -66,6 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:  # typer's own answer to Ctrl-C
         return _say("stopped", INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "is not installed"
 
 
 def _say(message: str, code: int) -> int:

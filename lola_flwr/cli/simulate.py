@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lola_flwr.cli.completion import complete_override
 from lola_flwr.cli.console import print_json
 from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError
@@ -31,7 +32,10 @@ def simulate(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Run configuration, as rounds=30 task=cola."),
+        typer.Argument(
+            autocompletion=complete_override,
+            help="Run configuration, as rounds=30 task=cola (lola-flwr keys APP).",
+        ),
     ] = None,
     devices: Annotated[
         int | None, typer.Option(min=1, help="Devices to simulate.")

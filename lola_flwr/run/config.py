@@ -39,6 +39,12 @@ class RunConfig(BaseModel):
         return cls._checked(run_config)
 
     @classmethod
+    def rules(cls) -> dict[str, dict[str, Any]]:
+        """Return what JSON Schema says of each key: bounds, values, examples."""
+        properties: dict[str, dict[str, Any]] = cls.model_json_schema()["properties"]
+        return properties
+
+    @classmethod
     def _checked(
         cls, run_config: Mapping[str, object], faults: Sequence[str] = ()
     ) -> Self:

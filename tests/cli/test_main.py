@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import typer
@@ -29,6 +30,13 @@ def test_nothing_asked_for_shows_what_there_is(command, capsys):
     shown = capsys.readouterr()
     assert "Commands" in shown.out
     assert shown.err == ""
+
+
+def test_versions(capsys):
+    assert main(["--version"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"lola-flwr {version('lola-flwr')}, flwr ")
+    assert f"torch {version('torch')}" in said
 
 
 def test_ctrl_c_says_so(monkeypatch, capsys):

@@ -26,6 +26,13 @@ FILES = {
 # Command, exit code, and what the line has to say.
 MISTAKES = [
     ("simulat", MISUSED, "simulate"),
+    ("simulat nowhere", MISUSED, "Did you mean 'simulate'?"),
+    ("simulate GLUE --rounds 3", MISUSED, "without dashes: rounds=3"),
+    ("simulate GLUE --batch_size=8", MISUSED, "without dashes: batch-size=8"),
+    ("simulate GLUE --save-model --devices 6", MISUSED, ": save-model=true"),
+    ("simulate GLUE --taskk --devices 6", MISUSED, ': task="acceptability"'),
+    ("simulate GLUE --devces 3", MISUSED, "--devices"),
+    ("simulate nowhere --rounds 3", MISUSED, "No such option"),
     ("plan --devces 3", MISUSED, "--devices"),
     ("plan --devices many", MISUSED, "'many' is not a valid int"),
     ("plan --devices 0", FAILED, "at least 1 device, not 0"),
@@ -105,4 +112,5 @@ def test_one_line_that_helps(directory, command, code, message, capsys):
     assert shown.err.startswith("error: ")
     assert message in shown.err
     assert shown.err.count("\n") == 1
+    assert shown.err.count("Did you mean") <= 1
     assert "Traceback" not in shown.err

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_a
 
 from pydantic import AfterValidator, Field, model_validator
 
-from lola_flwr.allocation import find_allocator
+from lola_flwr.allocation import ALLOCATORS, find_allocator
 from lola_flwr.errors import UserError
 from lola_flwr.run.config import RunConfig
-from lola_flwr.run.tracking import check_trackers
+from lola_flwr.run.tracking import TRACKERS, check_trackers
 from lola_flwr.server.assembly import BLOCK_MEANS
 from lola_flwr.server.selection import SELECTORS
-from lola_flwr.wire.codec import codec_ladder
+from lola_flwr.wire.codec import AUTO, CODECS, codec_ladder
 from lola_flwr.wire.payload import HeadPolicy
 from lola_glue.interface import Interface, interface_of
-from lola_glue.tasks import find_task
+from lola_glue.tasks import TASKS, find_task
 
 if TYPE_CHECKING:
     # As in `lola_flwr.run.config`.
@@ -107,6 +107,16 @@ def _for_d2ft(interface: Interface) -> Interface:
     return interface
 
 
+# Not all that is allowed; what is shown and completed.
+Task = Annotated[str, AfterValidator(_known_task), Field(examples=[*TASKS])]
+Trackers = Annotated[str, AfterValidator(_known_trackers), Field(examples=[*TRACKERS])]
+Allocator = Annotated[
+    str, AfterValidator(_known_allocator), Field(examples=[*ALLOCATORS])
+]
+CodecName = Annotated[
+    str, AfterValidator(_codec), Field(examples=[*CODECS, "topk:0.01", AUTO])
+]
+
 Method = Literal["lola-deft", "fedavg-full", "d2ft"]
 Scalar = bool | float | int | str
 
@@ -136,7 +146,7 @@ class GlueConfig(RunConfig):
     # Why keys of other methods mean nothing under this one.
     _because: ClassVar[str]
 
-    task: Annotated[str, AfterValidator(_known_task)]
+    task: Task
     data_dir: str
     model: str
     stack: str
@@ -172,7 +182,7 @@ class GlueConfig(RunConfig):
     keep_checkpoints: int = Field(ge=1)
     save_model: bool
     save_merged: bool
-    trackers: Annotated[str, AfterValidator(_known_trackers)]
+    trackers: Trackers
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, object]) -> Self:
@@ -202,6 +212,11 @@ class GlueConfig(RunConfig):
             if key in values and (value := values.pop(key)) != default
         ]
         return cls._checked(values, faults)
+
+    @classmethod
+    def rules(cls) -> dict[str, dict[str, Any]]:
+        """Return what JSON Schema says of each key, of all methods' for all methods."""
+        return _AnyMethod.rules() if cls is GlueConfig else super().rules()
 
     @classmethod
     def own_method(cls) -> str:
@@ -262,10 +277,10 @@ class UpdatesConfig(GlueConfig):
     norm_factor: float = Field(10.0, ge=0)
     block_mean: Literal[BLOCK_MEANS] = "mean"  # type: ignore[valid-type]
     longest_round_s: float = Field(3600.0, gt=0)
-    allocator: Annotated[str, AfterValidator(_known_allocator)] = "exact"
+    allocator: Allocator = "exact"
     correct_profiles: bool = True
     low_rank: Options = ""
-    codec: Annotated[str, AfterValidator(_codec)] = "fp32"
+    codec: CodecName = "fp32"
     codec_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
     head: HeadPolicy = "every"
     downlink: Literal["all", "changed"] = "all"

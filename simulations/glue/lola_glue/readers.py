@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 
@@ -324,6 +323,9 @@ def read_hub(
         If the hub cannot be reached, or numbers the classes otherwise; names the
         options that need no network.
     """
+    # It takes longer to import than all else that a configuration is checked with.
+    import datasets
+
     try:
         rows = datasets.load_dataset("nyu-mll/glue", config, split=split)
     # What "no network" raises depends on how far the download got (datasets,
