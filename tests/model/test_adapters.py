@@ -18,7 +18,7 @@ from lola_flwr.build import coordinator_for
 from lola_flwr.clients import BlockDevice
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
-from lola_flwr.model import adapters
+from lola_flwr.machine import installation
 from lola_flwr.model.adapter_blocks import base_name, model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient
@@ -417,8 +417,8 @@ class TestRefusals:
         assert "\n" not in str(raised.value)
 
     def test_without_peft(self, monkeypatch):
-        monkeypatch.setattr(adapters, "find_spec", lambda name: None)
-        with pytest.raises(UserError, match=r"pip install 'lola-flwr\[adapters\]'"):
+        monkeypatch.setattr(installation, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match=r"'lora' needs peft: pip .*\[adapters\]"):
             adapt(small_roberta(), "lora")
 
     def test_peft_is_imported_for_adapters_only(self):

@@ -12,12 +12,13 @@ from torch import nn
 
 from lola_flwr.errors import UserError
 from lola_flwr.model import loading as models
+from lola_flwr.model import sources
 from lola_flwr.model.loading import (
-    ModelNotFound,
     fingerprint,
     load_classifier,
     load_values,
 )
+from lola_flwr.model.sources import ModelNotFound
 
 
 @pytest.fixture
@@ -208,8 +209,8 @@ def test_changed_weights_in_the_package_are_noticed(monkeypatch):
 
 
 def test_missing_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(models, "_OFFLINE_PACKAGE", "no_such_package")
-    with pytest.raises(ModelNotFound, match=r"lola-flwr\[offline\]"):
+    monkeypatch.setattr(sources, "_OFFLINE_PACKAGE", "no_such_package")
+    with pytest.raises(ModelNotFound, match=r"pip install .*\[offline\]"):
         load_classifier("minilm-l6", num_labels=2)
 
 
