@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,11 +143,8 @@ def check_start(app: FlowerApp, config: Mapping[str, Any], num_devices: int) -> 
     check = _named(app, "check", app.check)
     if check is None:
         return
-    disabled = logging.root.manager.disable
-    # The run itself will warn of the same.
-    logging.disable(logging.WARNING)
     try:
-        with _importable(app.directory):
+        with _importable(app.directory), _quiet():
             check(config, num_devices)
     except UserError:
         raise
@@ -155,8 +153,6 @@ def check_start(app: FlowerApp, config: Mapping[str, Any], num_devices: int) -> 
         raise UserError(
             f"check={app.check!r} of {app.directory} fails: {reason_of(error)}."
         ) from error
-    finally:
-        logging.disable(disabled)
 
 
 def schema_of(app: FlowerApp) -> Any:
@@ -243,3 +239,16 @@ def _importable(directory: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(directory.resolve()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold warnings back: the run itself will warn of the same."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

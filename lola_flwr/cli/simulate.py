@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lola_flwr.cli.completion import complete_override
-from lola_flwr.cli.console import print_json
+from lola_flwr.cli.console import console, print_json
 from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import local_path
@@ -65,7 +65,8 @@ def simulate(
 ) -> None:
     """Run a Flower app in simulation, with a SuperLink of its own.
 
-    Starts the SuperLink, runs the app, shows the rounds, stops all that it started.
+    Checks what can be checked before that, starts the SuperLink, runs the app, shows
+    the rounds, and stops all that it started.
 
     Example: `lola-flwr simulate simulations/glue --devices 6 rounds=10`
 
@@ -73,7 +74,9 @@ def simulate(
     data-dir=path/to/glue`
     """
     try:
-        prepared = _prepare(app, overrides or [], devices, fleet, out)
+        # Seen on a terminal alone: it takes seconds where the model has to be loaded.
+        with console().status("checking data, model and devices ..."):
+            prepared = _prepare(app, overrides or [], devices, fleet, out)
         finished = _run(prepared, home, cpus_per_client, plain=plain, silent=as_json)
     except UserError as error:
         if as_json:
@@ -114,7 +117,12 @@ def _prepare(
     fleet: Path | None,
     out: Path | None,
 ) -> _Prepared:
-    from lola_flwr.cli.app_config import check_config, read_app, read_overrides
+    from lola_flwr.cli.app_config import (
+        check_config,
+        check_start,
+        read_app,
+        read_overrides,
+    )
 
     found = read_app(app)
     changes = read_overrides(found, overrides)
@@ -133,6 +141,7 @@ def _prepare(
         raise UserError(f"{found.name} has no {_OUTPUT_KEY} key, so leave --out out.")
     config = {**found.config, **changes}
     check_config(found, config)
+    check_start(found, config, num_devices)
     return _Prepared(app, config, changes, num_devices, directory)
 
 
@@ -229,7 +238,6 @@ def _shown(
         return
     from rich.live import Live
 
-    from lola_flwr.cli.console import console
     from lola_flwr.cli.live import RunView
 
     rounds = config.get("rounds")

@@ -18,28 +18,17 @@ from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.device.sampling import ChosenBatches
 from lola_flwr.device.store import run_store
-from lola_flwr.errors import UserError
-from lola_flwr.machine.files import local_path
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.randomness import rng_for
-from lola_flwr.system.devices import (
-    DeviceProfile,
-    FleetRanges,
-    simulated_device,
-)
-from lola_flwr.system.fleet_file import read_fleet
+from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.records import Assignment
 from lola_flwr.zeroth_order.mixing import ZerothOrder
-from lola_glue.config import (
-    GlueConfig,
-    LolaDeftConfig,
-    UpdatesConfig,
-    link_rates_bps,
-)
+from lola_glue.config import GlueConfig, LolaDeftConfig, UpdatesConfig
 from lola_glue.costs import load_model, model_blocks, model_costs
 from lola_glue.methods import zeroth_order_of
 from lola_glue.partitions import partition_examples
+from lola_glue.profiles import configured, simulated_profile
 from lola_glue.tasks import Examples, Task, load_task
 from lola_glue.text import make_batch
 
@@ -100,22 +89,6 @@ def _parts(config: GlueConfig, num_partitions: int) -> list[npt.NDArray[np.intp]
     return split(config, _training_data(config)[1], num_partitions)
 
 
-def _profile(config: GlueConfig, index: int) -> DeviceProfile:
-    if config.fleet:
-        fleet = read_fleet(local_path(config.fleet))
-        if index >= len(fleet):
-            raise UserError(
-                f"fleet={config.fleet!r} has {len(fleet)} devices, but more are "
-                f"simulated; pass num-supernodes={len(fleet)}."
-            )
-        return fleet[index]
-    return simulated_device(
-        index,
-        seed=config.seed,
-        ranges=FleetRanges(snr_db=(config.snr_min_db, config.snr_max_db)),
-    )
-
-
 def lognormal(sigma: float, rng: np.random.Generator) -> float:
     """Draw a factor around 1 whose logarithm has the standard deviation sigma."""
     return float(np.exp(sigma * rng.standard_normal()))
@@ -126,10 +99,8 @@ def device_fn(context: DeviceContext) -> BlockDevice:
     config = GlueConfig.from_run_config(context.run_config)
     index, num_partitions = node_partition(context)
     measured = states_profile(context.node_config)
-    profile = node_profile(context) if measured else _profile(config, index)
-    rates_bps = link_rates_bps(config.uplink_mbps)
-    if rates_bps:
-        profile = replace(profile, uplink_bps=rates_bps[index % len(rates_bps)])
+    profile = node_profile(context) if measured else simulated_profile(config, index)
+    profile = configured(profile, config, index)
 
     def load_model() -> tuple[nn.Module, BlockPartition]:
         loaded = _worker_model(config)
@@ -162,8 +133,6 @@ def _training_blocks(
 ) -> BlockDevice:
     """Return a device as it trains a block by itself, in simulated time or its own."""
     profile, batch_source = device.profile, device.batch_source
-    if config.fit_memory:
-        profile = replace(profile, splits_batch=True)
     if config.sampler != "random":
         batch_source = ChosenBatches(
             source=device.batch_source,
@@ -172,7 +141,6 @@ def _training_blocks(
         )
     return replace(
         device,
-        profile=profile,
         batch_source=batch_source,
         micro_batch_size=config.micro_batch_size,
         costs=lambda: _worker_costs(config).of_blocks,

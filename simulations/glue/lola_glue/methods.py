@@ -12,11 +12,14 @@ from lola_flwr.build import (
     AllocationOptions,
     Channel,
     DeviceOptions,
+    MicroBatches,
     NormLimits,
     RoundMode,
     RoundSettings,
     ServerStep,
     Transfer,
+    coordinator_for,
+    trainer_for,
 )
 from lola_flwr.costs.of_model import zeroth_order_costs
 from lola_flwr.d2ft.schedule import Budgets
@@ -25,8 +28,10 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
 from lola_flwr.randomness import rng_for
+from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.server.selection.importance import Response
+from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from lola_glue.config import (
@@ -36,7 +41,46 @@ from lola_glue.config import (
     UpdatesConfig,
     keyword_arguments,
 )
+from lola_glue.costs import model_costs
 from lola_glue.tasks import Examples
+
+
+def make_trainer(
+    config: D2ftConfig, model: Any, partition: BlockPartition
+) -> SpreadTrainer:
+    """Put D2FT's trainer together for a model and a run configuration."""
+    schedules, num_groups = schedules_of(config)
+    return trainer_for(
+        model,
+        partition,
+        schedules=schedules,
+        num_groups=num_groups,
+        micro_batches=MicroBatches(
+            micro_batch_size=config.batch_size, max_tokens=config.max_length
+        ),
+        step=server_step_of(config),
+        channel=Channel(bandwidth_hz=config.bandwidth_hz),
+        max_gradient_norm=config.max_gradient_norm,
+        seed=config.seed,
+    )
+
+
+def make_coordinator(
+    config: UpdatesConfig,
+    model: Any,
+    partition: BlockPartition,
+    *,
+    response: Response | None = None,
+) -> Coordinator:
+    """Put the coordinator together for a model and a run configuration."""
+    return coordinator_for(
+        model,
+        partition,
+        costs=model_costs(config, model),
+        batch_size=config.batch_size,
+        step=server_step_of(config),
+        settings=settings_of(config, model, partition, response),
+    )
 
 
 def server_step_of(config: GlueConfig) -> ServerStep:

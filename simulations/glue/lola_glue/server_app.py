@@ -15,13 +15,11 @@ from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
-from lola_flwr.build import Channel, MicroBatches, coordinator_for, trainer_for
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import filling
 from lola_flwr.model.adapter_trial import check_merging, check_saving
 from lola_flwr.model.backprop import Batch
-from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
 from lola_flwr.model.saved_adapters import keep_class_names, merge, save_model
 from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
@@ -29,20 +27,14 @@ from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import read_rounds, require_training
 from lola_flwr.run.tracking import tracking
 from lola_flwr.server.coordinator import Coordinator
-from lola_flwr.server.selection.importance import Response
 from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.strategies.run_rounds import run_rounds
 from lola_glue.config import D2ftConfig, GlueConfig, LolaDeftConfig, UpdatesConfig
-from lola_glue.costs import load_base, load_model, model_blocks, model_costs
+from lola_glue.costs import load_base, load_model, model_blocks
 from lola_glue.device import split
-from lola_glue.methods import (
-    response_of,
-    schedules_of,
-    server_step_of,
-    settings_of,
-)
+from lola_glue.methods import make_coordinator, make_trainer, response_of
 from lola_glue.scoring import score
 from lola_glue.tasks import Examples, Task, load_task
 from lola_glue.text import make_batch
@@ -236,44 +228,6 @@ def _start(
         num_rounds=config.rounds,
         timeout=config.round_timeout_s,
         evaluate_fn=evaluate_fn,
-    )
-
-
-def make_trainer(
-    config: D2ftConfig, model: Any, partition: BlockPartition
-) -> SpreadTrainer:
-    """Put D2FT's trainer together for a model and a run configuration."""
-    schedules, num_groups = schedules_of(config)
-    return trainer_for(
-        model,
-        partition,
-        schedules=schedules,
-        num_groups=num_groups,
-        micro_batches=MicroBatches(
-            micro_batch_size=config.batch_size, max_tokens=config.max_length
-        ),
-        step=server_step_of(config),
-        channel=Channel(bandwidth_hz=config.bandwidth_hz),
-        max_gradient_norm=config.max_gradient_norm,
-        seed=config.seed,
-    )
-
-
-def make_coordinator(
-    config: UpdatesConfig,
-    model: Any,
-    partition: BlockPartition,
-    *,
-    response: Response | None = None,
-) -> Coordinator:
-    """Put the coordinator together for a model and a run configuration."""
-    return coordinator_for(
-        model,
-        partition,
-        costs=model_costs(config, model),
-        batch_size=config.batch_size,
-        step=server_step_of(config),
-        settings=settings_of(config, model, partition, response),
     )
 
 

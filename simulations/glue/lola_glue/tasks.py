@@ -318,12 +318,6 @@ def load_task(
     if source is None:
         train = _generate(num_train, "num_train", seed)
         return task, train, _generate(num_dev, "num_dev", seed)
-    if not data_dir:
-        raise TaskError(
-            f"No data: task={task.name!r} needs data-dir. Give a GLUE directory with "
-            f'data-dir="...", or data-dir="{HUB}" to download it, or use '
-            'task="acceptability", which needs no data.'
-        )
     if str(data_dir) == HUB:
         codec = source.layout.labels
         train, dev = (
@@ -333,12 +327,50 @@ def load_task(
             for split in ("train", f"validation{source.dev_suffix}")
         )
         return task, train, dev
-    folder = _task_folder(local_path(data_dir), source.folder)
     train, dev = (
-        read_tsv(folder / f"{split}.tsv", source.layout)
-        for split in ("train", f"dev{source.dev_suffix}")
+        read_tsv(path, source.layout) for path in _task_files(task, source, data_dir)
     )
     return task, train, dev
+
+
+def check_data(name: str, data_dir: str | Path | None = None) -> None:
+    """Check that a task's data are there, and read the dev examples, which are few.
+
+    Parameters
+    ----------
+    name, data_dir
+        As for `load_task`.
+
+    Raises
+    ------
+    TaskError
+        The task is unknown, a file is missing, or the dev examples cannot be read.
+    """
+    task = find_task(name)
+    source = task.source
+    if source is None or str(data_dir) == HUB:
+        return
+    train, dev = _task_files(task, source, data_dir)
+    read_tsv(dev, source.layout)
+    if not train.is_file():
+        raise TaskError(
+            f"File missing: {train} is not there, but {dev.name} beside it is. Put the "
+            "task's training examples there."
+        )
+
+
+def _task_files(
+    task: Task, source: GlueSource, data_dir: str | Path | None
+) -> tuple[Path, Path]:
+    """Return where a task's training and dev examples are to be."""
+    if not data_dir:
+        raise TaskError(
+            f"No data: task={task.name!r} needs data-dir. Give a GLUE directory with "
+            f'data-dir="...", or data-dir="{HUB}" to download it, or use '
+            'task="acceptability", which needs no data.'
+        )
+    folder = _task_folder(local_path(data_dir), source.folder)
+    return folder / "train.tsv", folder / f"dev{source.dev_suffix}.tsv"
 
 
 def _task_folder(data_dir: Path, folder: str) -> Path:
