@@ -5,36 +5,38 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
-from packaging.requirements import Requirement
-
-from lola_flwr.deployment.host import accelerator
+from lola_flwr.cli.installed import (
+    modules_of,
+    own_modules,
+    versions_of,
+    why_not_imported,
+)
 from lola_flwr.errors import UserError, si
+from lola_flwr.machine.hub import hub_host, why_no_hub
+from lola_flwr.machine.installation import (
+    PACKAGE,
+    extras_of,
+    install_command,
+    requirements_of,
+)
 from lola_flwr.machine.memory import available_memory_bytes
 
 # "ok"; "note": something is not there that not everyone needs; "problem".
 Status = Literal["ok", "note", "problem"]
 
 _RAY_S = 90.0
-_HUB_S = 3.0
+_GPU_S = 60.0
 _CAP_NET_ADMIN = 12
-# Extras that a part of the package needs, with what one goes without.
-_EXTRAS = {
-    "simulation": "no simulation on this machine",
-    "glue": "the app under simulations/glue does not run",
-    "offline": "the model minilm-l6 has to come from elsewhere",
-}
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ def diagnose(*, start: bool = True) -> Iterator[Finding]:
     Parameters
     ----------
     start
-        Whether a SuperLink and Ray are started, which takes some seconds.
+        Whether all is imported, and a SuperLink and Ray started: half a minute.
     """
     yield machine()
     yield python()
-    yield from packages()
+    yield from packages(start=start)
     if start:
         yield superlink()
         yield ray()
@@ -99,23 +101,34 @@ def python() -> Finding:
     return Finding("Python", "ok", f"{platform.python_version()} at {sys.executable}")
 
 
-def packages(package: str = "lola-flwr") -> Iterator[Finding]:
-    """Check the versions of what is needed, and of what its extras need."""
+def packages(package: str = PACKAGE, *, start: bool = True) -> Iterator[Finding]:
+    """Check what the package and each of its extras require: versions, and imports.
+
+    Parameters
+    ----------
+    package
+        The distribution.
+    start
+        Whether all is imported, too, each part in a process of its own.
+    """
     try:
-        wanted = [Requirement(line) for line in requires(package) or []]
+        extras = extras_of(package)
     except PackageNotFoundError:
-        yield Finding(package, "problem", "not installed", "pip install -e .")
+        yield Finding(package, "problem", "not installed", install_command())
         return
-    needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
-    yield _versions("packages", needed, "problem", f"pip install {package}")
-    for extra, without in _EXTRAS.items():
-        additional = [
-            r
-            for r in wanted
-            if r not in needed and r.marker and r.marker.evaluate({"extra": extra})
-        ]
-        advice = f"{without}; pip install '{package}[{extra}]'"
-        yield _versions(f"extra {extra}", additional, "note", advice)
+    yield _part("packages", package, "", "problem", start=start)
+    if start:
+        modules = own_modules()
+        why = why_not_imported(modules)
+        says = f"its {len(modules)} modules can be imported" if why is None else why
+        yield Finding(
+            package,
+            "ok" if why is None else "problem",
+            says,
+            "" if why is None else _newest(""),
+        )
+    for extra in extras:
+        yield _part(f"extra {extra}", package, extra, "note", start=start)
 
 
 def superlink() -> Finding:
@@ -129,7 +142,7 @@ def superlink() -> Finding:
             with own_superlink(Path(home)):
                 seconds = time.monotonic() - begun
         except UserError as error:
-            advice = "pip install 'flwr[simulation]', and see that it runs"
+            advice = f"{install_command('simulation')}, and see that it runs"
             return Finding("SuperLink", "problem", str(error), advice)
     return Finding("SuperLink", "ok", f"starts in {seconds:.1f} s")
 
@@ -155,17 +168,22 @@ def ray() -> Finding:
         seconds = time.monotonic() - begun
         return Finding("Ray", "ok", f"{version_said} starts in {seconds:.1f} s")
     reason = output.strip().splitlines()[-1] if output.strip() else "no output"
-    advice = "no simulation on this machine; pip install 'lola-flwr[simulation]'"
+    advice = f"no simulation on this machine; {install_command('simulation')}"
     return Finding("Ray", "problem", reason[:200], advice)
 
 
 def gpu() -> Finding:
     """Look for an accelerator that PyTorch can use."""
-    try:
-        found = accelerator()
-    except ImportError as error:
-        return Finding("GPU", "problem", f"PyTorch: {error}", "pip install torch")
-    if found is not None:
+    # A driver that does not fit can take its process with it.
+    program = (
+        "from lola_flwr.deployment.host import accelerator\n"
+        "print(f'accelerator: {accelerator() or str()}')"
+    )
+    code, output = _output([sys.executable, "-c", program], _GPU_S)
+    last = output.strip().splitlines()[-1] if output.strip() else f"exit code {code}"
+    if code:
+        return Finding("GPU", "problem", f"PyTorch: {last}", install_command())
+    if found := last.removeprefix("accelerator:").strip():
         return Finding("GPU", "ok", found)
     built = f"PyTorch {version('torch')} sees none; training uses the CPU"
     advice = ""
@@ -176,19 +194,11 @@ def gpu() -> Finding:
 
 def hub() -> Finding:
     """Try to reach the hub that models and data sets come from."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    parts = urlsplit(endpoint)
-    address = (parts.hostname or "", parts.port or 443)
-    try:
-        with socket.create_connection(address, timeout=_HUB_S):
-            return Finding("hub", "ok", f"{parts.hostname} answers")
-    except OSError as error:
-        return Finding(
-            "hub",
-            "note",
-            f"{parts.hostname} cannot be reached ({error.__class__.__name__})",
-            "use model=minilm-l6 or a directory, and data-dir=DIR for GLUE",
-        )
+    why = why_no_hub()
+    if why is None:
+        return Finding("hub", "ok", f"{hub_host()} answers")
+    advice = "use model=minilm-l6 or a directory, and data-dir=DIR for GLUE"
+    return Finding("hub", "note", why, advice)
 
 
 def traffic_control() -> Finding:
@@ -210,23 +220,24 @@ def openssl() -> Finding:
     return Finding("openssl", "ok", _output([found, "version"], 10.0)[1].strip())
 
 
-def _versions(
-    subject: str, wanted: Sequence[Requirement], otherwise: Status, advice: str
+def _part(
+    subject: str, package: str, extra: str, otherwise: Status, *, start: bool
 ) -> Finding:
-    there, faults = [], []
-    for requirement in wanted:
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            faults.append(f"{requirement.name} is missing")
-            continue
-        if requirement.specifier.contains(found, prereleases=True):
-            there.append(f"{requirement.name} {found}")
-        else:
-            faults.append(f"{requirement.name} {found} is not {requirement.specifier}")
-    if faults:
-        return Finding(subject, otherwise, ", ".join(faults), advice)
-    return Finding(subject, "ok", ", ".join(there))
+    """Check the requirements of an extra, or the package's own where that is ""."""
+    wanted = requirements_of(package, extra)
+    versions = versions_of(wanted)
+    if versions.missing or versions.not_tested:
+        return Finding(subject, otherwise, str(versions), install_command(extra))
+    why = why_not_imported(modules_of(wanted)) if start else None
+    if why is not None:
+        says = f"cannot be imported, {why}; {versions}"
+        return Finding(subject, otherwise, says, _newest(extra))
+    return Finding(subject, "ok", str(versions))
+
+
+def _newest(extra: str) -> str:
+    """Return the command for what is there in the right versions and yet broken."""
+    return f"{install_command(extra)} --upgrade --upgrade-strategy eager"
 
 
 def _output(
