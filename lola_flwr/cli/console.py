@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +15,9 @@ from rich.text import Text
 _BAR_WIDTH = 32
 # A table that goes into a file or a pipe is not broken at 80 columns.
 _PIPE_WIDTH = 160
+
+# What Flower puts before what is no warning.
+_INFO = re.compile(r"^INFO *: {0,6}")
 
 
 def console() -> Console:
@@ -36,6 +41,11 @@ def table(title: str, *columns: str, left: int = 1) -> Table:
 def print_json(value: Any) -> None:
     """Print strict JSON, for programs to read."""
     print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def plain_line(line: str) -> str:
+    """Return a line of Flower's log for a file or a pipe: no colors, no ``INFO``."""
+    return _INFO.sub("", click.unstyle(line)).rstrip()
 
 
 def bars(compute_s: float, upload_s: float, round_s: float) -> Text:

@@ -75,7 +75,7 @@ def diagnose(*, start: bool = True) -> Iterator[Finding]:
     if start:
         yield superlink()
         yield ray()
-    yield gpu()
+        yield gpu()
     yield hub()
     yield traffic_control()
     yield openssl()

@@ -1,9 +1,11 @@
-"""A run while it goes on: progress, the last round's devices, the metric so far."""
+"""A run while it goes on: progress, forecast, the last round's devices, metrics."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -29,23 +31,41 @@ class RunView:
         The file; it need not be there yet.
     num_rounds
         Rounds of the whole run; None if that is not known.
+    clock
+        Tells the seconds that have passed.
     """
 
-    def __init__(self, path: Path, num_rounds: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        num_rounds: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._path = path
         self._num_rounds = num_rounds
-        self._start = time.monotonic()
+        self._clock = clock
+        self._start = clock()
         self._size = -1
         self._rounds: list[Record] = []
+        # Rounds that had ended, and when that was seen: at first and at last.
+        self._first_seen: tuple[int, float] | None = None
+        self._last_seen = (0, self._start)
+        # Rounds of a run that goes on have their times elsewhere.
+        self._follow()
+        self._first_seen = None
 
     def __rich__(self) -> RenderableType:
         """Return what there is to see now."""
         self._follow()
-        passed_s = time.monotonic() - self._start
+        passed_s = self._clock() - self._start
         if not self._rounds:
             return Text(f"waiting for the first round ... {passed_s:.0f} s", "dim")
         last = self._rounds[-1]
-        parts = [_progress(last, self._num_rounds, passed_s), _metrics(self._rounds)]
+        parts = [
+            _bar(last.server_round, self._num_rounds),
+            self._times(last, passed_s),
+            _metrics(self._rounds),
+        ]
         if isinstance(last, RoundRecord) and last.blocks:
             parts.append(_devices(last))
         return Group(*parts)
@@ -53,28 +73,74 @@ class RunView:
     def _follow(self) -> None:
         try:
             size = self._path.stat().st_size
-            if size != self._size:
-                self._rounds = read_rounds(self._path)
-                self._size = size
+            if size == self._size:
+                return
+            self._rounds = read_rounds(self._path)
+            self._size = size
         except (OSError, UserError):
             # Not there yet. What is wrong with it, the report will say.
             return
+        if self._rounds:
+            self._last_seen = (self._rounds[-1].server_round, self._clock())
+            self._first_seen = self._first_seen or self._last_seen
+
+    def _times(self, last: Record, passed_s: float) -> Text:
+        words = [f"{duration(passed_s)} here", f"{last.wireless_s:.1f} s wireless time"]
+        left_s = None
+        if self._num_rounds is not None and self._first_seen is not None:
+            left_s = seconds_left(self._first_seen, self._last_seen, self._num_rounds)
+        if left_s is not None:
+            left_s = max(0.0, left_s - (self._clock() - self._last_seen[1]))
+            at = datetime.now() + timedelta(seconds=left_s)
+            words.insert(1, f"about {duration(left_s)} left, until {at:%H:%M}")
+        return Text("   ".join(words))
 
 
-def _progress(last: Record, total: int | None, passed_s: float) -> Table:
+def seconds_left(
+    first: tuple[int, float], last: tuple[int, float], num_rounds: int
+) -> float | None:
+    """Forecast how long a run goes on after its last round, at its pace so far.
+
+    What comes before the first round, as loading the model, is no part of the pace.
+
+    Parameters
+    ----------
+    first, last
+        Rounds that had ended, and when that was.
+    num_rounds
+        Rounds of the whole run.
+
+    Returns
+    -------
+    Seconds; None before there is a pace.
+    """
+    if last[0] <= first[0]:
+        return None
+    round_s = (last[1] - first[1]) / (last[0] - first[0])
+    return max(0, num_rounds - last[0]) * round_s
+
+
+def duration(seconds: float) -> str:
+    """Write a duration no more precisely than it matters: ``42 s``, ``3 h 5 min``."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
+def _bar(done: int, total: int | None) -> Table:
     line = Table.grid(padding=(0, 2))
     known = "" if total is None else f" of {total}"
     line.add_row(
-        Text(f"round {last.server_round}{known}", "bold"),
-        ProgressBar(total=total, completed=last.server_round, width=30),
-        f"{passed_s:.0f} s here",
-        f"{last.wireless_s:.1f} s of wireless time",
+        Text(f"round {done}{known}", "bold"),
+        ProgressBar(total=total, completed=done, width=30),
     )
     return line
 
 
-def _metrics(rounds: Sequence[Record]) -> Table:
-    line = Table.grid(padding=(0, 2))
+def _metrics(rounds: Sequence[Record]) -> Text:
     last = rounds[-1]
     words = [
         f"latency {last.observed_s:.3f} s"
@@ -96,8 +162,8 @@ def _metrics(rounds: Sequence[Record]) -> Table:
     )
     if refused:
         words.append(f"{refused} updates refused")
-    line.add_row(*map(Text, words))
-    return line
+    # One text, which goes on in the next line where the terminal is narrow.
+    return Text("   ".join(words))
 
 
 def _devices(last: RoundRecord) -> Table:
@@ -121,7 +187,9 @@ def _devices(last: RoundRecord) -> Table:
 
 
 def _spark(values: Sequence[float], width: int = 16) -> str:
-    shown = values[-width:]
+    shown = [value for value in values[-width:] if math.isfinite(value)]
+    if not shown:
+        return ""
     low, high = min(shown), max(shown)
     scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_SPARKS[round((value - low) * scale)] for value in shown)

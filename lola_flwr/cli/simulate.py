@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lola_flwr.cli.completion import complete_override
-from lola_flwr.cli.console import console, print_json
+from lola_flwr.cli.console import console, plain_line
+from lola_flwr.cli.outcome import print_outcome, report_end
 from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import local_path
@@ -80,9 +81,9 @@ def simulate(
         finished = _run(prepared, home, cpus_per_client, plain=plain, silent=as_json)
     except UserError as error:
         if as_json:
-            _print_outcome("not started", error=str(error))
+            print_outcome("not started", error=str(error))
         raise
-    _report_end(finished, prepared.directory, as_json=as_json)
+    report_end(finished, prepared.directory, as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ def _shown(
         yield None if silent else _write
         return
     from rich.live import Live
+    from rich.text import Text
 
     from lola_flwr.cli.live import RunView
 
@@ -249,77 +251,10 @@ def _shown(
         def echo(line: str) -> None:
             # The display shows what the other lines say.
             if any(level in line for level in ("WARNING", "ERROR", "Error")):
-                display.console.print(line.rstrip(), markup=False)
+                display.console.print(Text.from_ansi(line.rstrip()))
 
         yield echo
 
 
 def _write(line: str) -> None:
-    sys.stdout.write(line)
-    sys.stdout.flush()
-
-
-def _write_report(directory: Path | None) -> Path | None:
-    """Write the run's report, if the app has written rounds.
-
-    Where that fails there is a warning: how the run itself ended matters more.
-    """
-    if directory is None:
-        return None
-    rounds = directory / "rounds.jsonl"
-    # A run that fails in its first round leaves an empty file.
-    if not rounds.is_file() or not rounds.stat().st_size:
-        return None
-    from lola_flwr.report import Report, Run
-
-    try:
-        return Report([Run.read(directory)]).save(directory / "report.html")
-    except Exception as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        print(f"warning: no report: {kind}{error}", file=sys.stderr)
-        return None
-
-
-def _print_outcome(
-    status: str,
-    *,
-    error: str | None,
-    final: str | None = None,
-    directory: Path | None = None,
-    report: Path | None = None,
-) -> None:
-    print_json(
-        {
-            "status": status,
-            "final": final,
-            "error": error,
-            "directory": None if directory is None else str(directory),
-            "report": None if report is None else str(report),
-        }
-    )
-
-
-def _report_end(
-    finished: FinishedRun, directory: Path | None, *, as_json: bool
-) -> None:
-    report = _write_report(directory)
-    error = None
-    if not finished.completed:
-        error = finished.error or f"the run is {finished.status}"
-    if as_json:
-        _print_outcome(
-            finished.status,
-            error=error,
-            final=finished.final,
-            directory=directory,
-            report=report,
-        )
-    if error is not None:
-        raise UserError(error)
-    if as_json:
-        return
-    if directory is not None:
-        print(f"files: {directory}")
-    if report is not None:
-        print(f"report: {report}")
-    print(finished.final or "completed")
+    print(plain_line(line), flush=True)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -114,6 +115,7 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
+        say_where(self.log.path)
 
     def on_round(self, record: Record) -> None:
         """Write a round's record, and a checkpoint if it is time for one.
@@ -171,6 +173,23 @@ def _lock(file: IO[str], path: Path) -> None:
             "the file system of %s has no locks (%s): see that no other run uses it",
             path,
             error.strerror,
+        )
+
+
+def say_where(rounds: Path) -> None:
+    """Log where a run's rounds are, if there are any, and how to get its report.
+
+    Parameters
+    ----------
+    rounds
+        The file of them.
+    """
+    # A run that fails in its first round leaves an empty file.
+    if rounds.is_file() and rounds.stat().st_size:
+        _logger.info(
+            "rounds are in %s; for their report: lola-flwr report %s",
+            rounds,
+            shlex.quote(str(rounds.parent)),
         )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from lola_flwr import simulation
-from lola_flwr.cli.live import RunView
+from lola_flwr.cli.console import plain_line
+from lola_flwr.cli.live import RunView, duration
 from lola_flwr.cli.main import main
 from lola_flwr.errors import UserError
 from lola_flwr.run.records import BlockRecord, RoundRecord
@@ -199,9 +202,9 @@ class TestLive:
             metrics={"accuracy": 0.25 * number},
         )
 
-    def shown(self, view):
+    def shown(self, view, width=120):
         out = io.StringIO()
-        Console(file=out, width=120).print(view)
+        Console(file=out, width=width).print(view)
         return out.getvalue()
 
     def test_it_follows_the_file(self, tmp_path):
@@ -226,3 +229,114 @@ class TestLive:
         path = tmp_path / "rounds.jsonl"
         path.write_text("nonsense\n")
         assert "waiting" in self.shown(RunView(path, None))
+
+    def test_it_forecasts_the_end(self, tmp_path):
+        now = [0.0]
+        view = RunView(tmp_path / "rounds.jsonl", 12, clock=lambda: now[0])
+        log = RoundLog(tmp_path / "rounds.jsonl")
+        # Until the first round, the model is loaded: that is no part of the pace.
+        for number, seconds in ((1, 500.0), (2, 520.0)):
+            now[0] = seconds
+            log.append(self.record(number))
+            shown = self.shown(view)
+            assert ("left" in shown) == (number == 2)
+        assert "9 min here   about 3 min left, until " in shown
+        assert "8.0 s wireless time" in shown
+        # The round that goes on is counted down, and no further than to its end.
+        now[0] = 660.0
+        assert "about 60 s left" in self.shown(view)
+        now[0] = 9999.0
+        assert "about 0 s left" in self.shown(view)
+
+    def test_rounds_of_before_are_no_pace(self, tmp_path):
+        log = RoundLog(tmp_path / "rounds.jsonl")
+        log.append(self.record(1))
+        now = [0.0]
+        view = RunView(log.path, 4, clock=lambda: now[0])
+        assert "round 1 of 4" in self.shown(view)
+        for number, seconds in ((2, 100.0), (3, 110.0)):
+            now[0] = seconds
+            log.append(self.record(number))
+            shown = self.shown(view)
+            assert ("about 10 s left" in shown) == (number == 3)
+
+    def test_narrow_terminals_lose_nothing(self, tmp_path):
+        log = RoundLog(tmp_path / "rounds.jsonl")
+        for number in (1, 2):
+            log.append(self.record(number))
+        words = " ".join(self.shown(RunView(log.path, 3), width=48).split())
+        for part in ("round 2 of 3", "8.0 s wireless time", "accuracy 0.5000 ▁█"):
+            assert part in words
+
+    def test_a_metric_that_is_no_number(self, tmp_path):
+        log = RoundLog(tmp_path / "rounds.jsonl")
+        for number, value in ((1, 0.25), (2, float("nan")), (3, 0.5)):
+            log.append(replace(self.record(number), metrics={"accuracy": value}))
+        assert "accuracy 0.5000 ▁█" in self.shown(RunView(log.path, 3))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (5940, "99 min"),
+        (11100, "3 h 5 min"),
+    ],
+)
+def test_durations(seconds, words):
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("line", "plain"),
+    [
+        ("\x1b[92mINFO \x1b[0m:      round 1\n", "round 1"),
+        ("\x1b[92mINFO \x1b[0m:        block 0\n", "  block 0"),
+        ("\x1b[92mINFO \x1b[0m:      \n", ""),
+        ("\x1b[93mWARNING \x1b[0m:   slow\n", "WARNING :   slow"),
+        ("INFORMATION: x\n", "INFORMATION: x"),
+    ],
+)
+def test_piped_lines_are_plain(line, plain):
+    assert plain_line(line) == plain
+
+
+def test_what_is_printed_into_a_pipe(app, monkeypatch, capsys):
+    def run_app(_, *, echo, **options):
+        echo("\x1b[92mINFO \x1b[0m:      round 1\n")
+        return FinishedRun("finished:completed", "INFO :     final: loss=1\n")
+
+    monkeypatch.setattr(simulation, "run_app", run_app)
+    assert main(["simulate", "app", "--devices", "4"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "round 1"
+
+
+def test_a_finished_run_says_where_everything_is(app, monkeypatch, capsys):
+    directory = app.parent / "mine"
+
+    def run_app(_, **options):
+        log = RoundLog(directory / "rounds.jsonl")
+        log.append(RoundRecord(1, 2, 3.0, metrics={"accuracy": 0.5}))
+        for name in ("merged/config.json", "other/adapter_config.json", "no-model/x"):
+            (directory / name).parent.mkdir()
+            (directory / name).touch()
+        return FinishedRun("finished:completed", "INFO :     final: loss=1\n")
+
+    monkeypatch.setattr(simulation, "run_app", run_app)
+    command = ["simulate", "app", "--devices", "4", "--out", "mine"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"files: {directory}",
+        f"rounds: {directory}/rounds.jsonl",
+        f"model: {directory}/merged",
+        f"model: {directory}/other",
+        f"report: {directory}/report.html",
+        "final: loss=1",
+    ]
+    shutil.rmtree(directory)
+    assert main([*command, "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["rounds"] == f"{directory}/rounds.jsonl"
+    assert outcome["models"] == [f"{directory}/merged", f"{directory}/other"]

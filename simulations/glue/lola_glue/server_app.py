@@ -119,7 +119,6 @@ def fine_tune(grid: Grid, context: Context) -> None:
             run_legacy(grid, context, config, trained, evaluate, on_round)
         else:
             run_message(grid, config, trained, evaluate, on_round)
-    log(INFO, "rounds written to %s", files.log.path)
     records = read_rounds(files.log.path)
     require_training(records)
     log(INFO, "%s", records[-1].final_line())

@@ -8,7 +8,7 @@ from lola_flwr.build import ServerStep, coordinator_for
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.model.loading import load_values
 from lola_flwr.model.saved_adapters import save_model
-from lola_flwr.run.directory import describe_run, run_directory
+from lola_flwr.run.directory import describe_run, run_directory, say_where
 from lola_flwr.run.round_log import RoundLog
 from lola_flwr.strategies.message import LoLaDeft
 from quickstart.task import load_data, load_model, make_batch
@@ -54,3 +54,4 @@ def main(grid: Grid, context: Context) -> None:
     )
     load_values(model, partition.trainable, result.arrays.to_numpy_ndarrays())
     save_model(model, directory / "adapter")
+    say_where(log.path)

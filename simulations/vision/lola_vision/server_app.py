@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lola_flwr.build import Channel, RoundSettings, ServerStep, coordinator_for
 from lola_flwr.errors import UserError
 from lola_flwr.model.loading import load_values
-from lola_flwr.run.directory import describe_run, run_directory
+from lola_flwr.run.directory import describe_run, run_directory, say_where
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import RoundLog, read_rounds, require_training
 from lola_flwr.strategies import LoLaDeft, message
@@ -88,6 +88,7 @@ def train(grid: Grid, context: Context) -> None:
                 {**evaluate(arrays.to_numpy_ndarrays())}
             ),
         )
+    say_where(log_file.path)
     records = read_rounds(log_file.path)
     require_training(records)
     log(INFO, "%s", records[-1].final_line())
