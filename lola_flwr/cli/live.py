@@ -61,7 +61,7 @@ class RunView:
         if not self._rounds:
             return Text(f"waiting for the first round ... {passed_s:.0f} s", "dim")
         last = self._rounds[-1]
-        parts = [
+        parts: list[RenderableType] = [
             _bar(last.server_round, self._num_rounds),
             self._times(last, passed_s),
             _metrics(self._rounds),
