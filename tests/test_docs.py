@@ -48,7 +48,7 @@ COMMANDS = {
     for name, path in WALKS.items()
 }
 # What takes no longer than a moment; anything else belongs to the slow tests.
-QUICK = ("plan", "fleet", "report")
+QUICK = ("plan", "fleet", "report", "keys")
 
 
 def programs(text):

@@ -112,12 +112,11 @@ def seconds_left(
 
     Returns
     -------
-    Seconds; None before there is a pace.
+    Seconds; None before there is a pace, and where no round is left.
     """
-    if last[0] <= first[0]:
+    if not first[0] < last[0] < num_rounds:
         return None
-    round_s = (last[1] - first[1]) / (last[0] - first[0])
-    return max(0, num_rounds - last[0]) * round_s
+    return (num_rounds - last[0]) * (last[1] - first[1]) / (last[0] - first[0])
 
 
 def duration(seconds: float) -> str:

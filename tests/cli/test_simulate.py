@@ -247,6 +247,8 @@ class TestLive:
         assert "about 60 s left" in self.shown(view)
         now[0] = 9999.0
         assert "about 0 s left" in self.shown(view)
+        log.append(self.record(12))
+        assert "left" not in self.shown(view)
 
     def test_rounds_of_before_are_no_pace(self, tmp_path):
         log = RoundLog(tmp_path / "rounds.jsonl")
