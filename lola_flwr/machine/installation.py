@@ -39,7 +39,7 @@ def install_command(extra: str = "", *, package: str = PACKAGE) -> str:
         return f"pip install -e {shlex.quote(f'.{extras}')}"
     source, is_editable = _source(found)
     if source is None:
-        wanted = (_without_marker(r) for r in requirements_of(package, extra))
+        wanted = (_without_marker(r) for r in _stated(package, extra))
         return f"pip install {' '.join(map(shlex.quote, wanted))}"
     path = "." if source == Path.cwd() else str(source)
     editable = "-e " if is_editable else ""
