@@ -63,13 +63,20 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def no_flower(directory, monkeypatch):
+    """Leave Flower's programs out of reach: a run that gets so far fails at once."""
+    monkeypatch.setattr(sys, "executable", str(directory / "python"))
+    monkeypatch.setenv("PATH", str(directory))
+
+
 def test_there_are_ten():
     assert len(dict.fromkeys(mistake for mistake, *_ in MISTAKES)) == 10
 
 
 @pytest.mark.parametrize(("mistake", "command", "code", "way_out"), MISTAKES)
 def test_one_line_and_nothing_started(
-    directory, mistake, command, code, way_out, capsys
+    directory, no_flower, mistake, command, code, way_out, capsys
 ):
     before = sorted(directory.rglob("*"))
     assert main(command.split()) == code
@@ -108,7 +115,7 @@ class TestOnTheModel:
             (("--fleet", "tight.toml"), "No device can hold block 0"),
         ],
     )
-    def test_mistakes(self, directory, capsys, words, way_out):
+    def test_mistakes(self, directory, no_flower, capsys, words, way_out):
         (directory / "tight.toml").write_text(fleet_of(4, memory_bytes=6e6))
         assert main([*self.TINY, *words]) == FAILED
         shown = capsys.readouterr().err
