@@ -6,6 +6,7 @@ Neither Flower nor PyTorch is imported to say it, so it takes a moment.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -93,14 +94,17 @@ def test_nothing_heavy_is_imported_to_say_it(directory):
     program = (
         "import json, sys\n"
         "from lola_flwr.cli.main import main\n"
-        "sys.modules['peft'] = None\n"
+        "sys.modules['peft'], sys.executable = None, 'nowhere/python'\n"
         "for words in json.loads(sys.argv[1]):\n"
         "    assert main(words) in (1, 2)\n"
         "    heavy = {'torch', 'flwr', 'ray', 'transformers'} & set(sys.modules)\n"
         "    assert not heavy, (words, heavy)\n"
     )
     commands = json.dumps([command.split() for _, command, *_ in MISTAKES])
-    subprocess.run([sys.executable, "-c", program, commands], check=True)
+    out_of_reach = {**os.environ, "PATH": str(directory)}
+    subprocess.run(
+        [sys.executable, "-c", program, commands], check=True, env=out_of_reach
+    )
 
 
 class TestOnTheModel:
