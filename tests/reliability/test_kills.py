@@ -37,7 +37,7 @@ def start(directory, log):
             *(str(ROOT / "simulations" / "glue"), "--devices", "4"),
             *("--out", str(directory / "out"), "--home", str(directory / "home")),
             *("model=random:roberta-tiny", "batch-size=8", "max-length=16"),
-            *(f"rounds={ROUNDS}", "eval-every=0", "save-model=true"),
+            *(f"rounds={ROUNDS}", "eval-every=10", "save-model=true"),
         ],
         cwd=ROOT,
         stdout=log,
