@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/lola-flwr simulate simulations/glue --devices 6
 
-# Two processes: most tests compute on one core, and some wait for Flower's programs.
+# For two cores: most tests compute on one, and some wait for Flower's programs.
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -27,6 +27,7 @@ from simulations.families.classes import ModelClass, build, loss_of, model_class
 from simulations.families.processes import try_all
 from simulations.families.table import page, summary
 from simulations.families.trial import Trial, tried
+from tests.marks import rest_slow
 
 CLASSES = {kind.name: kind for kind in model_classes()}
 
@@ -62,7 +63,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", rest_slow(FAMILIES, 5))
 def test_a_family(name):
     outcome, reason, prefix_cache = FAMILIES[name]
     trial = tried(CLASSES[name])

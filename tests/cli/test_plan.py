@@ -27,6 +27,7 @@ from lola_flwr.model.loading import load_classifier
 from lola_flwr.model.sources import RANDOM_SHAPES
 from lola_flwr.planning import named_model_costs, round_problem
 from lola_flwr.system.fleet_file import generate_fleet
+from tests.marks import rest_slow
 
 
 def planned(capsys, *arguments):
@@ -107,7 +108,7 @@ def test_known_shapes_are_those_of_the_model(name, config):
     assert known.dropout_heads == loaded.config.num_attention_heads
 
 
-@pytest.mark.parametrize("named", [[], ["BertForMaskedLM"], ["BertModel"]])
+@pytest.mark.parametrize("named", rest_slow([["BertModel"], [], ["BertForMaskedLM"]]))
 def test_an_encoder_is_planned_as_the_classifier_that_it_becomes(tmp_path, named):
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3}
     config = AutoConfig.for_model(

@@ -28,10 +28,8 @@ from tests.model.test_blocks import built
 
 # The others are like these; all of them are in the table of the documentation.
 FAST = (
-    "RoBERTa classifier",
     "Llama LM, LoRA on nf4",
     "OLMoE LM (experts)",
-    "Side network",
 )
 REFUSED = {"LSTM": r"recurrent layer .* set torch\.backends\.mkldnn\.enabled"}
 if not hasattr(torch.ops.aten, "_grouped_mm"):  # before PyTorch 2.9

@@ -25,6 +25,7 @@ from lola_glue.methods import (
 from lola_glue.readers import Examples
 from lola_glue.tasks import find_task
 from simulations.figures.learning import app_config
+from tests.marks import rest_slow
 
 
 def config(**changes):
@@ -72,7 +73,7 @@ def test_selector_and_target_are_those_of_the_configuration(tiny):
     assert math.isinf(selection_of(config(selector="all"), *tiny).latency_target_s)
 
 
-@pytest.mark.parametrize("sampler", ["entropy", "coreset"])
+@pytest.mark.parametrize("sampler", rest_slow(["entropy", "coreset"]))
 def test_a_samplers_pool_counts(tiny, sampler):
     model, _ = tiny
     plain, chosen = (

@@ -31,6 +31,7 @@ from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.npy import NPY_HEADER_BYTES
 from lola_flwr.wire.payload import payload_bits
 from tests.conftest import SMALL
+from tests.marks import rest_slow
 from tests.server.test_coordinator import npy
 
 # peft warns of much that is meant here.
@@ -562,7 +563,8 @@ class TestCosts:
         assert head == 768 * 768 + 768 + 2 * 768 + 2
 
     @pytest.mark.parametrize(
-        "case", ["lora", "lora-all-linear", "dora", "vera", "oft", "c3a-all-linear"]
+        "case",
+        rest_slow(["lora-all-linear", "lora", "dora", "vera", "oft", "c3a-all-linear"]),
     )
     def test_operations_are_those_of_pytorch(self, case):
         config = transformers.RobertaConfig(

@@ -124,6 +124,7 @@ class TestDirectory:
             load_classifier(str(directory), num_labels=2)
         assert "\n" not in str(raised.value)
 
+    @pytest.mark.slow
     def test_pickle_is_refused_and_the_conversion_works(self, directory):
         saved, _ = load_classifier(str(directory), num_labels=2)
         torch.save(saved.state_dict(), directory / "pytorch_model.bin")

@@ -20,6 +20,7 @@ from lola_flwr.cli.main import main
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.planning import named_model_costs, plan_rounds
 from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
+from tests.marks import rest_slow
 
 SEED, BATCH, TOKENS, BANDWIDTH_HZ = 5, 4, 10, 3e5
 
@@ -81,8 +82,8 @@ def parts(record):
     ]
 
 
-@pytest.mark.parametrize("codec", ["fp32", "int8"])
-@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("codec", rest_slow(["int8", "fp32"]))
+@pytest.mark.parametrize("allocator", rest_slow(ALLOCATORS, 3))
 def test_the_command_says_what_round_1_does(
     roberta, fleet, coordinator, tmp_path, capsys, allocator, codec
 ):
@@ -113,7 +114,7 @@ def test_the_command_says_what_round_1_does(
     assert listed[allocator] == record.round_s
 
 
-@pytest.mark.parametrize("allocator", ["exact", "random"])
+@pytest.mark.parametrize("allocator", rest_slow(["random", "exact"]))
 def test_planned_rounds_are_those_of_a_run_that_learns_nothing(
     roberta, fleet, coordinator, tmp_path, allocator
 ):

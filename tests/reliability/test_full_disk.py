@@ -27,6 +27,7 @@ from lola_flwr.run.checkpoint import Checkpoints, Snapshot
 from lola_flwr.run.directory import RunDirectory, describe_run
 from lola_flwr.run.records import RoundRecord
 from lola_flwr.run.round_log import RoundLog
+from tests.marks import rest_slow
 from tests.reliability.test_resume import assert_same_end, records
 from tests.reliability.tiny_run import run
 
@@ -140,7 +141,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
         raise KeyError("a")
 
 
-@pytest.mark.parametrize("interface", ["message", "legacy"])
+@pytest.mark.parametrize("interface", rest_slow(["message", "legacy"]))
 def test_a_run_whose_disk_fills_is_gone_on_with(tmp_path, interface):
     whole = run(tmp_path / "whole", num_rounds=3)
     path = tmp_path / "run"

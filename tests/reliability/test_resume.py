@@ -20,6 +20,7 @@ import pytest
 from lola_flwr.errors import UserError
 from lola_flwr.run.directory import RunDirectory
 from lola_flwr.simulation import run_app
+from tests.marks import rest_slow
 from tests.reliability.tiny_run import run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,7 +59,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("message", "message"), ("legacy", "message"), ("message", "legacy")],
+    rest_slow([("legacy", "message"), ("message", "message"), ("message", "legacy")]),
 )
 def test_a_run_goes_on_where_it_stopped(unbroken, tmp_path, before, after):
     run(tmp_path, num_rounds=3, interface=before)

@@ -298,14 +298,14 @@ def test_a_later_step_without_devices_is_skipped():
 @pytest.mark.parametrize(
     ("kind", "name", "value", "named"),
     [
-        ("inputs", "hidden", 9e3, False),
+        pytest.param("inputs", "hidden", 9e3, False, marks=pytest.mark.slow),
         ("inputs", "hidden", 9e4, True),
-        ("forward", "hidden", 9e3, False),
-        ("forward", "hidden", 9e5, True),
-        ("backward", "slopes", 9e5, True),
+        pytest.param("forward", "hidden", 9e3, False, marks=pytest.mark.slow),
+        pytest.param("forward", "hidden", 9e5, True, marks=pytest.mark.slow),
+        pytest.param("backward", "slopes", 9e5, True, marks=pytest.mark.slow),
         ("backward", "gradients", 3e38, True),
         ("loss", "slopes", 9e3, False),
-        ("loss", "gradients", 9e5, False),
+        pytest.param("loss", "gradients", 9e5, False, marks=pytest.mark.slow),
     ],
 )
 def test_finite_lies_are_their_sender_s_fault(kind, name, value, named):
@@ -377,7 +377,7 @@ def test_a_hostile_device_changes_nothing(kind):
         np.testing.assert_array_equal(values, before[name])
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_goes_on_where_it_stopped(shared):
     options = {
         "budgets": Budgets(traffic=0.5),

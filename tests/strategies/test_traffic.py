@@ -23,6 +23,7 @@ from lola_flwr.strategies import message
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.codec import codec_ladder
 from tests.flat_settings import grouped
+from tests.marks import rest_slow
 from tests.strategies.in_process import InProcessGrid
 
 
@@ -210,7 +211,7 @@ def test_devices_that_keep_nothing_are_always_sent_everything(federation):
     assert {b.status for r in records for b in r.blocks} == {"accepted"}
 
 
-@pytest.mark.parametrize("codec", ["int8", "topk:0.1"])
+@pytest.mark.parametrize("codec", rest_slow(["topk:0.1", "int8"]))
 def test_codecs_that_leave_something_out_learn(federation, codec):
     federated = federation(codec=codec)
     records = federated.run(12)
@@ -243,11 +244,13 @@ def test_auto_gives_fast_uplinks_finer_codecs(federation):
 
 @pytest.mark.parametrize(
     ("head", "senders"),
-    [
-        ("every", [{0, 1, 2}] * 4),
-        ("shallowest", [{2}] * 4),
-        ("rotating", [{0}, {1}, {2}, {0}]),
-    ],
+    rest_slow(
+        [
+            ("rotating", [{0}, {1}, {2}, {0}]),
+            ("every", [{0, 1, 2}] * 4),
+            ("shallowest", [{2}] * 4),
+        ]
+    ),
 )
 def test_the_head_comes_from_whom_the_policy_says(federation, head, senders):
     federated = federation(head=head)

@@ -124,7 +124,9 @@ def assert_gradients_alike(found, expected):
         assert error <= 1e-3 * gradient.norm() + 1e-7 * largest, name
 
 
-@pytest.mark.parametrize("num_groups", [None, 2, 1])
+@pytest.mark.parametrize(
+    "num_groups", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 1))]
+)
 def test_the_gradient_is_that_of_one_process(case, rng, num_groups):
     count = 3 * (num_groups or 4)
     for operations in (
