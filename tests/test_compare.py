@@ -181,6 +181,7 @@ def test_a_row_tells_where_all_blocks_was_at_that_time():
     assert comparison_rows(curves[-1:])[0]["all_blocks_then"] == ""
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_and_figure_and_reuses_finished_runs(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--tasks", "textures", "--rounds", "1"]
     arguments += ["--batch-size", "2", "--devices", "4", "--methods", "lisa"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import peft
@@ -39,6 +40,8 @@ def run(tmp_path, *overrides, num_devices=5):
             *(f'output-dir="{tmp_path}/out"', *overrides),
         ],
         home=tmp_path / "home",
+        # One process that imports PyTorch is enough.
+        cpus_per_client=os.cpu_count() or 1,
     )
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lola_flwr.errors import UserError
 from lola_flwr.simulation import FinishedRun, ray_directory, run_app, runs
+from tests.marks import rest_slow
 
 ROOT = Path(__file__).parent.parent
 APP = ROOT / "simulations" / "glue"
@@ -347,7 +348,7 @@ class TestStop:
         for name in self.NAMES:
             assert stopped(noted(flower, name)), name
 
-    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+    @pytest.mark.parametrize("number", rest_slow([signal.SIGKILL, signal.SIGHUP]))
     def test_nothing_is_left_of_a_command_that_is_killed(self, flower, number):
         # What Ray's programs do: a session of their own, and a parent that is gone.
         daemon = (

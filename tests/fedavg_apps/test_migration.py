@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -43,7 +44,14 @@ def switched(kind, directory):
 
 
 def run(app, tmp_path, *overrides):
-    finished = run_app(app, num_devices=3, run_config=overrides, home=tmp_path / "home")
+    finished = run_app(
+        app,
+        num_devices=3,
+        run_config=overrides,
+        home=tmp_path / "home",
+        # One process that imports PyTorch is enough.
+        cpus_per_client=os.cpu_count() or 1,
+    )
     assert finished.completed, finished.output
     return finished.output
 

@@ -151,6 +151,7 @@ def saved(tmp_path_factory):
     return before, after, {case: said[directory] for case, directory in where.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_the_saved_model_is_the_trained_one(saved, family, task):
     before, after, said = (found[family, task] for found in saved)

@@ -65,15 +65,15 @@ FAST = {
         "profile_error": 0.0,
         "compute_jitter": 0.0,
     },
+}
+
+SLOW = {
     # Where some blocks rest there is something that has not changed.
     "downlink-changed": {
         "downlink": "changed",
         "selector": "round-robin",
         "selector_options": "count=2",
     },
-}
-
-SLOW = {
     # As what was stopped after two rounds would have gone on. Devices keep nothing:
     # what they hold, a run that goes on would send them anew.
     "resumed": {

@@ -61,6 +61,7 @@ def assert_all_is_accounted_for(records, grid, rounds):
     assert without <= sum(grid.counts[kind] for kind in ACCIDENTS)
 
 
+@pytest.mark.slow
 def test_a_short_soak_counts_every_fault(tmp_path):
     tiny = {"model": "random:roberta-tiny", "batch_size": 2, "max_length": 8}
     records, grid = soak(tmp_path, 10, eval_every=100, **tiny)

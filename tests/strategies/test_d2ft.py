@@ -99,13 +99,8 @@ def run(strategy, grid, num_rounds=1, **options):
     return strategy.start(grid, strategy.initial_arrays(), num_rounds, **options)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        *(pytest.param(f, marks=pytest.mark.slow) for f in ("roberta", "vit")),
-        "roberta-lora",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["roberta", "roberta-lora", "vit"])
 def test_steps_lower_the_loss(family):
     records = []
     strategy, grid = federation(family, on_round=records.append)
@@ -377,7 +372,8 @@ def test_a_hostile_device_changes_nothing(kind):
         np.testing.assert_array_equal(values, before[name])
 
 
-@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True])
 def test_a_run_goes_on_where_it_stopped(shared):
     options = {
         "budgets": Budgets(traffic=0.5),
