@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import hypothesis
 import numpy as np
 import pytest
-import torch
-import transformers
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
 
 # The same examples every time, and no verdict about time: the machine may be busy.
 hypothesis.settings.register_profile(
@@ -17,9 +21,18 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
-# Two cores, several test processes: one thread each.
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import PyTorch where tests run, and not where they are handed out."""
+    config = session.config
+    if config.getoption("numprocesses", 0) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    import transformers
+
+    # Two cores, several test processes: one thread each.
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,6 +58,9 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def roberta() -> transformers.PreTrainedModel:
     """A three-layer RoBERTa classifier with random weights."""
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.RobertaConfig(**SMALL, max_position_embeddings=40)
     return transformers.RobertaForSequenceClassification(config).eval()
@@ -53,6 +69,8 @@ def roberta() -> transformers.PreTrainedModel:
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
     """Six token sequences of length 10, the last two padded."""
+    import torch
+
     torch.manual_seed(1)
     input_ids = torch.randint(5, 60, (6, 10))
     attention_mask = torch.ones_like(input_ids)
