@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all test-testbed check mutants bench figures compare testbed docs clean
+.PHONY: venv demo test test-all test-testbed check mutants matrix bench figures compare testbed docs clean
 
 venv: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ check: venv
 # What of the core its own tests do not notice being changed. MUTANTS=--again: of those.
 mutants: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTANTS)
+
+# The wheel beside the oldest and the newest of what it needs; some GB for each.
+matrix: venv
+	$(BIN)/python -m tests.matrix
 
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest simulations/benchmarks -o python_files='bench_*.py'
