@@ -218,7 +218,7 @@ def _inject(model: nn.Module, config_class: Any, arguments: dict[str, Any]) -> A
     names = [name for name, _ in model.named_modules()]
     try:
         return get_peft_model(model, config)
-    except Exception:
+    except Exception:  # what peft raises without targets is of all types
         # Where peft finds no targets, nothing has changed yet.
         changed = names != [name for name, _ in model.named_modules()]
         if changed or arguments.keys() & {"target_modules", "target_parameters"}:
