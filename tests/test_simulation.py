@@ -145,12 +145,14 @@ print('{"runs": [{"status": "finished:failed"}]}')"""
 
     @pytest.mark.parametrize(
         "body",
-        [
-            "print('{\"runs\": []}')",
-            'print(\'{"success": false, "error-message": "no"}\')',
-            "print('[]')",
-            "sys.exit('no')",
-        ],
+        rest_slow(
+            [
+                'print(\'{"success": false, "error-message": "no"}\')',
+                "print('{\"runs\": []}')",
+                "print('[]')",
+                "sys.exit('no')",
+            ]
+        ),
     )
     def test_no_answer(self, tmp_path, body, monkeypatch):
         monkeypatch.setattr(runs, "_STATUS_S", 1.0)

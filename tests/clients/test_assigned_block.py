@@ -43,6 +43,7 @@ from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.records import SECAGG_KEY, MalformedRecord
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from tests.flat_settings import grouped
+from tests.marks import rest_slow
 from tests.strategies.in_process import InProcessGrid
 
 
@@ -545,15 +546,18 @@ def test_shared_parameters_are_refused(model):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"codec": "int8"},
-        {"codec": "bf16"},
-        {"codec": "auto"},
-        {"codec": "topk:0.1"},
-        {"low_rank": LowRankProjection(rank=2)},
-        {"zeroth_order": ZerothOrder(costs=None)},
-        {"reduced_schedules": True},
-    ],
+    rest_slow(
+        [
+            {"codec": "int8"},
+            {"low_rank": LowRankProjection(rank=2)},
+            {"codec": "bf16"},
+            {"codec": "auto"},
+            {"codec": "topk:0.1"},
+            {"zeroth_order": ZerothOrder(costs=None)},
+            {"reduced_schedules": True},
+        ],
+        2,
+    ),
     ids=str,
 )
 def test_what_is_for_gradients_is_refused_for_weights(roberta, options):

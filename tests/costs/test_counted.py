@@ -137,7 +137,7 @@ def test_sizes_between_take_no_more_than_is_planned(roberta):
     partition = partition_of(roberta)
     options = {"sequence_length": 10}
     step = model_costs(roberta, partition, batch_size=8, **options).step
-    for size in (1, 2, 5, 8):
+    for size in (1, 5, 8):
         alone = model_costs(roberta, partition, batch_size=size, **options).step
         planned, found = step.pass_bytes.of(size), alone.pass_bytes.of(size)
         assert (planned >= found * (1 - 1e-12)).all()

@@ -125,6 +125,7 @@ def test_power_modes_and_jetsons(tmp_path):
     assert host.jetson_model(tmp_path / "none") is None
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_file(tmp_path, capsys):
     out = tmp_path / "device.json"
     options = ["--model", "random:roberta-tiny", "--batch-size", "2"]

@@ -73,7 +73,7 @@ def test_selector_and_target_are_those_of_the_configuration(tiny):
     assert math.isinf(selection_of(config(selector="all"), *tiny).latency_target_s)
 
 
-@pytest.mark.parametrize("sampler", rest_slow(["entropy", "coreset"]))
+@pytest.mark.parametrize("sampler", rest_slow(["entropy", "coreset"], 0))
 def test_a_samplers_pool_counts(tiny, sampler):
     model, _ = tiny
     plain, chosen = (

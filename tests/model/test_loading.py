@@ -41,6 +41,7 @@ def test_random_shape_is_a_function_of_the_seed():
     assert logits.logits.shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_roberta_base_has_its_published_size():
     model, _ = load_classifier("random:roberta-base", num_labels=2)
     # 124.6 M parameters: 124 M of the encoder and 0.59 M of the head.

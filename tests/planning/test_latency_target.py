@@ -15,6 +15,7 @@ from lola_flwr.allocation import (
 from lola_flwr.errors import UserError
 from lola_flwr.planning import most_valuable_blocks
 from tests.allocation.allocation_oracle import brute_force_s, random_problem
+from tests.marks import rest_slow
 
 
 def best_value(problem, values, target_s):
@@ -36,8 +37,10 @@ def best_value(problem, values, target_s):
     )
 
 
-@pytest.mark.parametrize("power_limited", [False, True])
-@pytest.mark.parametrize("devices_per_block", [1, 2])
+@pytest.mark.parametrize(
+    ("devices_per_block", "power_limited"),
+    rest_slow([(2, True), (1, False), (1, True), (2, False)], 2),
+)
 def test_equals_brute_force(power_limited, devices_per_block):
     rng = np.random.default_rng(11)
     fitted = 0

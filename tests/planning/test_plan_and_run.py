@@ -83,7 +83,7 @@ def parts(record):
 
 
 @pytest.mark.parametrize("codec", rest_slow(["int8", "fp32"]))
-@pytest.mark.parametrize("allocator", rest_slow(ALLOCATORS, 3))
+@pytest.mark.parametrize("allocator", rest_slow(ALLOCATORS, 2))
 def test_the_command_says_what_round_1_does(
     roberta, fleet, coordinator, tmp_path, capsys, allocator, codec
 ):

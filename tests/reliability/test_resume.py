@@ -74,6 +74,7 @@ def test_a_finished_run_does_nothing_more(unbroken):
     assert len(records(unbroken[1])) == 6
 
 
+@pytest.mark.slow
 def test_with_a_random_allocator(tmp_path):
     options = {"allocator": "random"}
     whole = run(tmp_path / "whole", num_rounds=6, options=options)

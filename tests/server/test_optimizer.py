@@ -132,6 +132,7 @@ def test_steps_are_those_of_torch(name, rng):
     assert not np.array_equal(expected, start)
 
 
+@pytest.mark.slow
 def test_the_compiler_of_pytorch_stays_out_of_memory():
     program = (
         "import sys, numpy as np\n"

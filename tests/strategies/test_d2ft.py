@@ -145,6 +145,7 @@ def uploads(schedules):
     return received["forward"] + received["backward"]
 
 
+@pytest.mark.slow
 def test_half_of_the_traffic_is_half_of_the_activations():
     all_of_it = uploads({"micro_batches": 6})
     half = uploads({"micro_batches": 6, "budgets": Budgets(traffic=0.5)})

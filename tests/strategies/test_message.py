@@ -124,6 +124,7 @@ def test_rounds_lower_the_loss_and_cost_one_message_each(federation):
         np.testing.assert_array_equal(result.arrays[name].numpy(), values)
 
 
+@pytest.mark.slow
 def test_a_round_without_back_propagation_uploads_less_than_1_kb(federation):
     records = []
     strategy, grid = federation(num_directions=MAX_DIRECTIONS, on_round=records.append)

@@ -134,7 +134,7 @@ class Federation:
         }
 
 
-@pytest.fixture(params=["legacy", "message"])
+@pytest.fixture(params=rest_slow(["message", "legacy"]))
 def federation(request, roberta, batch, tmp_path):
     """Return a function that makes a federation, whose devices share a disk."""
 

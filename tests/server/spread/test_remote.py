@@ -27,6 +27,7 @@ from lola_flwr.server.spread.remote import spread_gradient
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.records import MalformedRecord, PartReport, PartTask
 from tests.d2ft.test_execution import FAMILIES, Case, make
+from tests.marks import rest_slow
 from tests.server.test_coordinator import npy
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
@@ -105,7 +106,7 @@ def in_one_process(case, operations, num_groups=None):
     )
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=rest_slow(FAMILIES, 2))
 def case(request):
     return make(request.param)
 
