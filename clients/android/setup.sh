@@ -43,7 +43,7 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 [ -x /opt/lola-flwr/bin/python ] || python3 -m venv /opt/lola-flwr
 pip=/opt/lola-flwr/bin/pip
 $pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch
-$pip install --quiet 'flwr>=1.41,<1.42' '/mnt/lola-flwr[glue,adapters,offline]'
+$pip install --quiet '/mnt/lola-flwr[glue,adapters,offline]'
 install -D -m 755 -t /opt/lola-flwr/libexec \
     /mnt/lola-flwr/clients/linux/worker.sh /mnt/lola-flwr/clients/linux/supernode.sh
 install -d -m 700 /etc/lola-flwr

@@ -11,15 +11,14 @@
 #
 # Run as root. It makes the user lola, /opt/lola-flwr (programs), /etc/lola-flwr (keys and
 # configuration), and two services; it overwrites no key and no configuration.
-# LOLA_BASE_PYTHON names the Python for /opt/lola-flwr (default: python3).
+# LOLA_BASE_PYTHON names the Python for /opt/lola-flwr (default: python3). Where the server
+# has an older Flower, PIP_CONSTRAINT names a file that says which (docs/deployment.md).
 set -eu
 umask 022
 
 here=$(cd "$(dirname "$0")" && pwd)
 prefix=/opt/lola-flwr
 etc=/etc/lola-flwr
-# SuperLink and SuperNodes are of one minor version: others are refused or untested.
-flwr="flwr>=1.41,<1.42"
 
 fail() {
     echo "error: $*" >&2
@@ -28,7 +27,7 @@ fail() {
 
 case ${1:-} in
     -h | --help)
-        sed -n '2,15s/^# \{0,1\}//p' "$0"
+        sed -n '2,16s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
 esac
@@ -53,10 +52,10 @@ id lola >/dev/null 2>&1 ||
 [ -x "$prefix/bin/python" ] || "$python" -m venv "$prefix"
 if [ -n "${LOLA_WORKER_PYTHON:-}" ]; then
     # The worker's own Python has PyTorch; this one carries messages.
-    "$prefix/bin/pip" install --quiet "$flwr" "numpy>=2,<3"
+    "$prefix/bin/pip" install --quiet "flwr>=1.41,<2" "numpy>=2,<3"
     "$prefix/bin/pip" install --quiet --no-deps "$package"
 else
-    "$prefix/bin/pip" install --quiet "$flwr" "$package"
+    "$prefix/bin/pip" install --quiet "$package"
 fi
 install -D -m 755 -t "$prefix/libexec" "$here/worker.sh" "$here/supernode.sh"
 
