@@ -33,6 +33,7 @@ from lola_flwr.server.settings import DeviceOptions, RoundSettings, Transfer
 from lola_flwr.server.spread.plan import MicroBatches
 from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.system.channel import Channel
+from lola_flwr.system.devices import DeviceProfile
 
 __all__ = [
     "AllocationOptions",
@@ -45,6 +46,7 @@ __all__ = [
     "Selection",
     "ServerStep",
     "Transfer",
+    "check_first_round",
     "coordinator_for",
     "coordinator_for_weights",
     "model_costs",
@@ -107,6 +109,33 @@ def coordinator_for(
         block_mean=step.block_mean,
     )
     return Coordinator(served, costs, batch_size=batch_size, settings=settings)
+
+
+def check_first_round(
+    coordinator: Coordinator, profiles: Sequence[DeviceProfile]
+) -> None:
+    """Plan a first round, which devices that cannot train the model do not have.
+
+    So an app's own check (``check`` of ``[tool.lola-flwr]``) says before anything has
+    started what the run would say after all devices were asked.
+
+    Parameters
+    ----------
+    coordinator
+        The run's, made for this.
+    profiles
+        What each device offers.
+
+    Raises
+    ------
+    UserError
+        There are too few devices, or none that can train some block.
+    """
+    devices = [str(index) for index in range(len(profiles))]
+    coordinator.meet_devices(1, devices)
+    for device, profile in zip(devices, profiles, strict=True):
+        coordinator.add_device(device, profile.to_properties())
+    coordinator.plan_round(1, devices)
 
 
 def trainer_for(

@@ -20,8 +20,10 @@ from lola_flwr.errors import UserError
 from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
 
 SIMULATIONS = Path(__file__).parents[2] / "simulations"
-GLUE, QUICKSTART = str(SIMULATIONS / "glue"), str(SIMULATIONS / "quickstart")
-SIX = f"simulate {GLUE} --devices 6"
+GLUE, QUICKSTART, VISION = (
+    str(SIMULATIONS / name) for name in ("glue", "quickstart", "vision")
+)
+SIX, QUICK_SIX = (f"simulate {app} --devices 6" for app in (GLUE, QUICKSTART))
 
 # Mistake, command, exit code, and the way out that its line names.
 MISTAKES = [
@@ -36,10 +38,13 @@ MISTAKES = [
     ("no data", f"{SIX} task=cola", FAILED, 'data-dir="..."'),
     ("no data", f"{SIX} task=cola data-dir=no-app", FAILED, "Put CoLA's TSV files"),
     ("no data", f"{SIX} task=sst-2 data-dir=glue", FAILED, "Put the task's training"),
+    ("no model", f"{QUICK_SIX} model=no-app", FAILED, "no config.json"),
+    ("no data", f"{QUICK_SIX} data=mine.tsv", FAILED, "text and label"),
     ("too few devices", f"simulate {GLUE} --devices 2", FAILED, "Add devices"),
     ("too little memory", f"simulate {GLUE} --fleet mb.toml", FAILED, "(in bytes)"),
     ("no such pair", f"{SIX} method=fedavg-full backups=2", FAILED, "set it to 0"),
     ("extra missing", f"{SIX} tuning=lora", FAILED, "[adapters]"),
+    ("extra missing", QUICK_SIX, FAILED, "[adapters]"),
 ]
 
 
@@ -128,6 +133,19 @@ class TestOnTheModel:
         assert not (directory / "runs").exists()
 
     @pytest.mark.parametrize(
+        ("app", "devices", "blocks"),
+        [
+            (VISION, 3, 4),
+            pytest.param(QUICKSTART, 5, 6, marks=pytest.mark.slow),
+        ],
+    )
+    def test_every_app_of_ours_says_it(self, app, devices, blocks):
+        found = read_app(Path(app))
+        with pytest.raises(UserError, match=f"{devices} for {blocks} blocks. Add"):
+            check_start(found, found.config, devices)
+        check_start(found, found.config, blocks)
+
+    @pytest.mark.parametrize(
         "changes",
         [
             pytest.param({"method": "fedavg-full"}, marks=pytest.mark.slow),
@@ -141,10 +159,8 @@ class TestOnTheModel:
         check_start(app, config, 4)
 
 
-def test_an_app_that_offers_no_check_is_taken_to_start():
-    app = read_app(Path(QUICKSTART))
-    assert app.check is None
-    check_start(app, app.config, 1)
+def test_an_app_that_offers_no_check_is_taken_to_start(tmp_path):
+    check_start(FlowerApp(tmp_path, "app", {}), {}, 1)
 
 
 @pytest.mark.parametrize(

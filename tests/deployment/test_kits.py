@@ -47,7 +47,9 @@ def test_kits_ask_for_the_versions_that_the_package_does():
     asked = {
         requirement.name: requirement.specifier
         for script in SCRIPTS
-        for text in re.findall(r"""["']([a-z-]+[<>=]=[^"'$]*)["']""", script.read_text())
+        for text in re.findall(
+            r"""["']([a-z-]+[<>=]=[^"'$]*)["']""", script.read_text()
+        )
         for requirement in (Requirement(text),)
     }
     assert len(asked) > 10

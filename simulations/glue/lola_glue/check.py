@@ -94,6 +94,7 @@ def check_numbers(
 def check_on_the_model(config: GlueConfig, profiles: Sequence[DeviceProfile]) -> None:
     """Load the model, count what it costs, and plan the first round."""
     # PyTorch takes seconds; what is above is said before that.
+    from lola_flwr.build import check_first_round
     from lola_glue.costs import load_model, model_blocks
     from lola_glue.methods import make_coordinator, make_trainer
 
@@ -110,11 +111,7 @@ def check_on_the_model(config: GlueConfig, profiles: Sequence[DeviceProfile]) ->
             # How important blocks are decides which are trained, not which can be.
             response=(lambda _: 0.0) if needs_response else None,
         )
-        devices = [str(index) for index in range(len(profiles))]
-        coordinator.meet_devices(1, devices)
-        for device, profile in zip(devices, profiles, strict=True):
-            coordinator.add_device(device, profile.to_properties())
-        coordinator.plan_round(1, devices)
+        check_first_round(coordinator, profiles)
 
 
 def _known_shapes(model: str) -> ModelShapes | None:

@@ -10,10 +10,24 @@ from lola_flwr.model.loading import load_values
 from lola_flwr.model.saved_adapters import save_model
 from lola_flwr.run.directory import describe_run, run_directory, say_where
 from lola_flwr.run.round_log import RoundLog
+from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.strategies.message import LoLaDeft
 from quickstart.task import load_data, load_model, make_batch
 
 app = ServerApp()
+
+
+def make_coordinator(config: dict) -> Coordinator:
+    """Return what decides who does what, and steps."""
+    model, partition, _ = load_model(config["model"], config["data"])
+    batch_size = config["batch-size"]
+    return coordinator_for(
+        model,
+        partition,
+        costs=model_costs(model, partition, batch_size=batch_size, sequence_length=64),
+        batch_size=batch_size,
+        step=ServerStep(lr=config["lr"]),
+    )
 
 
 @app.main()
@@ -34,18 +48,10 @@ def main(grid: Grid, context: Context) -> None:
             {"loss": output.loss.item(), "accuracy": correct.float().mean().item()}
         )
 
-    batch_size = config["batch-size"]
-    coordinator = coordinator_for(
-        model,
-        partition,
-        costs=model_costs(model, partition, batch_size=batch_size, sequence_length=64),
-        batch_size=batch_size,
-        step=ServerStep(lr=config["lr"]),
-    )
     directory = run_directory(config["output-dir"], context.run_id)
     log = RoundLog(directory / "rounds.jsonl")
     describe_run(directory, app="quickstart", config=config)
-    strategy = LoLaDeft(coordinator, on_round=log.append)
+    strategy = LoLaDeft(make_coordinator(config), on_round=log.append)
     result = strategy.start(
         grid,
         strategy.initial_arrays(),

@@ -7,11 +7,13 @@ from functools import lru_cache
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
+from lola_flwr.build import Channel, RoundSettings, ServerStep, coordinator_for
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.server.coordinator import Coordinator
 from lola_vision.config import NUM_HEADS, VisionConfig
 from lola_vision.images import Images, load_images
 
@@ -59,3 +61,18 @@ def build(
         sequence_length=num_patches + 1,  # the patches and the class token
     )
     return model, partition, costs
+
+
+def make_coordinator(config: VisionConfig) -> Coordinator:
+    """Return what decides and steps on the server."""
+    model, partition, costs = build(config)
+    return coordinator_for(
+        model,
+        partition,
+        costs=costs,
+        batch_size=config.batch_size,
+        step=ServerStep(lr=config.lr, linear_decay_steps=config.rounds),
+        settings=RoundSettings(
+            channel=Channel(bandwidth_hz=config.bandwidth_hz), seed=config.seed
+        ),
+    )

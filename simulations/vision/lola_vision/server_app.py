@@ -13,7 +13,6 @@ from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
-from lola_flwr.build import Channel, RoundSettings, ServerStep, coordinator_for
 from lola_flwr.errors import UserError
 from lola_flwr.model.loading import load_values
 from lola_flwr.run.directory import describe_run, run_directory, say_where
@@ -22,7 +21,7 @@ from lola_flwr.run.round_log import RoundLog, read_rounds, require_training
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.run_rounds import run_rounds
 from lola_vision.config import VisionConfig
-from lola_vision.model import build, images
+from lola_vision.model import build, images, make_coordinator
 
 app = ServerApp()
 
@@ -41,7 +40,7 @@ def train(grid: Grid, context: Context) -> None:
     """Train the configured model on the configured images."""
     config = VisionConfig.from_run_config(context.run_config)
     held_out = images(config)[1]
-    model, partition, costs = build(config)
+    model, partition, _ = build(config)
 
     def evaluate(values: Sequence[NDArray[np.floating]]) -> dict[str, float]:
         load_values(model, partition.trainable, values)
@@ -58,16 +57,7 @@ def train(grid: Grid, context: Context) -> None:
     def on_round(record: Record) -> None:
         log_file.append(record)
 
-    coordinator = coordinator_for(
-        model,
-        partition,
-        costs=costs,
-        batch_size=config.batch_size,
-        step=ServerStep(lr=config.lr, linear_decay_steps=config.rounds),
-        settings=RoundSettings(
-            channel=Channel(bandwidth_hz=config.bandwidth_hz), seed=config.seed
-        ),
-    )
+    coordinator = make_coordinator(config)
     if config.interface == "legacy":
 
         def legacy_evaluate(
