@@ -4,7 +4,8 @@
 are chosen, and what is asked for besides. It installs the wheel with the extras, copies
 the tests away from the package's sources, and runs those of the rooms that lean on
 PyTorch, transformers, peft and Flower. It prints a table, and fails if a row does.
-``--only NAME`` tries some rows; ``--page FILE`` writes the table into the docs.
+``--only NAME`` tries some rows anew, and takes the others from before; ``--page FILE``
+writes the table into the docs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,6 @@ ENVIRONMENTS = (
 class Tried:
     """What became of an environment: its versions, and pytest's last line."""
 
-    environment: Environment
     versions: dict[str, str]
     outcome: str
     passed: bool
@@ -76,16 +76,18 @@ class Tried:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try the environments; return 1 if one fails."""
     options = _parser().parse_args(arguments)
-    chosen = [e for e in ENVIRONMENTS if not options.only or e.name in options.only]
-    tried = []
-    shutil.rmtree(options.out, ignore_errors=True)
-    wheel = _wheel(options.out)
-    for environment in chosen:
-        place = options.out / environment.name.replace(" ", "-")
-        tried.append(_try(environment, wheel, place, options.tests))
-        print(
-            f"{environment.name}: {tried[-1].outcome} ({place}/tests.log)", flush=True
-        )
+    places = {e: options.out / e.name.replace(" ", "-") for e in ENVIRONMENTS}
+    tried = {}
+    for environment, place in places.items():
+        row = place / "row.json"
+        if not options.only or environment.name in options.only:
+            shutil.rmtree(place, ignore_errors=True)
+            outcome = _try(environment, _wheel(place), place, options.tests)
+            shown = f"{environment.name}: {outcome.outcome} ({place}/tests.log)"
+            print(shown, flush=True)
+            row.write_text(json.dumps(asdict(outcome)), "utf-8")
+        if row.exists():
+            tried[environment] = Tried(**json.loads(row.read_text("utf-8")))
     table = "\n".join(_table(tried))
     print(f"\n{table}")
     if options.page:
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not mark:
             raise SystemExit(f"{options.page} has no table that begins with {mark!r}")
         options.page.write_text(f"{above}{table}\n", "utf-8")
-    return int(not all(row.passed for row in tried))
+    return int(not all(row.passed for row in tried.values()))
 
 
 def _wheel(directory: Path) -> Path:
@@ -124,7 +126,7 @@ def _try(
         _uv(*install, *TOOLS)
     except subprocess.CalledProcessError as error:
         last = error.stderr.strip().splitlines()[-1]
-        return Tried(environment, {}, f"cannot be installed: {last}", passed=False)
+        return Tried({}, f"cannot be installed: {last}", passed=False)
     listed = json.loads(_uv("pip", "list", "--python", python, "--format", "json"))
     versions = {entry["name"]: entry["version"] for entry in listed}
     _copy(place / "project")
@@ -142,7 +144,7 @@ def _try(
         )
     *_, last = filter(str.strip, log.read_text("utf-8").splitlines())
     outcome, *_ = last.strip("= ").split(" in ")
-    return Tried(environment, versions, outcome, passed=done.returncode == 0)
+    return Tried(versions, outcome, passed=done.returncode == 0)
 
 
 def _copy(project: Path) -> None:
@@ -154,13 +156,12 @@ def _copy(project: Path) -> None:
         shutil.copy(ROOT / name, project)
 
 
-def _table(tried: Sequence[Tried]) -> Iterator[str]:
+def _table(tried: Mapping[Environment, Tried]) -> Iterator[str]:
     yield f"| environment | Python | {' | '.join(SHOWN)} | tests |"
     yield "|" + " --- |" * (len(SHOWN) + 3)
-    for row in tried:
+    for environment, row in tried.items():
         versions = (row.versions.get(name, "").partition("+")[0] for name in SHOWN)
-        place = row.environment
-        cells = (place.name, place.python, *versions, row.outcome)
+        cells = (environment.name, environment.python, *versions, row.outcome)
         yield f"| {' | '.join(cells)} |"
 
 
@@ -176,7 +177,13 @@ def _uv(*arguments: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", help="names of environments", metavar="NAME")
+    add(
+        "--only",
+        nargs="+",
+        choices=[e.name for e in ENVIRONMENTS],
+        metavar="NAME",
+        help="names of the environments to try",
+    )
     add("--tests", nargs="+", default=(), help="other tests", metavar="PATH")
     add(
         "--out", type=Path, default=ROOT / "runs" / "matrix", help="where they are made"

@@ -327,7 +327,9 @@ def _without_values(
     for tensor in tensors:
         fake: Tensor
         if tensor.device.type == "cpu":
-            fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+            # Older PyTorch has no mode for subclasses, as weights of 4 bits are.
+            plain = tensor.as_subclass(Tensor).detach()
+            fake = mode.from_tensor(plain, static_shapes=True)
         else:
             fake = torch.empty_strided(
                 tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu"

@@ -60,9 +60,8 @@ def test_what_is_counted_is_what_pytorch_executes(name):
     assert rows
     for row in rows:
         assert row.flops_ratio == pytest.approx(1, abs=0.01)
-        # Before PyTorch 2.13 weights of 4 bits are copied once more than is counted.
-        assert row.step_ratio == pytest.approx(1, abs=0.06)
-        assert row.memory_ratio == pytest.approx(1, abs=0.06)
+        assert row.step_ratio == pytest.approx(1, abs=0.05)
+        assert row.memory_ratio == pytest.approx(1, abs=0.05)
 
 
 def mlp():
