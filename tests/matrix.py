@@ -3,7 +3,8 @@
 ``python -m tests.matrix`` has uv make an environment for each row: Python, how versions
 are chosen, and what is asked for besides. It installs the wheel with the extras, copies
 the tests away from the package's sources, and runs those of the rooms that lean on
-PyTorch, transformers, peft and Flower. It prints a table, and fails if a row does.
+SciPy, PyTorch, transformers, peft and Flower. It prints a table, and fails if a row
+does, or if no installation can have a lower bound of ``pyproject.toml``.
 ``--only NAME`` tries some rows anew, and takes the others from before; ``--page FILE``
 writes the table into the docs.
 """
@@ -16,16 +17,23 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("simulation", "glue", "adapters", "offline", "quantised", "streaming")
 TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")
+# Those that lean most on what is installed.
 ROOMS = (
-    *("cli", "clients", "costs", "d2ft", "device", "model", "planning", "server"),
-    *("strategies", "wire", "zeroth_order"),
+    *("allocation", "cli", "clients", "costs", "d2ft", "device", "model"),
+    "strategies",
 )
 # What tells an environment from another.
 SHOWN = ("flwr", "torch", "transformers", "peft", "numpy", "scipy", "datasets", "ray")
@@ -128,7 +136,10 @@ def _try(
         last = error.stderr.strip().splitlines()[-1]
         return Tried({}, f"cannot be installed: {last}", passed=False)
     listed = json.loads(_uv("pip", "list", "--python", python, "--format", "json"))
-    versions = {entry["name"]: entry["version"] for entry in listed}
+    versions = {canonicalize_name(one["name"]): one["version"] for one in listed}
+    false = [*_false_bounds(versions)] if environment.lowest else []
+    if false:
+        return Tried(versions, f"nobody has {', '.join(false)}", passed=False)
     _copy(place / "project")
     log = place / "tests.log"
     with log.open("w") as file:
@@ -145,6 +156,19 @@ def _try(
     *_, last = filter(str.strip, log.read_text("utf-8").splitlines())
     outcome, *_ = last.strip("= ").split(" in ")
     return Tried(versions, outcome, passed=done.returncode == 0)
+
+
+def _false_bounds(lowest: Mapping[str, str]) -> Iterator[str]:
+    """Give the lower bounds below the lowest versions that can be had."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = [project["optional-dependencies"][extra] for extra in EXTRAS]
+    for line in chain(project["dependencies"], *extras):
+        wanted = Requirement(line)
+        found = lowest.get(canonicalize_name(wanted.name))
+        bounds = [b.version for b in wanted.specifier if b.operator == ">="]
+        asked = wanted.marker is None or wanted.marker.evaluate()
+        if found and asked and not SpecifierSet(f"=={bounds[0]}.*").contains(found):
+            yield f"{wanted.name} {bounds[0]} (but {found})"
 
 
 def _copy(project: Path) -> None:
