@@ -20,7 +20,9 @@ from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.found import found_blocks
 from lola_flwr.model.loading import fingerprint
+from lola_flwr.model.plain_input import is_plain
 from lola_flwr.model.trace import Example
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
@@ -237,7 +239,12 @@ def coordinator_for_weights(
         NumPy lacks.
     """
     parameters = dict(model.named_parameters())
-    partition = model_partition(model, stack=stack, blocks=blocks, example=example)
+    if stack is None and blocks is None and is_plain(model):
+        partition, example = found_blocks(
+            model, example, sequence_length=sequence_length
+        )
+    else:
+        partition = model_partition(model, stack=stack, blocks=blocks, example=example)
     trained = {id(parameters[name]): name for name in partition.trainable}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if trained.get(id(parameter), name) != name:

@@ -15,7 +15,6 @@ convex function, and one that meets its chord in between is the chord.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +34,12 @@ from torch._subclasses.fake_tensor import (
 
 from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.counter import BATCHES, Counter, Pass, TwoPasses
-from lola_flwr.costs.examples import spelled
 from lola_flwr.costs.operations import dense_parts
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.backprop import block_gradient, train_mode
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.example import spelled
+from lola_flwr.model.plain_input import fake_mode
 from lola_flwr.model.trace import Example
 
 Result = TypeVar("Result")
@@ -285,14 +285,8 @@ def _as_it_was() -> Iterator[None]:
 @contextmanager
 def _fake(model: nn.Module, example: Example) -> Iterator[Runnable]:
     """Give a copy of a model without values."""
-    log = logging.getLogger(FakeTensorMode.__module__)
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # what fails is told by what follows
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            yield _without_values(model, example, mode)
-    finally:
-        log.setLevel(level)
+    with fake_mode() as mode:
+        yield _without_values(model, example, mode)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Make a model's input for one example: its shapes and types, from the configuration.
 
 For the models of ``transformers`` whose class says what they are for, and for plain
-modules that read one tensor into a linear layer or an embedding. All others need an
-example of their input, and are refused with a line that gives it.
+modules that take one tensor, of one size. All others need an example of their input,
+and are refused with a line that gives it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.errors import UserError
-from lola_flwr.model.example import example_of
+from lola_flwr.model.example import example_of, spelled
+from lola_flwr.model.plain_input import plain_input
 
 # A class of transformers' automatic models -> the shape of one example's labels: one
 # number for each token, or one in all.
@@ -64,11 +65,10 @@ def training_example(
     main = getattr(base, "main_input_name", None)
     taken = inspect.signature(base.forward).parameters
     if main is None or not hasattr(base, "config"):
-        plain, known = _plain_input(base, sequence_length)
-        wanted = [p for p in taken.values() if p.default is inspect.Parameter.empty]
-        if not known or len(wanted) != 1:
-            raise _unknown(model, plain)
-        return plain
+        plain = plain_input(base, sequence_length)
+        if plain.example is None or not plain.known:
+            raise _unknown(model, plain.example)
+        return plain.example
     kind = _labels_of(base)
     example: dict[str, Tensor] = {}
     tokens = torch.zeros(1, sequence_length, dtype=torch.long)
@@ -87,24 +87,14 @@ def training_example(
     return {**example, **label}
 
 
-def spelled(example: Tensor | Mapping[str, Any]) -> str:
-    """Write an example as Python would make it."""
-    if isinstance(example, Tensor):
-        shape = ", ".join(map(str, example.shape))
-        kind = "" if example.dtype == torch.float32 else f", dtype={example.dtype}"
-        return f"torch.zeros({shape}{kind})"
-    parts = [
-        f'"{name}": {spelled(value) if isinstance(value, Tensor) else repr(value)}'
-        for name, value in example.items()
-    ]
-    return "{" + ", ".join(parts) + "}"
-
-
-def _unknown(model: nn.Module, guess: Tensor | Mapping[str, Tensor]) -> UserError:
+def _unknown(
+    model: nn.Module, guess: Tensor | Mapping[str, Tensor] | None
+) -> UserError:
+    shown = "" if guess is None else f"{spelled(guess)}, or "
     return UserError(
         f"What {type(model).__name__} reads does not follow from the model, and its "
-        f"costs are counted on that: pass example={spelled(guess)}, or whatever its "
-        "input for one example is."
+        f"costs are counted on that: pass example={shown}whatever its input for one "
+        "example is."
     )
 
 
@@ -150,22 +140,3 @@ def _guess(
     }
     known = example or {main: likely.get(main, tokens)}
     return {**known, **(label or {"labels": torch.zeros(1, dtype=torch.long)})}
-
-
-def _plain_input(model: nn.Module, sequence_length: int) -> tuple[Tensor, bool]:
-    """Return the input of a plain module, by the first that has weights.
-
-    And whether it follows from that, or is a guess.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            tokens = (sequence_length,) if sequence_length > 1 else ()
-            return torch.zeros(1, *tokens, module.in_features), True
-        if isinstance(module, nn.Embedding):
-            return torch.zeros(1, sequence_length, dtype=torch.long), True
-        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            sizes = (1000,) if isinstance(module, nn.Conv1d) else (224, 224)
-            return torch.zeros(1, module.in_channels, *sizes), False
-        if next(module.parameters(recurse=False), None) is not None:
-            break
-    return torch.zeros(1, 3, 224, 224), False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -97,6 +97,19 @@ def token_ids(model: nn.Module, length: int, batch_size: int = 1) -> Tensor:
         # An encoder with a decoder classifies what it makes of the end.
         ids[:, -1] = end
     return ids
+
+
+def spelled(example: Tensor | Mapping[str, Any]) -> str:
+    """Write an example as Python would make it."""
+    if isinstance(example, Tensor):
+        shape = ", ".join(map(str, example.shape))
+        kind = "" if example.dtype == torch.float32 else f", dtype={example.dtype}"
+        return f"torch.zeros({shape}{kind})"
+    parts = [
+        f'"{name}": {spelled(value) if isinstance(value, Tensor) else repr(value)}'
+        for name, value in example.items()
+    ]
+    return "{" + ", ".join(parts) + "}"
 
 
 def word_embeddings(model: Any) -> Tensor | None:

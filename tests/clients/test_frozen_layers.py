@@ -18,7 +18,6 @@ from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition, BlocksNotFound, partition_parameters
 from tests.clients.test_assigned_block import (
     Net,
-    all_but_embedding,
     federate,
     federate_config,
     fit,
@@ -90,7 +89,7 @@ def test_frozen_layers_neither_change_nor_travel(frozen):
         model, make_app(train), rounds=2, example=EXAMPLE
     )
     assert [record.refused for record in records] == [{}, {}]
-    trained = all_but_embedding(model) - names_of(model, *frozen)
+    trained = names_of(model, "") - names_of(model, *frozen)
     assert moved(model, result) == trained | statistics(model)
     sent = {name for reply in replies for name in reply.content["arrays"]}
     assert sent == trained | statistics(model)
