@@ -15,6 +15,7 @@ convex function, and one that meets its chord in between is the chord.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,6 @@ from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.backprop import block_gradient, train_mode
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.example import spelled
-from lola_flwr.model.plain_input import fake_mode
 from lola_flwr.model.trace import Example
 
 Result = TypeVar("Result")
@@ -285,8 +285,14 @@ def _as_it_was() -> Iterator[None]:
 @contextmanager
 def _fake(model: nn.Module, example: Example) -> Iterator[Runnable]:
     """Give a copy of a model without values."""
-    with fake_mode() as mode:
-        yield _without_values(model, example, mode)
+    log = logging.getLogger(FakeTensorMode.__module__)
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what fails is told by what follows
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield _without_values(model, example, mode)
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager

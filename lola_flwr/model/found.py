@@ -28,6 +28,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.example import spelled
 from lola_flwr.model.plain_input import plain_input, required_arguments
+from lola_flwr.model.stacks import sample_of
 from lola_flwr.model.trace import Example, Trace, traced
 
 _logger = logging.getLogger(__name__)
@@ -117,6 +118,8 @@ def found_blocks(
 
 def divided(model: nn.Module, trace: Trace) -> BlockPartition:
     """Divide a model by its modules, and by what a forward pass has shown."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    frozen |= trace.unrecorded()
     order = [name for name, _ in model.named_parameters()]
     needed = trace.behind(())
     pieces = [p for p in _pieces(model, "", trace) if not needed.isdisjoint(p.names)]
@@ -124,25 +127,28 @@ def divided(model: nn.Module, trace: Trace) -> BlockPartition:
     *blocks, head = _blocks_and_head(_in_chain(chain, trace))
     blocks = [block for block in blocks if block] or [head]
     head = [] if blocks == [head] else head
-    placed = {name for part in (*blocks, head) for name in part}
     parts = [*blocks, head]
     origins = [trace.feeding(part) for part in parts]
-    for name in order:
-        if name in placed:
-            continue
-        if name in needed:
-            # What is no module's own goes to the first that needs it.
-            uses = (i for i, origin in enumerate(origins) if name in origin)
-            parts[next(uses, len(blocks))].append(name)
-        else:
-            # What this pass has not used may be used in training.
-            parts[len(blocks) - 1].append(name)
+    rest = [n for n in order if n not in {name for part in parts for name in part}]
+    for name in rest:
+        # What is no module's own goes to the first that needs it. What this pass does
+        # not use may be used in training.
+        uses = (i for i, origin in enumerate(origins) if name in origin)
+        behind = len(blocks) if name in needed else len(blocks) - 1
+        parts[next(uses, behind)].append(name)
+    unused = [n for n in rest if n not in needed and n not in frozen]
+    if unused:
+        _logger.warning(
+            "%s.forward does not use %s: it is trained with the last block, but what "
+            "it costs to compute is not counted.",
+            type(model).__name__,
+            sample_of(unused),
+        )
     *blocks, head = [sorted(part, key=order.index) for part in parts]
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     partition = BlockPartition(
         blocks=tuple(map(tuple, blocks)), head=tuple(head), frozen=()
     )
-    return partition.freezing(frozen | trace.unrecorded())
+    return partition.freezing(frozen)
 
 
 def spelled_blocks(model: nn.Module, partition: BlockPartition) -> str:

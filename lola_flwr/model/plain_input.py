@@ -3,13 +3,12 @@
 The first module with weights says what its input is made of: a linear layer how wide it
 is, a convolution how many channels it has. How large images are shows only where the
 model takes no others, as one that flattens them into a linear layer: sizes are tried,
-on fake tensors, which have no values.
+on tensors without values.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 # Tells whether a model takes examples of such a shape and type.
@@ -141,8 +140,8 @@ def _found(
         sizes, known = fits([0]), True
     elif dimensions == 2:
         sizes = fits(_SIDES)
-        # Whoever takes twice as much takes more than one size.
-        known = len(sizes) == 1 and not fits([2 * sizes[0]])
+        # What pooling rounds off is little; more, and it takes more than one size.
+        known = len(sizes) == 1 and not fits([5 * sizes[0] // 4, 2 * sizes[0]])
         if not known:
             sizes = fits([_USUAL_SIDE]) or sizes or fits(range(1, _LARGEST_SIDE + 1))
             known = len(sizes) == 1 and sizes[0] not in _SIDES
@@ -154,20 +153,9 @@ def _found(
         sizes = sizes if known else fits([usual]) or sizes
     if not sizes:
         return None
-    return PlainInput(torch.zeros(1, *shape(sizes[0]), dtype=dtype), known=known)
-
-
-@contextmanager
-def fake_mode() -> Iterator[FakeTensorMode]:
-    """Give tensors that have no values; what fails with them does so without a log."""
-    log = logging.getLogger(FakeTensorMode.__module__)
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            yield mode
-    finally:
-        log.setLevel(level)
+    return PlainInput(
+        torch.zeros(1, *shape(sizes[0]), dtype=dtype, device="cpu"), known=known
+    )
 
 
 @contextmanager
@@ -175,40 +163,30 @@ def _trial(model: nn.Module) -> Iterator[Takes]:
     """Give a way to try inputs on a model, in evaluation mode and without values."""
     training = [module for module in model.modules() if module.training]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    bare = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in tensors.items()
+    }
+
+    def takes(shape: Sequence[int], dtype: torch.dtype) -> bool:
+        if dtype.is_floating_point:
+            types = (tensor.dtype for tensor in bare.values())
+            dtype = next((t for t in types if t.is_floating_point), dtype)
+        values = torch.empty(_NUM_EXAMPLES, *shape, dtype=dtype)
+        try:
+            # To untie would put a module of two names back with another's tensor.
+            output = functional_call(model, bare, (values,), tie_weights=False)
+        # A model may raise anything on an input that it is not made for.
+        except Exception:
+            return False
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        # What is flattened with -1 takes anything, and takes examples apart.
+        return all(_NUM_EXAMPLES in leaf.shape[:2] for leaf in outputs if leaf.dim())
+
     model.eval()
     try:
-        with fake_mode(), torch.no_grad():
-            fake = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype)
-                for name, tensor in tensors.items()
-            }
-
-            def takes(shape: Sequence[int], dtype: torch.dtype) -> bool:
-                return _takes(model, fake, shape, dtype)
-
+        with torch.device("meta"), torch.no_grad():
             yield takes
     finally:
         for module in training:
             module.training = True
-
-
-def _takes(
-    model: nn.Module,
-    fake: dict[str, Tensor],
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> bool:
-    if dtype == torch.float32:
-        dtype = next((t.dtype for t in fake.values() if t.is_floating_point()), dtype)
-    values = torch.zeros(_NUM_EXAMPLES, *shape, dtype=dtype)
-    try:
-        # To untie would put a module of two names back with the tensor of another.
-        output = torch.func.functional_call(model, fake, (values,), tie_weights=False)
-    # A model may raise anything on an input that it is not made for.
-    except Exception:
-        return False
-    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, FakeTensor)]
-    # What is flattened with -1 takes anything, and takes examples apart.
-    return all(
-        not leaf.dim() or _NUM_EXAMPLES in leaf.shape[:2] for leaf in outputs[:1]
-    )

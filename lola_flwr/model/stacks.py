@@ -147,6 +147,14 @@ def _longest_stack(
             filter(None, candidates),
             alone,
         )
+    if not modules and len(containers) > 1:
+        raise BlocksNotFound(
+            f"The stacks that the names show ({sample_of(list(containers))}) are of "
+            "plain modules, and parts of something larger: divide the model with "
+            "found_blocks(model), of lola_flwr.model.found, which sees its modules, or "
+            "name the blocks with blocks='...', a regular expression of what their "
+            "names begin with."
+        )
     length = max(map(len, stacks.values()))
     longest = [prefix for prefix, layers in stacks.items() if len(layers) == length]
     if len(longest) > 1:
@@ -163,7 +171,7 @@ def _longest_stack(
         raise BlocksNotFound(
             f"Behind the layers of {longest[0]!r} stand those of {others[0]!r}. Choose "
             f"one, as with stack={longest[0]!r} (the other stays frozen), or name the "
-            f"blocks of both, with blocks='{_pattern_of(longest[0], others[0])}'.",
+            f"blocks of both, with blocks='{_pattern_of(longest[0], *others)}'.",
             (longest[0], *others),
         )
     return longest[0]

@@ -590,6 +590,11 @@ REFUSED = {
         mixed_sequential,
         r"No stack of at least two .* modules of '' are unlike each other",
     ),
+    # Two layers that feed each other are no stack beside others.
+    "autoencoder": (
+        lambda: nn.ModuleDict({"encoder": perceptron(), "decoder": perceptron()}),
+        r"\(encoder, decoder\) are of plain modules, .* found_blocks\(model\)",
+    ),
     # Its classifier's two layers are alike, but no stack to train by blocks.
     "torchvision's convnext": (
         lambda: nn.ModuleDict({"features": mixed_sequential(), "classifier": norms()}),
