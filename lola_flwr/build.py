@@ -209,7 +209,8 @@ def coordinator_for_weights(
     Devices are sent the whole state dict and return weights. The server's step is
     then a damped move towards them, which is what SGD with a rate of 1 does. What the
     project has frozen (``requires_grad=False``) stays so; where only the head is left,
-    it is the one block.
+    it is the one block. Blocks are the layers of a model of transformers, and in any
+    other what ``found_blocks`` finds: there all else that wants a gradient is trained.
 
     Parameters
     ----------
@@ -220,12 +221,11 @@ def coordinator_for_weights(
     sequence_length
         Tokens of an example; 1 where examples are no sequences.
     stack, blocks
-        Where the blocks are not the layers of the longest stack: as for
-        ``partition_parameters``.
+        Where these are not meant: as for ``partition_parameters``.
     example
         The model's input for some examples (``torch.zeros(1, 3, 224, 224)``), on which
         costs are counted, and which shows what runs before and behind the blocks.
-        Needed where it does not follow from the model.
+        Needed where it does not follow from the model; what to pass is then said.
     step
         How the server steps.
     settings
@@ -234,8 +234,8 @@ def coordinator_for_weights(
     Raises
     ------
     UserError
-        The model does not show one stack of equal layers, what its blocks cost cannot
-        be counted, trained parameters go by two names, or arrays have a type that
+        A model of transformers does not show one stack of equal layers, what blocks
+        cost cannot be counted, trained parameters go by two names, or arrays have a type that
         NumPy lacks.
     """
     parameters = dict(model.named_parameters())

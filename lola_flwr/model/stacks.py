@@ -149,11 +149,11 @@ def _longest_stack(
         )
     if not modules and len(containers) > 1:
         raise BlocksNotFound(
-            f"The stacks that the names show ({sample_of(list(containers))}) are of "
-            "plain modules, and parts of something larger: divide the model with "
-            "found_blocks(model), of lola_flwr.model.found, which sees its modules, or "
-            "name the blocks with blocks='...', a regular expression of what their "
-            "names begin with."
+            f"The stacks that the names show ({', '.join(list(containers)[:3])}) "
+            "are of plain modules, and parts of something larger: divide the model "
+            "with found_blocks(model), of lola_flwr.model.found, which sees its "
+            "modules, or name the blocks with blocks='...', a regular expression of "
+            "what their names begin with."
         )
     length = max(map(len, stacks.values()))
     longest = [prefix for prefix, layers in stacks.items() if len(layers) == length]
