@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lola_flwr.clients.held_copies import held_mod
     from lola_flwr.clients.node import node_partition, node_profile
     from lola_flwr.clients.profiles import profile_mod, report_profile
+    from lola_flwr.clients.project_app import ClientApp, project_mod
     from lola_flwr.device.block_device import BlockDevice
     from lola_flwr.device.sampling import ChosenBatches
 
@@ -29,12 +30,14 @@ __all__ = [
     "BlockClient",
     "BlockDevice",
     "ChosenBatches",
+    "ClientApp",
     "LoLaClient",
     "block_mod",
     "held_mod",
     "node_partition",
     "node_profile",
     "profile_mod",
+    "project_mod",
     "report_profile",
 ]
 

@@ -138,12 +138,10 @@ def block_mod(
         return call_next(message, context)
     start = time.perf_counter()
     assignment = assignment_in(message.content)
-    update_names, _ = asked_names(assignment)
+    asked_names(assignment)
     reply = call_next(message, context)
     if reply.has_error():
         return reply
-    arrays = _only_arrays(reply.content)
-    wanted = (*update_names, *statistics_names(arrays))
     losses = [
         float(loss)
         for metrics in reply.content.metric_records.values()
@@ -151,8 +149,33 @@ def block_mod(
         if name == loss_key and not isinstance(loss, list)
     ]
     report = weights_report(assignment, start, losses[0] if losses else None)
-    _filled(reply.content, {n: arrays[n] for n in wanted if n in arrays}, report)
+    cut_to_block(reply.content, assignment, report)
     return reply
+
+
+def cut_to_block(
+    content: RecordDict, assignment: Assignment, report: UpdateReport
+) -> RecordDict:
+    """Let the content of a reply hold the assigned block in place of the whole model.
+
+    Parameters
+    ----------
+    content
+        Content of the reply, with one ArrayRecord; changed in place.
+    assignment
+        What the server asked for.
+    report
+        What goes with the block.
+
+    Raises
+    ------
+    UserError
+        The server expects gradients, or there is not one ArrayRecord.
+    """
+    names, _ = asked_names(assignment)
+    arrays = _only_arrays(content)
+    wanted = (*names, *statistics_names(arrays))
+    return _filled(content, {n: arrays[n] for n in wanted if n in arrays}, report)
 
 
 def _only_arrays(content: RecordDict) -> ArrayRecord:

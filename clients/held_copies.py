@@ -28,7 +28,7 @@ from lola_flwr.wire.versions import Manifest
 
 _NAMES_FILE = "names.json"
 # Where Flower's legacy interface puts what FitIns and FitRes hold.
-_LEGACY_METRICS = "fitres.metrics"
+LEGACY_METRICS = "fitres.metrics"
 
 
 def held_mod(
@@ -86,7 +86,7 @@ def held_mod(
     )
     reply = call_next(message, context)
     if not reply.has_error():
-        report = _LEGACY_METRICS if is_legacy else REPORT_KEY
+        report = LEGACY_METRICS if is_legacy else REPORT_KEY
         if report in reply.content.config_records:
             reply.content.config_records[report]["held"] = manifest.version
     return reply

@@ -58,6 +58,14 @@ def states_profile(node_config: Mapping[str, Any]) -> bool:
     return "profile" in node_config or "flops-per-s" in node_config
 
 
+def known_properties(context: NodeContext) -> Mapping[str, str | float]:
+    """Return the properties that a node states, or draws in a simulation; else none."""
+    stated = context.node_config
+    if not states_profile(stated) and "partition-id" not in stated:
+        return {}
+    return node_profile(context).to_properties()
+
+
 def node_profile(context: NodeContext) -> DeviceProfile:
     """Return the profile that a node's configuration states; in a simulation, draw one.
 

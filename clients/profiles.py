@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -34,10 +34,26 @@ def report_profile(
     profile_fn
         Gives the profile of the device that a context belongs to.
     """
+    profile_query(app, lambda context: profile_fn(context).to_properties())
+
+
+def profile_query(
+    app: ClientApp, properties_fn: Callable[[Context], Mapping[str, str | float]]
+) -> None:
+    """Let an app of registered functions answer with the properties of a profile.
+
+    Parameters
+    ----------
+    app
+        The app.
+    properties_fn
+        Gives the properties of the device that a context belongs to; none, if its
+        profile is not known.
+    """
 
     @app.query(PROFILE_ACTION)
     def query(message: Message, context: Context) -> Message:
-        properties = profile_fn(context).to_properties()
+        properties = properties_fn(context)
         return Message(
             RecordDict({PROFILE_KEY: ConfigRecord({**properties})}), reply_to=message
         )

@@ -5,11 +5,14 @@ What they are told is here, too, so that one import has it all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from lola_flwr.allocation import RoundMode
@@ -20,9 +23,11 @@ from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.exchange import Exchange
 from lola_flwr.model.found import found_blocks
-from lola_flwr.model.loading import fingerprint
+from lola_flwr.model.loading import digest_of, fingerprint
 from lola_flwr.model.plain_input import is_plain
+from lola_flwr.model.stacks import sample_of
 from lola_flwr.model.trace import Example
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
@@ -54,6 +59,8 @@ __all__ = [
     "model_costs",
     "trainer_for",
 ]
+
+_logger = logging.getLogger(__name__)
 
 # A damped move towards the weights that devices return.
 _TO_WEIGHTS = ServerStep(optimizer="SGD", lr=1.0)
@@ -196,21 +203,23 @@ def trainer_for(
 def coordinator_for_weights(
     model: nn.Module,
     *,
-    batch_size: int,
+    batch_size: int = 32,
     sequence_length: int = 1,
     stack: str | None = None,
     blocks: str | Sequence[str] | None = None,
     example: Example | None = None,
+    exchanged: Iterable[str] | Mapping[str, npt.NDArray[Any]] | None = None,
     step: ServerStep = _TO_WEIGHTS,
     settings: RoundSettings | None = None,
 ) -> Coordinator:
     """Make the coordinator of a project whose devices train the model themselves.
 
-    Devices are sent the whole state dict and return weights. The server's step is
+    Devices are sent what the project exchanges and return weights. The server's step is
     then a damped move towards them, which is what SGD with a rate of 1 does. What the
     project has frozen (``requires_grad=False``) stays so; where only the head is left,
     it is the one block. Blocks are the layers of a model of transformers, and in any
     other what ``found_blocks`` finds: there all else that wants a gradient is trained.
+    What is trained and not exchanged is each device's own.
 
     Parameters
     ----------
@@ -221,11 +230,17 @@ def coordinator_for_weights(
     sequence_length
         Tokens of an example; 1 where examples are no sequences.
     stack, blocks
-        Where these are not meant: as for ``partition_parameters``.
+        Where the blocks are not the layers of the longest stack: as for
+        ``partition_parameters``.
     example
         The model's input for some examples (``torch.zeros(1, 3, 224, 224)``), on which
         costs are counted, and which shows what runs before and behind the blocks.
         Needed where it does not follow from the model; what to pass is then said.
+    exchanged
+        Names of the arrays that devices are sent, in that order, or the arrays that
+        they start from by name (default: the state dict). Names are those of the state
+        dict, of the state dict of a module in it, or those that peft saves adapters
+        under. What is not exchanged may be of types that NumPy lacks.
     step
         How the server steps.
     settings
@@ -235,26 +250,19 @@ def coordinator_for_weights(
     ------
     UserError
         A model of transformers does not show one stack of equal layers, what blocks
-        cost cannot be counted, trained parameters go by two names, or arrays have a type that
-        NumPy lacks.
+        cost cannot be counted, trained parameters go by two names, or arrays are not
+        the model's or have a type that NumPy lacks.
     """
-    parameters = dict(model.named_parameters())
+    exchange = Exchange.of(model, exchanged)
     if stack is None and blocks is None and is_plain(model):
         partition, example = found_blocks(
             model, example, sequence_length=sequence_length
         )
     else:
         partition = model_partition(model, stack=stack, blocks=blocks, example=example)
-    trained = {id(parameters[name]): name for name in partition.trainable}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if trained.get(id(parameter), name) != name:
-            raise UserError(
-                f"{name} and {trained[id(parameter)]} are one parameter, which "
-                "would be trained under one name and sent under both; untie them."
-            )
-    state = {
-        name: _array(name, tensor).copy() for name, tensor in model.state_dict().items()
-    }
+    partition = _exchanged_part(model, partition, exchange)
+    given = exchanged if isinstance(exchanged, Mapping) else None
+    state = _state(model, exchange, given)
     costs = model_costs(
         model,
         partition,
@@ -262,15 +270,81 @@ def coordinator_for_weights(
         sequence_length=sequence_length,
         example=example,
     )
-    return coordinator_for(
-        model,
+    wire = replace(
         partition,
-        costs=costs,
-        batch_size=batch_size,
-        step=step,
-        settings=settings,
-        state_dict=state,
+        blocks=tuple(exchange.wire(block) for block in partition.blocks),
+        head=exchange.wire(partition.head),
     )
+    frozen = zip(partition.frozen, exchange.wire(partition.frozen), strict=True)
+    served = ServedModel(
+        wire,
+        ServerOptimizer(
+            {name: state[name] for name in wire.trainable}, **step.arguments()
+        ),
+        base_fingerprint=digest_of({n: torch.from_numpy(state[s]) for n, s in frozen}),
+        state_dict=state,
+        block_mean=step.block_mean,
+        exchange=exchange,
+    )
+    return Coordinator(served, costs, batch_size=batch_size, settings=settings)
+
+
+def _exchanged_part(
+    model: nn.Module, partition: BlockPartition, exchange: Exchange
+) -> BlockPartition:
+    """Return the partition of what is exchanged; say what is trained no more."""
+    exchanged = set(exchange.own.values())
+    kept_back = {name for name in partition.trainable if name not in exchanged}
+    if kept_back == {*partition.trainable}:
+        raise UserError(
+            f"Nothing of what is trained ({sample_of(partition.trainable)}) is "
+            f"exchanged ({sample_of([*exchange.own])}): let what is to be trained want "
+            "gradients, and exchange it."
+        )
+    partition = partition.freezing(kept_back)
+    parameters = dict(model.named_parameters())
+    trained = {id(parameters[name]): name for name in partition.trainable}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if trained.get(id(parameter), name) != name and name in exchanged:
+            raise UserError(
+                f"{name} and {trained[id(parameter)]} are one parameter, which "
+                "would be trained under one name and sent under both; untie them."
+            )
+    left = [
+        name
+        for name in partition.frozen
+        if name in exchanged and name in parameters and parameters[name].requires_grad
+    ]
+    if left:
+        _logger.warning(
+            "%d parameters stand before or beside the blocks and keep their values, "
+            "though they want gradients: %s",
+            len(left),
+            sample_of(left),
+        )
+    frozen = tuple(name for name in partition.frozen if name in exchanged)
+    return replace(partition, frozen=frozen)
+
+
+def _state(
+    model: nn.Module,
+    exchange: Exchange,
+    given: Mapping[str, npt.NDArray[Any]] | None,
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays that are exchanged: the model's, or those to start from."""
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    if given is None:
+        return {n: _array(n, tensors[own]).copy() for n, own in exchange.own.items()}
+    for name, own in exchange.own.items():
+        if given[name].shape != tuple(tensors[own].shape):
+            raise UserError(
+                f"Initial arrays: {name} has shape {given[name].shape}; expected "
+                f"{tuple(tensors[own].shape)}."
+            )
+    return {name: np.array(array) for name, array in given.items()}
 
 
 def _trainable_values(

@@ -27,7 +27,7 @@ from lola_flwr.server.spread.exchange import (
 from lola_flwr.server.spread.plan import StepPlan
 from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.strategies.arrival_grid import ArrivalGrid
-from lola_flwr.strategies.message import only_arrays
+from lola_flwr.strategies.metrics import only_arrays
 from lola_flwr.strategies.presence import ask_profiles, without_errors
 from lola_flwr.strategies.rounds import OnRound, Rounds, Waits
 from lola_flwr.strategies.wrappers import refuse_clipping

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from logging import WARNING
+from typing import Any
 
 from flwr.common import (
     EvaluateIns,
@@ -14,8 +15,6 @@ from flwr.common import (
     FitIns,
     FitRes,
     GetPropertiesIns,
-    MetricsAggregationFn,
-    NDArrays,
     Parameters,
     Scalar,
     ndarray_to_bytes,
@@ -26,57 +25,58 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
+from lola_flwr.device.own_training import Model
 from lola_flwr.errors import UserError, quoted
+from lola_flwr.model.statistics import statistics_names
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.strategies.arrival_grid import ArrivalGrid, upload_seconds
-from lola_flwr.strategies.rounds import (
-    BlockRounds,
-    OnRound,
-    Waits,
-    evaluation_weights,
+from lola_flwr.strategies.metrics import capped_weights, usable_metrics
+from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
+from lola_flwr.strategies.served import (
+    Served,
+    arguments_of,
+    divided,
+    say_without_meaning,
 )
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
-from lola_flwr.wire.records import SECAGG_REFUSAL
-
-EvaluateFunction = Callable[
-    [int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None
-]
-ConfigFunction = Callable[[int], dict[str, Scalar]]
+from lola_flwr.wire.records import PLACES_KEY, SECAGG_REFUSAL, Assignment
 
 # Asking a device for its profile costs it no computation; more threads than this would
 # only queue up at the server.
 _MAX_PROFILE_REQUESTS = 256
 
+_WITHOUT_MEANING = {
+    "inplace": "a block's updates are put together apart from the model, either way."
+}
+
 
 class LoLaDeft(FedAvg):
     """Each active device trains one block; the server assembles and steps.
 
-    Evaluation, on the server and on clients, is that of FedAvg; so are the names of the
-    arguments that say how.
+    In a project it takes the place of ``flwr.server.strategy.FedAvg``, with the model
+    before FedAvg's arguments: ``LoLaDeft(model, initial_parameters=parameters)``. Which
+    arrays are exchanged, the initial ones tell: ``initial_parameters``, or those that
+    Flower asks a client for.
 
     Parameters
     ----------
     coordinator
-        Plans rounds and holds the model's trainable values.
-    min_available_clients
-        Devices that must be connected before the first round is planned (default: as
-        many as the model has blocks). Later rounds go on with those that are there.
+        Plans rounds and holds the model's trainable values; or the model itself, of
+        which ``coordinator_for_weights`` makes it.
     waits
         How long to wait for devices, their profiles, and a round's replies. That a
         round ends at its deadline takes ``lola_flwr.strategies.run_rounds``: Flower's
         own loop knows of nothing but ``ServerConfig.round_timeout``.
     on_round
         Called with each round's record, after its evaluation.
-    evaluate_fn, on_evaluate_config_fn, evaluate_metrics_aggregation_fn
-        As in ``flwr.server.strategy.FedAvg``.
-    fraction_evaluate
-        Share of the clients that evaluate the model on their own data (default: none,
-        since every message costs a device seconds).
-    min_evaluate_clients
-        At least so many do, unless ``fraction_evaluate`` is 0.
-    on_fit_config_fn
-        Gives a round's further configuration for the clients, beside the assignment.
+    **options
+        FedAvg's arguments, with FedAvg's meaning; and of a model the arguments of
+        ``coordinator_for_weights``. ``fraction_fit`` and ``min_fit_clients`` say how
+        many devices are drawn that a round may ask; the allocation says what of. Of a
+        coordinator no device evaluates unless ``fraction_evaluate`` says so, and the
+        first round waits for as many devices as the model has blocks unless
+        ``min_available_clients`` does.
 
     References
     ----------
@@ -86,56 +86,57 @@ class LoLaDeft(FedAvg):
 
     def __init__(
         self,
-        coordinator: Coordinator,
+        coordinator: Coordinator | Model,
         *,
-        min_available_clients: int | None = None,
         waits: Waits | None = None,
         on_round: OnRound | None = None,
-        evaluate_fn: EvaluateFunction | None = None,
-        fraction_evaluate: float = 0.0,
-        min_evaluate_clients: int = 2,
-        on_fit_config_fn: ConfigFunction | None = None,
-        on_evaluate_config_fn: ConfigFunction | None = None,
-        evaluate_metrics_aggregation_fn: MetricsAggregationFn | None = None,
+        **options: Any,
     ) -> None:
-        self.coordinator = coordinator
-        self._waits = waits or Waits()
-        self._rounds = BlockRounds(
+        ours, theirs = divided(options)
+        given = arguments_of(FedAvg, (), theirs)
+        say_without_meaning(given, _WITHOUT_MEANING)
+        # FedAvg warns of minima that exceed the clients.
+        least = min(2, given.get("min_available_clients", 2))
+        minima = {"min_fit_clients": least, "min_evaluate_clients": least}
+        super().__init__(**{**minima, **given})
+        is_project = not isinstance(coordinator, Coordinator)
+        waits_for_given = is_project or "min_available_clients" in given
+        self._served: Served[bytes] = Served(
             coordinator,
-            min_available=min_available_clients,
-            waits=self._waits,
+            ours,
+            encode=ndarray_to_bytes,
+            min_available=self.min_available_clients if waits_for_given else None,
+            waits=waits,
             on_round=on_round,
         )
-        min_available = self._rounds.min_available
-        super().__init__(
-            # FedAvg warns of minima that exceed the clients; LoLa has its own.
-            min_fit_clients=min(2, min_available),
-            min_evaluate_clients=min(min_evaluate_clients, min_available),
-            min_available_clients=min_available,
-            evaluate_fn=evaluate_fn,
-            fraction_evaluate=fraction_evaluate,
-            on_fit_config_fn=on_fit_config_fn,
-            on_evaluate_config_fn=on_evaluate_config_fn,
-            evaluate_metrics_aggregation_fn=evaluate_metrics_aggregation_fn,
-        )
-        # Arrays that never change are encoded once.
-        positions = {name: n for n, name in enumerate(coordinator.arrays())}
-        self._constants = {
-            positions[name]: ndarray_to_bytes(values)
-            for name, values in coordinator.constants().items()
-        }
-        self._returned = self._parameters()
+        if not is_project:
+            self.fraction_evaluate = given.get("fraction_evaluate", 0.0)
+            self.min_available_clients = self._rounds.min_available
+        self._returned: Parameters | None = None
+        self._awaits_arrays = is_project and self.initial_parameters is None
+        if self.initial_parameters is not None:
+            self._start_from(self.initial_parameters)
+            self.initial_parameters = None
         # Tells how long uploads took; ``run_rounds`` sets it.
         self.arrivals: ArrivalGrid | None = None
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """Plans rounds and holds the model's trainable values."""
+        return self._served.coordinator
+
+    @property
+    def _rounds(self) -> BlockRounds:
+        return self._served.rounds
 
     def wait_s(self) -> float:
         """Return how long the present round's replies may take, in seconds."""
         seconds: float = self._rounds.wait_s()
         return seconds
 
-    def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
-        """Return the coordinator's arrays, in its order."""
-        return self._parameters()
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
+        """Return the arrays to start from; None: Flower asks a client for them."""
+        return None if self._awaits_arrays else self._parameters()
 
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -150,6 +151,8 @@ class LoLaDeft(FedAvg):
             wrapper clips on the server.
         """
         refuse_clipping_on_server()
+        # The plan says which of these arrays each device is sent.
+        parameters = self._take_in(parameters)
         server_round += self._rounds.rounds_before
         clients: dict[str, ClientProxy] = {}
 
@@ -159,13 +162,14 @@ class LoLaDeft(FedAvg):
             clients.update(there)
             return there
 
-        # The plan says which of these arrays each device is sent.
-        parameters = self._take_in(parameters)
         plan = self._rounds.plan(
             server_round,
             connected=connected,
             ask_profiles=lambda devices: _ask_profiles(
-                clients, devices, server_round, self._waits.profiles_s
+                clients, devices, server_round, self._served.waits.profiles_s
+            ),
+            draw=lambda devices: self.coordinator.draw_trainers(
+                server_round, devices, self.num_fit_clients(len(devices))[0]
             ),
         )
         if plan is None:
@@ -178,7 +182,7 @@ class LoLaDeft(FedAvg):
         for device, sent in self._rounds.contents(plan, tensors, ndarray_to_bytes):
             fit = FitIns(
                 Parameters([*sent.values()], parameters.tensor_type),
-                {**extra, **plan.assignments[device].to_record()},
+                {**extra, **self._told(plan.assignments[device])},
             )
             instructions.append((clients[device], fit))
         return instructions
@@ -191,6 +195,12 @@ class LoLaDeft(FedAvg):
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Assemble the block gradients and take one server step.
 
+        Returns
+        -------
+        The arrays, and the round's figures with the project's own metrics, as its
+        ``fit_metrics_aggregation_fn`` aggregates those of devices whose updates could
+        be used.
+
         Raises
         ------
         UserError
@@ -202,7 +212,12 @@ class LoLaDeft(FedAvg):
         server_round += self._rounds.rounds_before
         for failure in failures:
             log(WARNING, "round %s: device failed: %s", server_round, _said(failure))
-        metrics = self._rounds.complete(
+        if failures and not self.accept_failures:
+            self._rounds.give_up(
+                f"{len(failures)} devices failed, and accept_failures=False."
+            )
+            return None, {}
+        figures = self._rounds.complete(
             DeviceReply(
                 device_id=proxy.cid,
                 tensors=result.parameters.tensors,
@@ -212,9 +227,17 @@ class LoLaDeft(FedAvg):
             )
             for proxy, result in results
         )
-        if metrics is None:
+        if figures is None:
             return None, {}
-        return self._parameters(), {**metrics}
+        own: Mapping[str, Scalar] = {}
+        if self.fit_metrics_aggregation_fn is not None:
+            usable = usable_metrics(
+                (result.num_examples, result.metrics)
+                for proxy, result in results
+                if proxy.cid in self._rounds.accepted
+            )
+            own = self.fit_metrics_aggregation_fn(usable) if usable else {}
+        return self._parameters(), {**figures, **own}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -253,7 +276,7 @@ class LoLaDeft(FedAvg):
         if len(usable) < len(results):
             refused = len(results) - len(usable)
             log(WARNING, "round %s: %s evaluations left out", server_round, refused)
-        weights = evaluation_weights([result.num_examples for _, result in usable])
+        weights = capped_weights([result.num_examples for _, result in usable])
         capped = [
             (client, replace(result, num_examples=int(weight)))
             for (client, result), weight in zip(usable, weights, strict=True)
@@ -264,7 +287,7 @@ class LoLaDeft(FedAvg):
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
         """Evaluate on the server, if an ``evaluate_fn`` was given; report the round."""
-        parameters = self._with_constants(parameters)
+        parameters = self._with_constants(self._known(parameters))
         server_round += self._rounds.rounds_before
         result = super().evaluate(server_round, parameters)
         metrics: dict[str, Scalar] = {}
@@ -274,14 +297,25 @@ class LoLaDeft(FedAvg):
         return result
 
     def _parameters(self) -> Parameters:
-        self._returned = Parameters(
-            tensors=[
-                self._constants.get(index) or ndarray_to_bytes(values)
-                for index, values in enumerate(self.coordinator.arrays().values())
-            ],
-            tensor_type="numpy.ndarray",
-        )
+        tensors = [*self._served.encoded().values()]
+        self._returned = Parameters(tensors=tensors, tensor_type="numpy.ndarray")
         return self._returned
+
+    def _start_from(self, parameters: Parameters) -> None:
+        """Take in the arrays that a project starts from."""
+        arrays = self._served.named(parameters_to_ndarrays(parameters))
+        self._served.prepare(arrays)
+        self.coordinator.start_from(arrays)
+
+    def _known(self, parameters: Parameters) -> Parameters:
+        """Return these arrays; where Flower asked a client for them, take them in."""
+        if self._awaits_arrays:
+            self._awaits_arrays = False
+            if parameters.tensors:
+                self._start_from(parameters)
+            else:
+                log(WARNING, "No initial arrays from the client: the server's are used")
+        return parameters if parameters.tensors else self._parameters()
 
     def _take_in(self, parameters: Parameters) -> Parameters:
         """Make the arrays of this round the coordinator's; return what to send.
@@ -289,19 +323,32 @@ class LoLaDeft(FedAvg):
         They differ from those returned last where something wrapped around the
         strategy has changed them, for instance by adding noise.
         """
+        parameters = self._known(parameters)
+        returned = self._returned or self._parameters()
         # Arrays that nobody touched are the same objects: this compares no bytes.
-        if parameters.tensors != self._returned.tensors:
+        if parameters.tensors != returned.tensors:
             arrays = parameters_to_ndarrays(parameters)
             names = self.coordinator.arrays()
             self.coordinator.adopt(dict(zip(names, arrays, strict=True)))
             return self._parameters()
         return parameters
 
+    def _told(self, assignment: Assignment) -> dict[str, Scalar]:
+        """Return an assignment as a flat record, with places in place of names."""
+        record = assignment.to_record()
+        if self.coordinator.sends_by_name:
+            places = {name: n for n, name in enumerate(self.coordinator.arrays())}
+            asked = (assignment.update_names or "").splitlines()
+            kept = [places[n] for n in (*asked, *statistics_names(places))]
+            record[PLACES_KEY] = " ".join(map(str, kept))
+        return record
+
     def _with_constants(self, parameters: Parameters) -> Parameters:
         """Put back what never changes, but to which a wrapper may have added noise."""
+        names, constants = self.coordinator.arrays(), self._served.constants
         tensors = [
-            self._constants.get(index, tensor)
-            for index, tensor in enumerate(parameters.tensors)
+            constants.get(name, tensor)
+            for name, tensor in zip(names, parameters.tensors, strict=True)
         ]
         return Parameters(tensors=tensors, tensor_type=parameters.tensor_type)
 

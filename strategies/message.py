@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from logging import INFO, WARNING
+from typing import Any
 
+import numpy.typing as npt
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -18,55 +18,44 @@ from flwr.app import (
 )
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from flwr.serverapp.strategy import FedAvg, Result
 
+from lola_flwr.device.own_training import Model
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.strategies.arrival_grid import upload_seconds
 from lola_flwr.strategies.deadline_grid import DeadlineGrid
+from lola_flwr.strategies.metrics import only_arrays, only_metrics, usable_contents
 from lola_flwr.strategies.presence import ask_profiles, without_errors
-from lola_flwr.strategies.rounds import (
-    BlockRounds,
-    OnRound,
-    Waits,
-    evaluation_weights,
-)
+from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
+from lola_flwr.strategies.served import Served, arguments_of, divided
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 from lola_flwr.wire.records import REPORT_KEY
 
-MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 
-
-class LoLaDeft(Strategy):
+class LoLaDeft(FedAvg):
     """Each active device trains one block; the server assembles and steps.
 
-    Names of arguments are those of ``flwr.serverapp.strategy.FedAvg``; its
-    ``fraction_train`` and ``min_train_nodes`` have no counterpart, since the
-    coordinator plans who trains.
+    In a project it takes the place of ``flwr.serverapp.strategy.FedAvg``, with the
+    model before FedAvg's arguments: ``LoLaDeft(model, fraction_train=0.5)``. What is
+    exchanged, and by which names, the arrays say that ``start`` is given.
 
     Parameters
     ----------
     coordinator
-        Plans rounds and holds the model's trainable values.
-    min_available_nodes
-        Devices that must be connected before the first round is planned (default: as
-        many as the model has blocks). Later rounds go on with those that are there.
+        Plans rounds and holds the model's trainable values; or the model itself, of
+        which ``coordinator_for_weights`` makes it.
+    *args, **options
+        FedAvg's arguments, with FedAvg's meaning; and of a model the arguments of
+        ``coordinator_for_weights``. ``fraction_train`` and ``min_train_nodes`` say how
+        many devices are drawn that a round may ask; the allocation says what of. Of a
+        coordinator no device evaluates unless ``fraction_evaluate`` says so, and the
+        first round waits for as many devices as the model has blocks unless
+        ``min_available_nodes`` does.
     waits
         How long to wait for devices, their profiles, and a round's replies.
     on_round
         Called with each round's record, after its evaluation.
-    fraction_evaluate
-        Share of the devices that evaluate the model on their own data (default: none,
-        since every message costs a device seconds).
-    min_evaluate_nodes
-        At least so many do, unless ``fraction_evaluate`` is 0.
-    weighted_by_key
-        Metric of a reply that counts its examples.
-    arrayrecord_key, configrecord_key
-        Keys of the arrays and of the configuration in the messages to devices.
-    evaluate_metrics_aggr_fn
-        Aggregates the devices' evaluations (default: mean weighted by examples).
 
     References
     ----------
@@ -76,58 +65,52 @@ class LoLaDeft(Strategy):
 
     def __init__(
         self,
-        coordinator: Coordinator,
-        *,
-        min_available_nodes: int | None = None,
+        coordinator: Coordinator | Model,
+        *args: Any,
         waits: Waits | None = None,
         on_round: OnRound | None = None,
-        fraction_evaluate: float = 0.0,
-        min_evaluate_nodes: int = 2,
-        weighted_by_key: str = "num-examples",
-        arrayrecord_key: str = "arrays",
-        configrecord_key: str = "config",
-        evaluate_metrics_aggr_fn: MetricsAggregation | None = None,
+        **options: Any,
     ) -> None:
-        self.coordinator = coordinator
-        self.fraction_evaluate = fraction_evaluate
-        self.min_evaluate_nodes = min_evaluate_nodes
-        self.weighted_by_key = weighted_by_key
-        self.arrayrecord_key = arrayrecord_key
-        self.configrecord_key = configrecord_key
-        self.evaluate_metrics_aggr_fn = (
-            evaluate_metrics_aggr_fn or aggregate_metricrecords
-        )
-        self._waits = waits or Waits()
-        self._rounds = BlockRounds(
+        ours, theirs = divided(options)
+        given = arguments_of(FedAvg, args, theirs)
+        super().__init__(**given)
+        is_project = not isinstance(coordinator, Coordinator)
+        waits_for_given = is_project or "min_available_nodes" in given
+        self._served: Served[Array] = Served(
             coordinator,
-            min_available=min_available_nodes,
-            waits=self._waits,
+            ours,
+            encode=Array,
+            min_available=self.min_available_nodes if waits_for_given else None,
+            waits=waits,
             on_round=on_round,
         )
-        # Frozen arrays are encoded once.
-        self._frozen = {
-            name: Array(values) for name, values in coordinator.constants().items()
-        }
+        if not is_project:
+            self.fraction_evaluate = given.get("fraction_evaluate", 0.0)
         self._returned: ArrayRecord | None = None
         self._sent = ArrayRecord()
         self._start_reports = False
         # Under a wrapper, whose start sends through Flower's own Grid, there is none.
         self._arrivals: DeadlineGrid | None = None
 
+    @property
+    def coordinator(self) -> Coordinator:
+        """Plans rounds and holds the model's trainable values."""
+        return self._served.coordinator
+
+    @property
+    def _rounds(self) -> BlockRounds:
+        return self._served.rounds
+
     def initial_arrays(self) -> ArrayRecord:
         """Return the coordinator's arrays, to be handed to ``start``."""
-        return ArrayRecord(
-            {
-                name: self._frozen.get(name) or Array(values)
-                for name, values in self.coordinator.arrays().items()
-            }
-        )
+        return ArrayRecord(self._served.encoded())
 
     def summary(self) -> None:
         """Log what will be done."""
-        partition = self.coordinator.partition
-        log(INFO, "\t├──> %d blocks, trained by as many devices", partition.num_blocks)
-        log(INFO, "\t├──> Nodes to wait for: %d", self._rounds.min_available)
+        if self._served.is_made:
+            log(INFO, "\t├──> Blocks: %d", self.coordinator.partition.num_blocks)
+            log(INFO, "\t├──> Nodes to wait for: %d", self._rounds.min_available)
+        log(INFO, "\t├──> Nodes drawn to train: fraction %.2f", self.fraction_train)
         log(INFO, "\t└──> Nodes that evaluate: fraction %.2f", self.fraction_evaluate)
 
     def start(
@@ -163,6 +146,7 @@ class LoLaDeft(Strategy):
             planned.
         """
         self._returned = None
+        self._served.prepare(_values(initial_arrays))
         self._rounds.restart()
         before = self._rounds.rounds_before
 
@@ -198,13 +182,20 @@ class LoLaDeft(Strategy):
             device are skipped. In any: a wrapper clips on the server.
         """
         refuse_clipping_on_server()
-        server_round += self._rounds.rounds_before
         arrays = self._take_in(arrays)
+        server_round += self._rounds.rounds_before
+        if self.fraction_train == 0.0:
+            return []
         plan = self._rounds.plan(
             server_round,
             connected=lambda: [str(node) for node in grid.get_node_ids()],
             ask_profiles=lambda devices: ask_profiles(
-                grid, devices, server_round, self._waits.profiles_s
+                grid, devices, server_round, self._served.waits.profiles_s
+            ),
+            draw=lambda devices: self.coordinator.draw_trainers(
+                server_round,
+                devices,
+                max(int(len(devices) * self.fraction_train), self.min_train_nodes),
             ),
         )
         if plan is None:
@@ -223,24 +214,40 @@ class LoLaDeft(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Assemble the block updates and take one server step."""
+        """Assemble the block updates and take one server step.
+
+        Returns
+        -------
+        The arrays, and the round's figures with the project's own metrics, of those
+        devices whose updates could be used.
+        """
         server_round += self._rounds.rounds_before
-        metrics = self._rounds.complete(
+        good = without_errors(replies, server_round)
+        figures = self._rounds.complete(
             DeviceReply(
                 device_id=str(reply.metadata.src_node_id),
                 tensors=only_arrays(reply.content),
-                num_examples=_only_metrics(reply.content).get(self.weighted_by_key),
+                num_examples=only_metrics(reply.content).get(self.weighted_by_key),
                 report=reply.content.config_records.get(REPORT_KEY, {}),
                 upload_s=upload_seconds(
                     self._arrivals, str(reply.metadata.src_node_id)
                 ),
             )
-            for reply in without_errors(replies, server_round)
+            for reply in good
         )
-        if metrics is None:
+        if figures is None:
             return None, None
+        used = [
+            reply.content
+            for reply in good
+            if str(reply.metadata.src_node_id) in self._rounds.accepted
+        ]
+        metrics = MetricRecord({**figures})
+        if usable := usable_contents(used, self.weighted_by_key):
+            own = self.train_metrics_aggr_fn(usable, self.weighted_by_key)
+            metrics = MetricRecord({**figures, **own})
         self._returned = self._sent = self.initial_arrays()
-        return self._sent, MetricRecord({**metrics})
+        return self._sent, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -248,7 +255,7 @@ class LoLaDeft(Strategy):
         """Have devices evaluate, drawn from the run's seed."""
         # A wrapper may have changed all arrays, by adding noise: what never changes is
         # put back, in the record that the run ends with.
-        for name, array in self._frozen.items():
+        for name, array in self._served.constants.items():
             if arrays[name] is not array:
                 arrays[name] = array
         if self.fraction_evaluate == 0.0:
@@ -273,10 +280,7 @@ class LoLaDeft(Strategy):
         """Aggregate the evaluations that can be; others are left out."""
         server_round += self._rounds.rounds_before
         contents = [r.content for r in without_errors(replies, server_round)]
-        usable = _alike([c for c in contents if self._is_evaluation(c)])
-        claims = [float(_only_metrics(c)[self.weighted_by_key]) for c in usable]  # type: ignore[arg-type]
-        for content, weight in zip(usable, evaluation_weights(claims), strict=True):
-            _only_metrics(content)[self.weighted_by_key] = weight
+        usable = usable_contents(contents, self.weighted_by_key)
         if len(usable) < len(contents):
             refused = len(contents) - len(usable)
             log(WARNING, "round %s: %s evaluations left out", server_round, refused)
@@ -289,8 +293,9 @@ class LoLaDeft(Strategy):
     def _take_in(self, arrays: ArrayRecord) -> ArrayRecord:
         """Make the arrays of this round the coordinator's; return what to send."""
         if arrays is not self._returned:
-            values = {name: array.numpy() for name, array in arrays.items()}
+            values = _values(arrays)
             if self._returned is None:
+                self._served.prepare(values)
                 if not self._rounds.rounds_before:
                     self.coordinator.start_from(values)
             else:
@@ -315,46 +320,6 @@ class LoLaDeft(Strategy):
             group_id=str(server_round),
         )
 
-    def _is_evaluation(self, content: RecordDict) -> bool:
-        metrics = _only_metrics(content)
-        examples = metrics.get(self.weighted_by_key)
-        return (
-            isinstance(examples, (int, float))
-            and examples > 0
-            and all(
-                math.isfinite(number)
-                for value in metrics.values()
-                for number in (value if isinstance(value, list) else [value])
-            )
-        )
 
-
-def only_arrays(content: RecordDict) -> dict[str, bytes]:
-    """Return a reply's arrays as bytes; none unless there is just one ArrayRecord."""
-    records = list(content.array_records.values())
-    if len(records) != 1:
-        return {}
-    return {name: array.data for name, array in records[0].items()}
-
-
-def _only_metrics(content: RecordDict) -> MetricRecord:
-    """Return a reply's metrics; none unless there is just one MetricRecord."""
-    records = list(content.metric_records.values())
-    return records[0] if len(records) == 1 else MetricRecord()
-
-
-def _alike(contents: list[RecordDict]) -> list[RecordDict]:
-    """Return the largest group whose metrics have the same names and lengths."""
-
-    def form(content: RecordDict) -> tuple[tuple[str, int], ...]:
-        metrics = _only_metrics(content)
-        return tuple(
-            sorted(
-                (name, len(value) if isinstance(value, list) else -1)
-                for name, value in metrics.items()
-            )
-        )
-
-    forms = [form(content) for content in contents]
-    largest = Counter(forms).most_common(1)
-    return [c for c, f in zip(contents, forms, strict=True) if f == largest[0][0]]
+def _values(arrays: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
+    return {name: array.numpy() for name, array in arrays.items()}

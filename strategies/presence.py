@@ -82,15 +82,26 @@ def meet(
     if not asked:
         return
     answers = ask(asked)
+    assumed = 0
     for device in asked:
         try:
             # Without an answer the device stays unknown, unless a profile is assumed
             # for such devices.
             register.add_device(device, answers.get(device, {}))
+            assumed += not answers.get(device)
         except InvalidProfile as error:
             # Its words alone: who keeps log records must not keep the frames that an
             # exception knows, and with them this round's model.
             log(WARNING, "device %s is left out: %s", device, str(error))
+    if assumed:
+        log(
+            WARNING,
+            "%s of %s new devices state no profile, and one is assumed; what they "
+            "report corrects it. State it with --node-config 'flops-per-s=2e11 "
+            "memory-bytes=4e9 snr-db=12.0'",
+            assumed,
+            len(asked),
+        )
     register.note_answers(server_round, asked, answers.keys())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import (
     Callable,
@@ -11,7 +10,6 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
-    Sequence,
 )
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
@@ -22,7 +20,7 @@ from flwr.common.logger import log
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import give_back_freed_memory
-from lola_flwr.run.records import Record
+from lola_flwr.run.records import Record, RoundRecord
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.method import Answers, Method, Plan
 from lola_flwr.server.replies import DeviceReply
@@ -34,9 +32,6 @@ from lola_flwr.wire.packing import VALUES, pack
 Encoded = TypeVar("Encoded")
 
 OnRound = Callable[[Record], None]
-
-# An evaluation's largest weight, in median ones.
-_LARGEST_WEIGHT = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +91,7 @@ class Rounds(Generic[Plan, Answers]):
         self._waits = waits
         self._why = why
         self._plan: Plan | None = None
+        self._planned = 0
         self._record: Record | None = None
         self._plan_s = self._began = 0.0
         self._start_metrics: Mapping[str, float] = {}
@@ -115,6 +111,7 @@ class Rounds(Generic[Plan, Answers]):
         *,
         connected: Callable[[], Collection[str]],
         ask_profiles: AskProfiles,
+        draw: Callable[[Collection[str]], Collection[str]] = lambda devices: devices,
     ) -> Plan | None:
         """Wait for devices, ask new ones for their profiles, and plan the round.
 
@@ -128,6 +125,8 @@ class Rounds(Generic[Plan, Answers]):
             Gives the ids of the devices that are there now.
         ask_profiles
             Asks unknown devices, all at once.
+        draw
+            Chooses whom, of those that are there, the round may ask (default: all).
 
         Returns
         -------
@@ -138,7 +137,8 @@ class Rounds(Generic[Plan, Answers]):
         UserError
             In the run's first round: too few devices connected, or no plan for them.
         """
-        self._plan, self._began = None, time.perf_counter()
+        self._plan, self._planned = None, server_round
+        self._began = time.perf_counter()
         try:
             devices = wait_for_devices(
                 connected,
@@ -148,7 +148,7 @@ class Rounds(Generic[Plan, Answers]):
             )
             meet(self._method, devices, ask_profiles, server_round=server_round)
             start = time.perf_counter()
-            self._plan = self._method.plan_round(server_round, devices)
+            self._plan = self._method.plan_round(server_round, draw(devices))
         except UserError as error:
             if self._record is None and not self.rounds_before:
                 raise
@@ -171,6 +171,13 @@ class Rounds(Generic[Plan, Answers]):
         self._record = record
         _log(record)
         return None if record.skipped else record.figures()
+
+    def give_up(self, reason: str) -> None:
+        """Leave the model as it is in the present round, whatever was answered."""
+        plan, self._plan = self._plan, None
+        if plan is not None:
+            self._record = self._method.skip_round(self._planned, reason)
+            _log(self._record)
 
     def report(self, server_round: int, metrics: Mapping[str, object]) -> None:
         """Hand on the round's record, with those of its metrics that are numbers.
@@ -231,6 +238,8 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
             else None
         )
         self._sent_at = 0.0
+        # Devices whose updates the last round could use.
+        self.accepted: frozenset[str] = frozenset()
 
     def contents(
         self,
@@ -280,16 +289,14 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
                 asked=len(plan.assignments),
                 answered=len({reply.device_id for reply in replies}),
             )
-        return super().complete(replies)
-
-
-def evaluation_weights(claims: Sequence[float]) -> list[float]:
-    """Return what evaluations may weigh, which claim to be over so many examples.
-
-    None weighs more than ten times the (lower) median, so that no claim decides alone.
-    """
-    limit = _LARGEST_WEIGHT * statistics.median_low(claims) if claims else 0
-    return [min(claim, limit) for claim in claims]
+        self.accepted = frozenset()
+        figures = super().complete(replies)
+        if plan is not None and isinstance(self._record, RoundRecord):
+            used = {b.device for b in self._record.blocks if b.status == "accepted"}
+            self.accepted = frozenset(
+                device for device, p in plan.profiles.items() if p.name in used
+            )
+        return figures
 
 
 def _log(record: Record) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from torch import nn
 
 from lola_flwr.device.base_model import check_base
 from lola_flwr.errors import UserError
-from lola_flwr.model.backprop import only_block_trainable
+from lola_flwr.model.backprop import only_trainable
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.recording import noted_calls
 from lola_flwr.model.statistics import statistics_names
@@ -24,6 +25,7 @@ Model = nn.Module
 
 # Names of the parameters of a model that wanted a gradient before it was prepared: that
 # others do not is the project's wish, and no trace of an earlier preparation.
+_made: ContextVar[list[PreparedBlock] | None] = ContextVar("blocks", default=None)
 _trainable: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -46,8 +48,11 @@ class PreparedBlock:
 
     def __init__(self, model: Model, assignment: Assignment) -> None:
         self.assignment = assignment
-        update_names, frozen_names = asked_names(assignment)
-        known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+        sent_names, frozen_names = asked_names(assignment)
+        update_names = lines_of(assignment.own_names) or sent_names
+        self._local = set(lines_of(assignment.local_names))
+        parameters = dict(model.named_parameters())
+        known = {*parameters, *dict(model.named_buffers())}
         unknown = [n for n in (*update_names, *frozen_names) if n not in known]
         if unknown:
             raise UserError(
@@ -59,11 +64,18 @@ class PreparedBlock:
         partition = BlockPartition(blocks=(update_names,), head=(), frozen=frozen_names)
         check_base(model, partition, assignment)
         self._model = model
+        self._names = dict(zip(update_names, sent_names, strict=True))
+        # What is the device's own is trained as the project does.
+        own = [n for n in self._local & {*parameters} if n in _trainable[model]]
         self._start = time.perf_counter()
-        self._prepared = only_block_trainable(model, partition, 0)
-        self._parameters = self._prepared.__enter__()
+        self._prepared = only_trainable(model, (*update_names, *own))
+        prepared = self._prepared.__enter__()
+        self._parameters = {name: prepared[name] for name in update_names}
         self._calls = noted_calls(model, update_names).__enter__()
         self._frozen_since: list[str] | None = None
+        made = _made.get()
+        if made is not None:
+            made.append(self)
 
     def __enter__(self) -> Self:
         return self
@@ -95,18 +107,28 @@ class PreparedBlock:
         UserError
             The project's own code has frozen one of them.
         """
+        self.check()
+        state = self._model.state_dict()
+        own, sent = next(iter(self._names.items()))
+        inside = own.removesuffix(sent)
+        return {
+            **{
+                self._names[name]: parameter.float().numpy(force=True)
+                for name, parameter in self._parameters.items()
+            },
+            **{
+                n.removeprefix(inside): state[n].numpy(force=True)
+                for n in statistics_names(state)
+                if n not in self._local
+            },
+        }
+
+    def check(self) -> None:
+        """Make sure that block and head could be trained, or raise as `arrays`."""
         self._end_of_training()
         if self._frozen_since:
             raise _frozen(self._frozen_since[0])
         self._calls.check(self._parameters)
-        state = self._model.state_dict()
-        return {
-            **{
-                name: parameter.float().numpy(force=True)
-                for name, parameter in self._parameters.items()
-            },
-            **{n: state[n].numpy(force=True) for n in statistics_names(state)},
-        }
 
     def report(self, loss: float | None = None) -> UpdateReport:
         """Return what goes with the weights.
@@ -117,6 +139,21 @@ class PreparedBlock:
             Mean training loss, for the server's log.
         """
         return weights_report(self.assignment, self._start, loss)
+
+
+class noted_blocks:
+    """Note which blocks are prepared within a ``with``; entering gives the list.
+
+    The one that wraps a project's training function cannot see the model in it.
+    """
+
+    def __enter__(self) -> list[PreparedBlock]:
+        blocks: list[PreparedBlock] = []
+        self._token = _made.set(blocks)
+        return blocks
+
+    def __exit__(self, *_: object) -> None:
+        _made.reset(self._token)
 
 
 def _refuse_frozen(model: nn.Module, names: Iterable[str]) -> None:
@@ -150,7 +187,12 @@ def asked_names(assignment: Assignment) -> tuple[tuple[str, ...], tuple[str, ...
             "make the server's coordinator with coordinator_for_weights."
         )
     update, frozen = assignment.update_names, assignment.frozen_names
-    return tuple(update.splitlines()), tuple(frozen.splitlines())
+    return lines_of(update), lines_of(frozen)
+
+
+def lines_of(text: str | None) -> tuple[str, ...]:
+    """Return the names that an assignment has one a line."""
+    return tuple((text or "").splitlines())
 
 
 def weights_report(

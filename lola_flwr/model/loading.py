@@ -155,14 +155,20 @@ def fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     state = tuple((n, parameters[n].data_ptr(), parameters[n]._version) for n in names)
     known = _fingerprints.get(model)
     if known is None or known[0] != state:
-        digest = hashlib.sha256()
-        for name, _, _ in state:
-            values = parameters[name].detach().cpu().contiguous()
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            # Only a tensor with a dimension can be seen as bytes.
-            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-        known = _fingerprints[model] = (state, digest.hexdigest())
+        values = {name: parameters[name] for name, _, _ in state}
+        known = _fingerprints[model] = (state, digest_of(values))
     return known[1]
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a digest of tensors, their names and types."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        # Only a tensor with a dimension can be seen as bytes.
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 _Version = tuple[str, int, int]

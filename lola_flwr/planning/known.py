@@ -36,6 +36,9 @@ class AllocationOptions:
     codec_slack
         Where devices have codecs to choose from: relative latency that may be given up
         for finer ones than the coarsest; see `lola_flwr.allocation.codec_levels`.
+    partial
+        Whether already the first round may leave out blocks that there are no devices
+        for; later ones may in any case. Blocks then take turns.
     longest_round_s
         A device that would need longer for a block, had it the whole band to itself, is
         not given that block.
@@ -50,6 +53,7 @@ class AllocationOptions:
     mode: RoundMode = RoundMode()  # noqa: RUF009 (frozen)
     rotation_eps: float = 0.0
     codec_slack: float = 0.1
+    partial: bool = False
     longest_round_s: float = 3600.0
 
     def __post_init__(self) -> None:

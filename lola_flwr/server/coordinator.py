@@ -96,6 +96,7 @@ class Coordinator:
             batch_size=batch_size,
             base_fingerprint=model.base_fingerprint,
             is_sent_whole=model.is_sent_whole,
+            exchange=model.exchange,
         )
         is_tracked = settings.transfer.downlink == "changed"
         self._versions = model.versions() if is_tracked else None
@@ -139,9 +140,15 @@ class Coordinator:
         self, server_round: int, device_ids: Iterable[str], count: int
     ) -> list[str]:
         """Draw devices to evaluate the model: a function of seed, round and names."""
-        return self.state.fleet.draw_evaluators(
-            self._settings.seed, server_round, device_ids, count
-        )
+        seed, fleet = self._settings.seed, self.state.fleet
+        return fleet.draw(seed, "evaluation", server_round, device_ids, count)
+
+    def draw_trainers(
+        self, server_round: int, device_ids: Iterable[str], count: int
+    ) -> list[str]:
+        """Draw devices that a round may ask: a function of seed, round and names."""
+        seed, fleet = self._settings.seed, self.state.fleet
+        return fleet.draw(seed, "training", server_round, device_ids, count)
 
     # --- rounds ----------------------------------------------------------------------
 

@@ -109,12 +109,17 @@ class Fleet:
         known = [device for device in device_ids if device in self.profiles]
         return sorted(known, key=lambda device: self.profiles[device].name)
 
-    def draw_evaluators(
-        self, seed: int, server_round: int, device_ids: Iterable[str], count: int
+    def draw(
+        self,
+        seed: int,
+        purpose: str,
+        server_round: int,
+        device_ids: Iterable[str],
+        count: int,
     ) -> list[str]:
-        """Draw devices to evaluate the model: a function of seed, round and names."""
+        """Draw devices: a function of seed, purpose, round and names."""
         names = {d: profile.name for d, profile in self.profiles.items()}
         ordered = sorted(device_ids, key=lambda device: names.get(device, device))
-        rng = rng_for(seed, "evaluation", server_round)
+        rng = rng_for(seed, purpose, server_round)
         drawn = rng.permutation(len(ordered))[:count]
         return [ordered[index] for index in sorted(drawn)]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lola_flwr.arrays import Float32Arrays
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.exchange import Exchange
 from lola_flwr.model.statistics import statistics_names, within_bounds
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.server.assembly import BlockUpdate, average_statistics, block_mean_named
@@ -41,6 +42,9 @@ class ServedModel:
         How the updates of one block, and of the head, are put together, and those of
         one running statistic: "mean", or one that a few hostile devices cannot move,
         "median" or "trimmed".
+    exchange
+        Where devices hold arrays under other names than they are sent, or some that
+        they are not: what these are.
 
     Raises
     ------
@@ -56,8 +60,10 @@ class ServedModel:
         base_fingerprint: str,
         state_dict: Mapping[str, npt.NDArray[Any]] | None = None,
         block_mean: str = "mean",
+        exchange: Exchange | None = None,
     ) -> None:
         self.partition = partition
+        self.exchange = exchange
         self.base_fingerprint = base_fingerprint
         self.is_sent_whole = state_dict is not None
         self._optimizer = optimizer

@@ -27,6 +27,10 @@ PROFILE_ACTION = "lola_profile"
 PROFILE_KEY = "lola-profile"
 REPORT_KEY = "lola-report"
 
+# Under the legacy interface, where arrays have no names: the places, in the list that
+# is exchanged, of those that a device is to return.
+PLACES_KEY = "places"
+
 # Under the Message API: a training message about a model that is spread over devices.
 PART_ACTION = "lola_part"
 
@@ -116,6 +120,12 @@ class Assignment(_Record):
     update_names, frozen_names
         Where devices are sent the whole model and return weights: names of the
         parameters of block and head, and of those that nobody trains, one a line.
+    own_names
+        What the device's model calls those of ``update_names``, one a line, where it
+        calls them otherwise.
+    local_names
+        Names in the device's model of what it trains or keeps for itself, as its own
+        statistics, one a line: it is not exchanged.
     sends_head
         Whether the update is to hold the head's gradient beside the block's.
     manifest
@@ -145,6 +155,8 @@ class Assignment(_Record):
     base_fingerprint: str
     update_names: str | None = None
     frozen_names: str | None = None
+    own_names: str | None = None
+    local_names: str | None = None
     uplink_bps: float | None = None
     sends_head: bool = True
     manifest: str | None = None

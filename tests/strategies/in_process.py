@@ -14,17 +14,27 @@ def message_bytes(message):
     return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
 
 
+def array_bytes(message):
+    """Bytes of the arrays in a message."""
+    if message.has_error():
+        return 0
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
+
+
 class InProcessGrid(Grid):
     """Delivers messages to ClientApps; an exception of theirs is an error reply.
 
     ``apps`` maps node ids to ClientApps, ``configs`` to their node configurations. What
-    was sent is kept in ``sent``; ``alter`` may change any reply.
+    was sent is kept in ``sent``, which clients may change, and counted by kind in
+    ``sent_bytes``; ``alter`` may change any reply.
     """
 
     def __init__(self, apps, configs=None):
         self.apps = apps
         self.configs = configs or {}
         self.sent = []
+        self.sent_bytes = Counter()
         self.batches = []
         self.alter = lambda reply: reply
 
@@ -35,6 +45,8 @@ class InProcessGrid(Grid):
         messages = list(messages)
         self.batches.append(Counter(m.metadata.message_type for m in messages))
         self.sent += messages
+        for message in messages:
+            self.sent_bytes[message.metadata.message_type] += array_bytes(message)
         return [self.alter(self._deliver(message)) for message in messages]
 
     def _deliver(self, message):

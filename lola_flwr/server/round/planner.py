@@ -11,6 +11,7 @@ import numpy as np
 from lola_flwr.allocation import InfeasibleAllocation
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.exchange import Exchange
 from lola_flwr.planning import Known, RunStatement, SolvedRound, solve_round
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.settings import RoundSettings
@@ -40,6 +41,9 @@ class RoundPlanner:
         Digest of the frozen weights, which every device must hold.
     is_sent_whole
         Whether devices are sent the whole model by name, and return weights.
+    exchange
+        What devices call these arrays, and what they keep to themselves; None: they
+        call them as the server does, and keep nothing.
     """
 
     partition: BlockPartition
@@ -49,6 +53,7 @@ class RoundPlanner:
     batch_size: int
     base_fingerprint: str
     is_sent_whole: bool
+    exchange: Exchange | None = None
 
     @property
     def statement(self) -> RunStatement:
@@ -134,7 +139,7 @@ class RoundPlanner:
             ),
             worth=settings.selection.worth(state.history, server_round),
             block_updates=state.block_updates(),
-            partial=state.server_round > 0,
+            partial=settings.allocation.partial or state.server_round > 0,
         )
 
     def _assignments(
@@ -158,6 +163,7 @@ class RoundPlanner:
                 names = self.partition.update_names(block, head=sends_head)
                 fields["update_names"] = "\n".join(names)
                 fields["frozen_names"] = "\n".join(self.partition.frozen)
+                fields |= {} if self.exchange is None else self.exchange.fields(names)
             if profile.uplink_bps is not None:
                 # Only a link whose rate is known can be held to a part of it.
                 payload_bits = (

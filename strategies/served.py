@@ -1,0 +1,216 @@
+"""What a strategy serves: a coordinator, or the model of a project that FedAvg trained.
+
+Of a model the coordinator is made when the project's first arrays tell what it
+exchanges with its devices.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from logging import INFO
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from flwr.common.logger import log
+
+from lola_flwr.build import (
+    AllocationOptions,
+    DeviceOptions,
+    RoundMode,
+    RoundSettings,
+    Transfer,
+    coordinator_for_weights,
+)
+from lola_flwr.device.own_training import Model
+from lola_flwr.errors import UserError
+from lola_flwr.model.exchange import names_of_list, usual_names
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
+from lola_flwr.system.devices import DeviceProfile
+
+Encoded = TypeVar("Encoded")
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+# What is taken of a device that states nothing: that it can do what FedAvg's devices
+# do. Its speed is corrected by the times that it reports.
+ASSUMED_PROFILE = DeviceProfile(
+    name="assumed", flops_per_s=1e11, memory_bytes=1e12, snr_db=10.0
+)
+
+# As under FedAvg, whoever is there takes part: several devices a block, or the blocks
+# in turn.
+PROJECT_SETTINGS = RoundSettings(
+    transfer=Transfer(downlink="changed"),
+    allocation=AllocationOptions(mode=RoundMode(participation="all"), partial=True),
+    devices=DeviceOptions(assumed_profile=ASSUMED_PROFILE),
+)
+
+
+class Served(Generic[Encoded]):
+    """A coordinator and its rounds, which come with the first arrays of a model.
+
+    Parameters
+    ----------
+    given
+        The coordinator, or a model.
+    options
+        Of a model: what ``coordinator_for_weights`` takes besides.
+    encode
+        Encodes an array for the wire.
+    min_available, waits, on_round
+        As for `BlockRounds`.
+    """
+
+    def __init__(
+        self,
+        given: Coordinator | Model,
+        options: Mapping[str, Any],
+        *,
+        encode: Callable[[npt.NDArray[Any]], Encoded],
+        min_available: int | None,
+        waits: Waits | None,
+        on_round: OnRound | None,
+    ) -> None:
+        self.waits = waits or Waits()
+        self._encode = encode
+        self._min_available = min_available
+        self._on_round = on_round
+        self._model: Model | None = None
+        self._options = dict(options)
+        self._made: tuple[Coordinator, BlockRounds, dict[str, Encoded]] | None = None
+        self._given: Coordinator | None = None
+        if isinstance(given, Coordinator):
+            if options:
+                raise UserError(
+                    f"{', '.join(options)}: a coordinator has these already; give them "
+                    "to coordinator_for_weights, or the strategy the model itself."
+                )
+            self._given = given
+        else:
+            self._model = given
+            self._options.setdefault("settings", PROJECT_SETTINGS)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the coordinator is known."""
+        return self._made is not None or self._given is not None
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """The coordinator; before a project's arrays are known, that of the usual."""
+        return self._all()[0]
+
+    @property
+    def rounds(self) -> BlockRounds:
+        """The coordinator's rounds."""
+        return self._all()[1]
+
+    @property
+    def constants(self) -> dict[str, Encoded]:
+        """Arrays that never change, encoded once."""
+        return self._all()[2]
+
+    def encoded(self) -> dict[str, Encoded]:
+        """Return the coordinator's arrays, encoded, in the order of sending."""
+        constants = self.constants
+        return {
+            name: constants[name] if name in constants else self._encode(values)
+            for name, values in self.coordinator.arrays().items()
+        }
+
+    def prepare(self, arrays: Arrays) -> None:
+        """Make the coordinator for the arrays that a project exchanges.
+
+        Raises
+        ------
+        UserError
+            They are not the model's.
+        """
+        if self._model is not None and self._is_new(arrays):
+            self._make(self._coordinator_of(arrays))
+
+    def named(self, arrays: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Return the first arrays of a run, of which the order alone tells the names.
+
+        Raises
+        ------
+        UserError
+            They are not the model's.
+        """
+        exchanged = self._options.get("exchanged")
+        if exchanged is not None:
+            names = [*exchanged]
+        elif self._model is not None:
+            names = [*names_of_list(self._model, arrays)]
+        else:
+            names = [*self.coordinator.arrays()]
+        if len(names) != len(arrays):
+            raise UserError(
+                f"Initial arrays: {len(arrays)}, but the names of {len(names)} are "
+                f"known ({names[0]}, ...); pass the arrays of these names."
+            )
+        return dict(zip(names, arrays, strict=True))
+
+    def _is_new(self, arrays: Arrays) -> bool:
+        """Tell whether arrays are other ones than a coordinator was made for."""
+        if self._made is None:
+            return True
+        coordinator = self._made[0]
+        own, constants = coordinator.arrays(), coordinator.constants()
+        return not coordinator.server_round and (
+            [*own] != [*arrays]
+            or not all(np.array_equal(arrays[n], v) for n, v in constants.items())
+        )
+
+    def _coordinator_of(self, arrays: Arrays | None) -> Coordinator:
+        assert self._model is not None
+        options = dict(self._options)
+        if arrays is not None:
+            options["exchanged"] = arrays
+        elif options.get("exchanged") is None:
+            options["exchanged"] = usual_names(self._model)
+        return coordinator_for_weights(self._model, **options)
+
+    def _all(self) -> tuple[Coordinator, BlockRounds, dict[str, Encoded]]:
+        if self._made is None:
+            self._make(self._given or self._coordinator_of(None))
+            assert self._made is not None
+        return self._made
+
+    def _make(self, coordinator: Coordinator) -> None:
+        rounds = BlockRounds(
+            coordinator,
+            min_available=self._min_available,
+            waits=self.waits,
+            on_round=self._on_round,
+        )
+        constants = coordinator.constants().items()
+        encoded = {name: self._encode(values) for name, values in constants}
+        self._made = coordinator, rounds, encoded
+
+
+def divided(
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide a strategy's arguments into those of the coordinator, and FedAvg's."""
+    parameters = inspect.signature(coordinator_for_weights).parameters.values()
+    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    ours = {name: value for name, value in options.items() if name in names}
+    return ours, {n: value for n, value in options.items() if n not in names}
+
+
+def arguments_of(
+    strategy: type, args: Sequence[Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a strategy of Flower's by name, as they were given."""
+    bound = inspect.signature(strategy).bind(*args, **options)
+    return dict(bound.arguments)
+
+
+def say_without_meaning(given: Mapping[str, Any], instead: Mapping[str, str]) -> None:
+    """Log, once a strategy, which arguments change nothing here."""
+    for name, what in instead.items():
+        if name in given:
+            log(INFO, "%s=%r has no meaning here: %s", name, given[name], what)
