@@ -7,18 +7,71 @@ from collections import Counter
 
 import numpy as np
 import torch
+import transformers as hf
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.client import ClientApp as LegacyClientApp
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp as FlowerClientApp
-from flwr.common import ndarrays_to_parameters
+from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import Server, SimpleClientManager
 from flwr.server.compat.grid_client_proxy import GridClientProxy
+from flwr.server.strategy import FedAvg as LegacyFedAvg
+from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from lola_flwr.clients import AssignedBlock, ClientApp
+from lola_flwr.model.adapters import adapt
+from lola_flwr.strategies import LoLaDeft as LegacyLoLaDeft
+from lola_flwr.strategies.message import LoLaDeft
 from tests.strategies.in_process import InProcessGrid, array_bytes
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def net():
+    torch.manual_seed(3)
+    return Net()
+
+
+def adapted(dtype=torch.float32):
+    torch.manual_seed(3)
+    config = hf.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=3,
+        vocab_size=20,
+        max_position_embeddings=16,
+        pad_token_id=0,
+    )
+    model = hf.LlamaForCausalLM(config).to(dtype)
+    model.requires_grad_(False)
+    options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    return adapt(model, "lora", {"r": 2, **options})
 
 
 class Whole:
@@ -192,7 +245,8 @@ def note(grid):
     grid.replies, grid.received_bytes = [], Counter()
 
     def noted(reply):
-        assert not reply.has_error(), reply.error
+        is_query = reply.metadata.message_type.startswith("query")
+        assert is_query or not reply.has_error(), reply.error
         grid.replies.append(reply)
         grid.received_bytes[reply.metadata.message_type] += array_bytes(reply)
         return reply
@@ -228,3 +282,34 @@ def initial(project):
 def moved(before, after):
     """Names of those of some arrays that differ."""
     return {n for n in before if not np.array_equal(before[n], after[n])}
+
+
+def run(project, *, legacy, plain=False, **options):
+    """Run a project; return its grid, the records and the last arrays by name."""
+    records, made = [], project.make()
+    sizes = {name: options.pop(name) for name in ("rounds", "nodes") if name in options}
+    if legacy:
+        options.setdefault("initial_parameters", initial(project))
+        strategy = (
+            LegacyFedAvg(**options)
+            if plain
+            else LegacyLoLaDeft(made, on_round=records.append, **options)
+        )
+        history, server, grid = run_legacy(project, strategy, **sizes)
+        arrays = parameters_to_ndarrays(server.parameters)
+        names = project.exchange.get(made)
+        grid.result = history
+        return grid, records, dict(zip(names, arrays, strict=True))
+    strategy = (
+        FedAvg(**options)
+        if plain
+        else LoLaDeft(made, on_round=records.append, **options)
+    )
+    result, grid = run_message(project, strategy, **sizes)
+    grid.result = result
+    return grid, records, {n: a.numpy() for n, a in result.arrays.items()}
+
+
+def exchanged(project):
+    state = project.exchange.get(project.make())
+    return {name: value.numpy(force=True) for name, value in state.items()}

@@ -1,0 +1,271 @@
+"""What a project has set stays as it is, on the server and on the devices."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from flwr.supercore.task_identity import TaskIdentity
+from torch import nn
+
+from lola_flwr.errors import UserError
+from lola_flwr.model.exchange import names_of_list
+from lola_flwr.strategies.message import LoLaDeft
+from tests.marks import rest_slow
+from tests.strategies.projects import (
+    Adapters,
+    Project,
+    Some,
+    Whole,
+    adapted,
+    exchanged,
+    moved,
+    net,
+    run,
+    run_message,
+)
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch, tmp_path):
+    """Flower makes messages only within a task."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+
+
+def probe():
+    """A frozen body under a head that is trained."""
+    model = net()
+    model.layers.requires_grad_(False)
+    model.embed.requires_grad_(False)
+    return model
+
+
+def bits(model):
+    return {n: v.detach().clone() for n, v in model.state_dict().items()}
+
+
+def same(some, others):
+    return all(torch.equal(some[name], others[name]) for name in others)
+
+
+@pytest.mark.parametrize("legacy", rest_slow([False, True]))
+def test_a_frozen_body_keeps_its_bits_and_travels_once(legacy):
+    project = Project(probe, Whole())
+    grid, records, arrays = run(project, legacy=legacy, rounds=3, fraction_evaluate=0.0)
+    assert [record.refused for record in records] == [{}, {}, {}]
+    start = exchanged(project)
+    statistics = {n for n in start if "running" in n or "tracked" in n}
+    assert moved(start, arrays) - statistics == {"head.weight", "head.bias"}
+    for model in project.seen:
+        frozen = {n: p for n, p in model.named_parameters() if "head" not in n}
+        assert same(frozen, {n: probe().state_dict()[n] for n in frozen})
+    sizes = {name: len(_npy(values)) for name, values in start.items()}
+    body = sum(sizes[n] for n in sizes if n not in statistics and "head" not in n)
+    rest = sum(sizes.values()) - body
+    # Three nodes, three rounds: devices hold the body from the first round on.
+    assert grid.sent_bytes["train"] == 3 * (body + 3 * rest)
+    assert grid.received_bytes["train"] == 3 * 3 * rest
+
+
+def _npy(values):
+    return ArrayRecord([values])["0"].data
+
+
+def test_what_a_device_keeps_for_itself_is_trained_as_before():
+    """FedBN: normalization layers are exchanged by nobody."""
+    project = Project(net, Some("norm", has=False))
+    run(project, legacy=False, rounds=1)
+    for model in project.seen:
+        norms = {n: v for n, v in model.state_dict().items() if "norm" in n}
+        changed = moved(
+            {n: net().state_dict()[n].numpy() for n in norms},
+            {n: v.numpy() for n, v in norms.items()},
+        )
+        assert changed == {*norms}
+
+
+@pytest.mark.parametrize("legacy", rest_slow([False, True], fast=0))
+def test_adapters_on_a_4_bit_base(legacy):
+    def quantised():
+        model = adapted()
+        for name, linear in [
+            (n, m)
+            for n, m in model.named_modules()
+            if type(m) is nn.Linear and "layers" in n and "lora" not in n
+        ]:
+            four_bits = bnb.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=False,
+                quant_type="nf4",
+                compute_dtype=torch.float32,
+            )
+            four_bits.load_state_dict(linear.state_dict())
+            model.set_submodule(name, four_bits.to("cpu").requires_grad_(False))
+        model.base_model.model.is_loaded_in_4bit = True
+        return model
+
+    project = Project(quantised, Adapters())
+    grid, records, arrays = run(project, legacy=legacy, rounds=2)
+    assert [record.refused for record in records] == [{}, {}]
+    start = exchanged(project)
+    assert all("lora" in name for name in start)
+    assert moved(start, arrays) == {*start}
+    adapters = sum(len(_npy(values)) for values in start.values())
+    assert grid.sent_bytes["train"] == 2 * 3 * adapters
+    assert grid.received_bytes["train"] == 2 * adapters
+
+
+def test_the_servers_model_is_left_as_it_was():
+    model = net()
+    model.layers[0].requires_grad_(False)
+    model.layers[1].eval()
+    calls = []
+    model.layers[2].register_forward_hook(lambda *_: calls.append(1))
+    before, modes = bits(model), [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    pre_hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    random = torch.get_rng_state()
+    project = Project(net, Whole())
+    strategy = LoLaDeft(model)
+    strategy._served.prepare(exchanged(project))
+    assert same(bits(model), before)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == pre_hooks
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_devices_model_is_left_as_it_was():
+    project = Project(probe, Whole())
+    run(project, legacy=False, rounds=1)
+    for model in project.seen:
+        flags = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert flags == {"head.weight", "head.bias"}
+        assert not any(m._forward_pre_hooks for m in model.modules())
+    assert len(project.seen) == 3
+
+
+def test_a_client_that_is_not_touched_at_all(caplog):
+    project = Project(net, Whole(), blocks=False)
+    _, records, _ = run(project, legacy=False, rounds=2)
+    assert [record.refused for record in records] == [{}, {}]
+    said = [r for r in caplog.records if "state no profile" in r.getMessage()]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("legacy", rest_slow([False, True]))
+def test_the_clients_own_app_under_fedavg(legacy):
+    """A migrated client without its block trains under Flower's strategy as before."""
+    mine = Project(net, Whole(), prepares=False)
+    plain = Project(net, Whole(), blocks=False)
+    _, _, arrays = run(mine, legacy=legacy, plain=True)
+    _, _, expected = run(plain, legacy=legacy, plain=True)
+    # FedAvg adds in the order in which it samples.
+    for name, values in expected.items():
+        np.testing.assert_allclose(arrays[name], values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_client_without_its_block_trains_all_and_returns_the_block():
+    project = Project(net, Whole(), prepares=False)
+    _, records, _ = run(project, legacy=False, rounds=1)
+    assert not any(b.ignored_arrays for b in records[0].blocks)
+    start = net().embed.weight
+    assert not any(torch.equal(m.embed.weight, start) for m in project.seen)
+
+
+def test_a_subclass_with_its_own_start_and_aggregation(tmp_path):
+    class Kept(LoLaDeft):
+        def __init__(self, path, *args, **options):
+            super().__init__(*args, **options)
+            self.path, self.seen = path, []
+
+        def start(self, grid, initial_arrays, **options):
+            self.seen.append("start")
+            return super().start(grid, initial_arrays, **options)
+
+        def configure_train(self, server_round, arrays, config, grid):
+            config["lr"] = 0.5 / server_round
+            return super().configure_train(server_round, arrays, config, grid)
+
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            if arrays is not None:
+                torch.save(arrays.to_torch_state_dict(), self.path)
+                metrics["kept"] = 1.0
+            self.seen.append(server_round)
+            return arrays, metrics
+
+    project = Project(net, Whole())
+    path = tmp_path / "model.pt"
+    strategy = Kept(path, net(), fraction_train=1.0)
+    result, grid = run_message(project, strategy)
+    assert strategy.seen == ["start", 1, 2]
+    saved = torch.load(path)
+    assert same(saved, result.arrays.to_torch_state_dict())
+    assert [m["kept"] for m in result.train_metrics_clientapp.values()] == [1.0, 1.0]
+    told = [m for m in grid.sent if m.metadata.message_type == "train"]
+    assert {m.content["config"]["lr"] for m in told} == {0.5, 0.25}
+
+
+def test_a_part_of_the_state_dict_is_recognised():
+    model = net()
+    state = {n: v.numpy() for n, v in model.state_dict().items()}
+
+    def recognised(names, *, other=False):
+        source = {n: np.zeros_like(v) for n, v in state.items()} if other else state
+        return [*names_of_list(model, [source[n] for n in names])]
+
+    parameters = [n for n, _ in model.named_parameters()]
+    body = [n for n in state if not n.startswith("head")]
+    for names in ([*state], parameters):
+        assert recognised(names) == recognised(names, other=True) == names
+    assert recognised(body, other=True) == body
+    linear = [n for n in state if n.startswith("layers.1.linear")]
+    assert recognised(linear) == linear, "by its values"
+    with pytest.raises(UserError, match=r"list of 2 initial .* pass exchanged=\["):
+        recognised(linear, other=True)
+    frozen = probe()
+    head = [state["head.weight"] + 1, state["head.bias"]]
+    assert names_of_list(frozen, head) == ("head.weight", "head.bias")
+
+
+def test_names_that_no_model_has():
+    strategy = LoLaDeft(net())
+    arrays = {**exchanged(Project(net, Whole())), "x": np.zeros(3)}
+    with pytest.raises(UserError, match="Initial arrays: x is unknown in the model"):
+        strategy._served.prepare(arrays)
+    with pytest.raises(UserError, match=r"head\.bias has shape \(2,\); expected"):
+        strategy._served.prepare({"head.bias": np.zeros(2, np.float32)})
+    with pytest.raises(UserError, match=r"Nothing of what is trained .* is exchanged"):
+        strategy._served.prepare({"embed.bias": np.zeros(4, np.float32)})
+
+
+def test_a_list_whose_names_are_given():
+    project = Project(net, Some("linear", has=True))
+    names = [n for n in net().state_dict() if "linear" in n]
+    _, records, arrays = run(project, legacy=True, rounds=1, exchanged=names)
+    assert [*arrays] == names
+    assert [record.refused for record in records] == [{}]
+
+
+def test_the_first_arrays_are_a_clients_where_none_are_given():
+    project = Project(net, Whole())
+    _, records, arrays = run(project, legacy=True, rounds=1, initial_parameters=None)
+    assert [record.refused for record in records] == [{}]
+    given, _, expected = run(project, legacy=True, rounds=1)
+    assert given.result.losses_distributed
+    assert not moved(expected, arrays)
+
+
+def test_the_servers_model_keeps_its_values_through_the_rounds():
+    model = net()
+    before = bits(model)
+    run_message(Project(net, Whole()), LoLaDeft(model))
+    assert same(bits(model), before)
