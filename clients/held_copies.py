@@ -23,7 +23,7 @@ from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 from lola_flwr.clients.received import assignment_in
 from lola_flwr.device.store import LostCopy, complete, run_store
 from lola_flwr.machine.files import replacing
-from lola_flwr.wire.records import REPORT_KEY, Assignment, nothing_report
+from lola_flwr.wire.records import OURS, REPORT_KEY, Assignment, nothing_report
 from lola_flwr.wire.versions import Manifest
 
 _NAMES_FILE = "names.json"
@@ -88,7 +88,9 @@ def held_mod(
     if not reply.has_error():
         report = LEGACY_METRICS if is_legacy else REPORT_KEY
         if report in reply.content.config_records:
-            reply.content.config_records[report]["held"] = manifest.version
+            told = reply.content.config_records[report]
+            mark = OURS if f"{OURS}update-kind" in told else ""
+            told[f"{mark}held"] = manifest.version
     return reply
 
 

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
 from flwr.client import ClientFnExt
 from flwr.clientapp import ClientApp as FlowerClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
-from flwr.common import Code, GetPropertiesRes, Status
+from flwr.common import Code, Config, GetPropertiesRes, Status
 from flwr.common.constant import MessageTypeLegacy
 from flwr.compat.common.recorddict_compat import getpropertiesres_to_recorddict
 
@@ -21,12 +21,14 @@ from lola_flwr.clients.profiles import profile_query
 from lola_flwr.device.own_training import noted_blocks, weights_report
 from lola_flwr.errors import UserError
 from lola_flwr.wire.records import (
+    OURS,
     PLACES_KEY,
     REPORT_KEY,
     SECAGG_KEY,
     SECAGG_REFUSAL,
     Assignment,
     UpdateReport,
+    unmarked,
 )
 
 
@@ -75,7 +77,7 @@ def project_mod(
     if SECAGG_KEY in records:
         raise UserError(SECAGG_REFUSAL)
     if message.metadata.message_type == MessageTypeLegacy.GET_PROPERTIES:
-        properties = {**known_properties(context)}
+        properties: Config = {**known_properties(context)}
         result = GetPropertiesRes(Status(Code.OK, ""), properties)
         return Message(getpropertiesres_to_recorddict(result), reply_to=message)
     is_training = message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
@@ -103,7 +105,7 @@ def _train(
     legacy = None if reply.has_error() else _legacy_metrics(reply)
     if reply.has_error() or REPORT_KEY in reply.content.config_records:
         return reply
-    if legacy is not None and "update-kind" in legacy:
+    if legacy is not None and "update-kind" in unmarked(legacy):
         return reply
     for block in blocks:
         block.check()
@@ -133,7 +135,8 @@ def _cut_list(reply: Message, places: Sequence[int], report: UpdateReport) -> No
         )
     kept = [arrays[place] for place in places] if arrays else []
     reply.content[key] = ArrayRecord({str(n): array for n, array in enumerate(kept)})
-    reply.content.config_records[LEGACY_METRICS].update(report.to_record())
+    told = {OURS + key: value for key, value in report.to_record().items()}
+    reply.content.config_records[LEGACY_METRICS].update(told)
 
 
 def _loss_in(metrics: Iterable[tuple[str, object]]) -> float | None:

@@ -40,7 +40,7 @@ from lola_flwr.strategies.served import (
     say_without_meaning,
 )
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
-from lola_flwr.wire.records import PLACES_KEY, SECAGG_REFUSAL, Assignment
+from lola_flwr.wire.records import PLACES_KEY, SECAGG_REFUSAL, Assignment, unmarked
 
 # Asking a device for its profile costs it no computation; more threads than this would
 # only queue up at the server.
@@ -182,7 +182,7 @@ class LoLaDeft(FedAvg):
         for device, sent in self._rounds.contents(plan, tensors, ndarray_to_bytes):
             fit = FitIns(
                 Parameters([*sent.values()], parameters.tensor_type),
-                {**extra, **self._told(plan.assignments[device])},
+                self._told(plan.assignments[device], extra),
             )
             instructions.append((clients[device], fit))
         return instructions
@@ -222,7 +222,7 @@ class LoLaDeft(FedAvg):
                 device_id=proxy.cid,
                 tensors=result.parameters.tensors,
                 num_examples=result.num_examples,
-                report=result.metrics,
+                report=unmarked(result.metrics),
                 upload_s=upload_seconds(self.arrivals, proxy.cid),
             )
             for proxy, result in results
@@ -333,15 +333,17 @@ class LoLaDeft(FedAvg):
             return self._parameters()
         return parameters
 
-    def _told(self, assignment: Assignment) -> dict[str, Scalar]:
-        """Return an assignment as a flat record, with places in place of names."""
-        record = assignment.to_record()
+    def _told(
+        self, assignment: Assignment, extra: Mapping[str, Scalar]
+    ) -> dict[str, Scalar]:
+        """Return what a device is told: places in a list, where names say nothing."""
+        told: dict[str, Scalar] = assignment.beside(extra)
         if self.coordinator.sends_by_name:
             places = {name: n for n, name in enumerate(self.coordinator.arrays())}
             asked = (assignment.update_names or "").splitlines()
             kept = [places[n] for n in (*asked, *statistics_names(places))]
-            record[PLACES_KEY] = " ".join(map(str, kept))
-        return record
+            told[PLACES_KEY] = " ".join(map(str, kept))
+        return told
 
     def _with_constants(self, parameters: Parameters) -> Parameters:
         """Put back what never changes, but to which a wrapper may have added noise."""

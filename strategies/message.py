@@ -206,7 +206,7 @@ class LoLaDeft(FedAvg):
                 device,
                 server_round,
                 ArrayRecord(sent),
-                ConfigRecord({**config, **plan.assignments[device].to_record()}),
+                ConfigRecord(plan.assignments[device].beside(config)),
             )
             for device, sent in self._rounds.contents(plan, arrays, Array)
         ]

@@ -12,7 +12,7 @@ from typing import TypeVar
 from flwr.app import MetricRecord, RecordDict
 from flwr.common import Scalar
 
-from lola_flwr.wire.records import UpdateReport
+from lola_flwr.wire.records import OURS, UpdateReport
 
 Said = TypeVar("Said")
 
@@ -65,7 +65,7 @@ def usable_metrics(
         Examples and metrics of each device. Reports of updates are not the project's.
     """
     own = [
-        (examples, {n: v for n, v in metrics.items() if n not in _REPORT_KEYS})
+        (examples, _own(metrics))
         for examples, metrics in said
         if type(examples) is int and examples > 0
     ]
@@ -100,6 +100,14 @@ def _is_countable(metrics: MetricRecord, weighted_by: str) -> bool:
             for number in (value if isinstance(value, list) else [value])
         )
     )
+
+
+def _own(metrics: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return a legacy device's metrics without its report."""
+    own = {n: v for n, v in metrics.items() if not n.startswith(OURS)}
+    if len(own) == len(metrics):
+        own = {n: v for n, v in own.items() if n not in _REPORT_KEYS}
+    return own
 
 
 def _form(content: RecordDict) -> Hashable:

@@ -24,7 +24,7 @@ from lola_flwr.build import (
     coordinator_for_weights,
 )
 from lola_flwr.device.own_training import Model
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, brief
 from lola_flwr.model.exchange import names_of_list, usual_names
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
@@ -88,6 +88,11 @@ class Served(Generic[Encoded]):
                     "to coordinator_for_weights, or the strategy the model itself."
                 )
             self._given = given
+        elif not isinstance(given, Model):
+            raise UserError(
+                f"The strategy is given {brief(given)}; give it the model before "
+                "FedAvg's arguments, as a torch.nn.Module, or a coordinator."
+            )
         else:
             self._model = given
             self._options.setdefault("settings", PROJECT_SETTINGS)

@@ -29,7 +29,7 @@ REPORT_KEY = "lola-report"
 
 # Under the legacy interface, where arrays have no names: the places, in the list that
 # is exchanged, of those that a device is to return.
-PLACES_KEY = "places"
+PLACES_KEY = "lola-places"
 
 # Under the Message API: a training message about a model that is spread over devices.
 PART_ACTION = "lola_part"
@@ -52,6 +52,16 @@ SECAGG_REFUSAL = (
 PROJECTION_TYPE = np.dtype("<f4")
 
 
+# Before keys of ours, where a project's own stand beside them.
+OURS = "lola-"
+
+
+def unmarked(record: Mapping[str, object]) -> Mapping[str, object]:
+    """Return a record whose marked keys are unmarked, in place of others of a name."""
+    ours = {k.removeprefix(OURS): v for k, v in record.items() if k.startswith(OURS)}
+    return {**record, **ours} if ours else record
+
+
 class MalformedRecord(ValueError):
     """A record lacks a field, or a field has the wrong type."""
 
@@ -64,6 +74,15 @@ class _Record:
         values = {_key(f.name): getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {key: value for key, value in values.items() if value is not None}
 
+    def beside(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields beside a project's own, whose keys keep their meaning.
+
+        The round is the same for both.
+        """
+        fields = self.to_record().items()
+        taken = {key for key in own if key != "server-round"}
+        return {**own, **{OURS * (key in taken) + key: v for key, v in fields}}
+
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> Self:
         """Read the fields from a received record; other keys are ignored.
@@ -74,6 +93,7 @@ class _Record:
             A field is missing that is not optional and has no default, has another
             type, or is not finite.
         """
+        record = unmarked(record)
         types = {t.__name__: t for t in (bool, bytes, float, int, str)}
         values: dict[str, Any] = {}
         for field in fields(cls):  # type: ignore[arg-type]

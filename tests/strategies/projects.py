@@ -159,7 +159,7 @@ class Project:
     def __init__(self, make, exchange, *, blocks=True, prepares=True, mods=()):
         self.make, self.exchange = make, exchange
         self.blocks, self.prepares, self.mods = blocks, prepares, list(mods)
-        self.seen, self.flags = [], []
+        self.seen, self.configs, self.metrics = [], [], {}
 
     def arrays(self, model):
         return [v.detach().cpu().numpy() for v in self.exchange.get(model).values()]
@@ -173,12 +173,9 @@ class Project:
 
     def trained(self, model, received):
         self.seen.append(model)
-        before = [p.requires_grad for p in model.parameters()]
         if self.blocks and self.prepares:
             AssignedBlock(model, received)
-        loss = train(model)
-        self.flags.append(before)
-        return loss
+        return train(model)
 
     def app(self):
         app = (ClientApp if self.blocks else FlowerClientApp)(mods=self.mods)
@@ -194,6 +191,7 @@ class Project:
                 "train_loss": loss,
                 "mine": float(context.node_id),
             }
+            self.configs.append(dict(message.content["config"]))
             arrays = ArrayRecord(self.exchange.get(model))
             content = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
             return Message(content, reply_to=message)
@@ -223,6 +221,8 @@ class Project:
                 project.load(self.model, parameters)
                 loss = project.trained(self.model, config)
                 metrics = {"train_loss": loss, "mine": float(self.node_id)}
+                metrics |= project.metrics
+                project.configs.append(config)
                 examples = 8 * (self.node_id - 99)
                 return project.arrays(self.model), examples, metrics
 

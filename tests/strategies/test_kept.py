@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
@@ -269,3 +269,36 @@ def test_the_servers_model_keeps_its_values_through_the_rounds():
     before = bits(model)
     run_message(Project(net, Whole()), LoLaDeft(model))
     assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("legacy", rest_slow([False, True]))
+def test_a_projects_own_words_keep_their_meaning(legacy):
+    """Its configuration and metrics may have keys of an assignment, or a report."""
+    own = {"batch-size": 64, "codec": "mine", "lr": 0.1}
+    project = Project(net, Whole())
+    project.metrics = {"loss": 7.0, "block-index": 9.0}
+    if legacy:
+        grid, records, _ = run(
+            project,
+            legacy=True,
+            on_fit_config_fn=lambda _: own,
+            fit_metrics_aggregation_fn=lambda said: said[0][1],
+        )
+        by_name = grid.result.metrics_distributed_fit
+        assert {name: by_name[name][0][1] for name in project.metrics} == {
+            "loss": 7.0,
+            "block-index": 9.0,
+        }
+        assert not any(name.startswith("lola-") for name in by_name)
+    else:
+        records = []
+        strategy = LoLaDeft(net(), on_round=records.append)
+        run_message(project, strategy, train_config=ConfigRecord(own))
+    assert [record.refused for record in records] == [{}, {}]
+    assert [own.items() <= config.items() for config in project.configs] == [True] * 6
+    assert [config["server-round"] for config in project.configs] == [1] * 3 + [2] * 3
+
+
+def test_a_strategy_without_a_model():
+    with pytest.raises(UserError, match=r"given 0\.5; give it the model before FedAvg"):
+        LoLaDeft(0.5)
