@@ -11,8 +11,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
-# How often a device's reply is looked for; rarer where there are many devices.
-_POLL_S = 0.25
+from lola_flwr.strategies.missing_objects import ask_soon_again
+
+# A device's reply is looked for after a part of the time that it has been waited for:
+# at least and at most so often, and rarer where there are many devices.
+_POLL_PART, _LONGEST_POLL_S = 0.1, 0.25
 _LARGEST_POLL_RATE_HZ = 50.0
 _THREADS = 64
 
@@ -81,6 +84,7 @@ class ArrivalGrid(Grid):
         self.upload_s = {}
         if not isinstance(self._grid, HttpGrid):
             return self._grid.send_and_receive(messages, timeout=timeout)
+        ask_soon_again()
         ids = [i for i in self.push_messages(list(messages)) if i]
         arrivals = _Arrivals(self._grid, ids, timeout)
         replies = arrivals.wait()
@@ -108,7 +112,7 @@ class _Arrivals:
         self._grid = grid
         self._ids = ids
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._poll_s = max(_POLL_S, len(ids) / _LARGEST_POLL_RATE_HZ)
+        self._shortest_poll_s = len(ids) / _LARGEST_POLL_RATE_HZ
         self._changed = threading.Condition()
         self._replies: dict[str, tuple[Message, float | None]] = {}
         self._failure: BaseException | None = None
@@ -133,6 +137,7 @@ class _Arrivals:
         missing = set(group)
         # In a larger group a reply waits until the one before it is there.
         is_timed = len(group) == 1
+        begun_s = time.monotonic()
         try:
             while missing and not self._over:
                 asked_s = time.monotonic()
@@ -144,7 +149,9 @@ class _Arrivals:
                         self._replies[answered] = (reply, taken_s if is_timed else None)
                         self._changed.notify()
                 if missing:
-                    time.sleep(self._poll_s)
+                    waited_s = time.monotonic() - begun_s
+                    poll_s = min(_POLL_PART * waited_s, _LONGEST_POLL_S)
+                    time.sleep(max(poll_s, self._shortest_poll_s))
         # Whatever Flower raises ends the round, as it would without threads.
         except BaseException as error:
             with self._changed:

@@ -15,7 +15,17 @@ from typing import Annotated
 import click
 import typer
 
-from lola_flwr.cli import doctor, fleet, keys, plan, profile, report, simulate, worker
+from lola_flwr.cli import (
+    doctor,
+    fleet,
+    keys,
+    node,
+    plan,
+    profile,
+    report,
+    simulate,
+    worker,
+)
 from lola_flwr.errors import UserError
 
 # Exit codes besides 0: the run failed, the command was not understood, Ctrl-C.
@@ -32,6 +42,7 @@ def _add_commands(app: typer.Typer) -> None:
     app.command()(report.report)
     app.command()(doctor.doctor)
     app.command()(worker.worker)
+    app.command(context_settings=node.SETTINGS)(node.node)
     app.add_typer(fleet.app)
 
 

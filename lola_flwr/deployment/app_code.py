@@ -103,6 +103,11 @@ def forget_app(reference: str, root: Path | None) -> None:
             del sys.modules[name]
     if root is not None and str(root) in sys.path:
         sys.path.remove(str(root))
+    free_memory()
+
+
+def free_memory() -> None:
+    """Give back the memory of what nobody refers to any more, on the GPU as well."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

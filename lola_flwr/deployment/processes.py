@@ -44,6 +44,21 @@ def this_process() -> ProcessId:
     return ProcessId(os.getpid(), _stat(os.getpid())[1])
 
 
+# The resident node that this process is, if it is one.
+_supernode: ProcessId | None = None
+
+
+def be_supernode() -> None:
+    """Say that this process is a SuperNode itself, which runs its clients in it."""
+    global _supernode
+    _supernode = this_process()
+
+
+def supernode() -> ProcessId | None:
+    """Return the SuperNode that this process belongs to; None if it has none."""
+    return _supernode or ancestor_running("flower-supernode")
+
+
 def ancestor_running(program: str) -> ProcessId | None:
     """Find the nearest ancestor of this process that runs a program; None if none does.
 

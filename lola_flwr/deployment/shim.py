@@ -30,7 +30,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 
 from lola_flwr.deployment.app_code import app_root, load_device_function
-from lola_flwr.deployment.processes import ancestor_running
+from lola_flwr.deployment.processes import supernode
 from lola_flwr.deployment.worker_link import (
     Frame,
     LinkError,
@@ -94,12 +94,12 @@ class WorkerDevice:
     """
 
     def __init__(self, reference: str, context: Context, socket_path: Path) -> None:
-        supernode = ancestor_running("flower-supernode")
+        owner = supernode()
         self._socket_path = socket_path
         self._header = {
             "reference": reference,
             "root": str(app_root(reference)),
-            "supernode": None if supernode is None else supernode.to_header(),
+            "supernode": None if owner is None else owner.to_header(),
             "context": {
                 "run_id": context.run_id,
                 "node_id": context.node_id,
