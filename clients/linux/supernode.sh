@@ -31,7 +31,8 @@ export FLWR_DISABLE_UPDATE_CHECK=1
 PATH=$(dirname "$LOLA_PYTHON"):$PATH
 export PATH
 
-exec flower-supernode \
+# The port is for Flower's own program, which runs where the resident one cannot.
+exec lola-flwr node \
     --superlink "$superlink" \
     --root-certificates "$LOLA_CA" \
     --auth-supernode-private-key "$LOLA_NODE_KEY" \

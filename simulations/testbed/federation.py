@@ -22,6 +22,8 @@ _ROOT = Path(__file__).parents[2]
 _PORT = 8000
 _SUPERLINK = f"{SERVER_ADDRESS}:{_PORT}"
 _RELAY = "127.0.0.1:9095"
+# A SuperNode as Flower has it, and one that stays from message to message.
+FLOWERS_NODE, RESIDENT_NODE = ("flower-supernode",), ("lola-flwr", "node")
 _START_S = 60.0
 _STOP_S = 20.0
 # RestartSec of clients/linux/lola-supernode.service.
@@ -43,13 +45,16 @@ class Options:
     limit
         What holds uploads to their shares: ``"pacing"``, ``"tc"`` or ``"none"``.
     worker
-        Whether a resident worker trains, or each message's own process.
+        Whether a resident worker trains, or the process that runs the client.
+    node
+        The program that is a SuperNode, and the words that make it one.
     environment
         Further environment of all programs.
     """
 
     limit: str = "pacing"
     worker: bool = True
+    node: tuple[str, ...] = FLOWERS_NODE
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,7 +100,7 @@ class Federation:
         if self.options.worker:
             node_config += f' worker="{home / "worker.sock"}"'
         command = [
-            *(_program("flower-supernode"), "--superlink"),
+            *(_program(self.options.node[0]), *self.options.node[1:], "--superlink"),
             _RELAY if relayed and self.options.worker else _SUPERLINK,
             *("--root-certificates", str(self.directory / "keys" / "ca.crt")),
             *("--auth-supernode-private-key", str(self._key(f"node-{index}"))),

@@ -1,33 +1,50 @@
-"""What a message costs a device: empty, with arrays, with client or resident worker.
+"""What a round and a message cost beside training, with either kind of SuperNode.
 
     python -m simulations.testbed.overhead
 
-One device and a tiny model, so that neither the link nor training counts. The seconds
-are Flower's own: from the moment that the client's process asks for a message to that
-in which its reply is with the SuperNode (``flwr list``, compute-time). So they hold
-what Flower takes to move arrays between the two, which a client that sends as many
-bytes back unseen shows: for the model's values by name, and in one array, as they are
-sent. A run of one round is subtracted from one of six, which leaves the messages from
-the second on.
+First rounds, from the messages' sending to the last reply's last byte, on the server's
+clock: of empty messages to one device, and of the GLUE app's tiny model on four, with
+Flower's SuperNode and workers, and with `lola-flwr node`. A tiny model and fast links,
+so that neither training nor the links count.
+
+Then messages, in Flower's own count (``flwr list``, compute-time): from the moment
+that the client's process asks for a message to that in which its reply is with the
+SuperNode. So they hold what Flower takes to move arrays between the two, which a client
+that sends as many bytes back unseen shows: for the model's values by name, and in one
+array, as they are sent. A run of one round is subtracted from one of six, which leaves
+the messages from the second on.
 """
 
 from __future__ import annotations
 
+import json
 import signal
+import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
-from simulations.testbed.federation import Federation, Options, federation
+from simulations.testbed.federation import (
+    FLOWERS_NODE,
+    RESIDENT_NODE,
+    Federation,
+    Options,
+    federation,
+)
 from simulations.testbed.network import network, why_unavailable
 
 _HERE = Path(__file__).parent
 _EMPTY = _HERE / "empty"
 _GLUE = _HERE.parent / "glue"
 _ROUNDS = 6
+# Of each kind of round, after one more that loads what stays.
+_TIMED_ROUNDS = 20
+_NODES = 4
 # One device trains all blocks: a federation of one.
 _TINY = (
     'model="random:roberta-tiny"',
@@ -46,21 +63,68 @@ def seconds_per_message(
     """Return the seconds of a first run of one round, and of each later message."""
     total = []
     for rounds in (1, 1, _ROUNDS):
-        ended = running.run(app, [*overrides, f"rounds={rounds}"])
-        if ended["status"] != "finished:completed":
-            raise RuntimeError(f"The run of {app.name} is {ended['status']}.")
+        ended = _run(running, app, [*overrides, f"rounds={rounds}"])
         total.append(float(ended["compute-time"]["clientapp-seconds"]))
     return total[0], (total[2] - total[1]) / (_ROUNDS - 1)
 
 
+def round_seconds(node: tuple[str, ...]) -> tuple[list[float], list[float]]:
+    """Return the seconds of rounds with one kind of SuperNode.
+
+    Parameters
+    ----------
+    node
+        The program that it is.
+
+    Returns
+    -------
+    Those of empty messages to one device, and those of the tiny model on four, each
+    but the first.
+    """
+    rounds = f"rounds={_TIMED_ROUNDS + 1}"
+    with _running(1, Options(worker=False, node=node)) as running:
+        file = running.directory / "seconds.json"
+        _run(running, _EMPTY, [rounds, f'seconds-file="{file}"'])
+        empty = json.loads(file.read_text())
+    with _running(_NODES, Options(limit="none", node=node)) as running:
+        out = running.directory / "out"
+        own = [rounds, f"num-devices={_NODES}", f'output-dir="{out}"']
+        _run(running, _GLUE, [*_TINY, *own])
+        lines = (out / "rounds.jsonl").read_text().splitlines()
+        tiny = [json.loads(line)["measured_round_s"] for line in lines]
+    return empty[1:], tiny[1:]
+
+
 def main() -> int:
-    """Measure, and print a table; return the exit code."""
+    """Measure, and print two tables; return the exit code."""
     reason = why_unavailable()
     if reason is not None:
         print(f"skipped: {reason}")
         return 0
     # What ends this takes down what it set up.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _print_rounds()
+    _print_messages()
+    return 0
+
+
+def _print_rounds() -> None:
+    flowers, resident = (
+        [statistics.median(seconds) for seconds in round_seconds(node)]
+        for node in (FLOWERS_NODE, RESIDENT_NODE)
+    )
+    print(f"| a round, median of {_TIMED_ROUNDS} | Flower's, s | node, s | ratio |")
+    print("|---|---:|---:|---:|")
+    for title, theirs_s, ours_s in zip(
+        ("1 node, empty message", f"{_NODES} nodes, tiny model, workers"),
+        flowers,
+        resident,
+        strict=True,
+    ):
+        print(f"| {title} | {theirs_s:.2f} | {ours_s:.2f} | {ours_s / theirs_s:.3f} |")
+
+
+def _print_messages() -> None:
     rows = []
     model, _ = load_classifier("random:roberta-tiny", num_labels=2)
     parameters = dict(model.named_parameters())
@@ -74,11 +138,7 @@ def main() -> int:
         ("in the client's process", Options(worker=False), _GLUE, _TINY),
         ("with the worker", Options(limit="none"), _GLUE, _TINY),
     ):
-        directory = Path(tempfile.mkdtemp(prefix="lola-overhead-"))
-        with (
-            network([1e9]) as links,
-            federation(links, directory, options) as running,
-        ):
+        with _running(1, options) as running:
             rows.append((title, *seconds_per_message(running, app, overrides)))
         print(f"{title}: {rows[-1][1]:.2f} s, then {rows[-1][2]:.2f} s", flush=True)
     empty_s = rows[0][2]
@@ -86,7 +146,23 @@ def main() -> int:
     print("|---|---:|---:|---:|")
     for title, first_s, later_s in rows:
         print(f"| {title} | {first_s:.2f} | {later_s:.2f} | {later_s - empty_s:.2f} |")
-    return 0
+
+
+@contextmanager
+def _running(num_devices: int, options: Options) -> Iterator[Federation]:
+    directory = Path(tempfile.mkdtemp(prefix="lola-overhead-"))
+    with (
+        network([1e9] * num_devices) as links,
+        federation(links, directory, options) as running,
+    ):
+        yield running
+
+
+def _run(running: Federation, app: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    ended = running.run(app, overrides)
+    if ended["status"] != "finished:completed":
+        raise RuntimeError(f"The run of {app.name} is {ended['status']}.")
+    return ended
 
 
 def _arrays(sizes: Sequence[int]) -> tuple[str, str]:
