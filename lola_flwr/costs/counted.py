@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.utils._pytree import tree_leaves
 
 from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.counter import BATCHES, Counter, Pass, TwoPasses
@@ -377,8 +378,14 @@ def _scalar(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     loss: Tensor | None = getattr(output, "loss", None)
     if loss is not None:
         return loss
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
-    return first.float().sum()
+    # What models of transformers return besides is for later calls.
+    outputs = output[0] if hasattr(output, "to_tuple") else output
+    sums = [
+        leaf.float().sum()
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

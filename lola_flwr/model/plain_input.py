@@ -30,7 +30,7 @@ _LARGEST_LENGTH = 1024
 # What is shown where any size would do.
 _USUAL_SIDE = 224
 _USUAL_LENGTH = 1000
-_USUAL_TOKENS = 128
+_USUAL_TOKENS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 # A prime, of which no other size of a model is a multiple: examples stay apart.
 _NUM_EXAMPLES = 4099
@@ -82,6 +82,8 @@ def plain_input(model: nn.Module, sequence_length: int = 1) -> PlainInput:
         Tokens of an example; 1 where examples are no sequences.
     """
     tried: set[tuple[Any, ...]] = set()
+    types = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    own = types[0] if types else torch.float32
     if len(required_arguments(model)) == 1:
         with _trial(model) as takes:
             for module in model.modules():
@@ -89,7 +91,8 @@ def plain_input(model: nn.Module, sequence_length: int = 1) -> PlainInput:
                 if wanted is None or wanted in tried:
                     continue
                 tried.add(wanted)
-                found = _found(takes, *wanted)
+                *shape, dtype = wanted
+                found = _found(takes, *shape, own if dtype is None else dtype)
                 if found is not None:
                     return found
     return PlainInput(None, known=False)
@@ -99,24 +102,24 @@ def _wanted(module: nn.Module, sequence_length: int) -> tuple[Any, ...] | None:
     """Return what a module wants to read, if it is one that models begin with.
 
     That is what goes in front of a size, how many dimensions of unknown size there are
-    (0 to 2), what goes behind, and the type.
+    (0 to 2), what goes behind, and the type; None is that of the weights.
     """
     tokens = (sequence_length,) if sequence_length > 1 else ()
     if isinstance(module, nn.Linear):
-        return tokens, 0, (module.in_features,), torch.float32
+        return tokens, 0, (module.in_features,), None
     if isinstance(module, nn.BatchNorm1d):
-        return (), 0, (module.num_features,), torch.float32
+        return (), 0, (module.num_features,), None
     if isinstance(module, nn.LayerNorm):
-        return tokens, 0, tuple(module.normalized_shape), torch.float32
+        return tokens, 0, tuple(module.normalized_shape), None
     if isinstance(module, nn.RNNBase):
-        return tokens, 0 if tokens else 1, (module.input_size,), torch.float32
+        return tokens, 0 if tokens else 1, (module.input_size,), None
     if isinstance(module, nn.Embedding):
         return tokens, 0 if tokens else 1, (), torch.long
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         dimensions = 1 if isinstance(module, nn.Conv1d) else 2
-        return (module.in_channels,), dimensions, (), torch.float32
+        return (module.in_channels,), dimensions, (), None
     if isinstance(module, nn.BatchNorm2d):
-        return (module.num_features,), 2, (), torch.float32
+        return (module.num_features,), 2, (), None
     return None
 
 
@@ -138,6 +141,8 @@ def _found(
 
     if not dimensions:
         sizes, known = fits([0]), True
+    elif not before:
+        sizes, known = fits(_USUAL_TOKENS), False
     elif dimensions == 2:
         sizes = fits(_SIDES)
         # What pooling rounds off is little; more, and it takes more than one size.
@@ -146,11 +151,9 @@ def _found(
             sizes = fits([_USUAL_SIDE]) or sizes or fits(range(1, _LARGEST_SIDE + 1))
             known = len(sizes) == 1 and sizes[0] not in _SIDES
     else:
-        channels = bool(before)
-        usual = _USUAL_LENGTH if channels else _USUAL_TOKENS
         sizes = fits(range(1, _LARGEST_LENGTH + 1))
-        known = len(sizes) == 1 and channels
-        sizes = sizes if known else fits([usual]) or sizes
+        known = len(sizes) == 1
+        sizes = sizes if known else fits([_USUAL_LENGTH]) or sizes
     if not sizes:
         return None
     return PlainInput(
@@ -169,9 +172,6 @@ def _trial(model: nn.Module) -> Iterator[Takes]:
     }
 
     def takes(shape: Sequence[int], dtype: torch.dtype) -> bool:
-        if dtype.is_floating_point:
-            types = (tensor.dtype for tensor in bare.values())
-            dtype = next((t for t in types if t.is_floating_point), dtype)
         values = torch.empty(_NUM_EXAMPLES, *shape, dtype=dtype)
         try:
             # To untie would put a module of two names back with another's tensor.

@@ -199,6 +199,20 @@ class TwoInputs(nn.Module):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
+class ActorCritic(nn.Module):
+    """Two heads beside each other."""
+
+    def __init__(self, give=tuple):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.policy, self.value = nn.Linear(6, 2), nn.Linear(6, 1)
+        self.give = give
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.give((self.policy(x), self.value(x)))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, what is found in it, and what it reads if that is to be told."""
@@ -226,6 +240,9 @@ CASES = {
     "registered late": Case(RegisteredLate, ["early", "late"], "fc", (1, 6)),
     "sequential": Case(mixed_sequential, ["0|1", "3"], r"4\.0|4\.1", (1, 6)),
     "equal layers": Case(lambda: nn.Sequential(Mlp(6), Mlp(6)), ["0", "1"], "", (1, 6)),
+    "actor and critic": Case(
+        ActorCritic, [r"body\.0", r"body\.2"], "policy|value", (1, 4)
+    ),
     "vgg": Case(
         vgg,
         [r"features\.0|features\.1", r"features\.4|features\.5", r"classifier\.1"],
@@ -458,6 +475,24 @@ def test_tokens_are_known_where_they_are_told():
     partition, example = found_blocks(TextCnn(), sequence_length=12)
     assert tuple(example.shape) == (1, 12)
     assert partition == found_blocks(TextCnn(), torch.zeros(2, 9, dtype=torch.long))[0]
+
+
+def test_all_that_a_model_returns_is_counted():
+    def flops(give):
+        model = ActorCritic(give)
+        partition, example = found_blocks(model)
+        return model_costs(model, partition, batch_size=8, example=example).flops
+
+    np.testing.assert_array_equal(flops(tuple), flops(lambda t: {"a": t[0], "b": t[1]}))
+    # Of the value: its weight's gradient, and its input's.
+    one = flops(lambda outputs: outputs[0])
+    np.testing.assert_array_equal(flops(tuple) - one, 2 * 2 * 8 * 6)
+
+
+def test_inputs_are_of_the_weights_type():
+    for dtype in (torch.float64, torch.float16):
+        _, example = found_blocks(perceptron().to(dtype))
+        assert example.dtype == dtype
 
 
 def test_trying_leaves_the_model_as_it_is():
