@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,12 @@ from torch.utils._pytree import tree_leaves
 # Tells whether a model takes examples of such a shape and type.
 Takes = Callable[[Sequence[int], torch.dtype], bool]
 
+# What a module reads: sizes in front, how many dimensions of one unknown size (0 to 2),
+# sizes behind, and the type, where it is not that of the weights.
+Wanted = tuple[tuple[int, ...], int, tuple[int, ...], torch.dtype | None]
+
 # Of the sizes that differ by what pooling rounds off, the one that images have.
-_SIDES = (28, 32, 48, 64, 84, 96, 128, 224, 256, 299, 384, 512)
+_SIDES = (8, 16, 28, 32, 48, 64, 84, 96, 128, 224, 256, 299, 384, 512)
 _LARGEST_SIDE = 256
 _LARGEST_LENGTH = 1024
 # What is shown where any size would do.
@@ -81,7 +84,7 @@ def plain_input(model: nn.Module, sequence_length: int = 1) -> PlainInput:
     sequence_length
         Tokens of an example; 1 where examples are no sequences.
     """
-    tried: set[tuple[Any, ...]] = set()
+    tried: set[Wanted] = set()
     types = [p.dtype for p in model.parameters() if p.is_floating_point()]
     own = types[0] if types else torch.float32
     if len(required_arguments(model)) == 1:
@@ -91,19 +94,14 @@ def plain_input(model: nn.Module, sequence_length: int = 1) -> PlainInput:
                 if wanted is None or wanted in tried:
                     continue
                 tried.add(wanted)
-                *shape, dtype = wanted
-                found = _found(takes, *shape, own if dtype is None else dtype)
+                found = _found(takes, wanted, own)
                 if found is not None:
                     return found
     return PlainInput(None, known=False)
 
 
-def _wanted(module: nn.Module, sequence_length: int) -> tuple[Any, ...] | None:
-    """Return what a module wants to read, if it is one that models begin with.
-
-    That is what goes in front of a size, how many dimensions of unknown size there are
-    (0 to 2), what goes behind, and the type; None is that of the weights.
-    """
+def _wanted(module: nn.Module, sequence_length: int) -> Wanted | None:
+    """Return what a module wants to read, if it is one that models begin with."""
     tokens = (sequence_length,) if sequence_length > 1 else ()
     if isinstance(module, nn.Linear):
         return tokens, 0, (module.in_features,), None
@@ -123,14 +121,10 @@ def _wanted(module: nn.Module, sequence_length: int) -> tuple[Any, ...] | None:
     return None
 
 
-def _found(
-    takes: Takes,
-    before: tuple[int, ...],
-    dimensions: int,
-    behind: tuple[int, ...],
-    dtype: torch.dtype,
-) -> PlainInput | None:
+def _found(takes: Takes, wanted: Wanted, own: torch.dtype) -> PlainInput | None:
     """Return the input of the only size that the model takes, or one of several."""
+    before, dimensions, behind, dtype = wanted
+    dtype = own if dtype is None else dtype
 
     def shape(size: int) -> tuple[int, ...]:
         return (*before, *(size,) * dimensions, *behind)
