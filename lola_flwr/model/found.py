@@ -139,8 +139,8 @@ def divided(model: nn.Module, trace: Trace) -> BlockPartition:
     unused = [n for n in rest if n not in needed and n not in frozen]
     if unused:
         _logger.warning(
-            "%s.forward does not use %s: it is trained with the last block, but what "
-            "it costs to compute is not counted.",
+            "%s.forward does not use %s in evaluation mode: trained with the last "
+            "block, and what it costs is counted only if forward uses it in training.",
             type(model).__name__,
             sample_of(unused),
         )
