@@ -168,7 +168,8 @@ def _trial(model: nn.Module) -> Iterator[Takes]:
     def takes(shape: Sequence[int], dtype: torch.dtype) -> bool:
         values = torch.empty(_NUM_EXAMPLES, *shape, dtype=dtype)
         try:
-            # To untie would put a module of two names back with another's tensor.
+            # Untied, a module of two names would not get its own tensors back
+            # (PyTorch's issue 164759).
             output = functional_call(model, bare, (values,), tie_weights=False)
         # A model may raise anything on an input that it is not made for.
         except Exception:
