@@ -69,21 +69,12 @@ def held_mod(
     manifest = Manifest.from_text(assignment.manifest)
     directory = run_store(context.run_id) if directory is None else directory
     ((key, record),) = message.content.array_records.items()
-    # Under the legacy interface arrays are numbered, in each message from 0.
-    is_legacy = list(record) == [str(number) for number in range(len(record))]
+    is_legacy = _is_legacy(record)
     try:
-        arrays = complete([a.numpy() for a in record.values()], manifest, directory)
-        names = (
-            [str(number) for number in range(len(arrays))]
-            if is_legacy
-            else _all_names(list(record), manifest, directory / _NAMES_FILE)
-        )
+        complete_arrays(message.content, manifest, directory)
     except LostCopy:
         content = _nothing(assignment, key, is_legacy=is_legacy)
         return Message(content, reply_to=message)
-    message.content[key] = ArrayRecord(
-        {name: Array(values) for name, values in zip(names, arrays, strict=True)}
-    )
     reply = call_next(message, context)
     if not reply.has_error():
         report = LEGACY_METRICS if is_legacy else REPORT_KEY
@@ -92,6 +83,42 @@ def held_mod(
             mark = OURS if f"{OURS}update-kind" in told else ""
             told[f"{mark}held"] = manifest.version
     return reply
+
+
+def complete_arrays(content: RecordDict, manifest: Manifest, directory: Path) -> None:
+    """Complete the arrays of a message from the device's own copies, in place.
+
+    Parameters
+    ----------
+    content
+        Content of the message, with one ArrayRecord.
+    manifest
+        What it leaves out.
+    directory
+        Where the device keeps its copies.
+
+    Raises
+    ------
+    LostCopy
+        The device lacks what was left out.
+    MalformedManifest
+        The arrays are not those that the server sent.
+    """
+    ((key, record),) = content.array_records.items()
+    arrays = complete([a.numpy() for a in record.values()], manifest, directory)
+    names = (
+        [str(number) for number in range(len(arrays))]
+        if _is_legacy(record)
+        else _all_names(list(record), manifest, directory / _NAMES_FILE)
+    )
+    content[key] = ArrayRecord(
+        {name: Array(values) for name, values in zip(names, arrays, strict=True)}
+    )
+
+
+def _is_legacy(record: ArrayRecord) -> bool:
+    """Tell whether arrays are numbered, in each message from 0."""
+    return list(record) == [str(number) for number in range(len(record))]
 
 
 def _all_names(received: list[str], manifest: Manifest, path: Path) -> list[str]:

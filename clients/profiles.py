@@ -34,29 +34,16 @@ def report_profile(
     profile_fn
         Gives the profile of the device that a context belongs to.
     """
-    profile_query(app, lambda context: profile_fn(context).to_properties())
-
-
-def profile_query(
-    app: ClientApp, properties_fn: Callable[[Context], Mapping[str, str | float]]
-) -> None:
-    """Let an app of registered functions answer with the properties of a profile.
-
-    Parameters
-    ----------
-    app
-        The app.
-    properties_fn
-        Gives the properties of the device that a context belongs to; none, if its
-        profile is not known.
-    """
 
     @app.query(PROFILE_ACTION)
     def query(message: Message, context: Context) -> Message:
-        properties = properties_fn(context)
-        return Message(
-            RecordDict({PROFILE_KEY: ConfigRecord({**properties})}), reply_to=message
-        )
+        return profile_reply(message, profile_fn(context).to_properties())
+
+
+def profile_reply(message: Message, properties: Mapping[str, str | float]) -> Message:
+    """Return the reply to the strategy's question; no properties, if none are known."""
+    content = RecordDict({PROFILE_KEY: ConfigRecord({**properties})})
+    return Message(content, reply_to=message)
 
 
 def profile_mod(

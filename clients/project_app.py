@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
+from flwr.app import ArrayRecord, Context, Message, MessageType
 from flwr.client import ClientFnExt
 from flwr.clientapp import ClientApp as FlowerClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
@@ -15,14 +16,17 @@ from flwr.common.constant import MessageTypeLegacy
 from flwr.compat.common.recorddict_compat import getpropertiesres_to_recorddict
 
 from lola_flwr.clients.assigned_block import cut_to_block
-from lola_flwr.clients.held_copies import LEGACY_METRICS, held_mod
+from lola_flwr.clients.held_copies import LEGACY_METRICS, complete_arrays, held_mod
 from lola_flwr.clients.node import known_properties
-from lola_flwr.clients.profiles import profile_query
+from lola_flwr.clients.profiles import profile_reply
 from lola_flwr.device.own_training import noted_blocks, weights_report
+from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
 from lola_flwr.wire.records import (
+    MANIFEST_KEY,
     OURS,
     PLACES_KEY,
+    PROFILE_ACTION,
     REPORT_KEY,
     SECAGG_KEY,
     SECAGG_REFUSAL,
@@ -30,6 +34,7 @@ from lola_flwr.wire.records import (
     UpdateReport,
     unmarked,
 )
+from lola_flwr.wire.versions import Manifest
 
 
 class ClientApp(FlowerClientApp):
@@ -50,8 +55,12 @@ class ClientApp(FlowerClientApp):
         self, client_fn: ClientFnExt | None = None, mods: list[Mod] | None = None
     ) -> None:
         super().__init__(client_fn, [project_mod, *(mods or [])])
-        if client_fn is None:
-            profile_query(self, known_properties)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Execute the app; the strategy's question is answered apart from its mods."""
+        if message.metadata.message_type == f"{MessageType.QUERY}.{PROFILE_ACTION}":
+            return profile_reply(message, known_properties(context))
+        return super().__call__(message, context)
 
 
 def project_mod(
@@ -80,16 +89,30 @@ def project_mod(
         properties: Config = {**known_properties(context)}
         result = GetPropertiesRes(Status(Code.OK, ""), properties)
         return Message(getpropertiesres_to_recorddict(result), reply_to=message)
-    is_training = message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
-    if not is_training or not any(
-        "block-index" in record for record in records.values()
-    ):
+    for record in records.values():
+        if MANIFEST_KEY in record:
+            manifest = Manifest.from_text(str(record.pop(MANIFEST_KEY)))
+            complete_arrays(message.content, manifest, run_store(context.run_id))
+    is_assignment = any("block-index" in unmarked(r) for r in records.values())
+    kind, _, _ = message.metadata.message_type.partition(".")
+    if kind != MessageType.TRAIN or not is_assignment:
         return call_next(message, context)
-    return held_mod(message, context, partial(_train, call_next=call_next))
+    train = partial(_train, call_next=call_next)
+    try:
+        directory = run_store(context.run_id)
+    except UserError:
+        # A device that can keep nothing says so, and is sent everything.
+        return train(message, context)
+    train = partial(train, completes=True)
+    return held_mod(message, context, train, directory=directory)
 
 
 def _train(
-    message: Message, context: Context, *, call_next: ClientAppCallable
+    message: Message,
+    context: Context,
+    *,
+    call_next: ClientAppCallable,
+    completes: bool | None = None,
 ) -> Message:
     """Train, and cut the reply down to the block."""
     start = time.perf_counter()
@@ -102,26 +125,28 @@ def _train(
         finally:
             for block in blocks:
                 block.__exit__(None, None, None)
-    legacy = None if reply.has_error() else _legacy_metrics(reply)
-    if reply.has_error() or REPORT_KEY in reply.content.config_records:
-        return reply
-    if legacy is not None and "update-kind" in unmarked(legacy):
+    if reply.has_error() or _has_report(reply):
         return reply
     for block in blocks:
         block.check()
+    legacy = reply.content.config_records.get(LEGACY_METRICS)
+    said = [legacy] if legacy is not None else reply.content.metric_records.values()
+    loss = _loss_in(pair for metrics in said for pair in metrics.items())
+    report = replace(weights_report(assignment, start, loss), completes=completes)
     if legacy is None:
-        losses = [m.items() for m in reply.content.metric_records.values()]
-        loss = _loss_in([pair for items in losses for pair in items])
-        cut_to_block(reply.content, assignment, weights_report(assignment, start, loss))
+        cut_to_block(reply.content, assignment, report)
     elif isinstance(places, str):
-        report = weights_report(assignment, start, _loss_in([*legacy.items()]))
         _cut_list(reply, [*map(int, places.split())], report)
     return reply
 
 
-def _legacy_metrics(reply: Message) -> ConfigRecord | None:
-    """Return the metrics of a NumPyClient's reply; None of any other's."""
-    return reply.content.config_records.get(LEGACY_METRICS)
+def _has_report(reply: Message) -> bool:
+    """Tell whether the project's own code has cut the reply, and said so."""
+    records = reply.content.config_records
+    legacy = records.get(LEGACY_METRICS)
+    return REPORT_KEY in records or (
+        legacy is not None and "update-kind" in unmarked(legacy)
+    )
 
 
 def _cut_list(reply: Message, places: Sequence[int], report: UpdateReport) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Mapping
 from dataclasses import replace
 from logging import WARNING
 from typing import Any
@@ -14,7 +13,6 @@ from flwr.common import (
     EvaluateRes,
     FitIns,
     FitRes,
-    GetPropertiesIns,
     Parameters,
     Scalar,
     ndarray_to_bytes,
@@ -32,6 +30,7 @@ from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.strategies.arrival_grid import ArrivalGrid, upload_seconds
 from lola_flwr.strategies.metrics import capped_weights, usable_metrics
+from lola_flwr.strategies.presence import ask_clients
 from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
 from lola_flwr.strategies.served import (
     Served,
@@ -41,10 +40,6 @@ from lola_flwr.strategies.served import (
 )
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 from lola_flwr.wire.records import PLACES_KEY, SECAGG_REFUSAL, Assignment, unmarked
-
-# Asking a device for its profile costs it no computation; more threads than this would
-# only queue up at the server.
-_MAX_PROFILE_REQUESTS = 256
 
 _WITHOUT_MEANING = {
     "inplace": "a block's updates are put together apart from the model, either way."
@@ -100,12 +95,14 @@ class LoLaDeft(FedAvg):
         minima = {"min_fit_clients": least, "min_evaluate_clients": least}
         super().__init__(**{**minima, **given})
         is_project = not isinstance(coordinator, Coordinator)
+        # As FedAvg waits: for those whom it draws at least.
+        least = max(self.min_available_clients, self.min_fit_clients)
         waits_for_given = is_project or "min_available_clients" in given
         self._served: Served[bytes] = Served(
             coordinator,
             ours,
             encode=ndarray_to_bytes,
-            min_available=self.min_available_clients if waits_for_given else None,
+            min_available=least if waits_for_given else None,
             waits=waits,
             on_round=on_round,
         )
@@ -165,7 +162,7 @@ class LoLaDeft(FedAvg):
         plan = self._rounds.plan(
             server_round,
             connected=connected,
-            ask_profiles=lambda devices: _ask_profiles(
+            ask_profiles=lambda devices: ask_clients(
                 clients, devices, server_round, self._served.waits.profiles_s
             ),
             draw=lambda devices: self.coordinator.draw_trainers(
@@ -252,10 +249,25 @@ class LoLaDeft(FedAvg):
         # A copy: Flower changes the list when devices come and go.
         clients = dict(client_manager.all())
         count, _ = self.num_evaluation_clients(len(clients))
-        parameters = self._with_constants(parameters)
+        drawn = self.coordinator.draw_evaluators(server_round, clients, count)
+        tensors = self._with_constants(parameters).tensors
+        named = dict(zip(self.coordinator.arrays(), tensors, strict=True))
+        # Of arrays that a wrapper has changed a device holds nothing.
+        unchanged = self._returned is not None and tensors == self._returned.tensors
+        contents = (
+            self._rounds.evaluation_contents(drawn, named)
+            if unchanged
+            else ((device, named, {}) for device in drawn)
+        )
         return [
-            (clients[device], EvaluateIns(parameters, dict(config)))
-            for device in self.coordinator.draw_evaluators(server_round, clients, count)
+            (
+                clients[device],
+                EvaluateIns(
+                    Parameters([*sent.values()], parameters.tensor_type),
+                    {**config, **words},
+                ),
+            )
+            for device, sent, words in contents
         ]
 
     def aggregate_evaluate(
@@ -353,36 +365,6 @@ class LoLaDeft(FedAvg):
             for name, tensor in zip(names, parameters.tensors, strict=True)
         ]
         return Parameters(tensors=tensors, tensor_type=parameters.tensor_type)
-
-
-def _ask_profiles(
-    clients: Mapping[str, ClientProxy],
-    devices: Sequence[str],
-    server_round: int,
-    wait_s: float,
-) -> dict[str, Mapping[str, object]]:
-    def ask(device: str) -> Mapping[str, object]:
-        answer = clients[device].get_properties(
-            GetPropertiesIns({}), timeout=wait_s, group_id=server_round
-        )
-        return answer.properties
-
-    pool = ThreadPoolExecutor(min(len(devices), _MAX_PROFILE_REQUESTS))
-    asked = {device: pool.submit(ask, device) for device in devices}
-    wait(asked.values(), timeout=wait_s)
-    # The message itself has expired by now: what is still on its way ends soon.
-    pool.shutdown(wait=False, cancel_futures=True)
-    answers: dict[str, Mapping[str, object]] = {}
-    for device, future in asked.items():
-        # Flower raises whatever went wrong on the device or on the way.
-        try:
-            answers[device] = future.result(timeout=0)
-        except Exception as error:
-            if future.done():
-                answers[device] = {}
-            reason = quoted(error) if str(error) else f"none after {wait_s:g} s"
-            log(WARNING, "no profile from device %s: %s", device, reason)
-    return answers
 
 
 def _said(failure: tuple[ClientProxy, FitRes] | BaseException) -> str:

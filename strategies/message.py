@@ -75,12 +75,17 @@ class LoLaDeft(FedAvg):
         given = arguments_of(FedAvg, args, theirs)
         super().__init__(**given)
         is_project = not isinstance(coordinator, Coordinator)
-        waits_for_given = is_project or "min_available_nodes" in given
+        least: int | None = None
+        if is_project:
+            # As FedAvg waits: for those whom it draws at least.
+            least = max(self.min_available_nodes, self.min_train_nodes)
+        elif "min_available_nodes" in given:
+            least = self.min_available_nodes
         self._served: Served[Array] = Served(
             coordinator,
             ours,
             encode=Array,
-            min_available=self.min_available_nodes if waits_for_given else None,
+            min_available=least,
             waits=waits,
             on_round=on_round,
         )
@@ -263,15 +268,22 @@ class LoLaDeft(FedAvg):
         server_round += self._rounds.rounds_before
         devices = [str(node) for node in grid.get_node_ids()]
         count = max(int(len(devices) * self.fraction_evaluate), self.min_evaluate_nodes)
+        drawn = self.coordinator.draw_evaluators(server_round, devices, count)
+        # Of arrays that a wrapper has changed a device holds nothing.
+        contents = (
+            self._rounds.evaluation_contents(drawn, arrays)
+            if arrays is self._sent
+            else ((device, {**arrays}, {}) for device in drawn)
+        )
         return [
             self._message(
                 MessageType.EVALUATE,
                 device,
                 server_round,
-                arrays,
-                ConfigRecord({**config, "server-round": server_round}),
+                arrays if len(sent) == len(arrays) else ArrayRecord(sent),
+                ConfigRecord({**config, **words, "server-round": server_round}),
             )
-            for device in self.coordinator.draw_evaluators(server_round, devices, count)
+            for device, sent, words in contents
         ]
 
     def aggregate_evaluate(

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from logging import WARNING
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common import GetPropertiesIns
 from flwr.common.logger import log
+from flwr.server.client_proxy import ClientProxy
 from flwr.serverapp import Grid
 
 from lola_flwr.errors import UserError, quoted
 from lola_flwr.server.method import Register
 from lola_flwr.system.devices import InvalidProfile
 from lola_flwr.wire.records import PROFILE_ACTION, PROFILE_KEY
+
+# Asking a device for its profile costs it no computation; more threads than this would
+# only queue up at the server.
+_MAX_PROFILE_REQUESTS = 256
 
 # Asks devices for their profiles: device ids -> what those said that answered in time;
 # nothing, where the answer was an error.
@@ -124,6 +131,38 @@ def ask_profiles(
         if PROFILE_KEY in reply.content.config_records:
             profile = reply.content.config_records[PROFILE_KEY]
             answers[str(reply.metadata.src_node_id)] = profile
+    return answers
+
+
+def ask_clients(
+    clients: Mapping[str, ClientProxy],
+    devices: Sequence[str],
+    server_round: int,
+    wait_s: float,
+) -> dict[str, Mapping[str, object]]:
+    """Ask devices for their profiles (legacy interface), all at once."""
+
+    def ask(device: str) -> Mapping[str, object]:
+        answer = clients[device].get_properties(
+            GetPropertiesIns({}), timeout=wait_s, group_id=server_round
+        )
+        return answer.properties
+
+    pool = ThreadPoolExecutor(min(len(devices), _MAX_PROFILE_REQUESTS))
+    asked = {device: pool.submit(ask, device) for device in devices}
+    wait(asked.values(), timeout=wait_s)
+    # The message itself has expired by now: what is still on its way ends soon.
+    pool.shutdown(wait=False, cancel_futures=True)
+    answers: dict[str, Mapping[str, object]] = {}
+    for device, future in asked.items():
+        # Flower raises whatever went wrong on the device or on the way.
+        try:
+            answers[device] = future.result(timeout=0)
+        except Exception as error:
+            if future.done():
+                answers[device] = {}
+            reason = quoted(error) if str(error) else f"none after {wait_s:g} s"
+            log(WARNING, "no profile from device %s: %s", device, reason)
     return answers
 
 

@@ -10,6 +10,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    Sequence,
 )
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
@@ -28,6 +29,7 @@ from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.strategies.presence import AskProfiles, meet, wait_for_devices
 from lola_flwr.wire.packing import VALUES, pack
+from lola_flwr.wire.records import MANIFEST_KEY
 
 Encoded = TypeVar("Encoded")
 
@@ -240,6 +242,8 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         self._sent_at = 0.0
         # Devices whose updates the last round could use.
         self.accepted: frozenset[str] = frozenset()
+        # Devices that said they complete messages of evaluation, too.
+        self._completing: set[str] = set()
 
     def contents(
         self,
@@ -272,6 +276,29 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
                 packed[names] = encode(pack({name: values[name] for name in names}))
             yield device, {VALUES: packed[names]}
 
+    def evaluation_contents(
+        self, devices: Sequence[str], encoded: Mapping[str, Encoded]
+    ) -> Iterator[tuple[str, dict[str, Encoded], dict[str, str]]]:
+        """Give each device that evaluates, the arrays that it is sent, and their words.
+
+        Parameters
+        ----------
+        devices
+            The devices.
+        encoded
+            All arrays of the coordinator, as it has them now, encoded for the wire.
+        """
+        completing = [device for device in devices if device in self._completing]
+        manifests = self._coordinator.evaluation_manifests(completing)
+        for device in devices:
+            manifest = manifests.get(device)
+            if manifest is None:
+                yield device, {**encoded}, {}
+            else:
+                names = manifest.sent_names([*encoded])
+                sent = {name: encoded[name] for name in names}
+                yield device, sent, {MANIFEST_KEY: manifest.to_text()}
+
     def wait_s(self) -> float:
         """Return how long the replies to the present round may take; else infinity."""
         if self._plan is None or self._deadline is None:
@@ -295,6 +322,11 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
             used = {b.device for b in self._record.blocks if b.status == "accepted"}
             self.accepted = frozenset(
                 device for device, p in plan.profiles.items() if p.name in used
+            )
+        for reply in replies:
+            completes = reply.report.get("completes") is True
+            (self._completing.add if completes else self._completing.discard)(
+                reply.device_id
             )
         return figures
 

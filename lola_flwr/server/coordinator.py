@@ -32,6 +32,7 @@ from lola_flwr.server.selection.importance import measure_importance
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.server.state import RunState
 from lola_flwr.wire.payload import UpdateSizes
+from lola_flwr.wire.versions import Manifest
 
 
 class Coordinator:
@@ -149,6 +150,15 @@ class Coordinator:
         """Draw devices that a round may ask: a function of seed, round and names."""
         seed, fleet = self._settings.seed, self.state.fleet
         return fleet.draw(seed, "training", server_round, device_ids, count)
+
+    def evaluation_manifests(self, device_ids: Iterable[str]) -> dict[str, Manifest]:
+        """Return what to send of the present model to those that keep copies."""
+        held = self.state.held
+        keeping = [device for device in device_ids if device in held.of_device]
+        if self._versions is None or not keeping:
+            return {}
+        version = self._versions.of([*self._model.arrays().values()])
+        return {device: held.manifest(device, version) for device in keeping}
 
     # --- rounds ----------------------------------------------------------------------
 

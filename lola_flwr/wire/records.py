@@ -62,6 +62,11 @@ def unmarked(record: Mapping[str, object]) -> Mapping[str, object]:
     return {**record, **ours} if ours else record
 
 
+# In the configuration of an evaluation: the manifest of its arrays, where these leave
+# out what the device holds. A project does not see it.
+MANIFEST_KEY = f"{OURS}manifest"
+
+
 class MalformedRecord(ValueError):
     """A record lacks a field, or a field has the wrong type."""
 
@@ -221,6 +226,8 @@ class UpdateReport(_Record):
         Version of the model that the device now holds, as `Manifest.version` names it,
         so that the next message may leave out what has not changed since; None if it
         keeps nothing.
+    completes
+        Whether the device completes messages of evaluation, too, from what it holds.
     peak_memory_bytes
         Memory that the training step took at its peak, weights included, as measured;
         None if it was not.
@@ -239,6 +246,7 @@ class UpdateReport(_Record):
     compute_clock: str
     uplink_limit: str | None = None
     held: str | None = None
+    completes: bool | None = None
     peak_memory_bytes: float | None = None
     direction_seed: int | None = None
     projections: bytes | None = None

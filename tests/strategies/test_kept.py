@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
+from flwr.clientapp.mod import fixedclipping_mod
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
@@ -21,6 +23,7 @@ from tests.strategies.projects import (
     Whole,
     adapted,
     exchanged,
+    grid_of,
     moved,
     net,
     run,
@@ -55,7 +58,7 @@ def same(some, others):
 @pytest.mark.parametrize("legacy", rest_slow([False, True]))
 def test_a_frozen_body_keeps_its_bits_and_travels_once(legacy):
     project = Project(probe, Whole())
-    grid, records, arrays = run(project, legacy=legacy, rounds=3, fraction_evaluate=0.0)
+    grid, records, arrays = run(project, legacy=legacy, rounds=3)
     assert [record.refused for record in records] == [{}, {}, {}]
     start = exchanged(project)
     statistics = {n for n in start if "running" in n or "tracked" in n}
@@ -69,6 +72,20 @@ def test_a_frozen_body_keeps_its_bits_and_travels_once(legacy):
     # Three nodes, three rounds: devices hold the body from the first round on.
     assert grid.sent_bytes["train"] == 3 * (body + 3 * rest)
     assert grid.received_bytes["train"] == 3 * 3 * rest
+    assert grid.sent_bytes["evaluate"] == 3 * 3 * rest
+
+
+def test_a_device_that_can_keep_nothing_is_sent_everything(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "file"))
+    project = Project(probe, Whole())
+    grid, records, _ = run(project, legacy=False)
+    assert [record.refused for record in records] == [{}, {}]
+    whole = sum(len(_npy(values)) for values in exchanged(project).values())
+    assert grid.sent_bytes == {"train": 6 * whole, "evaluate": 6 * whole, **QUERIES}
+
+
+QUERIES = {"query.lola_profile": 0}
 
 
 def _npy(values):
@@ -302,3 +319,50 @@ def test_a_projects_own_words_keep_their_meaning(legacy):
 def test_a_strategy_without_a_model():
     with pytest.raises(UserError, match=r"given 0\.5; give it the model before FedAvg"):
         LoLaDeft(0.5)
+
+
+def test_clipping_on_the_devices_around_a_projects_strategy():
+    """Flower's wrapper has a start of its own; its mod wants whole models."""
+    project = Project(net, Whole(), mods=[fixedclipping_mod])
+    records = []
+    strategy = DifferentialPrivacyClientSideFixedClipping(
+        LoLaDeft(net(), fraction_evaluate=0.0, on_round=records.append),
+        noise_multiplier=0.0,
+        clipping_norm=1e-3,
+        num_sampled_clients=3,
+    )
+    _, grid = run_message(project, strategy)
+    assert [record.refused for record in records] == [{}, {}]
+    start = exchanged(project)
+    replies = [r for r in grid.replies if r.metadata.message_type == "train"]
+    for reply in replies[:3]:
+        moves = [
+            np.square(array.numpy() - start[name]).sum()
+            for name, array in reply.content["arrays"].items()
+            if "running" not in name and "batches" not in name
+        ]
+        assert 0 < np.sqrt(sum(moves)) <= 1e-3 * 1.01
+
+
+def test_a_block_without_a_gradient_is_refused_with_its_reason():
+    """As under re-entrant checkpointing: no weights come back that nobody trained."""
+
+    class Unrecorded(Project):
+        def trained(self, model, received):
+            for layer in model.layers:
+                layer.forward = torch.no_grad()(layer.forward)
+            return super().trained(model, received)
+
+    project = Unrecorded(net, Whole())
+    strategy = LoLaDeft(net())
+    grid = grid_of(project.app(), 3)
+    errors = []
+
+    def noted(reply):
+        if reply.has_error():
+            errors.append(reply.error.reason)
+        return reply
+
+    grid.alter = noted
+    strategy.start(grid, ArrayRecord(net().state_dict()), num_rounds=1)
+    assert sum("NoGradient" in error for error in errors) == 3
