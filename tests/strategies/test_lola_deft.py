@@ -244,7 +244,8 @@ def test_further_configuration_reaches_the_devices(federation):
     server.fit(num_rounds=1, timeout=None)
     configs = [config for device in devices for config in device.configs]
     assert all(config["temperature"] == 0.1 for config in configs)
-    assert all(config["share"] <= 1 for config in configs), "assignments come first"
+    assert all(config["share"] == 7.0 for config in configs), "theirs stay"
+    assert all(config["lola-share"] <= 1 for config in configs)
     assert len({id(config) for config in configs}) == len(configs)
 
 

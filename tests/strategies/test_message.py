@@ -153,7 +153,8 @@ def test_messages_have_their_own_configuration_and_their_round(federation):
     configs = [m.content["config"] for m in messages]
     assert len({id(config) for config in configs}) == 6
     assert all(config["temperature"] == 0.1 for config in configs)
-    assert all(config["share"] <= 1 for config in configs), "assignments come first"
+    assert all(config["share"] == 7.0 for config in configs), "theirs stay"
+    assert all(config["lola-share"] <= 1 for config in configs)
     assert sorted(config["block-index"] for config in configs[:3]) == [0, 1, 2]
     assert dict(config) == {"temperature": 0.1, "share": 7.0}
 
