@@ -15,10 +15,12 @@ from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.subnetworks import Subnetworks
 from lola_flwr.model.backprop import (
     Batch,
+    BatchWeight,
     BlockGradient,
     LossFunction,
     block_gradient,
     model_loss,
+    num_examples_of,
     only_trainable,
 )
 from lola_flwr.model.blocks import BlockPartition
@@ -119,6 +121,7 @@ def reduced_gradient(
     *,
     loss_function: LossFunction = model_loss,
     micro_batch_size: int = 0,
+    batch_weight: BatchWeight = num_examples_of,
 ) -> BlockGradient:
     """Compute a block's gradient under a reduced schedule.
 
@@ -133,4 +136,5 @@ def reduced_gradient(
             batch,
             loss_function=loss_function,
             micro_batch_size=micro_batch_size,
+            batch_weight=batch_weight,
         )

@@ -27,7 +27,14 @@ from lola_flwr.device.steps import StepResult, step_for
 from lola_flwr.device.store import LostCopy, Residuals, complete
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import keep_no_freed_memory
-from lola_flwr.model.backprop import Batch, LossFunction, model_loss, train_mode
+from lola_flwr.model.backprop import (
+    Batch,
+    BatchWeight,
+    LossFunction,
+    model_loss,
+    num_examples_of,
+    train_mode,
+)
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.precision import Accelerator, Precision, autocast, find_device
 from lola_flwr.randomness import rng_for
@@ -66,6 +73,10 @@ class BlockDevice:
         Draws a mini-batch from the device's data.
     loss_function
         Maps model and batch to a mean loss (default: the model's own).
+    batch_weight
+        What the loss of a mini-batch is a mean over, by which the server weighs its
+        gradient (default: its examples). Where that is more than the examples, the
+        coordinator is told how much one may weigh (``RoundSettings.example_weight``).
     micro_batch_size
         Examples that are computed at a time; 0: all of the mini-batch. Fewer take less
         memory, for the same gradient.
@@ -98,6 +109,7 @@ class BlockDevice:
     load_model: Callable[[], tuple[nn.Module, BlockPartition] | StreamedModel]
     batch_source: BatchSource
     loss_function: LossFunction = model_loss
+    batch_weight: BatchWeight = num_examples_of
     micro_batch_size: int = 0
     store: Path | None = None
     costs: Callable[[], BlockCosts] | None = None
@@ -179,6 +191,7 @@ class BlockDevice:
                 {name: tensor.to(device) for name, tensor in batch.items()},
                 loss_function=loss_function,
                 micro_batch_size=levers.micro_batch_size,
+                batch_weight=self.batch_weight,
             )
         arrays: dict[str, npt.NDArray[Any]] = {}
         if result.gradients is not None:

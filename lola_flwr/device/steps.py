@@ -14,6 +14,7 @@ from lola_flwr.d2ft.operations import from_text
 from lola_flwr.d2ft.training import reduced_gradient
 from lola_flwr.model.backprop import (
     Batch,
+    BatchWeight,
     BlockGradient,
     LossFunction,
     block_gradient,
@@ -33,7 +34,7 @@ class StepResult:
     loss
         Mean loss of the mini-batch.
     num_examples
-        Its examples.
+        Its weight: its examples, or whatever its loss is a mean over.
     gradients
         Mean gradient of each parameter of the block and of the head; none where
         projections take their place.
@@ -59,6 +60,7 @@ class Step(Protocol):
         *,
         loss_function: LossFunction,
         micro_batch_size: int,
+        batch_weight: BatchWeight,
     ) -> StepResult:
         """Run the step."""
 
@@ -80,6 +82,7 @@ def down_to_the_block(
     *,
     loss_function: LossFunction,
     micro_batch_size: int,
+    batch_weight: BatchWeight,
 ) -> StepResult:
     """Back-propagate from the loss down to the block: the gradient itself."""
     return _of(
@@ -90,6 +93,7 @@ def down_to_the_block(
             batch,
             loss_function=loss_function,
             micro_batch_size=micro_batch_size,
+            batch_weight=batch_weight,
         )
     )
 
@@ -102,6 +106,7 @@ def under_a_schedule(
     *,
     loss_function: LossFunction,
     micro_batch_size: int,
+    batch_weight: BatchWeight,
 ) -> StepResult:
     """Run some layers forward only, or not at all: a biased gradient."""
     return _of(
@@ -113,6 +118,7 @@ def under_a_schedule(
             operations=from_text(assignment.operations or ""),
             loss_function=loss_function,
             micro_batch_size=micro_batch_size,
+            batch_weight=batch_weight,
         )
     )
 
@@ -125,6 +131,7 @@ def forward_passes_alone(
     *,
     loss_function: LossFunction,
     micro_batch_size: int,
+    batch_weight: BatchWeight,
 ) -> StepResult:
     """Measure the gradient's projections on directions that the server draws, too.
 
@@ -137,8 +144,9 @@ def forward_passes_alone(
         directions=directions_of(assignment),
         loss_function=loss_function,
     )
-    num_examples = len(next(iter(batch.values())))
-    return StepResult(loss=loss, num_examples=num_examples, projections=projections)
+    return StepResult(
+        loss=loss, num_examples=batch_weight(batch), projections=projections
+    )
 
 
 def _of(found: BlockGradient) -> StepResult:

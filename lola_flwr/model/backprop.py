@@ -20,11 +20,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.recording import explained, noted_calls, require_gradients
 
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
+# How much a batch's mean loss weighs beside those of others.
+BatchWeight = Callable[[Batch], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +42,17 @@ class BlockGradient:
     loss
         Mean loss of the mini-batch.
     num_examples
-        Examples in the mini-batch.
+        Weight of the mini-batch: its examples, or whatever its loss is a mean over.
     """
 
     gradients: dict[str, Tensor]
     loss: float
     num_examples: int
+
+
+def num_examples_of(batch: Batch) -> int:
+    """Return how many examples a batch has."""
+    return len(next(iter(batch.values())))
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -133,6 +141,7 @@ def block_gradient(
     *,
     loss_function: LossFunction = model_loss,
     micro_batch_size: int = 0,
+    batch_weight: BatchWeight = num_examples_of,
 ) -> BlockGradient:
     """Compute the mean gradient of one block, and of the head, on one mini-batch.
 
@@ -149,10 +158,11 @@ def block_gradient(
     loss_function
         Maps model and batch to a scalar mean loss (default: the model's own).
     micro_batch_size
-        Examples that are computed at a time; 0: all of the mini-batch. A micro-batch
-        weighs as much as it has examples, so the result is the same to rounding where
-        the loss is a mean over examples, apart from what dropout draws. (Where it is a
-        mean over tokens, examples of different length weigh differently.)
+        Examples that are computed at a time; 0: all of the mini-batch. The result is
+        the same to rounding, apart from what dropout draws.
+    batch_weight
+        What the loss of a batch is a mean over (default: its examples): by this a
+        micro-batch weighs.
 
     Returns
     -------
@@ -163,8 +173,15 @@ def block_gradient(
     ------
     NoGradient
         The block has none, or PyTorch has not recorded how a parameter was used.
+    UserError
+        The mini-batch weighs nothing.
     """
-    num_examples = len(next(iter(batch.values())))
+    weight = batch_weight(batch)
+    if not weight:
+        raise UserError(
+            "The loss of a mini-batch is a mean over nothing: no token of it has a "
+            "label; give it examples that have."
+        )
     mean_loss = 0.0
     with (
         only_block_trainable(model, partition, block_index) as trainable,
@@ -174,8 +191,11 @@ def block_gradient(
         try:
             for parameter in trainable.values():
                 parameter.grad = None
-            for size, part in _micro_batches(batch, num_examples, micro_batch_size):
-                loss = loss_function(model, part) * (size / num_examples)
+            for part in _micro_batches(batch, micro_batch_size):
+                share = batch_weight(part) / weight
+                if not share:
+                    continue
+                loss = loss_function(model, part) * share
                 _add_gradients(loss, list(trainable.values()))
                 mean_loss += loss.item()
             missing = [name for name, p in trainable.items() if p.grad is None]
@@ -189,7 +209,7 @@ def block_gradient(
         finally:
             for name, gradient in found.items():
                 trainable[name].grad = gradient
-    return BlockGradient(gradients=gradients, loss=mean_loss, num_examples=num_examples)
+    return BlockGradient(gradients=gradients, loss=mean_loss, num_examples=weight)
 
 
 def _add_gradients(loss: Tensor, trainable: Sequence[Tensor]) -> None:
@@ -202,14 +222,13 @@ def _add_gradients(loss: Tensor, trainable: Sequence[Tensor]) -> None:
         raise explained(error) from error
 
 
-def _micro_batches(
-    batch: Batch, num_examples: int, micro_batch_size: int
-) -> Iterator[tuple[int, Batch]]:
+def _micro_batches(batch: Batch, micro_batch_size: int) -> Iterator[Batch]:
     """Cut a mini-batch into pieces of about the same size, and not above the given."""
+    num_examples = num_examples_of(batch)
     if not 0 < micro_batch_size < num_examples:
-        yield num_examples, batch
+        yield batch
         return
     count = -(-num_examples // micro_batch_size)
     ends = [num_examples * piece // count for piece in range(count + 1)]
     for start, end in pairwise(ends):
-        yield end - start, {name: tensor[start:end] for name, tensor in batch.items()}
+        yield {name: tensor[start:end] for name, tensor in batch.items()}

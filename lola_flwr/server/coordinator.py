@@ -102,7 +102,10 @@ class Coordinator:
         is_tracked = settings.transfer.downlink == "changed"
         self._versions = model.versions() if is_tracked else None
         self._reader = UpdateReader(
-            partition, tuple(model.nbytes()), settings.limits.max_norm
+            partition,
+            tuple(model.nbytes()),
+            settings.limits.max_norm,
+            settings.example_weight,
         )
 
     @property

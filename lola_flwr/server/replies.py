@@ -126,11 +126,14 @@ class UpdateReader:
         Names of the arrays that devices are sent, in that order.
     max_gradient_norm
         Largest norm of a gradient that is estimated from projections.
+    example_weight
+        What an example weighs at most.
     """
 
     partition: BlockPartition
     sent_names: Sequence[str]
     max_gradient_norm: float
+    example_weight: int = 1
 
     def read(
         self,
@@ -160,7 +163,8 @@ class UpdateReader:
         if report.update_kind == "nothing":
             raise UpdateRefused("lost-copy", "the device no longer holds its version")
         # A transport may carry a bool, a float or a list here.
-        examples, most = reply.num_examples, assignment.batch_size
+        examples = reply.num_examples
+        most = assignment.batch_size * self.example_weight
         if type(examples) is float and examples.is_integer():
             examples = int(examples)
         if type(examples) is not int or examples < 1:

@@ -100,6 +100,9 @@ class RoundSettings:
     limits
         How large updates may be: one device cannot throw the optimizer's moments out
         for all.
+    example_weight
+        What an example of a mini-batch weighs at most: its tokens where losses are
+        means over tokens. A device that claims more is refused.
     seed
         Seed of the run: channel draws and random allocators follow from it.
 
@@ -115,6 +118,7 @@ class RoundSettings:
     selection: Selection = field(default_factory=Selection)
     devices: DeviceOptions = field(default_factory=DeviceOptions)
     limits: NormLimits = field(default_factory=NormLimits)
+    example_weight: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:

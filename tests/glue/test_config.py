@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from lola_flwr.app.interface import interface_of
 from lola_flwr.errors import UserError
 from lola_glue.config import (
     D2ftConfig,
@@ -14,7 +15,6 @@ from lola_glue.config import (
     GlueConfig,
     LolaDeftConfig,
 )
-from lola_glue.interface import interface_of
 from simulations.figures.learning import app_config
 from tests.reliability.app_run import run_app
 

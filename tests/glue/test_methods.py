@@ -5,6 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from lola_flwr.app.methods import (
+    low_rank_of,
+    response_of,
+    selection_of,
+    zeroth_order_of,
+)
 from lola_flwr.d2ft.schedule import Budgets
 from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.deployment.app_code import DeviceContext
@@ -14,15 +20,8 @@ from lola_flwr.server.selection import BoundedStaleness, Lisa
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_glue.config import GlueConfig
 from lola_glue.costs import load_model, model_blocks, model_costs
+from lola_glue.d2ft import schedules_of
 from lola_glue.device import device_fn
-from lola_glue.methods import (
-    low_rank_of,
-    response_of,
-    schedules_of,
-    selection_of,
-    zeroth_order_of,
-)
-from lola_glue.readers import Examples
 from lola_glue.tasks import find_task
 from simulations.figures.learning import app_config
 from tests.marks import rest_slow
@@ -130,21 +129,21 @@ def test_low_rank_options():
 
 def test_the_response_is_the_loss_on_the_servers_own_examples(tiny):
     model, partition = tiny
-    train = Examples(tuple((str(i), None) for i in range(50)), np.arange(50) % 2)
     seen = []
 
-    def mean_loss(examples):
-        seen.append(examples)
+    def mean_loss(drawn):
+        seen.append(drawn)
         return next(iter(model.parameters())).sum().item()
 
-    assert response_of(config(), model, partition, train, mean_loss) is None
+    assert response_of(config(), model, partition, 50, mean_loss) is None
     chosen = config(selector="ist", selector_options="count=1", proxy_examples=8)
-    response = response_of(chosen, model, partition, train, mean_loss)
+    response = response_of(chosen, model, partition, 50, mean_loss)
     parameters = dict(model.named_parameters())
     values = {n: parameters[n].detach().numpy().copy() for n in partition.trainable}
     response({name: array + 1 for name, array in values.items()})
     (proxy,) = seen
-    assert len(proxy.sentences) == len(set(proxy.sentences)) == 8
+    assert len(proxy) == len(set(proxy)) == 8
+    assert set(proxy) < set(range(50))
     name = partition.trainable[0]
     np.testing.assert_array_equal(parameters[name].detach(), values[name] + 1)
 

@@ -2,103 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_args
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
-from lola_flwr.allocation import ALLOCATORS, find_allocator
-from lola_flwr.errors import UserError
-from lola_flwr.run.config import RunConfig
-from lola_flwr.run.tracking import TRACKERS, check_trackers
-from lola_flwr.server.assembly import BLOCK_MEANS
-from lola_flwr.server.selection import SELECTORS
-from lola_flwr.wire.codec import AUTO, CODECS, codec_ladder
-from lola_flwr.wire.payload import HeadPolicy
-from lola_glue.interface import Interface, interface_of
+from lola_flwr.app import config as app
+from lola_flwr.app.interface import Interface
 from lola_glue.tasks import TASKS, find_task
 
-if TYPE_CHECKING:
-    # As in `lola_flwr.run.config`.
-    from typing import Self
-
-if sys.version_info >= (3, 11):  # noqa: UP036
-    import tomllib
-else:  # the worker of a device whose system has Python 3.10
-    import tomli as tomllib
-
-
-def keyword_arguments(text: str) -> dict[str, Any]:
-    """Read keyword arguments in TOML's notation: ``"betas=[0.9, 0.99], eps=1e-3"``.
-
-    Raises
-    ------
-    UserError
-        The text is none.
-    """
-    try:
-        options: dict[str, Any] = tomllib.loads(f"_ = {{{text}}}")["_"]
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"Write options as 'a=1, b=[2, 3]' ({error}).") from None
-    return options
-
-
-def _checked(text: str) -> str:
-    keyword_arguments(text)
-    return text
-
-
-def link_rates_bps(text: str) -> tuple[float, ...]:
-    """Read the devices' link rates, in Mbit/s: ``"8 4 2 1"``; bit/s come back.
-
-    Raises
-    ------
-    UserError
-        Something else is in the text.
-    """
-    try:
-        rates = tuple(1e6 * float(word) for word in text.replace(",", " ").split())
-    except ValueError:
-        rates = (0.0,)
-    if not all(1e3 <= rate <= 1e12 for rate in rates):
-        raise UserError(
-            f"uplink-mbps={text!r}: write one rate in Mbit/s for each device, such as "
-            "'8 4 2 1'."
-        )
-    return rates
-
-
-def _checked_rates(text: str) -> str:
-    link_rates_bps(text)
-    return text
-
-
-def _codec(name: str) -> str:
-    codec_ladder(name)
-    return name
-
-
-# Run configurations hold scalars only, and this one is a key of caches.
-Options = Annotated[str, AfterValidator(_checked)]
-
-
-def _known_allocator(name: str) -> str:
-    # One of the user's own is looked for where the app runs.
-    if ":" not in name:
-        find_allocator(name)
-    return name
+Method = Literal["lola-deft", "fedavg-full", "d2ft"]
 
 
 def _known_task(name: str) -> str:
     find_task(name)
     return name
-
-
-def _known_trackers(text: str) -> str:
-    check_trackers(text.split())
-    return text
 
 
 def _for_d2ft(interface: Interface) -> Interface:
@@ -109,183 +27,31 @@ def _for_d2ft(interface: Interface) -> Interface:
 
 # Not all that is allowed; what is shown and completed.
 Task = Annotated[str, AfterValidator(_known_task), Field(examples=[*TASKS])]
-Trackers = Annotated[str, AfterValidator(_known_trackers), Field(examples=[*TRACKERS])]
-Allocator = Annotated[
-    str, AfterValidator(_known_allocator), Field(examples=[*ALLOCATORS])
-]
-CodecName = Annotated[
-    str, AfterValidator(_codec), Field(examples=[*CODECS, "topk:0.01", AUTO])
-]
-
-Method = Literal["lola-deft", "fedavg-full", "d2ft"]
-Scalar = bool | float | int | str
-
-# What may be changed where a stopped run goes on.
-_FREE = frozenset(
-    {
-        "interface",
-        "round_timeout_s",
-        "output_dir",
-        "save_model",
-        "save_merged",
-        "trackers",
-        "eval_every",
-        "keep_checkpoints",
-        "checkpoint_every",
-    }
-)
 
 
-class GlueConfig(RunConfig):
+class GlueConfig(app.AppConfig):
     """What every method is told; the keys are those of ``[tool.flwr.app.config]``.
 
     A key that not all methods know stands in the model of those that do, with its
     default.
     """
 
-    # Why keys of other methods mean nothing under this one.
-    _because: ClassVar[str]
-
     task: Task
     data_dir: str
-    model: str
-    stack: str
-    blocks: str
-    num_devices: int = Field(ge=0)
-    fleet: str
-    interface: Interface
     method: Method
-    tuning: str
-    tuning_options: Options
-    rounds: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    accelerator: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["fp32", "bf16"]
-    max_length: int = Field(ge=8)
-    optimizer: str
-    lr: float = Field(gt=0, le=100)
-    optimizer_options: Options
-    schedule: str
-    schedule_options: Options
-    max_gradient_norm: float = Field(gt=0)
-    bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
-    snr_min_db: float = Field(ge=-60, le=80)
-    snr_max_db: float = Field(ge=-60, le=80)
-    uplink_mbps: Annotated[str, AfterValidator(_checked_rates)]
     partitioning: Literal["iid", "dirichlet"]
     dirichlet_alpha: float = Field(gt=0)
-    seed: int = Field(ge=0)
-    eval_every: int = Field(ge=1)
-    round_timeout_s: float = Field(gt=0)
-    output_dir: str
-    checkpoint_every: int = Field(ge=1)
-    keep_checkpoints: int = Field(ge=1)
-    save_model: bool
-    save_merged: bool
-    trackers: Trackers
 
     @classmethod
-    def from_run_config(cls, run_config: Mapping[str, object]) -> Self:
-        """Check a Flower run configuration; return the model of its method.
-
-        Flower passes all keys of the app: one that the method does not know has its
-        default.
-
-        Raises
-        ------
-        UserError
-            One line that names every key at fault, its value and the rule.
-        """
-        if cls is GlueConfig:
-            method = run_config.get("method")
-            known = (model for model in _METHODS if model.own_method() == method)
-            # Where there is no such method, other faults are said, too.
-            found = next(known, _AnyMethod).from_run_config(run_config)
-            return cast("Self", found)
-        values = dict(run_config)
-        if "interface" in values:
-            values["interface"] = interface_of(values)
-        faults = [
-            f"{key}={json.dumps(value)} means nothing with "
-            f'method="{cls.own_method()}", {cls._because}; set it to {_toml(default)}'
-            for key, default in cls.keys_of_others().items()
-            if key in values and (value := values.pop(key)) != default
-        ]
-        return cls._checked(values, faults)
-
-    @classmethod
-    def rules(cls) -> dict[str, dict[str, Any]]:
-        """Return what JSON Schema says of each key, of all methods' for all methods."""
-        return _AnyMethod.rules() if cls is GlueConfig else super().rules()
-
-    @classmethod
-    def own_method(cls) -> str:
-        """Return the name of the method whose model this is."""
-        return str(get_args(cls.model_fields["method"].annotation)[0])
-
-    @classmethod
-    def keys_of_others(cls) -> dict[str, Scalar]:
-        """Return the keys that this method does not know, with their defaults."""
-        return {
-            str(field.alias): field.default
-            for name, field in _AnyMethod.model_fields.items()
-            if name not in cls.model_fields
-        }
-
-    def results_depend_on(self) -> dict[str, Scalar]:
-        """Return the part of the run configuration that a run is only resumed with.
-
-        All methods' keys are in it, as in that of Flower. The number of rounds is in it
-        only where the learning rate depends on it.
-        """
-        free = _FREE if self.schedule == "linear" else {*_FREE, "rounds"}
-        return {
-            **self.keys_of_others(),
-            **self.model_dump(by_alias=True, exclude=set(free)),
-        }
-
-    @model_validator(mode="after")
-    def _keys_fit_together(self) -> GlueConfig:
-        if faults := list(self._contradictions()):
-            raise ValueError("; ".join(faults))
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
-        if self.stack and self.blocks:
-            yield (
-                f"stack={self.stack!r} and blocks={self.blocks!r} both say what the "
-                "blocks are; drop one of the two"
-            )
-        if self.snr_min_db > self.snr_max_db:
-            yield (
-                f"snr-min-db={self.snr_min_db:g} must not exceed "
-                f"snr-max-db={self.snr_max_db:g}"
-            )
-        if self.schedule_options and self.schedule in ("constant", "linear"):
-            yield (
-                f"schedule-options={self.schedule_options!r} belong to a class of "
-                f"torch.optim.lr_scheduler, but schedule={self.schedule!r}"
-            )
+    def by_method(cls) -> tuple[type[app.AppConfig], ...]:
+        """Return the app's models, one a method; the last has all keys there are."""
+        return (LolaDeftConfig, FedAvgFullConfig, D2ftConfig, _AnyMethod)
 
 
-class UpdatesConfig(GlueConfig):
-    """What is told where devices send updates of what they trained by themselves."""
+class SampledConfig(GlueConfig, app.UpdatesConfig):
+    """What is told where devices choose the examples that they train on."""
 
     sampler: Literal["random", "entropy", "coreset"] = "random"
-    micro_batch_size: int = Field(0, ge=0)
-    fit_memory: bool = False
-    norm_factor: float = Field(10.0, ge=0)
-    block_mean: Literal[BLOCK_MEANS] = "mean"  # type: ignore[valid-type]
-    longest_round_s: float = Field(3600.0, gt=0)
-    allocator: Allocator = "exact"
-    correct_profiles: bool = True
-    low_rank: Options = ""
-    codec: CodecName = "fp32"
-    codec_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
-    head: HeadPolicy = "every"
-    downlink: Literal["all", "changed"] = "all"
-    profile_error: float = Field(0.0, ge=0, le=3)
-    compute_jitter: float = Field(0.0, ge=0, le=3)
 
     def _contradictions(self) -> Iterator[str]:
         if self.sampler != "random" and find_task(self.task).is_regression:
@@ -296,53 +62,22 @@ class UpdatesConfig(GlueConfig):
         yield from super()._contradictions()
 
 
-class LolaDeftConfig(UpdatesConfig):
+class LolaDeftConfig(SampledConfig, app.LolaDeftConfig):
     """LoLa-DEFT: each device trains one block."""
 
-    _because = "where every device has the model"
-
     method: Literal["lola-deft"]
-    participation: Literal["needed", "all"] = "needed"
-    devices_per_block: int = Field(1, ge=1)
-    backups: int = Field(0, ge=0)
-    selector: Literal[("all", *SELECTORS)] = "all"  # type: ignore[valid-type]
-    selector_options: Options = ""
-    latency_target_s: float = Field(0.0, ge=0)
-    block_value: Literal["staleness", "equal"] = "staleness"
-    proxy_examples: int = Field(64, ge=1)
-    zeroth_order: Literal["off", "fallback", "always"] = "off"
-    zeroth_order_options: Options = ""
-    reduced_schedules: bool = False
-    rotation_eps: float = Field(0.0, ge=0, allow_inf_nan=False)
 
     def _contradictions(self) -> Iterator[str]:
-        if self.backups and self.participation == "all":
-            yield (
-                f"backups={self.backups} needs spare devices, but with "
-                'participation="all" there are none; drop one of the two'
-            )
         if self.sampler != "random" and self.zeroth_order != "off":
             yield (
                 f"sampler={self.sampler!r} does not go with zeroth-order="
                 f"{self.zeroth_order!r}; drop one of the two"
             )
-        if self.latency_target_s and self.participation == "all":
-            yield (
-                f"latency-target-s={self.latency_target_s:g} leaves blocks out, and "
-                'participation="all" no device; drop one of the two'
-            )
-        if self.latency_target_s and self.backups:
-            yield (
-                f"backups={self.backups} take band that latency-target-s="
-                f"{self.latency_target_s:g} has no room for; drop one of the two"
-            )
         yield from super()._contradictions()
 
 
-class FedAvgFullConfig(UpdatesConfig):
+class FedAvgFullConfig(SampledConfig, app.FedAvgFullConfig):
     """The baseline: every device trains the whole stack, which is the one block."""
-
-    _because = "where every device trains the one block"
 
     method: Literal["fedavg-full"]
 
@@ -354,7 +89,7 @@ class D2ftConfig(GlueConfig):
 
     method: Literal["d2ft"]
     interface: Annotated[Interface, AfterValidator(_for_d2ft)]
-    d2ft_options: Options = ""
+    d2ft_options: app.Options = ""
 
 
 class _AnyMethod(LolaDeftConfig, FedAvgFullConfig, D2ftConfig):
@@ -362,10 +97,3 @@ class _AnyMethod(LolaDeftConfig, FedAvgFullConfig, D2ftConfig):
 
     method: Method  # type: ignore[assignment]
     interface: Interface
-
-
-_METHODS = (LolaDeftConfig, FedAvgFullConfig, D2ftConfig)
-
-
-def _toml(value: Scalar) -> str:
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)

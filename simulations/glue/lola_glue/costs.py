@@ -6,21 +6,17 @@ from typing import Any
 
 from torch import nn
 
+from lola_flwr.app.model import adapted, model_blocks, model_layers
+from lola_flwr.app.model import model_costs as costs_without_pool
 from lola_flwr.costs import of_model
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.device.sampling import POOL_FACTOR
-from lola_flwr.model.adapter_blocks import model_partition
-from lola_flwr.model.adapters import adapt
-from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.inputs import check_sequence_length
 from lola_flwr.model.loading import load_classifier
-from lola_glue.config import (
-    FedAvgFullConfig,
-    GlueConfig,
-    UpdatesConfig,
-    keyword_arguments,
-)
+from lola_glue.config import GlueConfig, SampledConfig
 from lola_glue.tasks import Task
+
+__all__ = ["load_base", "load_model", "model_blocks", "model_costs"]
 
 
 def load_base(config: GlueConfig, task: Task) -> tuple[Any, Any]:
@@ -40,38 +36,22 @@ def load_base(config: GlueConfig, task: Task) -> tuple[Any, Any]:
 def load_model(config: GlueConfig, task: Task) -> tuple[Any, Any]:
     """Load the model, with adapters if they are what is tuned, and the tokenizer."""
     model, tokenizer = load_base(config, task)
-    options = keyword_arguments(config.tuning_options)
-    return adapt(model, config.tuning, options, seed=config.seed), tokenizer
+    return adapted(config, model), tokenizer
 
 
-def model_blocks(config: GlueConfig, model: nn.Module) -> BlockPartition:
-    """Divide the model: layer by layer, or all of it as one block."""
-    layers = _layers(config, model)
-    return layers.merged() if isinstance(config, FedAvgFullConfig) else layers
-
-
-def model_costs(config: UpdatesConfig, model: nn.Module) -> BlockCosts:
+def model_costs(config: SampledConfig, model: nn.Module) -> BlockCosts:
     """Count each block's costs under the run's batch and length.
 
     With a sampler the forward pass over its pool counts.
     """
-    layers = _layers(config, model)
-    sizes: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "sequence_length": config.max_length,
-    }
-    options: dict[str, Any] = {
-        **sizes,
-        "merged": isinstance(config, FedAvgFullConfig),
-        "micro_batch_size": config.micro_batch_size,
-    }
-    costs = of_model.model_costs(model, layers, **options)
+    costs = costs_without_pool(config, model)
     if config.sampler == "random":
         return costs
-    return of_model.with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)
-
-
-def _layers(config: GlueConfig, model: nn.Module) -> BlockPartition:
-    return model_partition(
-        model, stack=config.stack or None, blocks=config.blocks or None
+    return of_model.with_pool(
+        costs,
+        model,
+        model_layers(config, model),
+        batch_size=config.batch_size,
+        sequence_length=config.max_length,
+        pool_factor=POOL_FACTOR,
     )

@@ -7,6 +7,8 @@ https://gluebenchmark.com/tasks. Files that a CSV writer made of them, such as p
 that.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import logging
@@ -66,6 +68,11 @@ class Examples:
     def __len__(self) -> int:
         """Count the examples."""
         return len(self.sentences)
+
+    def at(self, indices: npt.NDArray[np.integer]) -> Examples:
+        """Return some of the examples, without their groups."""
+        sentences = tuple(self.sentences[int(index)] for index in indices)
+        return Examples(sentences, self.labels[indices])
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lola_flwr.app.config import AppConfig, UpdatesConfig, link_rates_bps
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import local_path
 from lola_flwr.system.devices import DeviceProfile, FleetRanges, simulated_device
 from lola_flwr.system.fleet_file import read_fleet
-from lola_glue.config import GlueConfig, UpdatesConfig, link_rates_bps
 
 
-def simulated_profile(config: GlueConfig, index: int) -> DeviceProfile:
+def simulated_profile(config: AppConfig, index: int) -> DeviceProfile:
     """Return what a simulated device offers: as its fleet file says, or drawn by seed.
 
     Raises
@@ -31,7 +31,7 @@ def simulated_profile(config: GlueConfig, index: int) -> DeviceProfile:
     return fleet[index]
 
 
-def configured(profile: DeviceProfile, config: GlueConfig, index: int) -> DeviceProfile:
+def configured(profile: DeviceProfile, config: AppConfig, index: int) -> DeviceProfile:
     """Return a device's profile with what the run configuration says of all devices."""
     rates_bps = link_rates_bps(config.uplink_mbps)
     if rates_bps:

@@ -1,4 +1,4 @@
-"""What is configured, as the library knows it: step, rounds, D2FT's schedules."""
+"""What is configured, as the library knows it: how the server steps, how rounds go."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lola_flwr.arrays import Float32Arrays
+from lola_flwr.app.config import (
+    AppConfig,
+    LolaDeftConfig,
+    UpdatesConfig,
+    keyword_arguments,
+)
+from lola_flwr.arrays import Float32Arrays, IntArray
 from lola_flwr.build import (
     AllocationOptions,
     Channel,
     DeviceOptions,
-    MicroBatches,
     NormLimits,
     RoundMode,
     RoundSettings,
     ServerStep,
     Transfer,
     coordinator_for,
-    trainer_for,
 )
+from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.of_model import zeroth_order_costs
-from lola_flwr.d2ft.schedule import Budgets
-from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
@@ -31,38 +34,8 @@ from lola_flwr.randomness import rng_for
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.server.selection.importance import Response
-from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.zeroth_order.mixing import ZerothOrder
-from lola_glue.config import (
-    D2ftConfig,
-    GlueConfig,
-    LolaDeftConfig,
-    UpdatesConfig,
-    keyword_arguments,
-)
-from lola_glue.costs import model_costs
-from lola_glue.tasks import Examples
-
-
-def make_trainer(
-    config: D2ftConfig, model: Any, partition: BlockPartition
-) -> SpreadTrainer:
-    """Put D2FT's trainer together for a model and a run configuration."""
-    schedules, num_groups = schedules_of(config)
-    return trainer_for(
-        model,
-        partition,
-        schedules=schedules,
-        num_groups=num_groups,
-        micro_batches=MicroBatches(
-            micro_batch_size=config.batch_size, max_tokens=config.max_length
-        ),
-        step=server_step_of(config),
-        channel=Channel(bandwidth_hz=config.bandwidth_hz),
-        max_gradient_norm=config.max_gradient_norm,
-        seed=config.seed,
-    )
 
 
 def make_coordinator(
@@ -70,20 +43,37 @@ def make_coordinator(
     model: Any,
     partition: BlockPartition,
     *,
+    costs: BlockCosts,
+    example_weight: int = 1,
     response: Response | None = None,
 ) -> Coordinator:
-    """Put the coordinator together for a model and a run configuration."""
+    """Put the coordinator together for a model and a run configuration.
+
+    Parameters
+    ----------
+    config
+        Run configuration.
+    model, partition
+        The model to start from, and its blocks.
+    costs
+        What each block costs a device.
+    example_weight
+        What an example of a mini-batch weighs at most.
+    response
+        What measures how important blocks are, if anything needs it.
+    """
+    settings = settings_of(config, model, partition, response)
     return coordinator_for(
         model,
         partition,
-        costs=model_costs(config, model),
+        costs=costs,
         batch_size=config.batch_size,
         step=server_step_of(config),
-        settings=settings_of(config, model, partition, response),
+        settings=replace(settings, example_weight=example_weight),
     )
 
 
-def server_step_of(config: GlueConfig) -> ServerStep:
+def server_step_of(config: AppConfig) -> ServerStep:
     """Return how the server steps."""
     is_named = config.schedule not in ("constant", "linear")
     return ServerStep(
@@ -170,8 +160,8 @@ def response_of(
     config: LolaDeftConfig,
     model: Any,
     partition: BlockPartition,
-    train: Examples,
-    mean_loss: Callable[[Examples], float],
+    num_examples: int,
+    mean_loss: Callable[[IntArray], float],
 ) -> Response | None:
     """Return what measures the loss on the server's own examples, if anything needs it.
 
@@ -181,23 +171,22 @@ def response_of(
         Run configuration.
     model, partition
         The server's model; its values are overwritten at every call.
-    train
+    num_examples
         Training examples; the server holds some of them.
     mean_loss
-        Gives the model's loss on some examples.
+        Gives the model's loss on the examples of these numbers.
     """
     if config.selector != NEEDS_RESPONSE:
         return None
     rng = rng_for(config.seed, "proxy")
-    count = min(config.proxy_examples, len(train.labels))
-    drawn = rng.choice(len(train.labels), count, replace=False)
-    proxy = Examples(tuple(train.sentences[int(i)] for i in drawn), train.labels[drawn])
+    count = min(config.proxy_examples, num_examples)
+    drawn = rng.choice(num_examples, count, replace=False)
 
     def response(values: Float32Arrays) -> float:
         load_values(
             model, partition.trainable, [values[n] for n in partition.trainable]
         )
-        return mean_loss(proxy)
+        return mean_loss(drawn)
 
     return response
 
@@ -221,26 +210,6 @@ def zeroth_order_of(
         return ZerothOrder(costs=costs, use=config.zeroth_order, **options)
     except TypeError as error:
         raise UserError(f"zeroth-order-options: {error}.") from None
-
-
-def schedules_of(config: D2ftConfig) -> tuple[StepSchedules, int | None]:
-    """Return D2FT's schedules, and the head groups of each layer (None: its heads)."""
-    options = keyword_arguments(config.d2ft_options)
-    if "costs" in options:
-        raise UserError("d2ft-options: costs follow from the model; take them out.")
-    num_groups = options.pop("num_groups", None)
-    try:
-        budgets = Budgets(
-            **{
-                key: options.pop(key)
-                for key in ("compute", "traffic")
-                if key in options
-            }
-        )
-        schedules = StepSchedules(budgets=budgets, seed=config.seed, **options)
-    except TypeError as error:
-        raise UserError(f"d2ft-options={config.d2ft_options!r}: {error}.") from None
-    return schedules, num_groups
 
 
 def low_rank_of(config: UpdatesConfig) -> LowRankProjection | None:

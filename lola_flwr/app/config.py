@@ -1,0 +1,325 @@
+"""The run configuration of a fine-tuning app: what apps share, one model a method."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_args
+
+from pydantic import AfterValidator, Field, model_validator
+
+from lola_flwr.allocation import ALLOCATORS, find_allocator
+from lola_flwr.app.interface import Interface, interface_of
+from lola_flwr.errors import UserError
+from lola_flwr.run.config import RunConfig
+from lola_flwr.run.tracking import TRACKERS, check_trackers
+from lola_flwr.server.assembly import BLOCK_MEANS
+from lola_flwr.server.selection import SELECTORS
+from lola_flwr.wire.codec import AUTO, CODECS, codec_ladder
+from lola_flwr.wire.payload import HeadPolicy
+
+if TYPE_CHECKING:
+    # As in `lola_flwr.run.config`.
+    from typing import Self
+
+if sys.version_info >= (3, 11):  # noqa: UP036
+    import tomllib
+else:  # the worker of a device whose system has Python 3.10
+    import tomli as tomllib
+
+
+def keyword_arguments(text: str) -> dict[str, Any]:
+    """Read keyword arguments in TOML's notation: ``"betas=[0.9, 0.99], eps=1e-3"``.
+
+    Raises
+    ------
+    UserError
+        The text is none.
+    """
+    try:
+        options: dict[str, Any] = tomllib.loads(f"_ = {{{text}}}")["_"]
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"Write options as 'a=1, b=[2, 3]' ({error}).") from None
+    return options
+
+
+def _checked(text: str) -> str:
+    keyword_arguments(text)
+    return text
+
+
+def link_rates_bps(text: str) -> tuple[float, ...]:
+    """Read the devices' link rates, in Mbit/s: ``"8 4 2 1"``; bit/s come back.
+
+    Raises
+    ------
+    UserError
+        Something else is in the text.
+    """
+    try:
+        rates = tuple(1e6 * float(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        rates = (0.0,)
+    if not all(1e3 <= rate <= 1e12 for rate in rates):
+        raise UserError(
+            f"uplink-mbps={text!r}: write one rate in Mbit/s for each device, such as "
+            "'8 4 2 1'."
+        )
+    return rates
+
+
+def _checked_rates(text: str) -> str:
+    link_rates_bps(text)
+    return text
+
+
+def _codec(name: str) -> str:
+    codec_ladder(name)
+    return name
+
+
+# Run configurations hold scalars only, and this one is a key of caches.
+Options = Annotated[str, AfterValidator(_checked)]
+
+
+def _known_allocator(name: str) -> str:
+    # One of the user's own is looked for where the app runs.
+    if ":" not in name:
+        find_allocator(name)
+    return name
+
+
+def _known_trackers(text: str) -> str:
+    check_trackers(text.split())
+    return text
+
+
+# Not all that is allowed; what is shown and completed.
+Trackers = Annotated[str, AfterValidator(_known_trackers), Field(examples=[*TRACKERS])]
+Allocator = Annotated[
+    str, AfterValidator(_known_allocator), Field(examples=[*ALLOCATORS])
+]
+CodecName = Annotated[
+    str, AfterValidator(_codec), Field(examples=[*CODECS, "topk:0.01", AUTO])
+]
+
+Scalar = bool | float | int | str
+
+# What may be changed where a stopped run goes on.
+_FREE = frozenset(
+    {
+        "interface",
+        "round_timeout_s",
+        "output_dir",
+        "save_model",
+        "save_merged",
+        "trackers",
+        "eval_every",
+        "keep_checkpoints",
+        "checkpoint_every",
+    }
+)
+
+
+class AppConfig(RunConfig):
+    """What every method of every app is told.
+
+    An app's own model adds its keys, and one model a method those that not all methods
+    know, with their defaults.
+    """
+
+    # Why keys of other methods mean nothing under this one.
+    _because: ClassVar[str]
+
+    model: str
+    stack: str
+    blocks: str
+    num_devices: int = Field(ge=0)
+    fleet: str
+    interface: Interface
+    method: str
+    tuning: str
+    tuning_options: Options
+    rounds: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    accelerator: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["fp32", "bf16"]
+    max_length: int = Field(ge=8)
+    optimizer: str
+    lr: float = Field(gt=0, le=100)
+    optimizer_options: Options
+    schedule: str
+    schedule_options: Options
+    max_gradient_norm: float = Field(gt=0)
+    bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
+    snr_min_db: float = Field(ge=-60, le=80)
+    snr_max_db: float = Field(ge=-60, le=80)
+    uplink_mbps: Annotated[str, AfterValidator(_checked_rates)]
+    seed: int = Field(ge=0)
+    eval_every: int = Field(ge=1)
+    round_timeout_s: float = Field(gt=0)
+    output_dir: str
+    checkpoint_every: int = Field(ge=1)
+    keep_checkpoints: int = Field(ge=1)
+    save_model: bool
+    save_merged: bool
+    trackers: Trackers
+
+    @classmethod
+    def by_method(cls) -> tuple[type[AppConfig], ...]:
+        """Return the app's models, one a method; the last has all keys there are."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, object]) -> Self:
+        """Check a Flower run configuration; return the model of its method.
+
+        Flower passes all keys of the app: one that the method does not know has its
+        default.
+
+        Raises
+        ------
+        UserError
+            One line that names every key at fault, its value and the rule.
+        """
+        *models, any_method = cls.by_method()
+        if cls not in (*models, any_method):
+            method = run_config.get("method")
+            known = (model for model in models if model.own_method() == method)
+            # Where there is no such method, other faults are said, too.
+            found = next(known, any_method).from_run_config(run_config)
+            return cast("Self", found)
+        values = dict(run_config)
+        if "interface" in values:
+            values["interface"] = interface_of(values)
+        faults = [
+            f"{key}={json.dumps(value)} means nothing with "
+            f'method="{cls.own_method()}", {cls._because}; set it to {_toml(default)}'
+            for key, default in cls.keys_of_others().items()
+            if key in values and (value := values.pop(key)) != default
+        ]
+        return cls._checked(values, faults)
+
+    @classmethod
+    def rules(cls) -> dict[str, dict[str, Any]]:
+        """Return what JSON Schema says of each key, of all methods' for all methods."""
+        *models, any_method = cls.by_method()
+        if cls in (*models, any_method):
+            return super().rules()
+        return any_method.rules()
+
+    @classmethod
+    def own_method(cls) -> str:
+        """Return the name of the method whose model this is."""
+        return str(get_args(cls.model_fields["method"].annotation)[0])
+
+    @classmethod
+    def keys_of_others(cls) -> dict[str, Scalar]:
+        """Return the keys that this method does not know, with their defaults."""
+        return {
+            str(field.alias): field.default
+            for name, field in cls.by_method()[-1].model_fields.items()
+            if name not in cls.model_fields
+        }
+
+    def results_depend_on(self) -> dict[str, Scalar]:
+        """Return the part of the run configuration that a run is only resumed with.
+
+        All methods' keys are in it, as in that of Flower. The number of rounds is in it
+        only where the learning rate depends on it.
+        """
+        free = _FREE if self.schedule == "linear" else {*_FREE, "rounds"}
+        return {
+            **self.keys_of_others(),
+            **self.model_dump(by_alias=True, exclude=set(free)),
+        }
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> AppConfig:
+        if faults := list(self._contradictions()):
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.stack and self.blocks:
+            yield (
+                f"stack={self.stack!r} and blocks={self.blocks!r} both say what the "
+                "blocks are; drop one of the two"
+            )
+        if self.snr_min_db > self.snr_max_db:
+            yield (
+                f"snr-min-db={self.snr_min_db:g} must not exceed "
+                f"snr-max-db={self.snr_max_db:g}"
+            )
+        if self.schedule_options and self.schedule in ("constant", "linear"):
+            yield (
+                f"schedule-options={self.schedule_options!r} belong to a class of "
+                f"torch.optim.lr_scheduler, but schedule={self.schedule!r}"
+            )
+
+
+class UpdatesConfig(AppConfig):
+    """What is told where devices send updates of what they trained by themselves."""
+
+    micro_batch_size: int = Field(0, ge=0)
+    fit_memory: bool = False
+    norm_factor: float = Field(10.0, ge=0)
+    block_mean: Literal[BLOCK_MEANS] = "mean"  # type: ignore[valid-type]
+    longest_round_s: float = Field(3600.0, gt=0)
+    allocator: Allocator = "exact"
+    correct_profiles: bool = True
+    low_rank: Options = ""
+    codec: CodecName = "fp32"
+    codec_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
+    head: HeadPolicy = "every"
+    downlink: Literal["all", "changed"] = "all"
+    profile_error: float = Field(0.0, ge=0, le=3)
+    compute_jitter: float = Field(0.0, ge=0, le=3)
+
+
+class LolaDeftConfig(UpdatesConfig):
+    """LoLa-DEFT: each device trains one block."""
+
+    _because = "where every device has the model"
+
+    participation: Literal["needed", "all"] = "needed"
+    devices_per_block: int = Field(1, ge=1)
+    backups: int = Field(0, ge=0)
+    selector: Literal[("all", *SELECTORS)] = "all"  # type: ignore[valid-type]
+    selector_options: Options = ""
+    latency_target_s: float = Field(0.0, ge=0)
+    block_value: Literal["staleness", "equal"] = "staleness"
+    proxy_examples: int = Field(64, ge=1)
+    zeroth_order: Literal["off", "fallback", "always"] = "off"
+    zeroth_order_options: Options = ""
+    reduced_schedules: bool = False
+    rotation_eps: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.backups and self.participation == "all":
+            yield (
+                f"backups={self.backups} needs spare devices, but with "
+                'participation="all" there are none; drop one of the two'
+            )
+        if self.latency_target_s and self.participation == "all":
+            yield (
+                f"latency-target-s={self.latency_target_s:g} leaves blocks out, and "
+                'participation="all" no device; drop one of the two'
+            )
+        if self.latency_target_s and self.backups:
+            yield (
+                f"backups={self.backups} take band that latency-target-s="
+                f"{self.latency_target_s:g} has no room for; drop one of the two"
+            )
+        yield from super()._contradictions()
+
+
+class FedAvgFullConfig(UpdatesConfig):
+    """The baseline: every device trains the whole stack, which is the one block."""
+
+    _because = "where every device trains the one block"
+
+
+def _toml(value: Scalar) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)

@@ -1,0 +1,64 @@
+"""The configured model with its blocks and costs, for server and devices alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lola_flwr.app.config import (
+    AppConfig,
+    FedAvgFullConfig,
+    UpdatesConfig,
+    keyword_arguments,
+)
+from lola_flwr.costs import of_model
+from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.model.adapter_blocks import model_partition
+from lola_flwr.model.adapters import adapt
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.trace import Example
+
+
+def adapted(config: AppConfig, model: nn.Module) -> Any:
+    """Return a model with adapters, if they are what is tuned."""
+    options = keyword_arguments(config.tuning_options)
+    return adapt(model, config.tuning, options, seed=config.seed)
+
+
+def model_blocks(config: AppConfig, model: nn.Module) -> BlockPartition:
+    """Divide the model: layer by layer, or all of it as one block."""
+    layers = model_layers(config, model)
+    return layers.merged() if isinstance(config, FedAvgFullConfig) else layers
+
+
+def model_layers(config: AppConfig, model: nn.Module) -> BlockPartition:
+    """Divide the model layer by layer, whatever the method."""
+    return model_partition(
+        model, stack=config.stack or None, blocks=config.blocks or None
+    )
+
+
+def model_costs(
+    config: UpdatesConfig, model: nn.Module, example: Example | None = None
+) -> BlockCosts:
+    """Count each block's costs under the run's batch and length.
+
+    Parameters
+    ----------
+    config
+        Run configuration.
+    model
+        The model.
+    example
+        As for `lola_flwr.costs.of_model.model_costs`.
+    """
+    return of_model.model_costs(
+        model,
+        model_layers(config, model),
+        batch_size=config.batch_size,
+        sequence_length=config.max_length,
+        merged=isinstance(config, FedAvgFullConfig),
+        micro_batch_size=config.micro_batch_size,
+        example=example,
+    )

@@ -1,0 +1,183 @@
+"""An app's server side: the rounds, what is kept of them, and the trained model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from logging import ERROR, INFO, WARNING
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.common import Context
+from flwr.common.logger import log
+from flwr.server import Grid, ServerApp
+from numpy.typing import NDArray
+
+from lola_flwr.app.config import AppConfig
+from lola_flwr.app.rounds import OnRound, run_d2ft, run_legacy, run_message
+from lola_flwr.device.store import run_store
+from lola_flwr.errors import UserError
+from lola_flwr.machine.files import filling
+from lola_flwr.model.adapter_trial import check_merging, check_saving
+from lola_flwr.model.backprop import Batch
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.loading import load_values
+from lola_flwr.model.saved_adapters import merge, save_model
+from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
+from lola_flwr.run.records import Record
+from lola_flwr.run.round_log import read_rounds, require_training
+from lola_flwr.run.tracking import tracking
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.spread.trainer import SpreadTrainer
+
+
+def server_app(fine_tune: Callable[[Grid, Context], None]) -> ServerApp:
+    """Make an app's server side; a user's mistake is logged as one line.
+
+    Parameters
+    ----------
+    fine_tune
+        Runs the app.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            fine_tune(grid, context)
+        except UserError as error:
+            log(ERROR, "error: %s", str(error))
+            raise
+        finally:
+            # Simulated devices are on this host; no other run has a use for what they
+            # kept.
+            shutil.rmtree(run_store(context.run_id), ignore_errors=True)
+
+    return app
+
+
+def _says_nothing(model: Any, directory: Path) -> str:
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """What an app trains.
+
+    Parameters
+    ----------
+    app
+        The app's name.
+    model, tokenizer
+        The model, whose values are overwritten when it is evaluated, and what is saved
+        with it.
+    partition
+        Its blocks.
+    evaluate
+        Returns the loss and the metrics of the model as it is.
+    keep_beside
+        Keeps what more belongs to a saved model, and returns what to tell the user
+        (default: nothing does).
+    """
+
+    app: str
+    model: Any
+    tokenizer: Any
+    partition: BlockPartition
+    evaluate: Callable[[], dict[str, float]]
+    keep_beside: Callable[[Any, Path], str] = _says_nothing
+
+
+def try_saving(
+    config: AppConfig, model: Any, load_base: Callable[[], Any], few: Batch
+) -> None:
+    """Try now what would else be refused after all the training.
+
+    Parameters
+    ----------
+    config
+        Run configuration.
+    model
+        The model.
+    load_base
+        Gives it anew as it was before adapters.
+    few
+        An example or more.
+    """
+    if config.save_model:
+        check_saving(model, load_base, few)
+    if config.save_merged:
+        check_merging(model, few)
+
+
+def train(
+    grid: Grid,
+    context: Context,
+    config: AppConfig,
+    subject: Subject,
+    trained: Coordinator | SpreadTrainer,
+) -> None:
+    """Run the rounds and keep what comes of them, the model included if asked for."""
+    model, partition = subject.model, subject.partition
+
+    def evaluate(
+        server_round: int, values: Sequence[NDArray[np.floating]]
+    ) -> dict[str, float] | None:
+        if server_round % config.eval_every and server_round != config.rounds:
+            return None
+        load_values(model, partition.trainable, values)
+        return subject.evaluate()
+
+    directory = run_directory(config.output_dir, context.run_id)
+    trackers = config.trackers.split()
+    with (
+        RunDirectory(
+            directory,
+            trained,
+            configuration=config.results_depend_on(),
+            keep=config.keep_checkpoints,
+            every=config.checkpoint_every,
+        ) as files,
+        tracking(trackers, directory, config.to_run_config()) as track,
+    ):
+        describe_run(directory, app=subject.app, config=config.to_run_config())
+
+        def on_round(record: Record) -> None:
+            files.on_round(record)
+            track(record)
+
+        run: Callable[..., None] = run_message
+        if isinstance(trained, SpreadTrainer):
+            run = run_d2ft
+        elif config.interface == "legacy":
+            run = run_legacy
+        each: OnRound = on_round
+        run(grid, context, config, trained, evaluate, each)
+    records = read_rounds(files.log.path)
+    require_training(records)
+    log(INFO, "%s", records[-1].final_line())
+    if config.save_model or config.save_merged:
+        values = trained.values()
+        load_values(
+            model, partition.trainable, [values[n] for n in partition.trainable]
+        )
+        _save(config, subject, directory)
+
+
+def _save(config: AppConfig, subject: Subject, directory: Path) -> None:
+    model, tokenizer = subject.model, subject.tokenizer
+    if config.save_model:
+        with filling(directory / "model") as saved:
+            save_model(model, saved)
+            tokenizer.save_pretrained(saved)
+            said = subject.keep_beside(model, saved)
+        log(INFO, "model written to %s", directory / "model")
+        if said:
+            log(WARNING, "%s", said)
+    if config.save_merged:
+        with filling(directory / "merged") as saved:
+            merge(model).save_pretrained(saved)
+            tokenizer.save_pretrained(saved)
+        log(INFO, "merged model written to %s", directory / "merged")
