@@ -6,7 +6,7 @@ What takes no PyTorch is looked at first.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,29 @@ from lola_flwr.costs.shapes import ModelShapes
 from lola_flwr.errors import UserError, si
 from lola_flwr.machine.installation import require_extra
 from lola_flwr.model.blocks import BlockPartition, partition_parameters
-from lola_flwr.model.sources import check_source
+from lola_flwr.model.sources import INSTEAD, check_source
 from lola_flwr.server.selection import NEEDS_RESPONSE
 from lola_flwr.system.devices import DeviceProfile
 
 _FLOAT32_BYTES = 4
 
 
-def check_model(config: AppConfig) -> None:
-    """Check that the model is where its name says, and that adapters can be made."""
-    check_source(config.model)
+def check_model(
+    config: AppConfig, known: Collection[str] = (), instead: str = INSTEAD
+) -> None:
+    """Check that the model is where its name says, and that adapters can be made.
+
+    Parameters
+    ----------
+    config
+        Run configuration.
+    known
+        Models that the app makes itself.
+    instead
+        What models there are without a network, for the message.
+    """
+    if config.model not in known:
+        check_source(config.model, instead)
     if config.tuning != "full":
         require_extra("adapters", "peft", f"tuning={config.tuning!r}")
 

@@ -97,7 +97,7 @@ def fit_tokenizer(
     UserError
         They do not go together.
     """
-    _check_vocabulary(name, model, tokenizer)
+    check_vocabulary(name, model, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -130,7 +130,14 @@ def fit_tokenizer(
     _fit_padding(name, model, tokenizer)
 
 
-def _check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:
+def check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:
+    """Check that a tokenizer has a vocabulary, for which the model has embeddings.
+
+    Raises
+    ------
+    UserError
+        It has none, or more tokens than there are embeddings.
+    """
     vocabulary = tokenizer.get_vocab()
     # Out of missing files transformers makes a tokenizer of nothing but added tokens.
     if vocabulary.keys() <= tokenizer.get_added_vocab().keys():

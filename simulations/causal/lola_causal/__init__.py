@@ -1,0 +1,1 @@
+"""The causal simulation: prompts and completions, and the Flower app that tunes on them."""

@@ -1,0 +1,50 @@
+"""What would end a run in its first round, said before anything has started.
+
+`lola-flwr simulate` calls `check`; a plain `flwr run` comes upon the same by itself.
+What takes no PyTorch is looked at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lola_causal.config import CausalConfig
+from lola_causal.embedded import EMBEDDED, WITHOUT_NETWORK
+from lola_causal.records import load_records
+from lola_flwr.app.check import check_model, fleet_of, plan_first_round
+from lola_flwr.app.config import UpdatesConfig
+
+
+def check(run_config: Mapping[str, object], num_devices: int) -> None:
+    """Check that a run can start.
+
+    Parameters
+    ----------
+    run_config
+        Its configuration.
+    num_devices
+        Devices that are simulated.
+
+    Raises
+    ------
+    UserError
+        Data, model or an extra is missing, or lines cannot be used; or the devices
+        cannot train the model.
+    """
+    config = CausalConfig.from_run_config(run_config)
+    assert isinstance(config, UpdatesConfig)
+    records = load_records(config.data, config.eval_data, seed=config.seed)
+    check_model(config, (EMBEDDED,), WITHOUT_NETWORK)
+    profiles = fleet_of(config, num_devices)
+    # PyTorch takes seconds; what is above is said before that.
+    from lola_causal.device import split
+    from lola_causal.model import causal_costs, load_model
+    from lola_causal.sequences import encode
+    from lola_flwr.app.model import model_blocks
+
+    model, tokenizer = load_model(config)
+    for part in records:
+        encode(part, tokenizer, max_length=config.max_length, model_name=config.model)
+    split(len(records[0]), num_devices, config.seed)
+    partition = model_blocks(config, model)
+    plan_first_round(config, model, partition, causal_costs(config, model), profiles)

@@ -1,0 +1,41 @@
+"""The app's run configuration, checked once and completely."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lola_flwr.app import config as app
+
+Method = Literal["lola-deft", "fedavg-full"]
+
+
+class CausalConfig(app.AppConfig):
+    """What every method is told; the keys are those of ``[tool.flwr.app.config]``."""
+
+    data: str
+    eval_data: str
+    packing: bool
+    method: Method
+
+    @classmethod
+    def by_method(cls) -> tuple[type[app.AppConfig], ...]:
+        """Return the app's models, one a method; the last has all keys there are."""
+        return (LolaDeftConfig, FedAvgFullConfig, _AnyMethod)
+
+
+class LolaDeftConfig(CausalConfig, app.LolaDeftConfig):
+    """LoLa-DEFT: each device trains one block."""
+
+    method: Literal["lola-deft"]
+
+
+class FedAvgFullConfig(CausalConfig, app.FedAvgFullConfig):
+    """The baseline: every device trains the whole stack, which is the one block."""
+
+    method: Literal["fedavg-full"]
+
+
+class _AnyMethod(LolaDeftConfig, FedAvgFullConfig):
+    """All keys there are. It checks what names no method, and so never holds."""
+
+    method: Method  # type: ignore[assignment]

@@ -1,0 +1,105 @@
+"""The app's server side: data, model, strategy, and the summary at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from flwr.common import Context
+from flwr.server import Grid
+from torch.nn.functional import cross_entropy
+
+from lola_causal.config import CausalConfig
+from lola_causal.device import split
+from lola_causal.model import causal_costs, load_base, load_model
+from lola_causal.records import load_records
+from lola_causal.sequences import IGNORED, Tokens, batches_of, encode, padded
+from lola_flwr.app.config import LolaDeftConfig, UpdatesConfig
+from lola_flwr.app.methods import make_coordinator, response_of
+from lola_flwr.app.model import model_blocks
+from lola_flwr.app.server import Subject, server_app, train, try_saving
+from lola_flwr.arrays import IntArray
+
+
+def fine_tune(grid: Grid, context: Context) -> None:
+    """Fine-tune the configured model on the configured data."""
+    config = CausalConfig.from_run_config(context.run_config)
+    assert isinstance(config, UpdatesConfig)
+    records = load_records(config.data, config.eval_data, seed=config.seed)
+    model, tokenizer = load_model(config)
+    sequences, held_out = (
+        encode(part, tokenizer, max_length=config.max_length, model_name=config.model)
+        for part in records
+    )
+    if config.num_devices:
+        # Each device works out its own part: a split that cannot be is seen here first.
+        split(len(sequences), config.num_devices, config.seed)
+    partition = model_blocks(config, model)
+    few = {**padded(sequences[:1], tokenizer.pad_token_id)}
+    try_saving(config, model, lambda: load_base(config)[0], few)
+
+    def metrics_on(some: Sequence[Tokens]) -> dict[str, float]:
+        return evaluate_model(model, tokenizer, some, config.batch_size)
+
+    def mean_loss(drawn: IntArray) -> float:
+        return metrics_on([sequences[index] for index in drawn])["loss"]
+
+    response = None
+    if isinstance(config, LolaDeftConfig):
+        response = response_of(config, model, partition, len(sequences), mean_loss)
+    coordinator = make_coordinator(
+        config,
+        model,
+        partition,
+        costs=causal_costs(config, model),
+        example_weight=config.max_length,
+        response=response,
+    )
+    subject = Subject(
+        app="lola-causal",
+        model=model,
+        tokenizer=tokenizer,
+        partition=partition,
+        evaluate=lambda: metrics_on(held_out),
+    )
+    train(grid, context, config, subject, coordinator)
+
+
+def evaluate_model(
+    model: Any, tokenizer: Any, sequences: Sequence[Tokens], batch_size: int
+) -> dict[str, float]:
+    """Return mean loss, perplexity and exact match of completions, given the prompts.
+
+    A completion matches where each of its tokens, its end included, is the likeliest
+    one after those before it: it is then what the model writes if it takes the
+    likeliest token each time.
+    """
+    model.eval()
+    total_loss, num_tokens, num_right = 0.0, 0, 0
+    with torch.inference_mode():
+        for batch in batches_of(sequences, batch_size, tokenizer.pad_token_id):
+            labels = batch["labels"][:, 1:]
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+            total_loss += cross_entropy(
+                logits.flatten(0, 1),
+                labels.flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            ).item()
+            learned = labels != IGNORED
+            num_tokens += int(learned.sum())
+            right = (logits.argmax(-1) == labels) | ~learned
+            num_right += int(right.all(dim=1).sum())
+    loss = total_loss / num_tokens
+    return {
+        "loss": loss,
+        # No run ends for a number that is too large.
+        "perplexity": math.exp(min(loss, 700.0)),
+        "exact_match": num_right / len(sequences),
+    }
+
+
+app = server_app(fine_tune)
