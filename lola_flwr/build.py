@@ -28,6 +28,7 @@ from lola_flwr.model.found import found_blocks
 from lola_flwr.model.loading import digest_of, fingerprint
 from lola_flwr.model.plain_input import is_plain
 from lola_flwr.model.stacks import sample_of
+from lola_flwr.model.stored_base import in_full
 from lola_flwr.model.trace import Example
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
@@ -281,7 +282,9 @@ def coordinator_for_weights(
         ServerOptimizer(
             {name: state[name] for name in wire.trainable}, **step.arguments()
         ),
-        base_fingerprint=digest_of({n: torch.from_numpy(state[s]) for n, s in frozen}),
+        base_fingerprint=digest_of(
+            (n, in_full(torch.from_numpy(state[s]))) for n, s in frozen
+        ),
         state_dict=state,
         block_mean=step.block_mean,
         exchange=exchange,

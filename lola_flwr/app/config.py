@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from lola_flwr.allocation import ALLOCATORS, find_allocator
 from lola_flwr.app.interface import Interface, interface_of
 from lola_flwr.errors import UserError
+from lola_flwr.model.bases import Base
 from lola_flwr.run.config import RunConfig
 from lola_flwr.run.tracking import TRACKERS, check_trackers
 from lola_flwr.server.assembly import BLOCK_MEANS
@@ -141,6 +142,7 @@ class AppConfig(RunConfig):
     method: str
     tuning: str
     tuning_options: Options
+    base: Base = "fp32"
     rounds: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
@@ -242,6 +244,11 @@ class AppConfig(RunConfig):
         return self
 
     def _contradictions(self) -> Iterator[str]:
+        if self.base != "fp32" and self.tuning == "full":
+            yield (
+                f'base={self.base!r} is for adapters, and tuning="full" trains the '
+                'base itself; use tuning="lora", or base="fp32"'
+            )
         if self.stack and self.blocks:
             yield (
                 f"stack={self.stack!r} and blocks={self.blocks!r} both say what the "

@@ -30,6 +30,7 @@ from lola_flwr.costs.of_model import zeroth_order_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
+from lola_flwr.model.stored_base import stored_values
 from lola_flwr.randomness import rng_for
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
@@ -141,12 +142,11 @@ def selection_of(
     response: Response | None = None,
 ) -> Selection:
     """Return how the run chooses each round's blocks, by what a response tells."""
-    parameters = dict(model.named_parameters())
     selector = selector_named(
         config.selector,
         keyword_arguments(config.selector_options),
         partition=partition,
-        weight_of=lambda name: parameters[name].float().numpy(force=True),
+        weight_of=lambda name: stored_values(model, name).numpy(force=True),
     )
     return Selection(
         selector,

@@ -21,9 +21,9 @@ from lola_flwr.model.trace import Example
 
 
 def adapted(config: AppConfig, model: nn.Module) -> Any:
-    """Return a model with adapters, if they are what is tuned."""
+    """Return a model with adapters, if they are what is tuned, on its stored base."""
     options = keyword_arguments(config.tuning_options)
-    return adapt(model, config.tuning, options, seed=config.seed)
+    return adapt(model, config.tuning, options, base=config.base, seed=config.seed)
 
 
 def model_blocks(config: AppConfig, model: nn.Module) -> BlockPartition:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lola_flwr.device.block_device import BatchSource
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import Batch
+from lola_flwr.model.stored_base import evaluation_mode
 
 Rule = Literal["entropy", "coreset"]
 
@@ -64,7 +65,7 @@ class ChosenBatches:
         """Draw the mini-batch of a round."""
         pool = self.source(server_round, self.pool_factor * batch_size)
         model: Any = self.load_model()
-        model.eval()
+        evaluation_mode(model)
         device = next(model.parameters()).device
         # A mini-batch at a time is what the device has the memory for.
         parts = {name: torch.split(tensor, batch_size) for name, tensor in pool.items()}

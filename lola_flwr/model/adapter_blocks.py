@@ -159,13 +159,10 @@ def adapter_partition(
                 "let target_modules name modules that every block has."
             )
     taken = {name for block in divided for name in block}
-    # The base's buffers may change in training, and so may those of a module that is
-    # trained in full.
-    fixed = [n for n in buffers if _is_added(n, hosts) and ".modules_to_save." not in n]
     return BlockPartition(
         blocks=tuple(map(tuple, divided[:head])),
         head=tuple(divided[head]),
-        frozen=(*(name for name in names if name not in taken), *fixed),
+        frozen=_frozen(names, taken, buffers),
         layers=tuple(
             tuple(base[name] for name in block if base[name] not in taken)
             for block in partition.blocks
@@ -176,6 +173,25 @@ def adapter_partition(
             if base[name] in in_use and base[name] not in taken
         ),
     )
+
+
+def frozen_names(model: nn.Module) -> tuple[str, ...]:
+    """Return what is frozen in a model with adapters, as `model_partition` does."""
+    return _frozen(
+        [name for name, _ in model.named_parameters()],
+        _trained(model),
+        [name for name, _ in model.named_buffers()],
+    )
+
+
+def _frozen(
+    names: Sequence[str], trained: Collection[str], buffers: Sequence[str]
+) -> tuple[str, ...]:
+    hosts = _hosts(names)
+    # The base's buffers may change in training, and so may those of a module that is
+    # trained in full.
+    fixed = [n for n in buffers if _is_added(n, hosts) and ".modules_to_save." not in n]
+    return (*(name for name in names if name not in trained), *fixed)
 
 
 def _stands_for(names: Sequence[str]) -> Callable[[str], list[str]]:
@@ -196,11 +212,20 @@ def _stands_for(names: Sequence[str]) -> Callable[[str], list[str]]:
     return stands_for
 
 
-def base_weights(names: Iterable[str]) -> list[str]:
-    """Return which of a model's weights are those of its base and still in use."""
+def base_weights(names: Iterable[str], *, replaced: bool = False) -> list[str]:
+    """Return which of a model's weights are those of its base.
+
+    Parameters
+    ----------
+    names
+        The model's weights.
+    replaced
+        Whether those count, too, in whose place a copy is trained.
+    """
     names = list(names)
     hosts = _hosts(names)
-    return [n for n in names if not _is_added(n, hosts) and _REPLACED not in n]
+    base = [name for name in names if not _is_added(name, hosts)]
+    return [name for name in base if replaced or _REPLACED not in name]
 
 
 def base_name(name: str) -> str:

@@ -14,8 +14,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lola_flwr.errors import UserError, reason_of
-from lola_flwr.model.adapter_blocks import base_weights, is_adapted
-from lola_flwr.model.saved_adapters import changes_base, merge, save_model, tuner_name
+from lola_flwr.model.adapter_blocks import base_name, base_weights, is_adapted
+from lola_flwr.model.saved_adapters import (
+    SAVED_BASE,
+    changes_base,
+    merge,
+    save_model,
+    tuner_name,
+)
+from lola_flwr.model.stored_base import (
+    evaluation_mode,
+    in_full_precision,
+    store_base,
+    stored_as,
+)
 
 # How far outputs that are to be equal may differ, relative to the largest: where the
 # same operations give them, where last bits differ, and where other operations do.
@@ -68,13 +80,13 @@ def check_saving(
     ):
         expected = _outputs(model, example)
         save_model(model, Path(directory))
-        loaded = _read_back(load_base(), directory, kind)
+        loaded = _read_back(_base_for(model, load_base, directory), directory, kind)
         lost = [] if converted else _lost(model, loaded)
         difference = _difference(_outputs(loaded, example), expected)
         _round_otherwise(loaded)
         expected = _outputs(loaded, example)
         del loaded
-        base = _round_otherwise(load_base())
+        base = _round_otherwise(_base_for(model, load_base, directory))
         with _OtherSigns():
             elsewhere = _read_back(base, directory, kind)
         off = _difference(_outputs(elsewhere, example), expected)
@@ -114,10 +126,9 @@ def check_merging(model: Any, example: Mapping[str, Tensor]) -> None:
     if not is_adapted(model):
         return
     with _moved_values(model):
-        expected = _outputs(model, example)
-        difference = _difference(
-            _outputs(merge(copy.deepcopy(model)), example), expected
-        )
+        copied = in_full_precision(copy.deepcopy(model), stored_as(model))
+        expected = _outputs(copied, example)
+        difference = _difference(_outputs(merge(copied), example), expected)
     if not difference <= _ROUNDED:
         raise UserError(
             f"Adapters of tuning={tuner_name(model)!r} with these options become "
@@ -186,6 +197,21 @@ def _round_otherwise(model: nn.Module) -> nn.Module:
     return model
 
 
+def _base_for(
+    model: Any, load_base: Callable[[], nn.Module], directory: str
+) -> nn.Module:
+    """Return the base that saved adapters are for, stored as the model's is."""
+    base = load_base()
+    beside = Path(directory) / SAVED_BASE
+    if beside.is_dir():
+        kind: Any = type(base)
+        base = kind.from_pretrained(beside).eval()
+    names = base_weights(name for name, _ in model.named_parameters())
+    base.requires_grad_(False)
+    store_base(base, stored_as(model), map(base_name, names))
+    return base
+
+
 def _read_back(base: nn.Module, directory: str, kind: str) -> Any:
     from peft import PeftModel
 
@@ -211,13 +237,13 @@ def _lost(model: nn.Module, loaded: nn.Module) -> list[str]:
 
 
 def _outputs(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor:
-    mode = model.training
-    model.eval()
+    modes = evaluation_mode(model)
     try:
         with torch.no_grad():
             output = model(**example)
     finally:
-        model.train(mode)
+        for module, training in modes.items():
+            module.training = training
     values = getattr(output, "logits", output)
     return values if isinstance(values, Tensor) else values[0]
 

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ from torch import Tensor, nn
 from lola_flwr.errors import UserError, brief, reason_of
 from lola_flwr.machine.installation import require_extra
 from lola_flwr.model.adapter_blocks import base_name
+from lola_flwr.model.adapters_on_base import store_under_adapters, takes_loftq
+from lola_flwr.model.bases import QUANTISED, Base
 from lola_flwr.model.blocks import BlocksNotFound, partition_parameters
 from lola_flwr.model.saved_adapters import keep_initial_values
+from lola_flwr.model.stored_base import check_storable
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +50,6 @@ _REFUSED_INITIALISATIONS = {
     "eva": _DATA_DRIVEN,
     "corda": _DATA_DRIVEN,
     "lora_ga": _DATA_DRIVEN,
-    "loftq": "rounds the base weights, and the saved adapter would not fit the others",
 }
 
 
@@ -55,9 +58,10 @@ def adapt(
     tuning: str,
     options: Mapping[str, Any] | None = None,
     *,
+    base: Base = "fp32",
     seed: int = 0,
 ) -> Any:
-    """Put adapters into a model.
+    """Put adapters into a model, and store the base under them as asked for.
 
     Parameters
     ----------
@@ -73,6 +77,11 @@ def adapt(
         layers, for LN tuning their normalisations; and ``modules_to_save``, which are
         trained in full, what a Hugging Face model has beside its pre-trained base (a
         new classifier), apart from a language model's output layer.
+    base
+        How the frozen base is stored: ``"fp32"``, as it was loaded; ``"bf16"``; or
+        ``"nf4"`` or ``"int8"``, its linear maps in 4 or 8 bits (bitsandbytes). Adapters
+        are float32. Two hosts may store one base in two ways: its fingerprint stays.
+        ``init_lora_weights="loftq"`` lets LoRA begin as what 4 or 8 bits have lost.
     seed
         Seed of the adapters' initial values: a function of it, of the options and of
         the model, whatever the number of threads. (Where they come from a decomposition
@@ -95,10 +104,19 @@ def adapt(
             raise UserError(
                 f"tuning='{FULL}' takes no options; got {', '.join(options)}."
             )
+        if base != "fp32":
+            raise UserError(
+                f"base={base!r} is for adapters, and tuning='{FULL}' trains the base "
+                "itself; use tuning='lora', or base='fp32'."
+            )
         return model
+    check_storable(model, base)
     config_class = _config_class(tuning)
     arguments = dict(options or {})
     _refuse_options(arguments)
+    begins_with_loss = takes_loftq(tuning, arguments, base)
+    if base in QUANTISED:
+        _refuse_tuner_of_weights(tuning, config_class, base)
     new = [] if "modules_to_save" in arguments else _new_modules(model)
     if new:
         arguments["modules_to_save"] = new
@@ -114,7 +132,11 @@ def adapt(
         ) from error
     _refuse_other_modules(adapted, new)
     keep_initial_values(adapted)
-    return adapted.eval()
+    adapted.eval()
+    if base != "fp32":
+        with _one_thread():
+            store_under_adapters(adapted, base, loftq=begins_with_loss)
+    return adapted
 
 
 def _config_class(tuning: str) -> Any:
@@ -146,6 +168,19 @@ def _config_class(tuning: str) -> Any:
             "or another tuner of linear layers."
         )
     return classes[name]
+
+
+def _refuse_tuner_of_weights(tuning: str, config_class: Any, base: Base) -> None:
+    """Refuse tuners that peft has not made for quantised weights.
+
+    They would compute with the codes.
+    """
+    package = config_class.__module__.rpartition(".")[0]
+    if find_spec(f"{package}.bnb") is None:
+        raise UserError(
+            f"base={base!r}: peft's {tuning!r} works on the weights themselves, and "
+            "not on quantised ones; use tuning='lora', or base='bf16'."
+        )
 
 
 def _plain(name: str) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.recording import explained, noted_calls, require_gradients
+from lola_flwr.model.stored_base import keep_differentiable
 
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -174,7 +175,8 @@ def block_gradient(
     NoGradient
         The block has none, or PyTorch has not recorded how a parameter was used.
     UserError
-        The mini-batch weighs nothing.
+        The mini-batch weighs nothing, or bitsandbytes has repacked a layer so that it
+        has no gradients.
     """
     weight = batch_weight(batch)
     if not weight:
@@ -182,6 +184,7 @@ def block_gradient(
             "The loss of a mini-batch is a mean over nothing: no token of it has a "
             "label; give it examples that have."
         )
+    keep_differentiable(model)
     mean_loss = 0.0
     with (
         only_block_trainable(model, partition, block_index) as trainable,

@@ -27,6 +27,7 @@ from lola_flwr.model.sources import (
     random_shape,
     refuse_pickle,
 )
+from lola_flwr.model.stored_base import stored_parts, stored_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -147,6 +148,10 @@ def check_values(
 def fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     """Return a digest of some of a model's arrays, by which two hosts compare them.
 
+    How they are stored does not matter: values of half types count as what they are in
+    float32, codes of a quantisation as what they stand for. A base that ``adapt`` has
+    stored in fewer bits has the digest of the values that it was stored from.
+
     The digest is computed anew only when one of these parameters or buffers was changed
     or replaced: it is meant for those that stay frozen.
     """
@@ -155,15 +160,40 @@ def fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     state = tuple((n, parameters[n].data_ptr(), parameters[n]._version) for n in names)
     known = _fingerprints.get(model)
     if known is None or known[0] != state:
-        values = {name: parameters[name] for name, _, _ in state}
-        known = _fingerprints[model] = (state, digest_of(values))
+        wanted = [name for name, _, _ in state]
+        kept = _before_storing.get(model)
+        if kept is not None and kept[:2] == (wanted, _digest_as_stored(model, wanted)):
+            found = kept[2]
+        else:
+            found = digest_of((name, stored_values(model, name)) for name in wanted)
+        known = _fingerprints[model] = (state, found)
     return known[1]
 
 
-def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+def keep_fingerprint(model: nn.Module, names: Sequence[str], digest: str) -> None:
+    """Let arrays that were just stored in fewer bits keep an earlier digest.
+
+    Parameters
+    ----------
+    model
+        The model.
+    names
+        The arrays.
+    digest
+        Their ``fingerprint`` before that.
+    """
+    wanted = list(names)
+    _before_storing[model] = (wanted, _digest_as_stored(model, wanted), digest)
+
+
+def _digest_as_stored(model: nn.Module, names: Sequence[str]) -> str:
+    return digest_of((n, part) for n in names for part in stored_parts(model, n))
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a digest of tensors, their names and types."""
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
         # Only a tensor with a dimension can be seen as bytes.
@@ -173,6 +203,10 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 _Version = tuple[str, int, int]
 _fingerprints: WeakKeyDictionary[nn.Module, tuple[tuple[_Version, ...], str]] = (
+    WeakKeyDictionary()
+)
+# Names, digest of what was stored, and the fingerprint from before.
+_before_storing: WeakKeyDictionary[nn.Module, tuple[list[str], str, str]] = (
     WeakKeyDictionary()
 )
 

@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.machine.files import filling
-from lola_flwr.model.adapter_blocks import base_name, is_adapted
+from lola_flwr.model.adapter_blocks import base_name, base_weights, is_adapted
 from lola_flwr.model.head import are_named, own_names
+from lola_flwr.model.stored_base import in_full_precision, stored_as, stored_values
+
+SAVED_BASE = "base"
+"""Directory beside adapters with the base that they are for, where there is one."""
 
 # These take the adapter's initial value out of the base weights.
 _BASE_CHANGING = ("pissa", "olora")
@@ -54,7 +58,10 @@ def save_model(model: Any, directory: Path) -> None:
     Where the initialisation changed the base weights (PiSSA, OLoRA), the adapters are
     saved as plain LoRA of twice the rank, for the base as it was: the base is now
     ``W - s B0 A0``, so that the model's ``W - s B0 A0 + s B A`` is ``W`` with the
-    adapter ``s [B, -B0] [A; A0]``.
+    adapter ``s [B, -B0] [A; A0]``. Where that base was then stored in fewer bits, no
+    adapter of low rank makes up for its rounding: it is saved, too, in float32 under
+    ``base``, and the adapters are for it, however it is loaded: what it was stored in
+    gives the same values again.
 
     Raises
     ------
@@ -73,8 +80,12 @@ def save_model(model: Any, directory: Path) -> None:
         )
     with filling(directory):
         model.save_pretrained(directory)
-        if initial is not None:
+        if initial is None:
+            return
+        if stored_as(model) == "fp32":
             _save_for_base_as_it_was(model, initial, directory)
+        else:
+            _save_with_base(model, directory)
 
 
 def keep_class_names(model: Any, directory: Path) -> str:
@@ -113,6 +124,31 @@ def keep_class_names(model: Any, directory: Path) -> str:
     )
 
 
+def _save_with_base(model: Any, directory: Path) -> None:
+    """Save the base that adapters are for beside them."""
+    from safetensors.torch import save_file
+
+    names = [name for name, _ in model.named_parameters()]
+    values = {
+        base_name(name): stored_values(model, name).cpu().contiguous()
+        for name in base_weights(names, replaced=True)
+    }
+    base = directory / SAVED_BASE
+    base.mkdir(exist_ok=True)
+    save_file(values, base / "model.safetensors", {"format": "pt"})
+    inner = model.get_base_model()
+    config = copy.deepcopy(inner.config)
+    config.architectures = [type(inner).__name__]
+    config.dtype = torch.float32
+    config.save_pretrained(base)
+    adapter = copy.deepcopy(model.peft_config["default"])
+    adapter.base_model_name_or_path = str(base.absolute())
+    # They are not begun anew when they are loaded.
+    adapter.init_lora_weights = True
+    adapter.inference_mode = True
+    adapter.save_pretrained(directory)
+
+
 def _save_for_base_as_it_was(
     model: Any, initial: Mapping[str, Tensor], directory: Path
 ) -> None:
@@ -149,6 +185,7 @@ def merge(model: Any) -> Any:
     if not is_adapted(model):
         return model
     kind = tuner_name(model)
+    in_full_precision(model)
     try:
         _unwrap_trained_modules(model)
         merged = model.merge_and_unload()

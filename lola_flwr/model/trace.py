@@ -20,6 +20,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.backprop import only_trainable
+from lola_flwr.model.stored_base import evaluation_mode
 
 # Input of a model for some examples: its first argument, or its arguments by name. The
 # first dimension of each tensor counts the examples.
@@ -168,10 +169,9 @@ def _run(model: nn.Module, example: Example) -> Any:
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
     """Let autograd record all that depends on any weight, and keep nothing for it."""
-    training = [module for module in model.modules() if module.training]
     weights = dict(model.named_parameters())
     devices = {p.device for p in weights.values() if p.is_cuda}
-    model.eval()
+    modes = evaluation_mode(model)
     try:
         with (
             only_trainable(model, (n for n, p in weights.items() if _has_gradient(p))),
@@ -181,8 +181,8 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes.items():
+            module.training = training
 
 
 def _has_gradient(parameter: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lola_flwr.arrays import Float32Array
 from lola_flwr.model.backprop import Batch, LossFunction, model_loss
+from lola_flwr.model.stored_base import evaluation_mode
 from lola_flwr.zeroth_order.directions import Directions
 
 
@@ -46,7 +47,7 @@ def projected_gradients(
     -----
     Beyond a forward pass this takes the memory of one copy of the moved parameters.
     """
-    model.eval()
+    evaluation_mode(model)
     parameters = dict(model.named_parameters())
     moved = {name: parameters[name] for name in names}
     kept = {name: parameter.detach().clone() for name, parameter in moved.items()}

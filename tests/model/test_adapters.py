@@ -382,7 +382,7 @@ class TestRefusals:
             ("lora", {"init_lora_weights": "eva"}, "looks at training data"),
             ("lora", {"init_lora_weights": "nice"}, "nice"),
             ("lora", {"inference_mode": True}, "freezes the adapters.*leave it out"),
-            ("lora", {"init_lora_weights": "loftq"}, "rounds the base weights"),
+            ("lora", {"init_lora_weights": "loftq"}, "makes up for what"),
             ("lora", {"layer_replication": [[0, 2], [1, 3]]}, "share their weights"),
             ("lora", {"arrow_config": {}}, r"with arrow_config=\{\}: AttributeError"),
             ("lora", {**LORA, "r": "8"}, "with r='8'"),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lola_flwr.device.prefix.samples import WITHOUT_REUSE
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.stored_base import stored_parts
 
 
 def block_modules(model: nn.Module, partition: BlockPartition) -> list[nn.Module]:
@@ -46,7 +47,8 @@ def weights_below(
     }
     head = set(partition.head)
     return [
-        (name, tensor)
+        (name, part)
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if id(tensor) not in above and name not in head
+        for part in stored_parts(model, name)
     ]

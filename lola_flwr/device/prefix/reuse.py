@@ -36,6 +36,7 @@ from lola_flwr.device.prefix.samples import (
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import only_trainable
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.stored_base import evaluation_mode
 
 if TYPE_CHECKING:
     # A worker may live in Python 3.10, whose typing lacks it.
@@ -276,8 +277,7 @@ class reused_prefix:
         """Run the model up to the block, in evaluation mode."""
         args = [value for key, value in arguments.items() if isinstance(key, int)]
         kwargs = {k: value for k, value in arguments.items() if isinstance(k, str)}
-        training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
+        modes = evaluation_mode(self._model)
         self._below_runs = True
         before = _notes(self._model)
         try:
@@ -290,8 +290,8 @@ class reused_prefix:
             return reached.hidden.detach()
         finally:
             self._below_runs = False
-            for module in training:
-                module.training = True
+            for module, training in modes.items():
+                module.training = training
         raise UserError(
             f"The model's forward pass never called block {self._block_index}. "
             f"{WITHOUT_REUSE}"
@@ -322,15 +322,15 @@ class reused_prefix:
 
     def _present_version(self) -> str:
         """Return the digest of the weights below the block, as they are now."""
-        tensors = dict(self._below)
-        stamp = tuple((t.data_ptr(), t._version) for t in tensors.values())
+        tensors = self._below
+        stamp = tuple((t.data_ptr(), t._version) for _, t in tensors)
         # Within one `with`, a change in place is seen by the tensor's version.
         if self._digest is None or self._digest[0] != stamp:
             config = dict(vars(getattr(self._model, "config", object)))
             # A model that is given labels notes here what kind they are.
             config.pop("problem_type", None)
             about = f"{type(self._model)} {config} {self._block_index}"
-            self._digest = (stamp, f"{about} {digest(tensors.items())}")
+            self._digest = (stamp, f"{about} {digest(tensors)}")
         return self._digest[1]
 
     def _autocast(self) -> str:

@@ -29,6 +29,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.machine.files import replacing, writing
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import check_values
+from lola_flwr.model.stored_base import in_full, quantised_modules
 
 # Rows of a large tensor are hashed in pieces of this size.
 _PIECE_BYTES = 1 << 24
@@ -152,6 +153,11 @@ class StreamedModel:
         weights: LayeredWeights,
         device: torch.device | str = "cpu",
     ) -> None:
+        if quantised := [*quantised_modules(model)]:
+            raise UserError(
+                f"{quantised[0]} is quantised, and quantised weights cannot be "
+                "streamed from a disk; hold the model in memory, or use base='bf16'."
+            )
         self.model = model
         self.partition = partition
         self._device = torch.device(device)
@@ -194,9 +200,12 @@ class StreamedModel:
         if self._fingerprint is None:
             total = hashlib.sha256()
             for name in self.partition.frozen:
-                shape, dtype = self._empty[name].shape, self._empty[name].dtype
-                total.update(f"{name} {tuple(shape)} {dtype}".encode())
-                for piece in self._pieces(name):
+                is_first = True
+                for piece in map(in_full, self._pieces(name)):
+                    if is_first:
+                        shape = tuple(self._empty[name].shape)
+                        total.update(f"{name} {shape} {piece.dtype}".encode())
+                    is_first = False
                     total.update(piece.cpu().reshape(-1).view(torch.uint8).numpy().data)
             self._fingerprint = total.hexdigest()
         return self._fingerprint
@@ -296,15 +305,18 @@ class StreamedModel:
         }
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
-        """Give a tensor's rows, a few of them in memory at a time."""
+        """Give a tensor's rows as they are stored, a few in memory at a time."""
         shape = self._empty[name].shape
         if not shape:
-            yield self._read([name])[name]
+            yield self._stored_tensor(name)
             return
         row_bytes = max(1, self._empty[name][0].nbytes)
         step = max(1, _PIECE_BYTES // row_bytes)
         for start in range(0, shape[0], step):
-            yield self._read([name])[name][start : start + step].contiguous()
+            yield self._stored_tensor(name)[start : start + step].contiguous()
+
+    def _stored_tensor(self, name: str) -> Tensor:
+        return self._weights.read([self._stored[name]])[self._stored[name]]
 
     @contextmanager
     def _mapped(self, names: Iterable[str]) -> Iterator[None]:

@@ -1,1 +1,1 @@
-"""The causal simulation: prompts and completions, and the Flower app that tunes on them."""
+"""The causal simulation: prompts with completions, and the app that tunes on them."""

@@ -1,8 +1,8 @@
 """A model, its tokenizer and a task that are made in code, and need no download.
 
-The task: facts about animals, asked for in several ways. Each fact is held out in one of
-the ways to ask, so that what is measured is whether the fact was learned, and not the
-sentence.
+The task: facts about animals, asked for in several ways. Each fact is held out in one
+of the ways to ask, so that what is measured is whether the fact was learned, and not
+the sentence.
 """
 
 from __future__ import annotations
@@ -39,10 +39,6 @@ _ANIMALS = {
     "lion": ("roar", "savanna", "zebras", "cub"),
     "wolf": ("howl", "forest", "deer", "pup"),
     "bee": ("buzz", "hive", "nectar", "larva"),
-    "hen": ("cluck", "coop", "corn", "chick"),
-    "goose": ("honk", "lake", "reeds", "gosling"),
-    "mouse": ("squeak", "hole", "cheese", "pinkie"),
-    "snake": ("hiss", "desert", "eggs", "snakelet"),
 }
 
 # What is asked, each in several ways, and how it is answered.
@@ -129,13 +125,15 @@ def embedded_model() -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(words),
-            hidden_size=96,
-            intermediate_size=192,
+            hidden_size=64,
+            intermediate_size=128,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=128,
             tie_word_embeddings=False,
+            # Embeddings stay as they are drawn; smaller ones are learned from slowly.
+            initializer_range=0.1,
             pad_token_id=words[PAD],
             bos_token_id=None,
             eos_token_id=words[END],

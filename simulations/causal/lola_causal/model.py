@@ -64,7 +64,7 @@ def causal_costs(config: CausalConfig, model: nn.Module) -> BlockCosts:
     values = torch.ones_like(tokens)
     if config.packing:
         values = (torch.arange(config.max_length) % (config.max_length // 2))[None]
-    example = {"input_ids": tokens, beside: values, "labels": tokens}
+    example: Any = {"input_ids": tokens, beside: values, "labels": tokens}
     return model_costs(config, model, {**example, "use_cache": False})
 
 

@@ -21,6 +21,7 @@ from lola_flwr.app.methods import make_coordinator, response_of
 from lola_flwr.app.model import model_blocks
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
+from lola_flwr.model.stored_base import evaluation_mode
 
 
 def fine_tune(grid: Grid, context: Context) -> None:
@@ -76,7 +77,7 @@ def evaluate_model(
     one after those before it: it is then what the model writes if it takes the
     likeliest token each time.
     """
-    model.eval()
+    evaluation_mode(model)
     total_loss, num_tokens, num_right = 0.0, 0, 0
     with torch.inference_mode():
         for batch in batches_of(sequences, batch_size, tokenizer.pad_token_id):

@@ -91,6 +91,14 @@ class D2ftConfig(GlueConfig):
     interface: Annotated[Interface, AfterValidator(_for_d2ft)]
     d2ft_options: app.Options = ""
 
+    def _contradictions(self) -> Iterator[str]:
+        if self.base != "fp32":
+            yield (
+                f'base={self.base!r} does not go with method="d2ft", which cuts the '
+                'weights of layers; use base="fp32"'
+            )
+        yield from super()._contradictions()
+
 
 class _AnyMethod(LolaDeftConfig, FedAvgFullConfig, D2ftConfig):
     """All keys there are. It checks what names no method, and so never holds."""

@@ -14,6 +14,7 @@ from lola_flwr.app.methods import make_coordinator, response_of
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
 from lola_flwr.model.saved_adapters import keep_class_names
+from lola_flwr.model.stored_base import evaluation_mode
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_glue.config import D2ftConfig, GlueConfig, SampledConfig
@@ -83,7 +84,7 @@ def evaluate_model(
     # Sentences of like length share a batch, so that little padding is computed.
     lengths = [len(first) + len(second or "") for first, second in examples.sentences]
     order = np.argsort(lengths, kind="stable")
-    model.eval()
+    evaluation_mode(model)
     logits = np.empty((len(order), task.num_labels), dtype=np.float32)
     total_loss = 0.0
     with torch.inference_mode():

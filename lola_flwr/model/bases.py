@@ -1,0 +1,9 @@
+"""The ways to store a frozen base, by name; needs no PyTorch."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Base = Literal["fp32", "bf16", "nf4", "int8"]
+BASES: tuple[Base, ...] = get_args(Base)
+QUANTISED = ("nf4", "int8")
