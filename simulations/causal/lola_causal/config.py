@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from lola_flwr.app import config as app
 
 Method = Literal["lola-deft", "fedavg-full"]
@@ -27,6 +29,8 @@ class LolaDeftConfig(CausalConfig, app.LolaDeftConfig):
     """LoLa-DEFT: each device trains one block."""
 
     method: Literal["lola-deft"]
+    # With few lines a block that one device always trains knows its lines alone.
+    rotation_eps: float = Field(0.5, ge=0, allow_inf_nan=False)
 
 
 class FedAvgFullConfig(CausalConfig, app.FedAvgFullConfig):

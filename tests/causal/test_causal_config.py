@@ -1,0 +1,31 @@
+"""The keys of the causal app."""
+
+from __future__ import annotations
+
+import pytest
+
+from lola_causal.config import CausalConfig, FedAvgFullConfig, LolaDeftConfig
+from lola_flwr.errors import UserError
+from tests.reliability.app_run import app_config
+
+DEFAULTS = app_config("causal")
+
+
+@pytest.mark.parametrize("model", [LolaDeftConfig, FedAvgFullConfig])
+def test_every_key_has_its_default_in_the_app(model):
+    config = CausalConfig.from_run_config({**DEFAULTS, "method": model.own_method()})
+    assert type(config) is model
+    assert config.to_run_config().keys() | model.keys_of_others() == DEFAULTS.keys()
+    for field in model.model_fields.values():
+        if not field.is_required():
+            assert field.default == DEFAULTS[field.alias]
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(UserError, match="trains the base itself") as raised:
+        CausalConfig.from_run_config({**DEFAULTS, "base": "nf4"})
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="'lola-deft' or 'fedavg-full'"):
+        CausalConfig.from_run_config({**DEFAULTS, "method": "d2ft"})
+    lora = {**DEFAULTS, "base": "nf4", "tuning": "lora"}
+    assert CausalConfig.from_run_config(lora).base == "nf4"
