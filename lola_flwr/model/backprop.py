@@ -38,7 +38,7 @@ class BlockGradient:
     Parameters
     ----------
     gradients
-        Gradient of each parameter of the block and of the head, in the order of
+        Gradient of each parameter of the blocks and of the head, in the order of
         ``BlockPartition.update_names``; zeros for a parameter that is not used.
     loss
         Mean loss of the mini-batch.
@@ -108,9 +108,9 @@ class only_trainable:
 
 
 def only_block_trainable(
-    model: nn.Module, partition: BlockPartition, block_index: int
+    model: nn.Module, partition: BlockPartition, *blocks: int
 ) -> only_trainable:
-    """Freeze everything but one block and the head for the duration of a ``with``.
+    """Freeze everything but some blocks and the head for the duration of a ``with``.
 
     Parameters
     ----------
@@ -118,33 +118,36 @@ def only_block_trainable(
         Model whose parameters ``partition`` divides.
     partition
         The model's blocks.
-    block_index
-        Block to train, 0 nearest the input.
+    blocks
+        Block to train, 0 nearest the input, or blocks.
 
     Raises
     ------
     IndexError
         No such block.
     """
-    if not 0 <= block_index < partition.num_blocks:
-        raise IndexError(
-            f"block_index={block_index} is not a block of this model; it has blocks 0 "
-            f"to {partition.num_blocks - 1}."
-        )
-    return only_trainable(model, partition.update_names(block_index))
+    for block_index in blocks:
+        if not 0 <= block_index < partition.num_blocks:
+            raise IndexError(
+                f"block_index={block_index} is not a block of this model; it has "
+                f"blocks 0 to {partition.num_blocks - 1}."
+            )
+    return only_trainable(model, partition.update_names(*blocks))
 
 
 def block_gradient(
     model: nn.Module,
     partition: BlockPartition,
-    block_index: int,
+    blocks: int | Sequence[int],
     batch: Batch,
     *,
     loss_function: LossFunction = model_loss,
     micro_batch_size: int = 0,
     batch_weight: BatchWeight = num_examples_of,
 ) -> BlockGradient:
-    """Compute the mean gradient of one block, and of the head, on one mini-batch.
+    """Compute the mean gradient of a block, and of the head, on one mini-batch.
+
+    Of several blocks it takes one backward pass, down to the deepest of them.
 
     Parameters
     ----------
@@ -152,8 +155,8 @@ def block_gradient(
         Model in the mode (``train`` or ``eval``) that the gradient is wanted in.
     partition
         The model's blocks.
-    block_index
-        Block to train, 0 nearest the input.
+    blocks
+        Block to train, 0 nearest the input, or blocks.
     batch
         Arguments of the model; the first dimension of each tensor counts the examples.
     loss_function
@@ -173,11 +176,12 @@ def block_gradient(
     Raises
     ------
     NoGradient
-        The block has none, or PyTorch has not recorded how a parameter was used.
+        A block has none, or PyTorch has not recorded how a parameter was used.
     UserError
         The mini-batch weighs nothing, or bitsandbytes has repacked a layer so that it
         has no gradients.
     """
+    blocks = [blocks] if isinstance(blocks, int) else blocks
     weight = batch_weight(batch)
     if not weight:
         raise UserError(
@@ -187,7 +191,7 @@ def block_gradient(
     keep_differentiable(model)
     mean_loss = 0.0
     with (
-        only_block_trainable(model, partition, block_index) as trainable,
+        only_block_trainable(model, partition, *blocks) as trainable,
         noted_calls(model, trainable) as calls,
     ):
         found = {name: parameter.grad for name, parameter in trainable.items()}
@@ -203,8 +207,8 @@ def block_gradient(
                 mean_loss += loss.item()
             missing = [name for name, p in trainable.items() if p.grad is None]
             calls.check(missing)
-            block = partition.blocks[block_index]
-            require_gradients(f"block {block_index}", block, missing)
+            for block in blocks:
+                require_gradients(f"block {block}", partition.blocks[block], missing)
             gradients = {
                 name: torch.zeros_like(p) if p.grad is None else p.grad
                 for name, p in trainable.items()

@@ -117,17 +117,18 @@ class BlockPartition:
         """Layers that back-propagation passes to finish a block: 1 (last) to N."""
         return self.num_blocks - block_index
 
-    def update_names(self, block_index: int, *, head: bool = True) -> tuple[str, ...]:
-        """Names of the gradients that a device with this block uploads, in order.
+    def update_names(self, *blocks: int, head: bool = True) -> tuple[str, ...]:
+        """Names of the gradients that a device with these blocks uploads, in order.
 
         Parameters
         ----------
-        block_index
-            The block.
+        blocks
+            The block, or the blocks.
         head
             Whether the device uploads the head's gradient, too.
         """
-        return (*self.blocks[block_index], *(self.head if head else ()))
+        names = tuple(name for block in blocks for name in self.blocks[block])
+        return (*names, *(self.head if head else ()))
 
 
 def partition_parameters(

@@ -48,6 +48,38 @@ def test_equals_full_backpropagation(roberta, batch, block_index, training):
         assert gradient.abs().sum() > 0 or "key.bias" in name
 
 
+@pytest.mark.parametrize("blocks", [(0, 1), (1, 2), (0, 1, 2), (0, 2)])
+def test_several_blocks_have_the_gradients_that_each_has(roberta, batch, blocks):
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    roberta.eval()
+    together = block_gradient(roberta, partition, blocks, batch)
+    assert tuple(together.gradients) == partition.update_names(*blocks)
+    expected = full_gradients(roberta, batch)
+    for block in blocks:
+        alone = block_gradient(roberta, partition, block, batch)
+        assert together.loss == alone.loss
+        for name, gradient in alone.gradients.items():
+            assert torch.equal(together.gradients[name], gradient), name
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_of_several_blocks_each_needs_a_gradient():
+    model = nn.ModuleDict({"layer": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
+    partition = partition_parameters(n for n, _ in model.named_parameters())
+
+    def skipping_one(model, batch):
+        return model["layer"][2](model["layer"][0](batch["x"])).sum()
+
+    with pytest.raises(NoGradient, match="No parameter of block 1"):
+        block_gradient(
+            model,
+            partition,
+            [0, 1],
+            {"x": torch.ones(2, 2)},
+            loss_function=skipping_one,
+        )
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5, 6, 100])
 def test_micro_batches_give_the_gradient_of_the_whole(roberta, batch, micro_batch_size):
     partition = partition_parameters(n for n, _ in roberta.named_parameters())
