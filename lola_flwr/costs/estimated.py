@@ -11,19 +11,45 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.memory import Affine, Levers, StepMemory
+from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.payload import payload_bits
 
 Shapes = Mapping[str, Sequence[int]]
+Bytes = Float64Array | float
+
+
+@dataclass(frozen=True, eq=False)
+class TogetherCosts:
+    """What each block costs together with all behind it, trained by one device.
+
+    Parameters
+    ----------
+    flops
+        Operations, shape [N].
+    whole_bytes, pass_bytes
+        As of `StepMemory`, shape [N].
+    block_bytes
+        Gradients of each block alone, without the head's, shape [N].
+    payload_bits
+        Bits that a device with all blocks uploads.
+    """
+
+    flops: Float64Array
+    whole_bytes: Float64Array
+    pass_bytes: Affine
+    block_bytes: Float64Array
+    payload_bits: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +72,9 @@ class BlockCosts:
     step
         Parts of the memory, by which a device that is short of it can do with less;
         None where they are not known.
+    together
+        Gives what blocks cost that one device trains together, when that is asked;
+        None where it is not known.
     """
 
     flops: npt.NDArray[np.float64]
@@ -53,6 +82,36 @@ class BlockCosts:
     payload_bits: npt.NDArray[np.float64]
     gradient_bytes: npt.NDArray[np.float64]
     step: StepMemory | None = None
+    together: Callable[[], TogetherCosts] | None = None
+
+    def joined(self, spans: Collection[Sequence[int]]) -> BlockCosts:
+        """Return the costs where devices train several blocks together.
+
+        Parameters
+        ----------
+        spans
+            The blocks that each of these devices trains, from the input on.
+
+        Returns
+        -------
+        The costs in which the first block of each span has those of the span. Memory
+        is interpolated, by the size of the blocks, between that of the first block
+        alone and that of it with all behind it; operations and payload are sums.
+
+        Raises
+        ------
+        UserError
+            It is not known what several blocks cost.
+        """
+        spans = [span for span in spans if len(span) > 1]
+        if not spans:
+            return self
+        if self.together is None or self.step is None:
+            raise UserError(
+                "What several blocks cost a device is not known of these costs; make "
+                "them with model_costs, or have as many devices as blocks."
+            )
+        return _joined(self, self.step, self.together(), spans)
 
     def required_bytes(
         self, profiles: Sequence[DeviceProfile]
@@ -61,6 +120,51 @@ class BlockCosts:
         if self.step is None:
             return np.tile(self.memory_bytes, (len(profiles), 1))
         return self.step.required_bytes(profiles)
+
+
+def _joined(
+    costs: BlockCosts,
+    step: StepMemory,
+    together: TogetherCosts,
+    spans: Collection[Sequence[int]],
+) -> BlockCosts:
+    num_blocks = costs.flops.size
+    # What a block's own gradients take besides where back-propagation passes it anyway.
+    besides = -np.diff(together.flops - costs.flops, prepend=0.0)
+    # What every message holds: the head's gradient, and what is around it.
+    shared_bits = (costs.payload_bits.sum() - together.payload_bits) / (num_blocks - 1)
+    flops, payload_bits = costs.flops.copy(), costs.payload_bits.copy()
+    update_bytes, array_bytes = step.update_bytes.copy(), step.array_bytes.copy()
+    part = np.zeros(num_blocks)
+    for first, *further in spans:
+        flops[first] += besides[further].sum()
+        payload_bits[first] += (costs.payload_bits[further] - shared_bits).sum()
+        update_bytes[first] += together.block_bytes[further].sum()
+        array_bytes[first] = step.array_bytes[[first, *further]].max()
+        behind = together.block_bytes[first + 1 :].sum()
+        part[first] = together.block_bytes[further].sum() / behind
+
+    def between(alone: Bytes, all_behind: Bytes) -> Float64Array:
+        return np.asarray(alone + part * (all_behind - alone))
+
+    step = replace(
+        step,
+        update_bytes=update_bytes,
+        array_bytes=array_bytes,
+        whole_bytes=between(step.whole_bytes, together.whole_bytes),
+        pass_bytes=Affine(
+            between(step.pass_bytes.fixed, together.pass_bytes.fixed),
+            between(step.pass_bytes.per_sequence, together.pass_bytes.per_sequence),
+        ),
+    )
+    return replace(
+        costs,
+        flops=flops,
+        memory_bytes=step.peak_bytes(Levers(step.micro_batch_size)),
+        payload_bits=payload_bits,
+        gradient_bytes=update_bytes,
+        step=step,
+    )
 
 
 def estimate_costs(
@@ -112,6 +216,7 @@ def estimate_costs(
     nearer_loss = np.cumsum(forward[::-1])[::-1] - forward
     flops = forward.sum() + nearer_loss + 2 * forward
     kept = np.cumsum(passed[::-1])[::-1] + trained
+    behind = np.cumsum(trained[::-1])[::-1] - trained
     if merged:
         partition = partition.merged()
         flops = np.array([3 * forward.sum()])
@@ -119,6 +224,7 @@ def estimate_costs(
     # The head reads a part of the last layer's output, and keeps all of it; as much is
     # on its way back.
     kept = 4.0 * sequence_length * (kept + 2 * layers[-1].hidden_size)
+    kept_together = kept + 4.0 * sequence_length * behind
 
     elements = {name: math.prod(shape) for name, shape in shapes.items()}
     updates = [
@@ -145,13 +251,24 @@ def estimate_costs(
         working_bytes=Affine(0.0, 4.0 * sequence_length * working),
     )
     head = sum(_matrix_elements(shapes[name]) for name in partition.head)
+    # The head reads one token of each sequence.
+    flops = flops + batch_size * 2 * 3 * head
+    together_bytes = np.cumsum((update_bytes - head_bytes)[::-1])[::-1] + head_bytes
+    one = codec_named(codec)
+    together = TogetherCosts(
+        flops=flops + nearer_loss,
+        whole_bytes=together_bytes + batch_size * kept_together,
+        pass_bytes=Affine(np.zeros_like(kept), kept_together),
+        block_bytes=update_bytes - head_bytes,
+        payload_bits=float(payload_bits(partition.merged(), shapes, one)[0]),
+    )
     return BlockCosts(
-        # The head reads one token of each sequence.
-        flops=flops + batch_size * 2 * 3 * head,
+        flops=flops,
         memory_bytes=step.peak_bytes(Levers(batch_size)),
-        payload_bits=payload_bits(partition, shapes, codec_named(codec)),
+        payload_bits=payload_bits(partition, shapes, one),
         gradient_bytes=update_bytes,
         step=step,
+        together=None if merged else lambda: together,
     )
 
 

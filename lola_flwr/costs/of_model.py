@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lola_flwr.costs.counted import counted, parameter_bytes
 from lola_flwr.costs.counter import at_batch
-from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.costs.estimated import BlockCosts, TogetherCosts
 from lola_flwr.costs.examples import training_example
 from lola_flwr.costs.memory import Affine, Levers, StepMemory
 from lola_flwr.costs.shapes import config_file
@@ -72,8 +73,14 @@ def model_costs(
     example = training_example(model, sequence_length) if example is None else example
     partition = partition.merged() if merged else partition
     size = min(micro_batch_size or batch_size, batch_size)
-    counts, held_bytes = counted(
-        model, example, lambda m: (m.count(partition, size), m.held_bytes())
+    counts, held_bytes, count_together = counted(
+        model,
+        example,
+        lambda m: (
+            m.count(partition, size),
+            m.held_bytes(),
+            m.later(lambda: m.count(partition, size, together=True)),
+        ),
     )
     sizes = parameter_bytes(model)
 
@@ -105,16 +112,30 @@ def model_costs(
         working_bytes=Affine.through(counts.below_one_bytes, counts.below_bytes, size),
     )
     passes = -(-batch_size // size)
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    block_bytes = np.array(
+        [sum(parameters[name].nbytes for name in block) for block in partition.blocks]
+    )
+    all_bits = payload_bits(partition.merged(), shapes, codec_named(codec))
+
+    @cache
+    def together() -> TogetherCosts:
+        counts = count_together()
+        return TogetherCosts(
+            flops=passes * at_batch(counts.flops, batch_size / passes),
+            whole_bytes=counts.whole_bytes,
+            pass_bytes=Affine.through(counts.one_bytes, counts.pass_bytes, size),
+            block_bytes=block_bytes,
+            payload_bits=float(all_bits[0]),
+        )
+
     return BlockCosts(
         flops=passes * at_batch(counts.flops, batch_size / passes),
         memory_bytes=step.peak_bytes(Levers(size)),
-        payload_bits=payload_bits(
-            partition,
-            {n: tuple(p.shape) for n, p in parameters.items()},
-            codec_named(codec),
-        ),
+        payload_bits=payload_bits(partition, shapes, codec_named(codec)),
         gradient_bytes=update_bytes,
         step=step,
+        together=together,
     )
 
 

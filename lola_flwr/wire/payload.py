@@ -7,7 +7,7 @@ and the records around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -74,6 +74,7 @@ def payload_bits(
     sends_head: npt.NDArray[np.bool_] | None = None,
     *,
     by_name: bool = False,
+    spans: Iterable[Sequence[int]] = (),
 ) -> npt.NDArray[np.float64]:
     """Bits that the device of each block uploads, shape [N].
 
@@ -90,13 +91,19 @@ def payload_bits(
         all do).
     by_name
         Whether each parameter is an array of its own.
+    spans
+        Blocks that one device trains together: what it uploads is at the first of them.
     """
     head = np.ones(partition.num_blocks, bool) if sends_head is None else sends_head
+    blocks = {span[0]: span for span in spans}
     return np.array(
         [
             8.0
             * update_bytes(
-                partition.update_names(n, head=head[n]), shapes, codec, by_name=by_name
+                partition.update_names(*blocks.get(n, (n,)), head=head[n]),
+                shapes,
+                codec,
+                by_name=by_name,
             )
             for n in range(partition.num_blocks)
         ]
@@ -112,7 +119,8 @@ class Payloads:
     codecs
         Names of the codecs that a device may be given, coarsest first, L of them.
     bits
-        Bits that each block's device uploads in each codec, shape [L, N].
+        Bits that each block's device uploads in each codec, shape [L, N]; of several
+        blocks, at the first.
     sends_head
         Whether a block's device sends the head's gradient too, shape [N].
     """
@@ -158,7 +166,12 @@ class UpdateSizes:
         """Check the names: unknown ones are errors now, not in round 1."""
         self.payloads(1, np.ones(self.partition.num_blocks, bool))
 
-    def payloads(self, server_round: int, trained: npt.NDArray[np.bool_]) -> Payloads:
+    def payloads(
+        self,
+        server_round: int,
+        trained: npt.NDArray[np.bool_],
+        spans: Collection[Sequence[int]] = (),
+    ) -> Payloads:
         """Return the payloads of a round.
 
         Parameters
@@ -167,9 +180,13 @@ class UpdateSizes:
             Round, from 1.
         trained
             Which blocks are trained in it, shape [N].
+        spans
+            Blocks that one device trains together.
         """
         codecs = codec_ladder(self.codec)
         sends_head = head_senders(self.head, server_round, trained)
+        for span in spans:
+            sends_head[span[0]] = sends_head[list(span)].any()
         bits = [
             payload_bits(
                 self.partition,
@@ -177,6 +194,7 @@ class UpdateSizes:
                 codec_named(name),
                 sends_head,
                 by_name=self.by_name,
+                spans=spans,
             )
             for name in codecs
         ]

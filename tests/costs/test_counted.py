@@ -11,6 +11,7 @@ from packaging.version import Version
 from torch import nn
 
 from lola_flwr.costs.counted import counted
+from lola_flwr.costs.counter import at_batch
 from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.costs.examples import training_example
 from lola_flwr.costs.memory import Levers
@@ -23,6 +24,7 @@ from lola_flwr.model.blocks import BlockPartition, partition_parameters
 from simulations.benchmarks.cost_cases import CASES
 from simulations.benchmarks.counted_costs import compare
 from tests.conftest import SMALL
+from tests.marks import rest_slow
 from tests.model.test_blocks import CASES as MODELS
 from tests.model.test_blocks import built
 
@@ -108,21 +110,17 @@ def layers_of_stages():
     return MODELS["swin by layers"].make(), MODELS["swin by layers"].by_hand
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        layers_alike,
-        pytest.param(layers_in_turn, marks=pytest.mark.slow),
-        pytest.param(layers_of_stages, marks=pytest.mark.slow),
-    ],
-)
+LAYERS = rest_slow([layers_alike, layers_in_turn, layers_of_stages])
+
+
+@pytest.mark.parametrize("make", LAYERS)
 def test_all_blocks_are_as_if_each_was_counted(make):
     model, by_hand = make()
     partition = partition_of(model, **by_hand)
 
     def count(runnable):
         blocks = range(partition.num_blocks)
-        runs = [runnable.run(partition, index) for index in blocks]
+        runs = [runnable.run(partition, [index]) for index in blocks]
         return runnable.count(partition, 6), runs
 
     every, runs = counted(model, training_example(model, 10), count)
@@ -130,6 +128,31 @@ def test_all_blocks_are_as_if_each_was_counted(make):
         np.testing.assert_array_equal(every.flops[index], run.flops)
         assert every.whole_bytes[index] == run.peak_bytes(6)
         assert every.one_bytes[index] == run.peak_bytes(1, gradients=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [layers_alike, layers_in_turn, layers_of_stages])
+def test_blocks_together_are_as_if_they_were_counted(make):
+    model, by_hand = make()
+    partition = partition_of(model, **by_hand)
+    costs = model_costs(model, partition, batch_size=6, sequence_length=10)
+    last = partition.num_blocks - 1
+    spans = [(0, 1), tuple(range(1, last)), tuple(range(last + 1))]
+    runs = counted(
+        model,
+        training_example(model, 10),
+        lambda m: [m.run(partition, span) for span in (spans[0], *spans)][1:],
+    )
+    for span, run in zip(spans, runs, strict=True):
+        joined, first = costs.joined([span]), span[0]
+        assert joined.flops[first] == pytest.approx(at_batch(run.flops, 6), rel=1e-12)
+        expected = run.peak_bytes(6)
+        assert joined.step.whole_bytes[first] == pytest.approx(expected, rel=0.15)
+        # Other blocks cost what they did.
+        others = np.arange(last + 1) != first
+        np.testing.assert_array_equal(joined.flops[others], costs.flops[others])
+        memory_bytes = joined.memory_bytes[others]
+        np.testing.assert_array_equal(memory_bytes, costs.memory_bytes[others])
 
 
 def test_sizes_between_take_no_more_than_is_planned(roberta):

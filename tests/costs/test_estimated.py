@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import partition_parameters
 
@@ -76,3 +79,42 @@ def test_deeper_blocks_cost_more(roberta):
     costs, _ = costs_of(roberta, batch_size=8, sequence_length=16)
     assert np.all(np.diff(costs.flops) < 0)
     assert np.all(np.diff(costs.memory_bytes) < 0)
+
+
+def sized(model, **options):
+    return costs_of(model, batch_size=6, sequence_length=10, **options)[0]
+
+
+def test_all_blocks_together_cost_what_merged_ones_do(roberta):
+    costs, merged = sized(roberta), sized(roberta, merged=True)
+    joined = costs.joined([(0, 1, 2)])
+    for name in ("flops", "memory_bytes", "payload_bits", "gradient_bytes"):
+        np.testing.assert_allclose(getattr(joined, name)[0], getattr(merged, name)[0])
+        np.testing.assert_array_equal(
+            getattr(joined, name)[1:], getattr(costs, name)[1:]
+        )
+
+
+def test_some_blocks_together_cost_what_lies_between(roberta):
+    costs = sized(roberta)
+    together = costs.joined([(0, 1)])
+    both = costs.joined([(0, 1), (2,)])
+    every = costs.joined([(0, 1, 2)])
+    apart = costs.joined([(0, 2)])
+    for name in ("flops", "memory_bytes", "payload_bits", "gradient_bytes"):
+        alone, two, odd, three = (
+            getattr(c, name)[0] for c in (costs, together, apart, every)
+        )
+        assert alone < two < three
+        assert odd == pytest.approx(two)
+        # Each block more adds as much, these being alike.
+        assert two - alone == pytest.approx(three - two)
+        assert getattr(both, name)[0] == two
+    assert costs.joined([(0,), (2,)]) is costs
+
+
+def test_costs_without_those_together_are_refused(roberta):
+    costs = replace(sized(roberta), together=None)
+    assert costs.joined([(1,)]) is costs
+    with pytest.raises(UserError, match="make them with model_costs"):
+        costs.joined([(0, 1)])

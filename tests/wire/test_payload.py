@@ -26,6 +26,7 @@ from lola_flwr.wire.payload import (
     head_senders,
     payload_bits,
     projections_bytes,
+    update_bytes,
 )
 from lola_flwr.wire.records import REPORT_KEY, UpdateReport
 from lola_flwr.zeroth_order.directions import MAX_DIRECTIONS
@@ -111,6 +112,28 @@ def serialised_bytes(arrays, interface, **changes):
     ask = Message(RecordDict(), dst_node_id=2**62, message_type="train", group_id="7")
     ask.metadata.__dict__["_message_id"] = "f" * 64
     return message_bytes(Message(content, reply_to=ask))
+
+
+@pytest.mark.parametrize("head", ["every", "shallowest", "rotating"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_several_blocks_are_one_message(head, by_name):
+    partition = partition_parameters(ADAPTERS)
+    sizes = UpdateSizes(partition, ADAPTERS, "fp32", head, by_name=by_name)
+    trained = np.ones(12, bool)
+    alone = sizes.payloads(5, trained)
+    together = sizes.payloads(5, trained, [(0, 1, 2), (3, 4, 5, 6), (7, 8, 9, 10, 11)])
+    # As many heads as before with "every", else one, in the span with that block.
+    heads = {"every": [0, 3, 7], "shallowest": [7], "rotating": [3]}[head]
+    assert [n for n in (0, 3, 7) if together.sends_head[n]] == heads
+    for first, last in ((0, 2), (3, 6), (7, 11)):
+        names = partition.update_names(
+            *range(first, last + 1), head=bool(together.sends_head[first])
+        )
+        assert together.bits[0, first] == 8 * update_bytes(
+            names, ADAPTERS, codec_named("fp32"), by_name=by_name
+        )
+    others = [n for n in range(12) if n not in (0, 3, 7)]
+    np.testing.assert_array_equal(together.bits[:, others], alone.bits[:, others])
 
 
 @pytest.mark.parametrize("codec_name", ["fp32", "bf16", "int8", "topk:0.01"])

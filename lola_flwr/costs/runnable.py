@@ -1,0 +1,251 @@
+"""A model that runs to be counted: one pass after the other, for every block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from lola_flwr.arrays import Float64Array
+from lola_flwr.costs.counter import Counter, Pass, TwoPasses
+from lola_flwr.costs.operations import dense_parts
+from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.trace import Example
+
+Result = TypeVar("Result")
+
+# Stands for the name of a model's first argument.
+_FIRST = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """What was counted of the steps that train each block.
+
+    Parameters
+    ----------
+    flops
+        Operations: coefficients of the powers of the batch size, shape [N, powers].
+    whole_bytes
+        What the step takes besides weights at its peak, shape [N].
+    one_bytes, pass_bytes
+        The same without the gradients of block and head, of one example and of all,
+        shape [N] each.
+    below_one_bytes, below_bytes
+        The same before the last block runs, where nothing is kept.
+    """
+
+    flops: Float64Array
+    whole_bytes: Float64Array
+    one_bytes: Float64Array
+    pass_bytes: Float64Array
+    below_one_bytes: float
+    below_bytes: float
+
+
+@dataclass(frozen=True, eq=False)
+class Runnable:
+    """A model that runs to be counted.
+
+    Parameters
+    ----------
+    model
+        The model, in training mode: a copy without values, or itself.
+    examples
+        Its input: for a batch of `BATCHES` if it is fake, else for two and for three.
+    tensors
+        All that the model holds: parameters, buffers, and what a quantisation keeps
+        beside them.
+    batch
+        The fake examples; 0: they are real.
+    mode
+        What makes it fake.
+    """
+
+    model: nn.Module
+    examples: tuple[Example, ...]
+    tensors: tuple[Tensor, ...]
+    batch: int = 0
+    mode: FakeTensorMode | None = None
+
+    def later(self, count: Callable[[], Result]) -> Callable[[], Result]:
+        """Return what counts something on it when that is asked for, and once.
+
+        A model that runs in earnest is the caller's, and is counted on now.
+        """
+        mode = self.mode
+        if mode is None:
+            counts = count()
+            return lambda: counts
+
+        @cache
+        def counted_once() -> Result:
+            with as_it_was(), mode:
+                return count()
+
+        return counted_once
+
+    def held_bytes(self) -> int:
+        """Return what the model's tensors take."""
+        return sum(storages_of(self.tensors).values())
+
+    def count(
+        self, partition: BlockPartition, batch_size: int, *, together: bool = False
+    ) -> Counts:
+        """Count the steps that train each block, with a batch of that size.
+
+        If ``together``, those that train each block and all behind it.
+        """
+        last = partition.num_blocks - 1
+
+        def blocks(first: int) -> Sequence[int]:
+            return range(first, last + 1) if together else [first]
+
+        # Some layers prepare something when they are first called.
+        self.run(partition, None)
+        passes = {last: self.run(partition, [last])}
+        below_bytes = [
+            passes[last].peak_bytes(size, before=last) for size in (1, batch_size)
+        ]
+        groups = self._alike(passes[last], partition)
+        rows: dict[int, Float64Array] = {}
+
+        def row(block: int) -> Float64Array:
+            if block not in rows:
+                done = passes.pop(block, None) or self.run(partition, blocks(block))
+                peaks = [
+                    done.peak_bytes(batch_size),
+                    done.peak_bytes(1, gradients=False),
+                    done.peak_bytes(batch_size, gradients=False),
+                ]
+                rows[block] = np.array([*done.flops, *peaks], np.float64)
+            return rows[block]
+
+        def fill(low: int, high: int) -> None:
+            """Find the rows between two blocks, where all are alike."""
+            step = row(high) - row(low)
+            if high - low < 2:
+                return
+            middle = (low + high) // 2
+            rise = row(middle) - row(low)
+            if np.array_equal(rise * (high - low), step * (middle - low)):
+                for block in range(low + 1, high):
+                    rows[block] = row(low) + step * (block - low) / (high - low)
+            else:
+                fill(low, middle)
+                fill(middle, high)
+
+        for low, high in groups:
+            fill(low, high)
+        table = np.array([rows[block] for block in range(partition.num_blocks)])
+        return Counts(table[:, :-3], *table[:, -3:].T, *below_bytes)
+
+    def run(
+        self, partition: BlockPartition, blocks: Sequence[int] | None
+    ) -> Pass | TwoPasses:
+        """Count one pass: forward, and back to the first of blocks unless None."""
+        passes = [self._run(partition, blocks, example) for example in self.examples]
+        return passes[0] if len(passes) == 1 else TwoPasses(*passes)
+
+    def _run(
+        self,
+        partition: BlockPartition,
+        blocks: Sequence[int] | None,
+        example: Example,
+    ) -> Pass:
+        counter = Counter(self._owners(partition), self.batch)
+        inputs = example if isinstance(example, Mapping) else {_FIRST: example}
+        # What says how many examples there are comes first.
+        batch = dict(sorted(inputs.items(), key=lambda i: not isinstance(i[1], Tensor)))
+
+        def loss_function(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+            loss = _scalar(model, batch)
+            counter.tracing = False
+            return loss
+
+        with counter:
+            counter.note(v for v in batch.values() if isinstance(v, Tensor))
+            if blocks is None:
+                with torch.no_grad():
+                    loss_function(self.model, batch)
+                return counter.result()
+            found = block_gradient(
+                self.model, partition, blocks, batch, loss_function=loss_function
+            )
+        return counter.result(found.gradients.values())
+
+    def _owners(self, partition: BlockPartition) -> dict[int, int]:
+        """Map the storage of each of the model's tensors to its block, or to -1."""
+        owners = dict.fromkeys(storages_of(self.tensors), -1)
+        parameters = dict(self.model.named_parameters())
+        layers = partition.layers or ((),) * partition.num_blocks
+        for index, names in enumerate(zip(partition.blocks, layers, strict=True)):
+            own = [parameters[name] for part in names for name in part]
+            owners.update(dict.fromkeys(storages_of(own), index))
+        return owners
+
+    def _alike(
+        self, done: Pass | TwoPasses, partition: BlockPartition
+    ) -> list[tuple[int, int]]:
+        """Return the first and the last block of each run of blocks that are alike.
+
+        These run the same operations on the same shapes, and train the same shapes; so
+        does the block before each. (What goes into the first of them may be kept by
+        others, as what embeddings give is.)
+        """
+        blocks = range(partition.num_blocks)
+        if list(done.starts) != list(blocks):
+            return [(block, block) for block in blocks]
+        parameters = dict(self.model.named_parameters())
+
+        def kind(block: int) -> tuple[Any, ...]:
+            trained = [parameters[name] for name in partition.blocks[block]]
+            return (done.traces[block], *((p.shape, p.dtype) for p in trained))
+
+        kinds = [None, *map(kind, blocks)]
+        runs = [list(run) for _, run in groupby(blocks, lambda n: kinds[n : n + 2])]
+        return [(run[0], run[-1]) for run in runs]
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Leave random numbers as they were; some models draw their masks with NumPy."""
+    state = np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+def _scalar(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Run a model forward to something that can be differentiated."""
+    output = model(batch[_FIRST]) if _FIRST in batch else model(**batch)
+    loss: Tensor | None = getattr(output, "loss", None)
+    if loss is not None:
+        return loss
+    # What models of transformers return besides is for later calls.
+    outputs = output[0] if hasattr(output, "to_tuple") else output
+    sums = [
+        leaf.float().sum()
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+
+
+def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Map the storages of tensors to their sizes, bytes."""
+    parts = [part for tensor in tensors for part in dense_parts(tensor)]
+    storages = [part.untyped_storage() for part in parts]
+    return {storage._cdata: storage.nbytes() for storage in storages}
