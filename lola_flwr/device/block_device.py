@@ -58,7 +58,7 @@ BatchSource = Callable[[int, int], Batch]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockDevice:
-    """Trains the block that the server assigns, on the device's own data.
+    """Trains the block or blocks that the server assigns, on the device's own data.
 
     Parameters
     ----------
@@ -132,7 +132,7 @@ class BlockDevice:
         assignment: Assignment,
         values: Mapping[str, npt.NDArray[Any]],
     ) -> LocalUpdate:
-        """Compute the mean gradient of the assigned block on one mini-batch.
+        """Compute the mean gradient of the assigned blocks on one mini-batch.
 
         Parameters
         ----------
@@ -325,7 +325,9 @@ class BlockDevice:
         return self._own_levers(assignment, streams=streams), self.prefix_cache
 
     def _own_levers(self, assignment: Assignment, *, streams: bool) -> Levers:
-        step = None if self.costs is None else self.costs().step
+        step = None
+        if self.costs is not None:
+            step = self.costs().joined([assignment.blocks]).step
         if step is None:
             return Levers(self.micro_batch_size, stream_prefix=streams)
         chosen = step.choose(self.profile)[assignment.block_index]

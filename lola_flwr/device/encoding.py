@@ -25,7 +25,7 @@ def encode_update(
     Parameters
     ----------
     gradients
-        Gradients of the block and of the head, by parameter.
+        Gradients of the blocks and of the head, by parameter.
     partition
         The model's blocks.
     assignment
@@ -48,8 +48,7 @@ def encode_update(
             f"codec={assignment.codec!r} leaves out what a device must keep for its "
             "next gradient; give the device a directory: BlockDevice(store=...)."
         )
-    block = assignment.block_index
-    parts = {f"block-{block}": partition.blocks[block]}
+    parts = {f"block-{block}": partition.blocks[block] for block in assignment.blocks}
     if assignment.sends_head:
         parts["head"] = partition.head
     projection = projection_of(assignment)

@@ -84,12 +84,15 @@ def down_to_the_block(
     micro_batch_size: int,
     batch_weight: BatchWeight,
 ) -> StepResult:
-    """Back-propagate from the loss down to the block: the gradient itself."""
+    """Back-propagate from the loss down to the block: the gradient itself.
+
+    Of several blocks, it is one pass down to the first.
+    """
     return _of(
         block_gradient(
             model,
             partition,
-            assignment.block_index,
+            assignment.blocks,
             batch,
             loss_function=loss_function,
             micro_batch_size=micro_batch_size,
@@ -139,7 +142,7 @@ def forward_passes_alone(
     """
     projections, loss = projected_gradients(
         model,
-        partition.update_names(assignment.block_index, head=assignment.sends_head),
+        partition.update_names(*assignment.blocks, head=assignment.sends_head),
         batch,
         directions=directions_of(assignment),
         loss_function=loss_function,

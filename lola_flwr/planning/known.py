@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,11 +103,20 @@ class RunStatement:
         """Number of blocks N."""
         return self.costs.flops.size
 
-    def payloads(self, server_round: int, trained: BoolArray) -> Payloads:
-        """Return what devices may upload in a round that trains some blocks, [N]."""
+    def payloads(
+        self,
+        server_round: int,
+        trained: BoolArray,
+        spans: Collection[Sequence[int]] = (),
+    ) -> Payloads:
+        """Return what devices may upload in a round that trains some blocks, [N].
+
+        Of the blocks of a span, which one device trains together, it is at the first.
+        """
         if self.sizes is None:
-            return Payloads(("",), self.costs.payload_bits[None, :], trained)
-        return self.sizes.payloads(server_round, trained)
+            bits = self.costs.joined(spans).payload_bits
+            return Payloads(("",), bits[None, :], trained)
+        return self.sizes.payloads(server_round, trained, spans)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

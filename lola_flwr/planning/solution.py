@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lola_flwr.allocation import (
@@ -50,7 +50,10 @@ class SolvedRound:
     num_excluded: int
 
     def active(self) -> Iterator[tuple[int, int]]:
-        """Give row and block of each active device, in the order of the rows."""
+        """Give row and block of each active device, in the order of the rows.
+
+        Of several blocks that a device trains, it is the first.
+        """
         for row, block in enumerate(self.allocation.block_of_device.tolist()):
             if block >= 0:
                 yield row, block
@@ -73,6 +76,9 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
     """
     stated = stated_round(run, known)
     allocation = _rotated(run, known, stated, _allocated(run, known, stated))
+    if stated.bound_s < allocation.bound_s:
+        # The best matching for these spans; others were not ruled out.
+        allocation = replace(allocation, bound_s=stated.bound_s)
     problem, allocation, codec_level = refine_payloads(
         stated.problem,
         allocation,
@@ -141,6 +147,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
                 payload_bytes=int(payload_bits) // 8,
                 required_memory_bytes=float(stated.required_bytes[row, block]),
                 memory_bytes=stated.profiles[row].memory_bytes,
+                further_blocks=stated.blocks(block)[1:],
             )
         )
     return tuple(sorted(records, key=lambda record: record.block_index))

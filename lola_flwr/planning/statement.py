@@ -7,8 +7,9 @@ has in common and what is known before a round to a problem that can be solved.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -25,6 +26,7 @@ from lola_flwr.d2ft.rescue import Schedules, with_reduced_schedules
 from lola_flwr.planning.candidates import lifted, narrowed, spared
 from lola_flwr.planning.known import Known, RunStatement
 from lola_flwr.planning.latency_target import most_valuable_blocks
+from lola_flwr.planning.spans import Spans, chosen_spans, rotates
 from lola_flwr.system.channel import uplink_rates_bps
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.payload import Payloads
@@ -58,6 +60,11 @@ class RoundProblem:
         What the layers are to do, where a device is to do less than all.
     payloads
         What devices may be told to upload.
+    spans
+        Blocks that one device trains together, by the first of them: where there are
+        fewer devices than blocks. All else has their costs at the first.
+    bound_s
+        No other spans allow a shorter round than this.
     """
 
     problem: AllocationProblem
@@ -70,6 +77,20 @@ class RoundProblem:
     without_backward: BoolArray
     schedules: Schedules
     payloads: Payloads
+    spans: Spans = field(default_factory=dict)
+    bound_s: float = math.inf
+
+    def blocks(self, first: int) -> tuple[int, ...]:
+        """Return the blocks that a device trains that is given one: itself, mostly."""
+        return self.spans.get(first, (first,))
+
+    @property
+    def trained(self) -> BoolArray:
+        """Tell which blocks the round trains, shape [N]."""
+        trained = self.problem.demand > 0
+        for first in np.flatnonzero(trained):
+            trained[list(self.blocks(int(first)))] = True
+        return trained
 
     def operations(self, row: int, block: int) -> str | None:
         """Return what an assignment says about the layers; None: all run."""
@@ -80,7 +101,8 @@ class RoundProblem:
     def of_rows(self, rows: IntArray, problem: AllocationProblem) -> RoundProblem:
         """Return what is assumed of some of the devices, with the problem for these."""
         place = {int(row): n for n, row in enumerate(rows)}
-        return RoundProblem(
+        return replace(
+            self,
             problem=problem,
             rows=self.rows[rows],
             profiles=tuple(self.profiles[row] for row in rows),
@@ -94,7 +116,6 @@ class RoundProblem:
                 for (row, block), operations in self.schedules.items()
                 if row in place
             },
-            payloads=self.payloads,
         )
 
 
@@ -114,6 +135,7 @@ def stated_round(run: RunStatement, known: Known) -> RoundProblem:
         None of the wanted blocks can be trained within the latency target.
     """
     stated = claimed(run, known)
+    stated = together(run, known, stated)
     stated = reduced(run, stated)
     stated = without_backward(run, known, stated)
     stated = charged(run, stated)
@@ -164,6 +186,42 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
         schedules={},
         payloads=payloads,
     )
+
+
+def together(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:
+    """Let devices train several blocks each, where there are fewer of them."""
+    chosen = chosen_spans(
+        run,
+        known,
+        stated.problem,
+        rate_bps=stated.rate_bps,
+        memory_limit_bytes=stated.memory_limit_bytes,
+    )
+    if chosen is None:
+        return stated
+    spans, bound_s = chosen
+    speed = np.array([profile.flops_per_s for profile in stated.profiles])
+    costs = run.costs.joined(spans.values())
+    claimed_s = costs.flops[None, :] / speed[:, None]  # [K, N]
+    required_bytes = costs.required_bytes(stated.profiles)  # [K, N]
+    memory_bytes = np.array([profile.memory_bytes for profile in stated.profiles])
+    mode = replace(stated.problem.mode, blocks=tuple(spans), participation="needed")
+    problem = replace(
+        stated.problem,
+        compute_s=known.estimate.correct(claimed_s, known.names),
+        feasible=required_bytes <= memory_bytes[:, None],
+        required_memory_bytes=required_bytes.min(axis=0),
+        mode=mode,
+    )
+    joined = replace(
+        stated,
+        problem=problem,
+        claimed_s=claimed_s,
+        required_bytes=required_bytes,
+        spans=spans,
+        bound_s=bound_s,
+    )
+    return uploading(run, known, joined)
 
 
 def reduced(run: RunStatement, stated: RoundProblem) -> RoundProblem:
@@ -252,7 +310,8 @@ def in_time(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProbl
 
 def uploading(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:
     """Let the blocks that are trained take the times that their payloads take."""
-    payloads = run.payloads(known.server_round, stated.problem.demand > 0)
+    spans = stated.spans.values()
+    payloads = run.payloads(known.server_round, stated.trained, spans)
     full_band_upload_s = np.where(
         stated.without_backward[:, None],
         stated.problem.full_band_upload_s,
@@ -271,7 +330,7 @@ def asked(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem
         memory_limit_bytes=stated.memory_limit_bytes,
         failures=known.failures,
         block_updates=known.block_updates,
-        partial=known.partial,
+        partial=known.partial or rotates(stated.problem),
     )
     return stated.of_rows(rows, problem)
 

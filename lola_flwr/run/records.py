@@ -24,7 +24,8 @@ class BlockRecord:
     ``payload_bytes`` is the message that the allocation counted on, ``received_bytes``
     the arrays in the one that came, ``sent_bytes`` the arrays sent to the device.
     Memory is what the block needs by the cost model, what the device offers, and at its
-    peak what the device measured, None if it did not.
+    peak what the device measured, None if it did not. ``further_blocks`` are those that
+    the device trains besides, behind ``block_index``.
     """
 
     block_index: int
@@ -47,6 +48,29 @@ class BlockRecord:
     required_memory_bytes: float | None = None
     memory_bytes: float | None = None
     peak_memory_bytes: float | None = None
+    further_blocks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """JSON knows no tuples."""
+        object.__setattr__(self, "further_blocks", tuple(self.further_blocks))
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """All blocks that the device trains, from the input on."""
+        return (self.block_index, *self.further_blocks)
+
+    @property
+    def numbers(self) -> str:
+        """The blocks in words: ``"3"``, ``"3-5"``, ``"3-5,8"``."""
+        runs: list[list[int]] = []
+        for block in self.blocks:
+            if runs and block == runs[-1][-1] + 1:
+                runs[-1].append(block)
+            else:
+                runs.append([block])
+        return ",".join(
+            f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs
+        )
 
     @property
     def exceeds_memory(self) -> bool:
@@ -197,7 +221,7 @@ class RoundRecord(Record):
             )
             status = "" if block.status == "accepted" else f" [{block.status}]"
             lines.append(
-                f"  block {block.block_index:2d} depth {block.depth:2d} "
+                f"  block {block.numbers:>2s} depth {block.depth:2d} "
                 f"{block.device}: share {block.share:.4f}, compute "
                 f"{block.compute_s:.3f} s{reported} + upload {block.upload_s:.3f} s"
                 f"{measured} = {block.latency_s:.3f} s{mark}{status}"
@@ -214,7 +238,7 @@ class RoundRecord(Record):
                 )
                 lines.append(
                     f"  fault of the cost model: {block.device} took {peak} of memory "
-                    f"for block {block.block_index} and offers {offered}; expected "
+                    f"for block {block.numbers} and offers {offered}; expected "
                     f"{expected}"
                 )
         if self.num_excluded:

@@ -6,7 +6,7 @@ adapter that carries its plans out and hands it the replies as bytes and records
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -211,7 +211,7 @@ class Coordinator:
         )
         # In the plan's order, so that the sum does not depend on who came first.
         updates = [
-            (plan.assignments[device].block_index, checked.accepted[device].update)
+            (plan.assignments[device].blocks, checked.accepted[device].update)
             for device in plan.device_ids
             if device in checked.accepted
         ]
@@ -244,7 +244,9 @@ class Coordinator:
         )
 
     def _stepped(
-        self, server_round: int, updates: Collection[tuple[int, BlockUpdate]]
+        self,
+        server_round: int,
+        updates: Collection[tuple[Sequence[int], BlockUpdate]],
     ) -> dict[int, float]:
         """Step the model; return how far each block that was stepped has moved."""
         values = self._model.state()
@@ -258,7 +260,7 @@ class Coordinator:
             [update for _, update in updates],
             zeroth_order_lr=0.0 if zeroth_order is None else zeroth_order.lr,
         )
-        blocks = [block for block, _ in updates]
+        blocks = [block for trained, _ in updates for block in trained]
         return relative_moves(self.partition, blocks, before, values)
 
     def _with_importance(self, server_round: int) -> RunState:

@@ -175,9 +175,8 @@ class UpdateReader:
             examples = min(examples, most)
         elif examples > most:
             raise UpdateRefused("wrong-examples", f"claims {examples} of {most}")
-        names = self.partition.update_names(
-            assignment.block_index, head=assignment.sends_head
-        )
+        blocks = assignment.blocks
+        names = self.partition.update_names(*blocks, head=assignment.sends_head)
         if report.update_kind == "zeroth-order":
             estimate = self._estimated(report, assignment, sent, names)
             return BlockUpdate(estimate, examples, zeroth_order=True), report
@@ -187,22 +186,23 @@ class UpdateReader:
         tensors = self._named_tensors(reply, names)
         moves = self._moves(tensors, sent, names)
         norm = _norm(moves)
-        for name in self.partition.blocks[assignment.block_index]:
-            moves[name] = self._damping * moves[name]
+        damping = self._damping(len(blocks))
+        for name in self.partition.update_names(*blocks, head=False):
+            moves[name] = damping * moves[name]
         statistics = self._statistics(tensors, sent)
         return BlockUpdate(moves, examples, statistics, norm), report
 
-    @property
-    def _damping(self) -> np.float32:
-        """What is left of a block's move, which is then taken as a gradient.
+    def _damping(self, num_trained: int) -> np.float32:
+        """Return what is left of blocks' moves, which are then taken as a gradient.
 
         All N blocks move at once, each trained as if the others stood still: whole
         moves overshoot. 1/N is the share that a block keeps of its move where whole
-        models are averaged, as FedAvg does. A step of plain SGD with lr=1 is then just
-        this; an optimizer that normalises its steps, such as AdamW, cancels the factor.
-        The head, which all devices move, keeps their mean move.
+        models are averaged, as FedAvg does; blocks that a device has trained together
+        keep theirs together. A step of plain SGD with lr=1 is then just this; an
+        optimizer that normalises its steps, such as AdamW, cancels the factor. The
+        head, which all devices move, keeps their mean move.
         """
-        return np.float32(1 / self.partition.num_blocks)
+        return np.float32(num_trained / self.partition.num_blocks)
 
     def _gradients(
         self,

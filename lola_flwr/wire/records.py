@@ -133,7 +133,7 @@ class Assignment(_Record):
     server_round
         Round, from 1.
     block_index
-        Block to train, 0 nearest the input.
+        Block to train, 0 nearest the input; of several, the first.
     share
         Share of the uplink band, in (0, 1].
     batch_size
@@ -170,6 +170,9 @@ class Assignment(_Record):
     operations
         What each layer is to do, a letter each: see ``lola_flwr.d2ft.reduced``. None:
         all layers run.
+    further_blocks
+        Blocks to train besides, behind the first, separated by spaces; None: it is one
+        block.
     """
 
     server_round: int
@@ -194,6 +197,12 @@ class Assignment(_Record):
     projection_period: int | None = None
     projection_seed: int | None = None
     operations: str | None = None
+    further_blocks: str | None = None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks to train, from the input on."""
+        return (self.block_index, *map(int, (self.further_blocks or "").split()))
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,7 @@ class UpdateReport(_Record):
     server_round
         Round of the assignment that this answers.
     block_index
-        Block of the assignment that this answers.
+        Block of the assignment that this answers; of several, the first.
     update_kind
         What the arrays are. ``"gradient"``: one array, in the assignment's codec.
         ``"weights"``: those after local training, by name, in float32, since a codec

@@ -68,6 +68,7 @@ def parts(record):
     return [
         {
             "block": part.block_index,
+            "further_blocks": list(part.further_blocks),
             "depth": part.depth,
             "device": part.device,
             "share": part.share,

@@ -15,6 +15,8 @@ from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import InvalidProfile, simulated_device
+from lola_flwr.wire.codec import codec_named
+from lola_flwr.wire.payload import update_bytes
 from lola_flwr.wire.records import UpdateReport
 from tests.flat_settings import coordinator_of
 
@@ -27,10 +29,17 @@ PARTITION = partition_parameters(SHAPES)
 
 
 def make_coordinator(
-    *, num_devices=4, batch_size=8, optimizer_options=None, **options
+    *,
+    num_devices=4,
+    batch_size=8,
+    optimizer_options=None,
+    without_together=False,
+    **options,
 ) -> Coordinator:
     """A model of three small blocks, plain SGD with a rate of 1, simulated devices."""
     costs = estimate_costs(SHAPES, PARTITION, batch_size=batch_size, sequence_length=4)
+    if without_together:
+        costs = replace(costs, together=None)
     # The gradients of these tests are round numbers; most are not to be scaled down.
     options.setdefault("max_gradient_norm", 1e3)
     state = {name: np.ones(SHAPES[name], np.float32) for name in PARTITION.trainable}
@@ -61,16 +70,16 @@ def size_of(names) -> int:
 
 def honest_reply(plan, device_id, *, value=0.5, **changes) -> DeviceReply:
     """What a device that does its work sends: a gradient of equal elements."""
-    block = plan.assignments[device_id].block_index
+    blocks = plan.assignments[device_id].blocks
     report = UpdateReport(
         server_round=plan.server_round,
-        block_index=block,
+        block_index=blocks[0],
         update_kind="gradient",
         loss=0.7,
         compute_s=0.1,
         compute_clock="simulated",
     )
-    names = PARTITION.update_names(block)
+    names = PARTITION.update_names(*blocks)
     fields = {
         "device_id": device_id,
         "tensors": [npy(np.full(size_of(names), value, np.float32))],
@@ -244,9 +253,90 @@ def test_the_name_of_a_nodes_id_is_its_own():
     assert coordinator.meet_devices(1, ["7", "8"]) == []
 
 
-def test_too_few_devices_say_so():
-    with pytest.raises(InfeasibleAllocation, match="2 for 3 blocks"):
-        make_coordinator().plan_round(1, ["id-0", "id-1", "unknown"])
+def test_two_devices_train_three_blocks():
+    coordinator = make_coordinator()
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "unknown"])
+    one, two = plan.assignments.values()
+    assert sorted(one.blocks + two.blocks) == [0, 1, 2]
+    assert {len(one.blocks), len(two.blocks)} == {1, 2}
+    replies = [
+        honest_reply(plan, device, value=2.0 + n)
+        for n, device in enumerate(plan.assignments)
+    ]
+    record = coordinator.complete_round(plan, replies)
+    assert record.refused == {}
+    values = coordinator.values()
+    for step, assignment in ((2.0, one), (3.0, two)):
+        for name in PARTITION.update_names(*assignment.blocks, head=False):
+            np.testing.assert_allclose(values[name], 1 - step)
+    np.testing.assert_allclose(values["head.w"], 1 - 2.5)
+    # Both are asked for what they are said to have been asked for, and both blocks of
+    # the one count.
+    assert {part.blocks for part in record.blocks} == {one.blocks, two.blocks}
+    assert [part.payload_bytes for part in record.blocks] == [
+        update_bytes(PARTITION.update_names(*part.blocks), SHAPES, codec_named("fp32"))
+        for part in record.blocks
+    ]
+    assert coordinator.state.block_updates().tolist() == [1, 1, 1]
+    assert record.bound_s == pytest.approx(record.round_s, rel=1e-9)
+
+
+def test_who_stays_takes_over_from_who_leaves():
+    coordinator = make_coordinator(num_devices=2)
+    ids = ["id-0", "id-1"]
+    plan = coordinator.plan_round(1, ids)
+    record = coordinator.complete_round(plan, [honest_reply(plan, "id-0")])
+    assert sorted(part.status for part in record.blocks) == ["accepted", "no reply"]
+    # It rests for a round, though it is still connected.
+    plan = coordinator.plan_round(2, ids)
+    assert {d: a.blocks for d, a in plan.assignments.items()} == {"id-0": (0, 1, 2)}
+    coordinator.complete_round(plan, [honest_reply(plan, "id-0")])
+    plan = coordinator.plan_round(3, ids)
+    assert set(plan.assignments) == set(ids)
+    plan = coordinator.plan_round(4, ["id-1"])
+    assert {d: a.blocks for d, a in plan.assignments.items()} == {"id-1": (0, 1, 2)}
+
+
+def test_without_the_memory_for_two_blocks_they_take_turns():
+    coordinator = make_coordinator(num_devices=0, batch_size=4000)
+    costs = estimate_costs(SHAPES, PARTITION, batch_size=4000, sequence_length=4)
+    # Enough for the deepest block alone.
+    for n in range(2):
+        profile = replace(
+            simulated_device(n, seed=1), memory_bytes=float(costs.memory_bytes[0])
+        )
+        coordinator.add_device(str(n), profile.to_properties())
+    assert costs.joined([(0, 1)]).memory_bytes[0] > costs.memory_bytes[0]
+    for server_round in range(1, 4):
+        plan = coordinator.plan_round(server_round, ["0", "1"])
+        trained = [a.blocks for a in plan.assignments.values()]
+        assert len(trained) == 2
+        replies = [honest_reply(plan, device) for device in plan.assignments]
+        assert coordinator.complete_round(plan, replies).refused == {}
+    updates = coordinator.state.block_updates()
+    assert updates.min() >= 2
+
+
+def test_a_block_that_nobody_can_hold_is_refused_with_few_devices_too():
+    coordinator = make_coordinator(num_devices=0, batch_size=4000)
+    costs = estimate_costs(SHAPES, PARTITION, batch_size=4000, sequence_length=4)
+    profile = replace(
+        simulated_device(0, seed=1), memory_bytes=float(costs.memory_bytes[1])
+    )
+    coordinator.add_device("0", profile.to_properties())
+    with pytest.raises(InfeasibleAllocation, match="No device can hold block 0"):
+        coordinator.plan_round(1, ["0"])
+
+
+def test_costs_of_single_blocks_alone_let_few_devices_take_turns():
+    coordinator = make_coordinator(num_devices=2, without_together=True)
+    for server_round in range(1, 4):
+        plan = coordinator.plan_round(server_round, ["id-0", "id-1"])
+        assert [len(a.blocks) for a in plan.assignments.values()] == [1, 1]
+        coordinator.complete_round(
+            plan, [honest_reply(plan, d) for d in plan.assignments]
+        )
+    assert coordinator.state.block_updates().tolist() == [2, 2, 2]
 
 
 def test_memory_is_that_of_what_each_device_will_do():

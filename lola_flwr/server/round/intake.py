@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.replies import DeviceReply, UpdateReader, UpdateRefused, Upload
 from lola_flwr.server.round.plan import RoundPlan
-from lola_flwr.wire.records import OUT_OF_MEMORY, UpdateReport
+from lola_flwr.wire.records import OUT_OF_MEMORY, Assignment, UpdateReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,15 +121,16 @@ def read_replies(
         accepted[device] = AcceptedReply(update, report, upload)
         lacked_bytes[device] = None
     # Of first-order updates, in the plan's order, lest it matters who came first.
-    block_of = {
-        device: assignments[device].block_index
+    norm_of = {
+        device: _norm_a_block(assignments[device], accepted[device].update)
         for device in plan.device_ids
         if device in accepted and not accepted[device].update.zeroth_order
     }
-    norms = norms.after((n, accepted[d].update.norm) for d, n in block_of.items())
+    block_of = {device: assignments[device].block_index for device in norm_of}
+    norms = norms.after((block, norm_of[d]) for d, block in block_of.items())
     for device, block in block_of.items():
         update = accepted[device].update
-        scale = limits.scale(update.norm, norms.usual(block))
+        scale = limits.scale(norm_of[device], norms.usual(block))
         if scale == 0:
             too_large = UpdateRefused("excessive-norm", f"{update.norm:g}")
             refused[too_large.reason] += 1
@@ -145,3 +147,8 @@ def read_replies(
         lost_copies=lost_copies,
         norms=norms,
     )
+
+
+def _norm_a_block(assignment: Assignment, update: BlockUpdate) -> float:
+    """Return an update's norm, as one of each of its blocks would have it."""
+    return update.norm / math.sqrt(len(assignment.blocks))

@@ -39,10 +39,11 @@ def learned(
         Whether observed times correct what devices claim.
     """
     meetings = dict(state.meetings)
-    for device, accepted in replies.accepted.items():
-        name, block = plan.profiles[device].name, accepted.report.block_index
+    for device in replies.accepted:
+        name = plan.profiles[device].name
         counts = [*state.meetings_of(name)]
-        counts[block] += 1
+        for block in plan.assignments[device].blocks:
+            counts[block] += 1
         meetings[name] = tuple(counts)
     lacked_bytes = {
         plan.profiles[device].name: lacked

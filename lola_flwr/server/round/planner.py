@@ -156,11 +156,12 @@ class RoundPlanner:
         assignments = {}
         for row, block in solved.active():
             device, profile = device_ids[row], stated.profiles[row]
+            blocks = stated.blocks(block)
             manifest = manifests.get(device)
             sends_head = bool(payloads.sends_head[block])
             fields: dict[str, Any] = {}
             if self.is_sent_whole:
-                names = self.partition.update_names(block, head=sends_head)
+                names = self.partition.update_names(*blocks, head=sends_head)
                 fields["update_names"] = "\n".join(names)
                 fields["frozen_names"] = "\n".join(self.partition.frozen)
                 fields |= {} if self.exchange is None else self.exchange.fields(names)
@@ -187,6 +188,7 @@ class RoundPlanner:
                 manifest=None if manifest is None else manifest.to_text(),
                 memory_bytes=float(stated.required_bytes[row, block]),
                 operations=stated.operations(row, block),
+                further_blocks=" ".join(map(str, blocks[1:])) or None,
                 **fields,
             )
         return assignments

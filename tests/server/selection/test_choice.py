@@ -63,9 +63,10 @@ def test_fewer_devices_than_blocks_train_in_turns():
     assert run_rounds(coordinator, ["id-0"], 6) == [[2], [1], [0], [2], [1], [0]]
 
 
-def test_all_blocks_still_need_as_many_devices():
-    with pytest.raises(InfeasibleAllocation, match=r"Too few devices"):
-        make_coordinator(num_devices=2).plan_round(1, IDS[:2])
+def test_blocks_that_need_two_devices_each_still_need_them():
+    coordinator = make_coordinator(num_devices=4, mode=RoundMode(devices_per_block=2))
+    with pytest.raises(InfeasibleAllocation, match=r"Too few devices: 4 for 3 blocks"):
+        coordinator.plan_round(1, IDS)
 
 
 def test_only_the_chosen_blocks_are_stepped():
