@@ -50,8 +50,8 @@ class LoLaDeft(FedAvg):
         ``coordinator_for_weights``. ``fraction_train`` and ``min_train_nodes`` say how
         many devices are drawn that a round may ask; the allocation says what of. Of a
         coordinator no device evaluates unless ``fraction_evaluate`` says so, and the
-        first round waits for as many devices as the model has blocks unless
-        ``min_available_nodes`` does.
+        first round waits for as many devices as the model has blocks, or for fewer if
+        no more come, unless ``min_available_nodes`` says how many.
     waits
         How long to wait for devices, their profiles, and a round's replies.
     on_round
@@ -113,7 +113,8 @@ class LoLaDeft(FedAvg):
     def summary(self) -> None:
         """Log what will be done."""
         if self._served.is_made:
-            log(INFO, "\t├──> Blocks: %d", self.coordinator.partition.num_blocks)
+            blocks = self.coordinator.partition.num_blocks
+            log(INFO, "\t├──> %d blocks, one or more a device", blocks)
             log(INFO, "\t├──> Nodes to wait for: %d", self._rounds.min_available)
         log(INFO, "\t├──> Nodes drawn to train: fraction %.2f", self.fraction_train)
         log(INFO, "\t└──> Nodes that evaluate: fraction %.2f", self.fraction_evaluate)

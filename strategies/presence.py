@@ -32,6 +32,8 @@ def wait_for_devices(
     *,
     needed: int,
     wait_s: float,
+    wanted: int = 0,
+    settle_s: float = 0.0,
     why: str = "",
 ) -> Collection[str]:
     """Wait until so many devices are connected; return their ids.
@@ -44,6 +46,10 @@ def wait_for_devices(
         How many are needed.
     wait_s
         How long to wait.
+    wanted
+        How many are better, if they come: no longer than ``settle_s`` after the last.
+    settle_s
+        How long to wait for another one.
     why
         Why so many are needed, for the error.
 
@@ -54,8 +60,14 @@ def wait_for_devices(
     """
     # Flower's own helpers wait without end, or sleep through their 5 s updates.
     deadline = time.monotonic() + wait_s
-    while len(devices := connected()) < needed:
-        if time.monotonic() > deadline:
+    count, settled = 0, 0.0
+    while len(devices := connected()) < max(needed, wanted):
+        now = time.monotonic()
+        if len(devices) != count:
+            count, settled = len(devices), now + settle_s
+        if count >= needed and now >= min(settled, deadline):
+            break
+        if now > deadline:
             raise UserError(
                 f"{len(devices)} devices are connected after {wait_s:g} s; {needed} "
                 f"are needed{why}. Start more SuperNodes, or in a simulation pass "

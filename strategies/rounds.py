@@ -44,6 +44,9 @@ class Waits:
     ----------
     devices_s
         For enough of them before the run ends with an error; in later rounds, for any.
+    settle_s
+        For another one, where there are fewer than the model has blocks and no number
+        is asked for: then the run begins with those that are there.
     profiles_s
         For the profiles of new ones, whose first message starts their program.
     deadline_factor, deadline_floor_s
@@ -53,6 +56,7 @@ class Waits:
     """
 
     devices_s: float = 60.0
+    settle_s: float = 5.0
     profiles_s: float = 300.0
     deadline_factor: float = 4.0
     deadline_floor_s: float = 60.0
@@ -68,6 +72,8 @@ class Rounds(Generic[Plan, Answers]):
     min_available
         Devices that must be connected before the first round is planned. Later rounds
         go on with those that are there.
+    enough
+        How many will do if no more come (default: no fewer).
     waits
         How long to wait for them.
     on_round
@@ -81,11 +87,13 @@ class Rounds(Generic[Plan, Answers]):
         method: Method[Plan, Answers],
         *,
         min_available: int,
+        enough: int | None = None,
         waits: Waits,
         on_round: OnRound | None,
         why: str = "",
     ) -> None:
         self.min_available = min_available
+        self._enough = min_available if enough is None else enough
         self.on_round = on_round
         # Flower counts each start's rounds from 1; a resumed run has done some before.
         self.rounds_before = method.server_round
@@ -142,10 +150,13 @@ class Rounds(Generic[Plan, Answers]):
         self._plan, self._planned = None, server_round
         self._began = time.perf_counter()
         try:
+            is_first = self._record is None
             devices = wait_for_devices(
                 connected,
-                needed=self.min_available if self._record is None else 1,
+                needed=self._enough if is_first else 1,
                 wait_s=self._waits.devices_s,
+                wanted=self.min_available if is_first else 1,
+                settle_s=self._waits.settle_s,
                 why=self._why,
             )
             meet(self._method, devices, ask_profiles, server_round=server_round)
@@ -212,7 +223,7 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
     coordinator
         Plans and completes the rounds.
     min_available
-        As for `Rounds` (default: as many as the model has blocks).
+        As for `Rounds` (default: as many as the model has blocks, if they come).
     waits, on_round
         As for `Rounds`.
     """
@@ -229,6 +240,7 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         super().__init__(
             coordinator,
             min_available=blocks if min_available is None else min_available,
+            enough=1 if min_available is None else None,
             waits=waits,
             on_round=on_round,
             why=f" (the model has {blocks} blocks)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from lola_flwr.clients import (
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.recording import NoGradient
+from lola_flwr.strategies import Waits
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.low_rank import LowRankProjection
@@ -140,11 +142,16 @@ def make_app(train, mods=(), profile=True):
     return app
 
 
-def federate(model, app, rounds=1, *, wrap=lambda strategy: strategy, **options):
-    """Run rounds with four devices; return records, result and replies."""
+def federate(
+    model, app, rounds=1, *, num_devices=4, wrap=lambda strategy: strategy, **options
+):
+    """Run rounds with some devices; return records, result and replies."""
     grid = InProcessGrid(
-        {100 + n: app for n in range(4)},
-        {100 + n: {"partition-id": n, "num-partitions": 4} for n in range(4)},
+        {100 + n: app for n in range(num_devices)},
+        {
+            100 + n: {"partition-id": n, "num-partitions": num_devices}
+            for n in range(num_devices)
+        },
     )
     replies = []
 
@@ -163,6 +170,7 @@ def federate(model, app, rounds=1, *, wrap=lambda strategy: strategy, **options)
             **grouped(options, ServerStep(optimizer="SGD", lr=1.0)),
         ),
         on_round=records.append,
+        waits=Waits(settle_s=0.1),
     )
     result = wrap(strategy).start(
         grid, ArrayRecord(model.state_dict()), rounds, train_config=train_config
@@ -248,6 +256,24 @@ def test_the_move_is_the_devices_own_over_the_number_of_blocks(model):
                 (array.numpy() - start) / 3,
                 rtol=1e-4,
                 atol=1e-7,
+            )
+
+
+@pytest.mark.parametrize(("num_devices", "kind"), rest_slow(product([1, 2], APPS)))
+def test_fewer_devices_than_blocks_train_all_of_them(model, kind, num_devices):
+    records, result, replies = federate(
+        model, APPS[kind](), rounds=2, num_devices=num_devices
+    )
+    assert [record.refused for record in records] == [{}, {}]
+    for record in records:
+        trained = [block for part in record.blocks for block in part.blocks]
+        assert (trained, len(record.blocks)) == ([0, 1, 2], num_devices)
+    assert moved(model, result) == all_but_embedding(model) | statistics(model)
+    if num_devices == 1 and kind != "knows nothing":
+        # All of the model by one device: that is its own training, as with FedAvg.
+        for name, array in replies[-1].content["arrays"].items():
+            np.testing.assert_allclose(
+                result.arrays[name].numpy(), array.numpy(), rtol=1e-5, atol=1e-7
             )
 
 

@@ -189,7 +189,9 @@ def test_a_profile_that_lies_is_left_out(federation, monkeypatch):
 
 
 def test_too_few_devices_end_the_run_with_what_to_do(federation):
-    server, _ = federation(num_devices=2, waits=Waits(devices_s=0.2))
+    server, _ = federation(
+        num_devices=2, min_available_clients=3, waits=Waits(devices_s=0.2)
+    )
     with pytest.raises(UserError, match=r"2 devices are connected after 0.2 s; 3 are"):
         server.fit(num_rounds=1, timeout=None)
 

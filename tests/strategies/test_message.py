@@ -272,7 +272,9 @@ def test_a_profile_that_lies_is_left_out(federation, caplog):
 
 
 def test_too_few_devices_end_the_run_with_what_to_do(federation):
-    strategy, grid = federation(num_devices=2, waits=Waits(devices_s=0.2))
+    strategy, grid = federation(
+        num_devices=2, min_available_nodes=3, waits=Waits(devices_s=0.2)
+    )
     with pytest.raises(UserError, match=r"2 devices are connected after 0.2 s; 3 are"):
         run(strategy, grid)
 
