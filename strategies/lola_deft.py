@@ -70,8 +70,8 @@ class LoLaDeft(FedAvg):
         ``coordinator_for_weights``. ``fraction_fit`` and ``min_fit_clients`` say how
         many devices are drawn that a round may ask; the allocation says what of. Of a
         coordinator no device evaluates unless ``fraction_evaluate`` says so, and the
-        first round waits for as many devices as the model has blocks unless
-        ``min_available_clients`` does.
+        first round waits for as many devices as the model has blocks, or for fewer if
+        no more come, unless ``min_available_clients`` says how many.
 
     References
     ----------

@@ -172,7 +172,7 @@ def _devices(last: RoundRecord) -> Table:
         accepted = block.status == "accepted"
         rows.add_row(
             Text(block.device, "" if accepted else "red"),
-            str(block.block_index),
+            block.numbers,
             f"{block.share:.1%}",
             f"{block.compute_s:.2f} s",
             f"{block.upload_s:.2f} s",

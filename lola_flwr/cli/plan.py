@@ -15,7 +15,6 @@ from lola_flwr.errors import UserError, si
 
 if TYPE_CHECKING:
     from lola_flwr.allocation import AllocationProblem
-    from lola_flwr.costs.estimated import BlockCosts
     from lola_flwr.planning import Plan
     from lola_flwr.run.records import BlockRecord
 
@@ -111,14 +110,13 @@ def plan(
         seed=matching_seed(seed, server_round),
     )
     if as_json:
-        print_json(_as_json(problem, costs, plans, parts, model))
+        print_json(_as_json(problem, plans, parts, model))
     else:
         _print(problem, plans, parts, model)
 
 
 def _as_json(
     problem: AllocationProblem,
-    costs: BlockCosts,
     plans: Sequence[Plan],
     parts: Sequence[BlockRecord],
     model: str,
@@ -135,13 +133,14 @@ def _as_json(
         "blocks": [
             {
                 "block": part.block_index,
+                "further_blocks": list(part.further_blocks),
                 "depth": part.depth,
                 "device": part.device,
                 "share": part.share,
                 "compute_s": part.compute_s,
                 "upload_s": part.upload_s,
                 "total_s": part.latency_s,
-                "payload_bits": float(costs.payload_bits[part.block_index]),
+                "payload_bits": 8.0 * part.payload_bytes,
                 "required_memory_bytes": part.required_memory_bytes,
                 "memory_bytes": part.memory_bytes,
             }
@@ -176,7 +175,7 @@ def _print(
     for part in parts:
         rows.add_row(
             part.device,
-            str(part.block_index),
+            part.numbers,
             str(part.depth),
             f"{part.share:.2%}",
             f"{part.compute_s:.2f} s",

@@ -202,10 +202,7 @@ def _num_devices(
         )
     number = devices or stated
     if number is None:
-        raise UserError(
-            "How many devices? Give --devices (at least one for each block of the "
-            "model), or --fleet."
-        )
+        raise UserError("How many devices? Give --devices, or --fleet.")
     return int(number)
 
 

@@ -193,6 +193,8 @@ class Run:
             "first": first,
             "device": [row_of[block.device] for block in blocks],
             "block": [block.block_index for block in blocks],
+            "blocks": [list(block.blocks) for block in blocks],
+            "numbers": [block.numbers for block in blocks],
             "share": _rounded(block.share for block in blocks),
             "compute_s": _rounded(block.compute_s for block in blocks),
             "upload_s": _rounded(block.upload_s for block in blocks),

@@ -125,7 +125,8 @@ class _Run:
         costs = self.costs
         if self.zeroth_order is not None and assignment.direction_seed is not None:
             costs = self.zeroth_order.costs
-        return float(costs.flops[assignment.block_index] / flops_per_s)
+        flops = costs.joined([assignment.blocks]).flops[assignment.block_index]
+        return float(flops / flops_per_s)
 
 
 def _coordinator(
@@ -211,7 +212,7 @@ class _Effort:
         self.flops = self.memory = 0
         self._model = model
         # Following every tensor takes time: once for each block, however trained.
-        self._measured: set[tuple[int, bool]] = set()
+        self._measured: set[tuple[tuple[int, ...], bool]] = set()
 
     def reply(
         self,
@@ -221,7 +222,7 @@ class _Effort:
         values: Float32Arrays,
     ) -> DeviceReply:
         """Return what a device sends back."""
-        kind = assignment.block_index, assignment.direction_seed is None
+        kind = assignment.blocks, assignment.direction_seed is None
         if kind not in self._measured:
             self._measured.add(kind)
             peak = peak_bytes(self._model, device.train, assignment, values)

@@ -47,7 +47,7 @@ function drawRound() {
       const alone = slowest.length === 1 && slowest[0] === part;
       return row(
         `${alone ? "slowest" : ""} ${used ? "" : "refused"}`,
-        run.devices[run.device[part]], `${run.block[part]} (depth ${run.num_blocks - run.block[part]})`,
+        run.devices[run.device[part]], `${run.numbers[part]} (depth ${run.num_blocks - run.block[part]})`,
         `${format(100 * run.share[part])} %`, track,
         used ? format(total(part), "s") : run.statuses[run.status[part]],
       );
@@ -96,7 +96,7 @@ function drawMemory() {
     track.style.width = `${(100 * offered) / largest}%`;
     const over = needed > offered;
     track.append(element("span", { class: over ? "lost" : "upload", style: `left:0;width:${(100 * needed) / offered}%` }));
-    track.title = `block ${run.block[part]} needs ${bytes(needed)}; the device offers ${bytes(offered)}`;
+    track.title = `block ${run.numbers[part]} needs ${bytes(needed)}; the device offers ${bytes(offered)}`;
     const peak = peaks.get(device);
     if (peak !== undefined) {
       track.append(mark("reported", `${Math.min((100 * peak) / offered, 100)}%`));

@@ -13,9 +13,10 @@ function drawMaps() {
       const [row, block] = [run.device[part], run.block[part]];
       const lost = !accepted(run, part);
       cells.push({ row, column: index, fill: blockColor(run, block), lost });
-      said.set(`${row} ${index}`, `${run.devices[row]}, round ${round}: block ${block}, depth ${run.num_blocks - block}` +
+      said.set(`${row} ${index}`, `${run.devices[row]}, round ${round}: block ${run.numbers[part]}, depth ${run.num_blocks - block}` +
         (lost ? ` (${run.statuses[run.status[part]]})` : ""));
-      if (!lost) counts.set(`${row} ${block}`, (counts.get(`${row} ${block}`) || 0) + 1);
+      if (lost) continue;
+      for (const trained of run.blocks[part]) counts.set(`${row} ${trained}`, (counts.get(`${row} ${trained}`) || 0) + 1);
     }
   });
   byDevice.draw({

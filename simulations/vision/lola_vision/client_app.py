@@ -29,7 +29,7 @@ def device_fn(context: Context) -> BlockDevice:
         return train.batch(rng.choice(part, min(batch_size, len(part)), replace=False))
 
     def simulated_compute_s(assignment: Assignment) -> float:
-        costs = build(config)[2]
+        costs = build(config)[2].joined([assignment.blocks])
         return float(costs.flops[assignment.block_index] / profile.flops_per_s)
 
     return BlockDevice(
