@@ -135,6 +135,39 @@ def test_one_seed_gives_one_result_under_both_interfaces(legacy, interface, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("interface", ["legacy", "message"])
+def test_two_devices_train_twelve_blocks(interface, tmp_path):
+    model, tokenizer = load_classifier("random:roberta-tiny", num_labels=2)
+    config = transformers.RobertaConfig(
+        **{**model.config.to_dict(), "num_hidden_layers": 12}
+    )
+    deep = transformers.RobertaForSequenceClassification(config)
+    deep.save_pretrained(tmp_path / "deep")
+    tokenizer.save_pretrained(tmp_path / "deep")
+    options = (f'model="{tmp_path}/deep"', f'interface="{interface}"', 'codec="int8"')
+    finished = run(tmp_path, *options, "rounds=2", num_devices=2)
+    assert finished.completed, finished.output
+    # What a run that goes on reads, it can read.
+    options = (*options, "rounds=3", "save-model=true")
+    finished = run(tmp_path, *options, num_devices=2)
+    assert finished.completed, finished.output
+    for record in rounds_of(tmp_path):
+        parts = record["blocks"]
+        trained = [n for p in parts for n in (p["block_index"], *p["further_blocks"])]
+        assert (trained, len(parts)) == ([*range(12)], 2)
+        assert {part["status"] for part in parts} == {"accepted"}
+        # Devices take as long as was planned, apart from what is drawn at random.
+        for part in parts:
+            assert part["reported_compute_s"] == pytest.approx(part["compute_s"])
+    assert len(rounds_of(tmp_path)) == 3
+    trained = saved_model(tmp_path)
+    blocks = partition_parameters(name for name, _ in deep.named_parameters())
+    for name, values in trained.named_parameters():
+        changed = not torch.equal(values, deep.get_parameter(name))
+        assert changed == (name in blocks.trainable), name
+
+
+@pytest.mark.slow
 def test_d2ft_takes_steps_and_goes_on(tmp_path):
     options = (
         *('method="d2ft"', "num-devices=2"),
@@ -160,10 +193,10 @@ def test_d2ft_takes_steps_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
-    finished = run(tmp_path, num_devices=3)
+    finished = run(tmp_path, "devices-per-block=2")
     assert finished.status == "finished:failed"
     assert finished.error is not None
-    assert "Too few devices: 3 for 4 blocks" in finished.error
+    assert "Too few devices: 5 for 4 blocks that need 8 devices" in finished.error
 
 
 @pytest.mark.slow
