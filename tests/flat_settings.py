@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 
 from lola_flwr.build import RoundSettings, ServerStep
 from lola_flwr.server.coordinator import Coordinator
@@ -32,7 +32,7 @@ def grouped(options, step=None):
     groups = {
         f.name: with_fields(getattr(settings, f.name), options)
         for f in fields(settings)
-        if f.name != "seed"
+        if is_dataclass(getattr(settings, f.name))
     }
     inner = dict(options.pop("optimizer_options", None) or {})
     step = with_fields(ServerStep() if step is None else step, options)
