@@ -136,17 +136,23 @@ class TestOnTheModel:
         assert not (directory / "runs").exists()
 
     @pytest.mark.parametrize(
-        ("app", "devices", "blocks"),
+        ("changes", "message"),
         [
-            (VISION, 3, 4),
-            pytest.param(QUICKSTART, 5, 6, marks=pytest.mark.slow),
+            ({"patch-size": 5}, "image-size=32 is no multiple of patch-size=5"),
+            ({"data-dir": "nowhere"}, "give a folder with a sub-folder of images"),
         ],
     )
-    def test_every_app_of_ours_says_it(self, app, devices, blocks):
-        found = read_app(Path(app))
-        with pytest.raises(UserError, match=f"{devices} for {blocks} blocks. Add"):
-            check_start(found, found.config, devices)
-        check_start(found, found.config, blocks)
+    def test_images(self, directory, changes, message):
+        app = read_app(Path(VISION))
+        with pytest.raises(UserError, match=message):
+            check_start(app, {**app.config, **changes}, 4)
+
+    @pytest.mark.parametrize(
+        "path", [VISION, pytest.param(QUICKSTART, marks=pytest.mark.slow)]
+    )
+    def test_apps_that_can_start(self, path):
+        app = read_app(Path(path))
+        check_start(app, app.config, 3)
 
     @pytest.mark.parametrize(
         "changes",
