@@ -56,11 +56,11 @@ def net():
     return Net()
 
 
-def adapted(dtype=torch.float32):
+def adapted(dtype=torch.float32, width=16):
     torch.manual_seed(3)
     config = hf.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=16,
+        hidden_size=width,
+        intermediate_size=width,
         num_attention_heads=2,
         num_key_value_heads=2,
         num_hidden_layers=3,

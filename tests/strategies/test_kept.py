@@ -110,7 +110,7 @@ def test_adapters_on_a_4_bit_base(legacy):
     import bitsandbytes as bnb
 
     def quantised():
-        model = adapted()
+        model = adapted(width=64)
         for name, linear in [
             (n, m)
             for n, m in model.named_modules()
@@ -186,8 +186,10 @@ def test_the_clients_own_app_under_fedavg(legacy):
     plain = Project(net, Whole(), blocks=False)
     _, _, arrays = run(mine, legacy=legacy, plain=True)
     _, _, expected = run(plain, legacy=legacy, plain=True)
-    # FedAvg adds in the order in which it samples.
+    # FedAvg adds in the order in which it samples; of whole numbers it keeps the floor.
     for name, values in expected.items():
+        if name.endswith("tracked"):
+            continue
         np.testing.assert_allclose(arrays[name], values, rtol=1e-5, atol=1e-6)
 
 

@@ -267,10 +267,9 @@ def test_failures_that_are_not_accepted_leave_the_model(caplog):
 
 @pytest.mark.parametrize("nodes", rest_slow([2, 1, 3, 7]))
 def test_any_number_of_nodes_takes_part(nodes):
-    """Three blocks in turn, or several devices a block."""
+    """Several blocks a device, or several devices a block."""
     project = Project(net, Whole())
     options = {"min_available_nodes": 1, "min_train_nodes": 1}
-    _, records, _ = run(project, legacy=False, rounds=3, nodes=nodes, **options)
-    assert {len(record.blocks) for record in records} == {nodes}
-    trained = {b.block_index for record in records for b in record.blocks}
-    assert trained == {0, 1, 2}
+    _, records, arrays = run(project, legacy=False, rounds=1, nodes=nodes, **options)
+    assert [len(record.blocks) for record in records] == [nodes]
+    assert moved(exchanged(project), arrays) == {*arrays}
