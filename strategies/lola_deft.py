@@ -240,6 +240,7 @@ class LoLaDeft(FedAvg):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Have devices evaluate, drawn from the run's seed."""
+        self._rounds.require_complete(self)
         if self.fraction_evaluate == 0.0:
             return []
         server_round += self._rounds.rounds_before
@@ -299,7 +300,9 @@ class LoLaDeft(FedAvg):
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
         """Evaluate on the server, if an ``evaluate_fn`` was given; report the round."""
-        parameters = self._with_constants(self._known(parameters))
+        parameters = self._known(parameters)
+        self._rounds.require_complete(self)
+        parameters = self._with_constants(parameters)
         server_round += self._rounds.rounds_before
         result = super().evaluate(server_round, parameters)
         metrics: dict[str, Scalar] = {}

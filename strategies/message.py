@@ -259,6 +259,7 @@ class LoLaDeft(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Have devices evaluate, drawn from the run's seed."""
+        self._rounds.require_complete(self)
         # A wrapper may have changed all arrays, by adding noise: what never changes is
         # put back, in the record that the run ends with.
         for name, array in self._served.constants.items():

@@ -185,6 +185,27 @@ class Rounds(Generic[Plan, Answers]):
         _log(record)
         return None if record.skipped else record.figures()
 
+    def require_complete(self, strategy: object) -> None:
+        """Make sure that the replies to the last plan have been taken in.
+
+        Parameters
+        ----------
+        strategy
+            Whose methods Flower calls.
+
+        Raises
+        ------
+        UserError
+            They have not: a subclass aggregates for itself, and would average blocks
+            with other blocks.
+        """
+        if self._plan is not None:
+            raise UserError(
+                f"{type(strategy).__name__} aggregates without LoLaDeft, but each "
+                "reply holds its device's blocks alone: let its aggregate_train, or "
+                "aggregate_fit, call super()'s, and go on from what that returns."
+            )
+
     def give_up(self, reason: str) -> None:
         """Leave the model as it is in the present round, whatever was answered."""
         plan, self._plan = self._plan, None

@@ -39,8 +39,8 @@ ASSUMED_PROFILE = DeviceProfile(
     name="assumed", flops_per_s=1e11, memory_bytes=1e12, snr_db=10.0
 )
 
-# As under FedAvg, whoever is there takes part: several devices a block, or several blocks
-# a device.
+# As under FedAvg, whoever is there takes part: several devices a block, or several
+# blocks a device.
 PROJECT_SETTINGS = RoundSettings(
     transfer=Transfer(downlink="changed"),
     allocation=AllocationOptions(mode=RoundMode(participation="all"), partial=True),

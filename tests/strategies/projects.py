@@ -159,7 +159,7 @@ class Project:
     def __init__(self, make, exchange, *, blocks=True, prepares=True, mods=()):
         self.make, self.exchange = make, exchange
         self.blocks, self.prepares, self.mods = blocks, prepares, list(mods)
-        self.seen, self.configs, self.metrics = [], [], {}
+        self.seen, self.received, self.configs, self.metrics = [], [], [], {}
 
     def arrays(self, model):
         return [v.detach().cpu().numpy() for v in self.exchange.get(model).values()]
@@ -173,6 +173,7 @@ class Project:
 
     def trained(self, model, received):
         self.seen.append(model)
+        self.received.append(copy.deepcopy(model.state_dict()))
         if self.blocks and self.prepares:
             AssignedBlock(model, received)
         return train(model)

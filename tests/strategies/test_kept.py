@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.clientapp.mod import fixedclipping_mod
+from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 from lola_flwr.errors import UserError
 from lola_flwr.model.exchange import names_of_list
+from lola_flwr.strategies import LoLaDeft as LegacyLoLaDeft
 from lola_flwr.strategies.message import LoLaDeft
 from tests.marks import rest_slow
 from tests.strategies.projects import (
@@ -23,9 +26,11 @@ from tests.strategies.projects import (
     adapted,
     exchanged,
     grid_of,
+    initial,
     moved,
     net,
     run,
+    run_legacy,
     run_message,
 )
 
@@ -375,3 +380,56 @@ def test_a_block_without_a_gradient_is_refused_with_its_reason():
     grid.alter = noted
     strategy.start(grid, ArrayRecord(net().state_dict()), num_rounds=1)
     assert sum("NoGradient" in error for error in errors) == 3
+
+
+def halving(base, averages):
+    """A subclass that keeps half of what a run has learned, or averages by itself."""
+
+    class Halved(base):
+        def aggregate_train(self, server_round, replies):
+            if averages:
+                contents = [reply.content for reply in replies]
+                return aggregate_arrayrecords(contents, self.weighted_by_key), None
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            halved = _halved(self.from_values, [a.numpy() for a in arrays.values()])
+            named = zip(arrays, halved, strict=True)
+            return ArrayRecord({name: Array(array) for name, array in named}), metrics
+
+        def aggregate_fit(self, server_round, results, failures):
+            if averages:
+                return results[0][1].parameters, {}
+            parameters, metrics = super().aggregate_fit(server_round, results, failures)
+            halved = _halved(self.from_values, parameters_to_ndarrays(parameters))
+            return ndarrays_to_parameters(halved), metrics
+
+    return Halved
+
+
+def _halved(start, arrays):
+    pairs = zip(start.values(), arrays, strict=True)
+    return [np.asarray((s + a) / 2).astype(a.dtype) for s, a in pairs]
+
+
+@pytest.mark.parametrize("averages", rest_slow([True, False]))
+@pytest.mark.parametrize("legacy", rest_slow([False, True], fast=1))
+def test_a_subclass_that_changes_what_is_aggregated(legacy, averages):
+    project = Project(net, Whole())
+    base = LegacyLoLaDeft if legacy else LoLaDeft
+    options = {"initial_parameters": initial(project)} if legacy else {}
+    strategy = halving(base, averages)(net(), **options)
+    strategy.from_values = exchanged(project)
+    play = run_legacy if legacy else run_message
+    if averages:
+        with pytest.raises(UserError, match="Halved aggregates without LoLaDeft"):
+            play(project, strategy)
+        return
+    whole = Project(net, Whole())
+    play(project, strategy)
+    play(whole, base(net(), **options))
+    start = net().state_dict()
+    # What devices are sent in the second round.
+    for name, values in project.received[3].items():
+        if values.is_floating_point():
+            expected = (start[name] + whole.received[3][name]) / 2
+            torch.testing.assert_close(values, expected)
+            assert not torch.equal(values, start[name])
