@@ -118,8 +118,13 @@ def names_of_list(
     names = [name for name in model.state_dict() if name in tensors]
     shaped = [str(tuple(tensors[name].shape)) for name in names]
     # Values tell more than shapes, where the list is this very model's.
+    sought = {array.shape for array in arrays}
+    valued = [
+        _digest_of(tensors[n]) if tuple(tensors[n].shape) in sought else ""
+        for n in names
+    ]
     for received, known in (
-        ([_digest(a) for a in arrays], [_digest_of(tensors[n]) for n in names]),
+        ([_digest(array) for array in arrays], valued),
         ([str(array.shape) for array in arrays], shaped),
     ):
         places = _only_part(received, known)
