@@ -24,8 +24,8 @@ from lola_flwr.model.causal import load_causal_lm
 from lola_flwr.model.example import token_ids
 from lola_flwr.model.inputs import check_sequence_length
 
-# How far the same logits may differ, of the largest: computed in rows of one length, and
-# in rows of two.
+# How far the same logits may differ, of the largest: computed in rows of one length,
+# and in rows of two.
 _SAME, _ROUNDED = 1e-6, 1e-4
 
 
@@ -66,7 +66,8 @@ def causal_costs(config: CausalConfig, model: nn.Module) -> BlockCosts:
     if config.packing:
         values = (torch.arange(config.max_length) % (config.max_length // 2))[None]
     example: Any = {"input_ids": tokens, beside: values, "labels": tokens}
-    return model_costs(config, model, {**example, "use_cache": False})
+    example["use_cache"] = False
+    return model_costs(config, model, example)
 
 
 def causal_loss(model: nn.Module, batch: Batch) -> Tensor:
