@@ -77,8 +77,14 @@ def weights_reply(weights, *, examples=MOST, fields=None):
     return DeviceReply("a", tensors, examples, record)
 
 
-def read(reply, assignment=ASSIGNMENT, sent=SENT, max_gradient_norm=10.0):
-    reader = UpdateReader(PARTITION, tuple(sent), max_gradient_norm)
+def read(
+    reply,
+    assignment=ASSIGNMENT,
+    sent=SENT,
+    max_gradient_norm=10.0,
+    example_weight=1,
+):
+    reader = UpdateReader(PARTITION, tuple(sent), max_gradient_norm, example_weight)
     return reader.read(reply, assignment, sent)
 
 
@@ -300,6 +306,14 @@ def test_examples_that_are_no_number_of_examples(examples):
 def test_more_examples_than_were_asked_for(examples):
     refused = refusal(replace(GOOD, num_examples=examples))
     assert refused == "wrong-examples: claims 9 of 8"
+
+
+@pytest.mark.parametrize("examples", [MOST + 1, 5 * MOST])
+def test_an_example_may_weigh_as_much_as_its_tokens(examples):
+    update, _ = read(replace(GOOD, num_examples=examples), example_weight=5)
+    assert update.num_examples == examples
+    with pytest.raises(UpdateRefused, match="claims 41 of 40"):
+        read(replace(GOOD, num_examples=5 * MOST + 1), example_weight=5)
 
 
 @pytest.mark.parametrize(
