@@ -2,9 +2,9 @@
 
 Run with ``pytest simulations/benchmarks/bench_quantised.py -s``. The model has the
 shape of Qwen2.5-0.5B (24 layers, 151,936 words, tied embeddings) and random weights;
-rows are 32 tokens long, a mini-batch is one. Memory is the peak of the proportional set sizes of
-all processes of a run, start-up included, in which the base is drawn in float32 and
-then quantised.
+rows are 32 tokens long, a mini-batch is one. Memory is the peak of the proportional set
+sizes of all processes of a run, start-up included, in which the base is drawn in
+float32 and then quantised.
 """
 
 from __future__ import annotations
