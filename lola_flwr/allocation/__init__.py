@@ -17,6 +17,7 @@ from lola_flwr.allocation.codec_levels import refine_payloads
 from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
 from lola_flwr.allocation.rotation import rotate
 from lola_flwr.allocation.solution import Allocation, InfeasibleAllocation
+from lola_flwr.allocation.spans import SpanCover, SpanProblem, solve_spans
 
 __all__ = [
     "ALLOCATORS",
@@ -28,8 +29,11 @@ __all__ = [
     "Participation",
     "PowerLimitedUplink",
     "RoundMode",
+    "SpanCover",
+    "SpanProblem",
     "allocate",
     "find_allocator",
     "refine_payloads",
     "rotate",
+    "solve_spans",
 ]

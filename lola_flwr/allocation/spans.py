@@ -18,8 +18,8 @@ The cheapest cover is a dynamic program over the blocks covered so far and the d
 used for them, of K n^2 2^K steps: exact, and quick for up to `_MOST_EXACT` devices.
 With more of them, that each device has just one span is relaxed: devices get prices,
 the cheapest cover under prices is a shortest path over the blocks, and its spans are
-matched to devices. The prices' ascent gives a lower bound, which tells how far from the
-optimum the best cover found can be.
+matched to devices. A linear program gives the bound that the best prices would, which
+tells how far from the optimum the best cover found can be.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ _MOST_EXACT = 10
 # Steps of the prices, and of those without a better bound until they become smaller.
 _MOST_STEPS = 400
 _PATIENCE = 10
+
+_INFEASIBLE = 2  # what milp says where no solution exists
 
 
 class Span(NamedTuple):
@@ -274,10 +276,10 @@ def _by_prices(problem: SpanProblem) -> Solved:
     """
     num_devices = len(problem.compute_s)
     best: list[Span] = []
-    rank, bound = (0.0, 0, -np.inf), 0.0
+    rank = (0.0, 0, -np.inf)
     cost = problem.latency_s(1.0 / num_devices)
     cost = cost / np.max(cost, where=cost < np.inf, initial=0.0) / num_devices
-    prices, pace, waited = np.zeros(num_devices), 1.0, 0
+    prices, highest, pace, waited = np.zeros(num_devices), 0.0, 1.0, 0
     iterations = 0
     while iterations < _MOST_STEPS:
         iterations += 1
@@ -288,24 +290,53 @@ def _by_prices(problem: SpanProblem) -> Solved:
         deadline_s = problem.deadline_s(spans)
         if (covered, len(spans), -deadline_s) > rank:
             best, rank = spans, (covered, len(spans), -deadline_s)
-            cost, bound, waited = problem.cost(deadline_s), 0.0, 0
+            cost, highest, pace, waited = problem.cost(deadline_s), 0.0, 1.0, 0
             continue
         dual = least - prices.sum()
-        waited = 0 if dual > bound else waited + 1
-        bound = max(bound, dual)
-        if bound >= 1.0:
+        waited = 0 if dual > highest else waited + 1
+        highest = max(highest, dual)
+        if highest >= 1.0:
             break
         if waited == _PATIENCE:
             pace, waited = pace / 2, 0
-        owners = priced[:, *zip(*path, strict=True)].argmin(axis=0)
+        first, last = np.array(path).T
+        owners = priced[:, first, last].argmin(axis=0)
         excess = np.bincount(owners, minlength=num_devices) - 1.0
         if not excess.any():
             break
         step = pace * (1.0 - dual) / (excess @ excess)
         prices = prices + step * excess
-    # It is a bound on what covers all blocks with all devices.
-    is_bound = rank[:2] == (problem.worth.sum(), num_devices)
-    return best, bound if is_bound else 0.0, iterations
+    # Nothing is known of covers that leave blocks or devices out.
+    is_whole = rank[:2] == (problem.worth.sum(), num_devices)
+    return best, _least_band(cost) if is_whole else 0.0, iterations
+
+
+def _least_band(cost: Float64Array) -> float:
+    """Bound what all blocks cost with all devices, by a linear program.
+
+    It is that of the prices' highest bound; capped at 1, by what costs as much alone.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    num_devices, num_blocks = cost.shape[:2]
+    device, first, last = np.nonzero(cost < 1.0)
+    arcs, ones = np.arange(device.size), np.ones(device.size)
+    # Spans lead from the block where they begin to the one behind them.
+    nodes = (num_blocks + 1, device.size)
+    leaving = csr_array((ones, (first, arcs)), shape=nodes)
+    path = leaving - csr_array((ones, (last + 1, arcs)), shape=nodes)
+    used = csr_array((ones, (device, arcs)), shape=(num_devices, device.size))
+    ends = np.zeros(num_blocks + 1)
+    ends[[0, -1]] = 1.0, -1.0
+    found = milp(  # none of the numbers has to be whole
+        cost[device, first, last],
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(path, ends, ends), LinearConstraint(used, 1, 1)],
+    )
+    if found.status == 0:
+        return float(found.fun)
+    return 1.0 if found.status == _INFEASIBLE else 0.0
 
 
 def _cheapest_path(
@@ -346,14 +377,15 @@ def _matched(
     """Give spans to devices at the least cost; leave those out that are worth least."""
     from scipy.optimize import linear_sum_assignment
 
-    paid = cost[:, *zip(*path, strict=True)]  # [K, spans]
-    worth = np.array([problem.worth[first : last + 1].sum() for first, last in path])
+    first, last = np.array(path).T
+    paid = cost[:, first, last]  # [K, spans]
+    worth = np.array([problem.worth[a : b + 1].sum() for a, b in path])
     price = 1.0 + np.sum(np.max(paid, axis=0, where=paid < np.inf, initial=0.0))
     gain = np.where(paid < np.inf, worth / worth.min() * price - paid, 0.0)
     devices, columns = linear_sum_assignment(gain, maximize=True)
     return sorted(
         (
-            Span(int(device), *path[column])
+            Span(int(device), *path[int(column)])
             for device, column in zip(devices, columns, strict=True)
             if paid[device, column] < np.inf
         ),

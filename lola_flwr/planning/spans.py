@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lola_flwr.allocation import AllocationProblem
-from lola_flwr.allocation.spans import SpanCover, SpanProblem, solve_spans
+from lola_flwr.allocation import AllocationProblem, SpanCover, SpanProblem, solve_spans
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.planning.candidates import lifted
 from lola_flwr.planning.known import Known, RunStatement

@@ -18,7 +18,7 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array
 
-from lola_flwr.allocation import AllocationProblem, allocate
+from lola_flwr.allocation import AllocationProblem, SpanProblem, allocate, solve_spans
 from lola_flwr.allocation.edges import edges_of
 
 PARAMETERS = 7.1e6
@@ -62,6 +62,50 @@ def test_exact(benchmark, num_devices, num_blocks, rounds):
         allocate, args=(problem,), rounds=rounds, warmup_rounds=1
     )
     allocation.check(problem)
+
+
+def span_problem(num_devices: int, num_blocks: int) -> SpanProblem:
+    """Return what each device would take for each span, with too few devices."""
+    single = fleet_problem(num_devices, num_blocks)
+    first, last = np.indices((num_blocks, num_blocks))
+    length = np.maximum(last - first + 1, 1)
+    a_layer_s = single.compute_s[:, -1] / (num_blocks + 2)
+    return SpanProblem(
+        compute_s=single.compute_s[:, :, np.newaxis]
+        + a_layer_s[:, np.newaxis, np.newaxis] * (length - 1),
+        full_band_upload_s=single.full_band_upload_s[:, :, np.newaxis] * length,
+        feasible=np.ones((num_devices, num_blocks, num_blocks), bool),
+        worth=np.ones(num_blocks),
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_blocks", "largest_gap"),
+    [(2, 12, 0.0), (6, 24, 0.0), (10, 24, 0.0), (16, 24, 1e-5), (30, 48, 1e-5)],
+)
+def test_fewer_devices_than_blocks(
+    benchmark, capsys, num_devices, num_blocks, largest_gap
+):
+    problem = span_problem(num_devices, num_blocks)
+    cover = benchmark.pedantic(solve_spans, args=(problem,), rounds=5, warmup_rounds=1)
+    gap = cover.deadline_s / cover.bound_s - 1
+    assert cover.is_whole
+    assert gap <= largest_gap
+    # Against as many devices as blocks, which is the assignment problem.
+    alone = fleet_problem(num_blocks, num_blocks)
+    times_s = []
+    for _ in range(20):
+        started = time.perf_counter()
+        allocate(alone)
+        times_s.append(time.perf_counter() - started)
+    if benchmark.stats is None:
+        return
+    ratio = benchmark.stats.stats.median / float(np.median(times_s))
+    with capsys.disabled():
+        print(
+            f"\n{num_devices} devices, {num_blocks} blocks: gap {gap:.1e}, {ratio:.0f} "
+            f"times as long as {num_blocks} devices"
+        )
 
 
 @pytest.mark.parametrize("name", ["crunch+shares", "jbba"])
