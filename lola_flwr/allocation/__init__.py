@@ -16,6 +16,7 @@ from lola_flwr.allocation.band import PowerLimitedUplink
 from lola_flwr.allocation.codec_levels import refine_payloads
 from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
 from lola_flwr.allocation.rotation import rotate
+from lola_flwr.allocation.sharing import share_blocks
 from lola_flwr.allocation.solution import Allocation, InfeasibleAllocation
 from lola_flwr.allocation.spans import SpanCover, SpanProblem, solve_spans
 
@@ -35,5 +36,6 @@ __all__ = [
     "find_allocator",
     "refine_payloads",
     "rotate",
+    "share_blocks",
     "solve_spans",
 ]

@@ -39,7 +39,7 @@ class Allocation:
         Iterations that the solver took, in its own unit; 0 where it has none.
     stop_reason
         Why the solver stopped: "optimal", "gap", "iterations", "time", "rotation",
-        "payloads" or "heuristic".
+        "sharing", "payloads" or "heuristic".
     """
 
     block_of_device: IntArray

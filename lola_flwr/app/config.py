@@ -302,6 +302,7 @@ class LolaDeftConfig(UpdatesConfig):
     zeroth_order_options: Options = ""
     reduced_schedules: bool = False
     rotation_eps: float = Field(0.0, ge=0, allow_inf_nan=False)
+    sharing_eps: float = Field(0.0, ge=0, allow_inf_nan=False)
 
     def _contradictions(self) -> Iterator[str]:
         if self.backups and self.participation == "all":

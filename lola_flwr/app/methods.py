@@ -124,7 +124,10 @@ def settings_of(
     return replace(
         settings,
         allocation=replace(
-            settings.allocation, mode=mode, rotation_eps=config.rotation_eps
+            settings.allocation,
+            mode=mode,
+            rotation_eps=config.rotation_eps,
+            sharing_eps=config.sharing_eps,
         ),
         selection=selection_of(config, model, partition, response),
         devices=replace(

@@ -33,6 +33,10 @@ class AllocationOptions:
     rotation_eps
         Relative latency that may be given up for letting blocks meet other devices'
         data; 0 turns rotation off.
+    sharing_eps
+        Relative latency that may be given up for letting devices train a block that
+        would be idle, where there are more of them than blocks need; 0: they are idle.
+        A latency target is kept.
     codec_slack
         Where devices have codecs to choose from: relative latency that may be given up
         for finer ones than the coarsest; see `lola_flwr.allocation.codec_levels`.
@@ -46,12 +50,13 @@ class AllocationOptions:
     Raises
     ------
     UserError
-        Unknown name of an allocator, or negative ``codec_slack``.
+        Unknown name of an allocator, or negative ``codec_slack`` or ``sharing_eps``.
     """
 
     allocator: str | Allocator = "exact"
     mode: RoundMode = RoundMode()  # noqa: RUF009 (frozen)
     rotation_eps: float = 0.0
+    sharing_eps: float = 0.0
     codec_slack: float = 0.1
     partial: bool = False
     longest_round_s: float = 3600.0
@@ -60,8 +65,9 @@ class AllocationOptions:
         """Check now what would else be an error in round 1."""
         if isinstance(self.allocator, str):
             find_allocator(self.allocator)
-        if not self.codec_slack >= 0:
-            raise UserError(f"codec_slack={self.codec_slack} must be at least 0.")
+        for name in ("codec_slack", "sharing_eps"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

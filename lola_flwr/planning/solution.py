@@ -13,6 +13,7 @@ from lola_flwr.allocation import (
     allocate,
     refine_payloads,
     rotate,
+    share_blocks,
 )
 from lola_flwr.arrays import IntArray
 from lola_flwr.planning.known import Known, RunStatement
@@ -79,8 +80,9 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
     if stated.bound_s < allocation.bound_s:
         # The best matching for these spans; others were not ruled out.
         allocation = replace(allocation, bound_s=stated.bound_s)
+    problem, allocation = _shared(run, stated.problem, allocation)
     problem, allocation, codec_level = refine_payloads(
-        stated.problem,
+        problem,
         allocation,
         stated.payloads.bits,
         slack=run.allocation.codec_slack,
@@ -117,6 +119,17 @@ def _rotated(
     if eps <= 0:
         return allocation
     return rotate(stated.problem, allocation, known.meetings[stated.rows], eps=eps)
+
+
+def _shared(
+    run: RunStatement, problem: AllocationProblem, allocation: Allocation
+) -> tuple[AllocationProblem, Allocation]:
+    """Let devices share blocks that would be idle, where that costs little."""
+    eps = run.allocation.sharing_eps
+    if eps <= 0:
+        return problem, allocation
+    longest_s = min((1.0 + eps) * allocation.round_s, run.latency_target_s)
+    return share_blocks(problem, allocation, longest_s=longest_s)
 
 
 def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord, ...]:

@@ -14,6 +14,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
+from lola_flwr.server.selection import Selection
 from lola_flwr.system.devices import InvalidProfile, simulated_device
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.payload import update_bytes
@@ -754,3 +755,40 @@ def test_starting_values():
     ]:
         with pytest.raises(UserError, match=message):
             coordinator.start_from({**state_dict, **change})
+
+
+def test_idle_devices_share_blocks_within_the_latency_given_up():
+    alone = make_coordinator(num_devices=8)
+    ids = [f"id-{n}" for n in range(8)]
+    best_s = alone.plan_round(1, ids).allocation.round_s
+    coordinator = make_coordinator(num_devices=8, sharing_eps=0.5)
+    plan = coordinator.plan_round(1, ids)
+    assert len(plan.assignments) > 3
+    assert best_s < plan.allocation.round_s <= 1.5 * best_s * (1 + 1e-9)
+    replies = [
+        honest_reply(plan, device, value=float(n))
+        for n, device in enumerate(plan.assignments)
+    ]
+    record = coordinator.complete_round(plan, replies)
+    assert record.refused == {}
+    assert record.bound_s == pytest.approx(best_s)
+    for block in range(3):
+        values = [
+            n for n, a in enumerate(plan.assignments.values()) if a.blocks == (block,)
+        ]
+        for name in PARTITION.blocks[block]:
+            stepped = coordinator.values()[name]
+            np.testing.assert_allclose(stepped, 1 - np.mean(values), rtol=1e-6)
+
+
+def test_a_latency_target_is_kept_by_those_who_share():
+    ids = [f"id-{n}" for n in range(8)]
+    best_s = make_coordinator(num_devices=8).plan_round(1, ids).allocation.round_s
+    coordinator = make_coordinator(
+        num_devices=8, sharing_eps=9.0, selection=Selection(latency_target_s=2 * best_s)
+    )
+    plan = coordinator.plan_round(1, ids)
+    assert len(plan.assignments) > 3
+    assert plan.allocation.round_s <= 2 * best_s * (1 + 1e-9)
+    with pytest.raises(UserError, match="sharing_eps=-1"):
+        make_coordinator(sharing_eps=-1)

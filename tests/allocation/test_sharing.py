@@ -1,0 +1,84 @@
+"""Idle devices join blocks within a deadline."""
+
+import numpy as np
+from allocation_oracle import least_share, random_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lola_flwr.allocation import (
+    AllocationProblem,
+    InfeasibleAllocation,
+    RoundMode,
+    allocate,
+    share_blocks,
+)
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    eps=st.sampled_from([0.0, 0.01, 0.3, 3.0]),
+    power=st.booleans(),
+    mode=st.sampled_from([RoundMode(), RoundMode(backups=1), RoundMode(blocks=(1,))]),
+)
+def test_as_many_join_as_there_is_time_for(seed, eps, power, mode):
+    rng = np.random.default_rng(seed)
+    problem = random_problem(rng, 7, 3, power_limited=power, mode=mode)
+    try:
+        best = allocate(problem)
+    except InfeasibleAllocation:
+        return
+    longest_s = (1 + eps) * best.round_s
+    shared_problem, shared = share_blocks(problem, best, longest_s=longest_s)
+    shared.check(shared_problem)
+    assert shared.round_s <= longest_s * (1 + 1e-9)
+    active = best.block_of_device >= 0
+    np.testing.assert_array_equal(
+        shared.block_of_device[active], best.block_of_device[active]
+    )
+    if shared is best:
+        assert shared_problem is problem
+    trained = np.unique(best.block_of_device[active])
+    assert set(shared.block_of_device) <= {-1, *trained}
+    # Nobody else can join: what all need by the deadline leaves too little.
+    rows = np.arange(7)
+    snr = None if problem.power_limited is None else problem.power_limited.snr
+    left = longest_s - problem.constant_s - problem.compute_s
+    needed = least_share(
+        problem.full_band_upload_s, left, None if snr is None else snr[:, None]
+    )
+    needed = np.where(problem.feasible & (left > 0), needed, np.inf)
+    joined = shared.block_of_device >= 0
+    taken = needed[rows[joined], shared.block_of_device[joined]].sum()
+    others = needed[np.ix_(~joined, trained)]
+    assert others.size == 0 or taken + others.min() > 1 - 1e-9
+
+
+def test_every_block_has_its_second_device_before_one_has_its_third():
+    # Equal devices; the last block is the cheapest for all of them.
+    problem = AllocationProblem(np.tile([3.0, 2.0, 1.0], (9, 1)), np.full((9, 3), 0.1))
+    best = allocate(problem)
+    counts = []
+    for eps in (0.0, 0.05, 0.1, 0.15, 0.2, 0.3):
+        _, shared = share_blocks(problem, best, longest_s=(1 + eps) * best.round_s)
+        blocks = shared.block_of_device[shared.block_of_device >= 0]
+        counts.append(np.bincount(blocks, minlength=3))
+        assert counts[-1].max() < 3 or counts[-1].min() >= 2
+    assert counts[0].sum() == 3
+    assert counts[-1].tolist() == [3, 3, 3]
+    assert np.all(np.diff([count.sum() for count in counts]) >= 0)
+
+
+def test_who_has_nothing_to_send_joins_for_nothing():
+    upload_s = np.full((4, 2), 1.0)
+    upload_s[3] = 0.0
+    problem = AllocationProblem(
+        np.tile([2.0, 1.0], (4, 1)) * np.array([[1.0], [1.0], [1.0], [9.0]]), upload_s
+    )
+    best = allocate(problem, "greedy")
+    assert best.block_of_device[3] == -1
+    best = allocate(problem)
+    shared = share_blocks(problem, best, longest_s=20.0)[1]
+    assert shared.block_of_device.min() >= 0
+    assert shared.stop_reason == "sharing"
+    assert shared.bound_s == best.bound_s <= shared.round_s <= 20.0
