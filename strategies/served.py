@@ -40,7 +40,7 @@ ASSUMED_PROFILE = DeviceProfile(
 )
 
 # As under FedAvg, whoever is there takes part: several devices a block, or several
-# blocks a device.
+# blocks a device, in turn where these are too much for it.
 PROJECT_SETTINGS = RoundSettings(
     transfer=Transfer(downlink="changed"),
     allocation=AllocationOptions(mode=RoundMode(participation="all"), partial=True),

@@ -270,6 +270,8 @@ def test_any_number_of_nodes_takes_part(nodes):
     """Several blocks a device, or several devices a block."""
     project = Project(net, Whole())
     options = {"min_available_nodes": 1, "min_train_nodes": 1}
-    _, records, arrays = run(project, legacy=False, rounds=1, nodes=nodes, **options)
-    assert [len(record.blocks) for record in records] == [nodes]
+    _, records, arrays = run(project, legacy=False, rounds=3, nodes=nodes, **options)
+    assert {len(record.blocks) for record in records} == {nodes}
+    for record in records:
+        assert {n for part in record.blocks for n in part.blocks} == {0, 1, 2}
     assert moved(exchanged(project), arrays) == {*arrays}
