@@ -54,6 +54,20 @@ def test_gradient_is_the_plain_one(family, block_index, batch, tmp_path):
     assert cache.hits == (6 if block_index else 0)
 
 
+@pytest.mark.parametrize("blocks", [(1, 2), (0, 1)])
+def test_several_blocks_have_their_plain_gradient(blocks, batch, tmp_path):
+    torch.manual_seed(0)
+    model = bert().eval()
+    held = streamed(bert, model, tmp_path)
+    expected = block_gradient(model, held.partition, blocks, batch)
+    cache = ActivationCache(10**6)
+    for options in ({}, {"cache": cache}, {"cache": cache}):
+        with held.at_block(blocks[0], **options) as streaming:
+            result = block_gradient(streaming, held.partition, blocks, batch)
+        assert_same(result, expected)
+    assert cache.hits == (6 if blocks[0] else 0)
+
+
 def test_layers_below_are_in_memory_one_at_a_time(batch, tmp_path):
     torch.manual_seed(0)
     held = streamed(bert, bert(), tmp_path)
