@@ -48,7 +48,10 @@ def test_equals_full_backpropagation(roberta, batch, block_index, training):
         assert gradient.abs().sum() > 0 or "key.bias" in name
 
 
-@pytest.mark.parametrize("blocks", [(0, 1), (1, 2), (0, 1, 2), (0, 2)])
+SOME = [(0, 2), *(pytest.param(n, marks=pytest.mark.slow) for n in [(0, 1), (0, 1, 2)])]
+
+
+@pytest.mark.parametrize("blocks", SOME)
 def test_several_blocks_have_the_gradients_that_each_has(roberta, batch, blocks):
     partition = partition_parameters(n for n, _ in roberta.named_parameters())
     roberta.eval()

@@ -54,7 +54,9 @@ def test_gradient_is_the_plain_one(family, block_index, batch, tmp_path):
     assert cache.hits == (6 if block_index else 0)
 
 
-@pytest.mark.parametrize("blocks", [(1, 2), (0, 1)])
+@pytest.mark.parametrize(
+    "blocks", [(1, 2), pytest.param((0, 1), marks=pytest.mark.slow)]
+)
 def test_several_blocks_have_their_plain_gradient(blocks, batch, tmp_path):
     torch.manual_seed(0)
     model = bert().eval()
