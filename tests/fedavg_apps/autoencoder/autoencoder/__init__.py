@@ -1,0 +1,1 @@
+"""An autoencoder of signals, as a module with its own training step."""

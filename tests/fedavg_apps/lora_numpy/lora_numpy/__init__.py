@@ -1,0 +1,1 @@
+"""A language model with LoRA adapters, with NumPyClient."""

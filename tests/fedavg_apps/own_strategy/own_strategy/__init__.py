@@ -1,0 +1,1 @@
+"""A strategy with rounds of its own, checkpoints and client state."""

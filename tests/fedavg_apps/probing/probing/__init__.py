@@ -1,0 +1,1 @@
+"""A new classifier on a frozen body."""

@@ -1,0 +1,39 @@
+"""The server."""
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from generated import HELD_OUT
+
+from quickstart.task import Net, load_data, test
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the rounds."""
+    torch.manual_seed(context.run_config["seed"])
+    global_model = Net()
+    arrays = ArrayRecord(global_model.state_dict())
+
+    strategy = FedAvg(fraction_evaluate=context.run_config["fraction-evaluate"])
+    result = strategy.start(
+        grid=grid,
+        initial_arrays=arrays,
+        train_config=ConfigRecord({"lr": context.run_config["learning-rate"]}),
+        num_rounds=context.run_config["num-server-rounds"],
+        evaluate_fn=global_evaluate,
+    )
+
+    torch.save(result.arrays.to_torch_state_dict(), "final_model.pt")
+
+
+def global_evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+    """Evaluate the model on held-out data."""
+    model = Net()
+    model.load_state_dict(arrays.to_torch_state_dict())
+    loss, accuracy = test(model, load_data(HELD_OUT, count=512))
+    print(f"round {server_round}: loss {loss:.4f} accuracy {accuracy:.4f}")
+    return MetricRecord({"loss": loss, "accuracy": accuracy})

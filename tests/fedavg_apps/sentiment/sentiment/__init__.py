@@ -1,0 +1,1 @@
+"""Sequence classification with Hugging Face Transformers."""

@@ -1,0 +1,1 @@
+"""A residual network with BatchNorm, and aggregation of its own."""
