@@ -14,7 +14,7 @@ from torch import nn
 HELD_OUT = 10_000
 
 
-def images(part, count=192, size=16, noise=1.6):
+def images(part, count=192, size=16, noise=1.8):
     """Ten shapes on RGB images [count, 3, size, size]; each shifted, and in noise."""
     shapes = torch.randn(10, 3, 4, 4, generator=_generator(-1))
     shapes = nn.functional.interpolate(shapes, size=(size, size), mode="bilinear")
@@ -40,13 +40,13 @@ def table(part, count=192, features=12):
 
 
 def signals(part, count=192, features=32):
-    """Mixtures of six waves [count, features], with a little noise."""
+    """Mixtures of six waves [count, features], in noise."""
     places = torch.linspace(0, 3.14, features)
     waves = torch.stack([torch.sin((k + 1) * places) for k in range(6)])
     generator = _generator(part)
     shares = torch.tanh(2 * torch.randn(count, 6, generator=generator))
     x = shares @ waves / 2
-    return x + 0.1 * torch.randn(x.shape, generator=generator)
+    return x + 0.4 * torch.randn(x.shape, generator=generator)
 
 
 def sentences(part, count=192, length=16, vocabulary=64):

@@ -19,7 +19,7 @@ def main(grid: Grid, context: Context) -> None:
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
-        loss = Trainer().test(model, load_data(HELD_OUT, count=512))
+        loss = Trainer().test(model, load_data(HELD_OUT, count=2000))
         print(f"round {server_round}: loss {loss:.4f}")
         return MetricRecord({"loss": loss})
 

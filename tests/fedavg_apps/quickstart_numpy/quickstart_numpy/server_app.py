@@ -13,7 +13,7 @@ def evaluate(server_round, parameters, config):
     """Evaluate the model on held-out data."""
     net = Net()
     set_weights(net, parameters)
-    loss, accuracy = test(net, images(HELD_OUT, count=512))
+    loss, accuracy = test(net, images(HELD_OUT, count=2000))
     print(f"round {server_round}: loss {loss:.4f} accuracy {accuracy:.4f}")
     return loss, {"accuracy": accuracy}
 

@@ -38,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def get_evaluate_fn(net):
     """Return what evaluates the model on held-out data."""
-    batches = load_data(HELD_OUT, count=512)
+    batches = load_data(HELD_OUT, count=2000)
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         net.load_state_dict(arrays.to_torch_state_dict())

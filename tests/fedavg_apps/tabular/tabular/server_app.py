@@ -23,7 +23,7 @@ def server_fn(context: Context):
     """Put strategy and configuration together."""
     torch.manual_seed(context.run_config["seed"])
     net = IncomeClassifier()
-    testset = load_data(HELD_OUT, count=1000)
+    testset = load_data(HELD_OUT, count=2000)
 
     def evaluate_fn(server_round, parameters, config):
         set_weights(net, parameters)

@@ -30,6 +30,6 @@ def global_evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
     """Evaluate the model on held-out data."""
     model = VisionTransformer()
     model.load_state_dict(arrays.to_torch_state_dict())
-    loss, accuracy = test(model, load_data(HELD_OUT, count=512))
+    loss, accuracy = test(model, load_data(HELD_OUT, count=2000))
     print(f"round {server_round}: loss {loss:.4f} accuracy {accuracy:.4f}")
     return MetricRecord({"loss": loss, "accuracy": accuracy})

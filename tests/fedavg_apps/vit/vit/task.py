@@ -67,7 +67,7 @@ class VisionTransformer(nn.Module):
 
 def load_data(partition_id, count=192):
     """Load the part of a node."""
-    data = images(partition_id, count, noise=1.0)
+    data = images(partition_id, count, noise=1.6)
     return torch.utils.data.TensorDataset(*data)
 
 

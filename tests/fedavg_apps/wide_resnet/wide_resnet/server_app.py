@@ -11,7 +11,7 @@ from wide_resnet.task import WideResNet, get_weights, load_data, set_weights, te
 
 def gen_evaluate_fn(net):
     """Return what evaluates the model on held-out data."""
-    testset = load_data(HELD_OUT, count=512)
+    testset = load_data(HELD_OUT, count=2000)
 
     def evaluate(server_round, parameters, config):
         set_weights(net, parameters)
