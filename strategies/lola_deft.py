@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from logging import WARNING
 from typing import Any
@@ -159,6 +159,10 @@ class LoLaDeft(FedAvg):
             clients.update(there)
             return there
 
+        def drawn(devices: Collection[str]) -> int:
+            return self.num_fit_clients(len(devices))[0]
+
+        self._served.group(lambda: drawn(self._rounds.enough_devices(connected)))
         plan = self._rounds.plan(
             server_round,
             connected=connected,
@@ -166,7 +170,7 @@ class LoLaDeft(FedAvg):
                 clients, devices, server_round, self._served.waits.profiles_s
             ),
             draw=lambda devices: self.coordinator.draw_trainers(
-                server_round, devices, self.num_fit_clients(len(devices))[0]
+                server_round, devices, drawn(devices)
             ),
         )
         if plan is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from logging import INFO, WARNING
 from typing import Any
 
@@ -192,16 +192,21 @@ class LoLaDeft(FedAvg):
         server_round += self._rounds.rounds_before
         if self.fraction_train == 0.0:
             return []
+        def connected() -> list[str]:
+            return [str(node) for node in grid.get_node_ids()]
+
+        def drawn(devices: Collection[str]) -> int:
+            return max(int(len(devices) * self.fraction_train), self.min_train_nodes)
+
+        self._served.group(lambda: drawn(self._rounds.enough_devices(connected)))
         plan = self._rounds.plan(
             server_round,
-            connected=lambda: [str(node) for node in grid.get_node_ids()],
+            connected=connected,
             ask_profiles=lambda devices: ask_profiles(
                 grid, devices, server_round, self._served.waits.profiles_s
             ),
             draw=lambda devices: self.coordinator.draw_trainers(
-                server_round,
-                devices,
-                max(int(len(devices) * self.fraction_train), self.min_train_nodes),
+                server_round, devices, drawn(devices)
             ),
         )
         if plan is None:

@@ -278,6 +278,27 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         # Devices that said they complete messages of evaluation, too.
         self._completing: set[str] = set()
 
+    def go_on_with(self, coordinator: Coordinator) -> None:
+        """Have another coordinator of the same model plan the rounds, from the first."""
+        self._method = self._coordinator = coordinator
+
+    def enough_devices(
+        self, connected: Callable[[], Collection[str]]
+    ) -> Collection[str]:
+        """Wait until so many devices are connected that the first round can begin.
+
+        Raises
+        ------
+        UserError
+            There are fewer in the end.
+        """
+        return wait_for_devices(
+            connected,
+            needed=self.min_available,
+            wait_s=self._waits.devices_s,
+            why=self._why,
+        )
+
     def contents(
         self,
         plan: RoundPlan,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from logging import INFO
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +32,11 @@ from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
 from lola_flwr.system.devices import DeviceProfile
 
 Encoded = TypeVar("Encoded")
+
+# How many devices return each block of a project: the mean of fewer is too noisy to learn
+# as FedAvg does, which has the mean of all (docs/migration.md has figures).
+DEVICES_PER_BLOCK = 4
+_PER_BLOCK = "devices_per_block"
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 # What is taken of a device that states nothing: that it can do what FedAvg's devices
@@ -44,7 +50,7 @@ ASSUMED_PROFILE = DeviceProfile(
 PROJECT_SETTINGS = RoundSettings(
     transfer=Transfer(downlink="changed"),
     allocation=AllocationOptions(mode=RoundMode(participation="all"), partial=True),
-    devices=DeviceOptions(assumed_profile=ASSUMED_PROFILE),
+    devices=DeviceOptions(assumed_profile=ASSUMED_PROFILE, train_all=True),
 )
 
 
@@ -56,7 +62,8 @@ class Served(Generic[Encoded]):
     given
         The coordinator, or a model.
     options
-        Of a model: what ``coordinator_for_weights`` takes besides.
+        Of a model: what ``coordinator_for_weights`` takes besides, and
+        ``devices_per_block``, so many of which are to return each block.
     encode
         Encodes an array for the wire.
     min_available, waits, on_round
@@ -79,6 +86,8 @@ class Served(Generic[Encoded]):
         self._on_round = on_round
         self._model: Model | None = None
         self._options = dict(options)
+        self._devices_per_block = self._options.pop(_PER_BLOCK, DEVICES_PER_BLOCK)
+        self._is_grouped = False
         self._made: tuple[Coordinator, BlockRounds, dict[str, Encoded]] | None = None
         self._given: Coordinator | None = None
         if isinstance(given, Coordinator):
@@ -136,6 +145,29 @@ class Served(Generic[Encoded]):
         if self._model is not None and self._is_new(arrays):
             self._make(self._coordinator_of(arrays))
 
+    def group(self, count_devices: Callable[[], int]) -> None:
+        """Have several devices return each block of a model.
+
+        Where there are too few for that, neighbouring blocks are put together.
+
+        Parameters
+        ----------
+        count_devices
+            Tells before the first round how many devices train in one.
+        """
+        if self._model is None or self._is_grouped or self.coordinator.server_round:
+            return
+        self._is_grouped = True
+        coordinator, rounds, encoded = self._all()
+        num_devices, num_blocks = count_devices(), coordinator.partition.num_blocks
+        num_blocks = min(num_blocks, max(1, num_devices // self._devices_per_block))
+        settings = _with_devices(self._options["settings"], num_devices // num_blocks)
+        coordinator = self._coordinator_of(
+            coordinator.arrays(), settings=settings, max_blocks=num_blocks
+        )
+        rounds.go_on_with(coordinator)
+        self._made = coordinator, rounds, encoded
+
     def named(self, arrays: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Return the first arrays of a run, of which the order alone tells the names.
 
@@ -169,9 +201,9 @@ class Served(Generic[Encoded]):
             or not all(np.array_equal(arrays[n], v) for n, v in constants.items())
         )
 
-    def _coordinator_of(self, arrays: Arrays | None) -> Coordinator:
+    def _coordinator_of(self, arrays: Arrays | None, **changed: Any) -> Coordinator:
         assert self._model is not None
-        options = dict(self._options)
+        options = self._options | changed
         if arrays is not None:
             options["exchanged"] = arrays
         elif options.get("exchanged") is None:
@@ -196,12 +228,21 @@ class Served(Generic[Encoded]):
         self._made = coordinator, rounds, encoded
 
 
+def _with_devices(settings: RoundSettings, most: int) -> RoundSettings:
+    """Have each block trained by several devices, unless it is said by how many."""
+    mode = settings.allocation.mode
+    if mode.devices_per_block != 1:
+        return settings
+    mode = replace(mode, devices_per_block=max(1, most))
+    return replace(settings, allocation=replace(settings.allocation, mode=mode))
+
+
 def divided(
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide a strategy's arguments into those of the coordinator, and FedAvg's."""
     parameters = inspect.signature(coordinator_for_weights).parameters.values()
-    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    names = {_PER_BLOCK, *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)}
     ours = {name: value for name, value in options.items() if name in names}
     return ours, {n: value for n, value in options.items() if n not in names}
 

@@ -66,9 +66,10 @@ class PreparedBlock:
         self._model = model
         self._names = dict(zip(update_names, sent_names, strict=True))
         # What is the device's own is trained as the project does.
-        own = [n for n in self._local & {*parameters} if n in _trainable[model]]
+        others = {*parameters} - {*frozen_names} if assignment.trains_all else self._local
+        own = [n for n in parameters if n in others & _trainable[model]]
         self._start = time.perf_counter()
-        self._prepared = only_trainable(model, (*update_names, *own))
+        self._prepared = only_trainable(model, {*update_names, *own})
         prepared = self._prepared.__enter__()
         self._parameters = {name: prepared[name] for name in update_names}
         self._calls = noted_calls(model, update_names).__enter__()

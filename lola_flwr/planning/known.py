@@ -89,6 +89,9 @@ class RunStatement:
         How devices without the memory for back-propagation are used; None: not at all.
     reduced_schedules
         Whether devices may do less than a block takes.
+    train_all
+        Whether devices train all blocks, and return theirs, where their memory holds
+        that.
     latency_target_s
         Time that a round may take, seconds.
     seed
@@ -101,6 +104,7 @@ class RunStatement:
     allocation: AllocationOptions = AllocationOptions()
     zeroth_order: ZerothOrder | None = None
     reduced_schedules: bool = False
+    train_all: bool = False
     latency_target_s: float = math.inf
     seed: int = 0
 

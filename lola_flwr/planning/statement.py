@@ -60,6 +60,8 @@ class RoundProblem:
         What the layers are to do, where a device is to do less than all.
     payloads
         What devices may be told to upload.
+    trains_all
+        Who trains all blocks, whichever it returns, shape [k].
     spans
         Blocks that one device trains together, by the first of them: where there are
         fewer devices than blocks. All else has their costs at the first.
@@ -77,6 +79,7 @@ class RoundProblem:
     without_backward: BoolArray
     schedules: Schedules
     payloads: Payloads
+    trains_all: BoolArray
     spans: Spans = field(default_factory=dict)
     bound_s: float = math.inf
 
@@ -116,6 +119,7 @@ class RoundProblem:
                 for (row, block), operations in self.schedules.items()
                 if row in place
             },
+            trains_all=self.trains_all[rows],
         )
 
 
@@ -136,6 +140,7 @@ def stated_round(run: RunStatement, known: Known) -> RoundProblem:
     """
     stated = claimed(run, known)
     stated = together(run, known, stated)
+    stated = training_all(run, known, stated)
     stated = reduced(run, stated)
     stated = without_backward(run, known, stated)
     stated = charged(run, stated)
@@ -185,6 +190,31 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
         without_backward=np.zeros(len(profiles), bool),
         schedules={},
         payloads=payloads,
+        trains_all=np.zeros(len(profiles), bool),
+    )
+
+
+def training_all(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:
+    """Let devices train all blocks, whichever they return, where memory holds that."""
+    if not run.train_all:
+        return stated
+    profiles, problem = stated.profiles, stated.problem
+    memory_bytes = np.array([profile.memory_bytes for profile in profiles])
+    speed = np.array([profile.flops_per_s for profile in profiles])
+    costs = run.costs.joined([range(run.num_blocks)])
+    whole_bytes = costs.required_bytes(profiles)[:, :1]  # [K, 1]
+    chosen = whole_bytes <= memory_bytes[:, None]
+    chosen &= whole_bytes < stated.memory_limit_bytes[:, None]
+    whole_s = costs.flops[0] / speed[:, None]
+    claimed_s = np.where(chosen, whole_s, stated.claimed_s)
+    return replace(
+        stated,
+        problem=replace(
+            problem, compute_s=known.estimate.correct(claimed_s, known.names)
+        ),
+        claimed_s=claimed_s,
+        required_bytes=np.where(chosen, whole_bytes, stated.required_bytes),
+        trains_all=chosen[:, 0],
     )
 
 

@@ -187,6 +187,8 @@ class UpdateReader:
         moves = self._moves(tensors, sent, names)
         norm = _norm(moves)
         damping = self._damping(len(blocks))
+        if assignment.trains_all:
+            damping = np.float32(1)
         for name in self.partition.update_names(*blocks, head=False):
             moves[name] = damping * moves[name]
         statistics = self._statistics(tensors, sent)
@@ -200,7 +202,8 @@ class UpdateReader:
         models are averaged, as FedAvg does; blocks that a device has trained together
         keep theirs together. A step of plain SGD with lr=1 is then just this; an
         optimizer that normalises its steps, such as AdamW, cancels the factor. The
-        head, which all devices move, keeps their mean move.
+        head, which all devices move, keeps their mean move, and so do blocks whose
+        devices have trained all of them.
         """
         return np.float32(num_trained / self.partition.num_blocks)
 

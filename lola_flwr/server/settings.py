@@ -72,12 +72,17 @@ class DeviceOptions:
         Whether a device may take a block that its memory or the latency target does not
         allow, by running some layers forward only or not at all. Its gradient is then
         biased.
+    train_all
+        Whether devices that return weights train all that is trained where their memory
+        holds it, and return their block of it. Blocks then move together, as under
+        FedAvg, and whole moves are taken; the others train their block alone.
     """
 
     assumed_profile: DeviceProfile | None = None
     correct_profiles: bool = True
     zeroth_order: ZerothOrder | None = None
     reduced_schedules: bool = False
+    train_all: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

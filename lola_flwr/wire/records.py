@@ -151,6 +151,9 @@ class Assignment(_Record):
     local_names
         Names in the device's model of what it trains or keeps for itself, as its own
         statistics, one a line: it is not exchanged.
+    trains_all
+        Whether a device that returns weights trains all that is trained, though it
+        returns the block and the head alone.
     sends_head
         Whether the update is to hold the head's gradient beside the block's.
     manifest
@@ -198,6 +201,7 @@ class Assignment(_Record):
     projection_seed: int | None = None
     operations: str | None = None
     further_blocks: str | None = None
+    trains_all: bool = False
 
     @property
     def blocks(self) -> tuple[int, ...]:

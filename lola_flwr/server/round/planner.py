@@ -61,6 +61,7 @@ class RoundPlanner:
         settings = self.settings
         return RunStatement(
             costs=self.costs,
+            train_all=settings.devices.train_all,
             sizes=self.sizes,
             channel=settings.channel,
             allocation=settings.allocation,
@@ -189,6 +190,7 @@ class RoundPlanner:
                 memory_bytes=float(stated.required_bytes[row, block]),
                 operations=stated.operations(row, block),
                 further_blocks=" ".join(map(str, blocks[1:])) or None,
+                trains_all=bool(stated.trains_all[row]),
                 **fields,
             )
         return assignments
