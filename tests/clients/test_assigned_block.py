@@ -297,6 +297,18 @@ def test_a_prepared_model_back_propagates_to_its_block_only(model):
     assert flags == all_but_embedding(model), "flags are restored"
 
 
+def test_a_device_that_trains_all_returns_its_block(model):
+    model.layers[0].norm.weight.requires_grad_(False)
+    config = federate_config(model, block_index=2, **{"trains-all": True})
+    with AssignedBlock(model, config) as block:
+        fit(model, {}, steps=1)
+        wanting = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert wanting == all_but_embedding(model) - {"layers.0.norm.weight"}
+    asked = {*config["update-names"].splitlines()}
+    assert all(name.startswith(("layers.2.", "head.")) for name in asked)
+    assert set(block.arrays()) == asked | statistics(model)
+
+
 def federate_config(model, *, block_index, **changes):
     coordinator = coordinator_for_weights(model, batch_size=16)
     for index in range(3):

@@ -174,6 +174,9 @@ def test_weights_are_moves_damped_where_all_blocks_move_at_once(own, travels):
     # Whoever trains longer than asked for weighs no more than others.
     assert update.num_examples == MOST
     assert told.update_kind == "weights"
+    # Whose blocks have moved together, moves them whole.
+    update, _ = read(reply, replace(ASSIGNMENT, trains_all=True), sent=sent)
+    equal(update.gradients, moves)
 
 
 def test_weights_come_in_the_order_of_the_names():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -267,11 +268,30 @@ def test_failures_that_are_not_accepted_leave_the_model(caplog):
 
 @pytest.mark.parametrize("nodes", rest_slow([2, 1, 3, 7]))
 def test_any_number_of_nodes_takes_part(nodes):
-    """Several blocks a device, or several devices a block."""
+    """Three blocks are put together, or have several devices each."""
     project = Project(net, Whole())
-    options = {"min_available_nodes": 1, "min_train_nodes": 1}
-    _, records, arrays = run(project, legacy=False, rounds=3, nodes=nodes, **options)
+    options = {"min_available_nodes": 1, "min_train_nodes": 1, "devices_per_block": 1}
+    _, records, _ = run(project, legacy=False, rounds=3, nodes=nodes, **options)
     assert {len(record.blocks) for record in records} == {nodes}
+    trained = {b.block_index for record in records for b in record.blocks}
+    assert trained == {*range(min(nodes, 3))}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("nodes", [2, 8])
+def test_several_devices_return_each_block(nodes, legacy):
+    """Where there are too few for that, blocks are put together; at last it is FedAvg.
+
+    All devices of this project do the same.
+    """
+    project, plain = Project(net, Whole()), Project(net, Whole(), blocks=False)
+    _, records, arrays = run(project, legacy=legacy, nodes=nodes)
+    _, _, averaged = run(plain, legacy=legacy, nodes=nodes, plain=True)
     for record in records:
-        assert {n for part in record.blocks for n in part.blocks} == {0, 1, 2}
-    assert moved(exchanged(project), arrays) == {*arrays}
+        counts = Counter(b.block_index for b in record.blocks)
+        assert counts == ({0: 2} if nodes == 2 else {0: 4, 1: 4})
+    for name, values in averaged.items():
+        if name.endswith("num_batches_tracked"):  # FedAvg's mean of integers is another
+            continue
+        np.testing.assert_allclose(arrays[name], values, rtol=1e-4, atol=1e-6)
+
