@@ -21,8 +21,8 @@ def train(msg: Message, context: Context):
     set_peft_model_state_dict(model, msg.content["arrays"].to_torch_state_dict())
 
     new_lr = cosine_annealing(
-        msg.content["config"]["server-round"],
-        2 * num_rounds,
+        msg.content["config"]["server-round"] - 1,
+        num_rounds,
         context.run_config["learning-rate"],
         1e-4,
     )

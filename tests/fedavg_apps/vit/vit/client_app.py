@@ -3,7 +3,7 @@
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from vit.task import VisionTransformer, load_data
+from vit.task import VisionTransformer, cosine_annealing, load_data
 from vit.task import train as train_fn
 
 app = ClientApp()
@@ -15,9 +15,9 @@ def train(msg: Message, context: Context):
     model = VisionTransformer()
     model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
     dataset = load_data(context.node_config["partition-id"])
-    train_loss = train_fn(
-        model, dataset, context.run_config["local-epochs"], msg.content["config"]["lr"]
-    )
+    config, num_rounds = msg.content["config"], context.run_config["num-server-rounds"]
+    lr = cosine_annealing(config["server-round"], num_rounds, config["lr"])
+    train_loss = train_fn(model, dataset, context.run_config["local-epochs"], lr)
     metrics = MetricRecord({"train_loss": train_loss, "num-examples": len(dataset)})
     content = RecordDict(
         {"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}

@@ -1,5 +1,6 @@
 """Model, data and training."""
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -69,6 +70,11 @@ def load_data(partition_id, count=192):
     """Load the part of a node."""
     data = images(partition_id, count, noise=1.6)
     return torch.utils.data.TensorDataset(*data)
+
+
+def cosine_annealing(server_round, num_rounds, lr):
+    """Return the learning rate of a round; the last one's is small."""
+    return lr * (1 + math.cos(math.pi * (server_round - 0.5) / num_rounds)) / 2
 
 
 def train(net, dataset, epochs, lr):
