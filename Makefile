@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all test-testbed check mutants matrix bench figures compare testbed docs clean
+.PHONY: venv demo test test-all test-testbed check mutants matrix migration bench figures compare testbed docs clean
 
 venv: $(VENV)/.installed
 
@@ -47,6 +47,11 @@ mutants: venv
 # The wheel beside the oldest and the newest of what it needs; some GB for each.
 matrix: venv
 	$(BIN)/python -m tests.matrix
+
+# FedAvg projects beside what docs/migration.md makes of them: hours on two cores.
+# MIGRATION=NAME: of one project; --seeds 1: of one seed.
+migration: venv
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fedavg_apps $(MIGRATION)
 
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest simulations/benchmarks -o python_files='bench_*.py'

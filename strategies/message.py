@@ -192,6 +192,7 @@ class LoLaDeft(FedAvg):
         server_round += self._rounds.rounds_before
         if self.fraction_train == 0.0:
             return []
+
         def connected() -> list[str]:
             return [str(node) for node in grid.get_node_ids()]
 

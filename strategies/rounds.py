@@ -279,7 +279,7 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         self._completing: set[str] = set()
 
     def go_on_with(self, coordinator: Coordinator) -> None:
-        """Have another coordinator of the same model plan the rounds, from the first."""
+        """Have another coordinator of the same model plan the run's rounds."""
         self._method = self._coordinator = coordinator
 
     def enough_devices(

@@ -33,8 +33,8 @@ from lola_flwr.system.devices import DeviceProfile
 
 Encoded = TypeVar("Encoded")
 
-# How many devices return each block of a project: the mean of fewer is too noisy to learn
-# as FedAvg does, which has the mean of all (docs/migration.md has figures).
+# How many devices return each block of a project. The mean of fewer is too noisy to
+# learn as FedAvg does, which has the mean of all (docs/migration.md has figures).
 DEVICES_PER_BLOCK = 4
 _PER_BLOCK = "devices_per_block"
 Arrays = Mapping[str, npt.NDArray[Any]]

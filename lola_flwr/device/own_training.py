@@ -66,7 +66,9 @@ class PreparedBlock:
         self._model = model
         self._names = dict(zip(update_names, sent_names, strict=True))
         # What is the device's own is trained as the project does.
-        others = {*parameters} - {*frozen_names} if assignment.trains_all else self._local
+        others = (
+            {*parameters} - {*frozen_names} if assignment.trains_all else self._local
+        )
         own = [n for n in parameters if n in others & _trainable[model]]
         self._start = time.perf_counter()
         self._prepared = only_trainable(model, {*update_names, *own})

@@ -245,7 +245,9 @@ def _even_ends(sizes: Sequence[float], count: int) -> list[int]:
     sums = [0.0, *accumulate(sizes)]
     limits = sorted({b - a for a, b in combinations(sums, 2)} | {max(sizes)})
     lightest = bisect_left(
-        limits, True, key=lambda limit: limit >= max(sizes) and len(ends_within(limit)) <= count
+        limits,
+        True,
+        key=lambda limit: limit >= max(sizes) and len(ends_within(limit)) <= count,
     )
     return ends_within(limits[lightest])
 

@@ -93,9 +93,7 @@ def copied(project: Project, directory: Path) -> Path:
     return app
 
 
-def migrated(
-    project: Project, directory: Path, diff: str | None = None
-) -> Path:
+def migrated(project: Project, directory: Path, diff: str | None = None) -> Path:
     """Copy a project, and change it as its diff says, by nothing else."""
     app = copied(project, directory)
     for path, hunks in re.findall(
@@ -124,19 +122,32 @@ class Outcome:
         The metric before the first round and after each, of each seed.
     down_bytes, up_bytes
         Bytes of the arrays in training messages, mean of the seeds.
-    wireless_s
-        Wireless time after each round, of each seed; empty under FedAvg.
     """
 
     curves: tuple[tuple[float, ...], ...]
     down_bytes: float
     up_bytes: float
-    wireless_s: tuple[tuple[float, ...], ...]
 
     @property
     def final(self) -> float:
         """The metric at the end, mean of the seeds."""
         return sum(curve[-1] for curve in self.curves) / len(self.curves)
+
+
+def keeps_up(fedavg: float, lola: float, metric: str) -> bool:
+    """Whether a metric is within 2 points of FedAvg's, or a loss within 5 %."""
+    return lola >= fedavg - 0.02 if metric == "accuracy" else lola <= 1.05 * fedavg
+
+
+def reached_after(outcome: Outcome, target: float, metric: str) -> int | None:
+    """Return after how many rounds the seeds' mean reached a metric; None: never."""
+    for server_round, values in enumerate(zip(*outcome.curves, strict=True)):
+        mean = sum(values) / len(values)
+        if server_round and (
+            mean >= target if metric == "accuracy" else mean <= target
+        ):
+            return server_round
+    return None
 
 
 def run(
@@ -158,7 +169,11 @@ def run(
         cpus_per_client=os.cpu_count() or 1,
     )
     assert finished.completed, finished.output[-5000:]
-    parts = re.split(r"^seed \d+: (\d+) bytes down, (\d+) bytes up$", finished.output, flags=re.MULTILINE)
+    parts = re.split(
+        r"^seed \d+: (\d+) bytes down, (\d+) bytes up$",
+        finished.output,
+        flags=re.MULTILINE,
+    )
     outputs, down, up = parts[0::3][:seeds], parts[1::3], parts[2::3]
     assert len(down) == seeds, finished.output[-5000:]
     return Outcome(
@@ -168,7 +183,6 @@ def run(
         ),
         down_bytes=sum(map(int, down)) / seeds,
         up_bytes=sum(map(int, up)) / seeds,
-        wireless_s=tuple(_numbers(r"wireless time ([\d.]+) s", o) for o in outputs),
     )
 
 

@@ -693,8 +693,7 @@ def test_neighbouring_blocks_are_put_together_evenly(drawn):
     )
     cuts = combinations(range(1, len(sizes)), grouped.num_blocks - 1)
     assert heaviest == min(
-        max(sum(sizes[a:b]) for a, b in pairwise((0, *cut, len(sizes))))
-        for cut in cuts
+        max(sum(sizes[a:b]) for a, b in pairwise((0, *cut, len(sizes)))) for cut in cuts
     )
     for group, layer in zip(grouped.blocks, grouped.layers, strict=True):
         assert {n.split(".")[0] for n in group} == {n.split(".")[0] for n in layer}

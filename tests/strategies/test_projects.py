@@ -294,4 +294,3 @@ def test_several_devices_return_each_block(nodes, legacy):
         if name.endswith("num_batches_tracked"):  # FedAvg's mean of integers is another
             continue
         np.testing.assert_allclose(arrays[name], values, rtol=1e-4, atol=1e-6)
-
