@@ -162,7 +162,7 @@ class LoLaDeft(FedAvg):
         def drawn(devices: Collection[str]) -> int:
             return self.num_fit_clients(len(devices))[0]
 
-        self._served.group(lambda: drawn(self._rounds.enough_devices(connected)))
+        self._served.group(lambda: drawn(self._rounds.wait_for_devices(connected)))
         plan = self._rounds.plan(
             server_round,
             connected=connected,

@@ -199,7 +199,7 @@ class LoLaDeft(FedAvg):
         def drawn(devices: Collection[str]) -> int:
             return max(int(len(devices) * self.fraction_train), self.min_train_nodes)
 
-        self._served.group(lambda: drawn(self._rounds.enough_devices(connected)))
+        self._served.group(lambda: drawn(self._rounds.wait_for_devices(connected)))
         plan = self._rounds.plan(
             server_round,
             connected=connected,

@@ -150,15 +150,7 @@ class Rounds(Generic[Plan, Answers]):
         self._plan, self._planned = None, server_round
         self._began = time.perf_counter()
         try:
-            is_first = self._record is None
-            devices = wait_for_devices(
-                connected,
-                needed=self._enough if is_first else 1,
-                wait_s=self._waits.devices_s,
-                wanted=self.min_available if is_first else 1,
-                settle_s=self._waits.settle_s,
-                why=self._why,
-            )
+            devices = self.wait_for_devices(connected)
             meet(self._method, devices, ask_profiles, server_round=server_round)
             start = time.perf_counter()
             self._plan = self._method.plan_round(server_round, draw(devices))
@@ -172,6 +164,26 @@ class Rounds(Generic[Plan, Answers]):
             # What the last round's replies took would otherwise stay the process's.
             give_back_freed_memory()
         return self._plan
+
+    def wait_for_devices(
+        self, connected: Callable[[], Collection[str]]
+    ) -> Collection[str]:
+        """Wait until enough devices are connected for the next round.
+
+        Raises
+        ------
+        UserError
+            There are fewer in the end.
+        """
+        is_first = self._record is None
+        return wait_for_devices(
+            connected,
+            needed=self._enough if is_first else 1,
+            wait_s=self._waits.devices_s,
+            wanted=self.min_available if is_first else 1,
+            settle_s=self._waits.settle_s,
+            why=self._why,
+        )
 
     def complete(self, answers: Answers) -> dict[str, float] | None:
         """Take the round's answers in; return its figures, or None if skipped."""
@@ -281,23 +293,6 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
     def go_on_with(self, coordinator: Coordinator) -> None:
         """Have another coordinator of the same model plan the run's rounds."""
         self._method = self._coordinator = coordinator
-
-    def enough_devices(
-        self, connected: Callable[[], Collection[str]]
-    ) -> Collection[str]:
-        """Wait until so many devices are connected that the first round can begin.
-
-        Raises
-        ------
-        UserError
-            There are fewer in the end.
-        """
-        return wait_for_devices(
-            connected,
-            needed=self.min_available,
-            wait_s=self._waits.devices_s,
-            why=self._why,
-        )
 
     def contents(
         self,

@@ -232,7 +232,8 @@ def _even_ends(sizes: Sequence[float], count: int) -> list[int]:
     """
 
     def ends_within(limit: float) -> list[int]:
-        ends, held = [], 0.0
+        ends: list[int] = []
+        held = 0.0
         for place, size in enumerate(sizes):
             # Enough must be left for the spans to come to have one each.
             few_left = len(sizes) - place == count - len(ends) - 1
