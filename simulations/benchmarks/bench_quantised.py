@@ -58,12 +58,6 @@ def test_a_decoder_in_4_bits(num_devices, tmp_path, capsys):
         "base": "nf4",
         "output-dir": str(tmp_path / "out"),
     }
-    # A round with fewer devices than blocks trains as many blocks as there are devices.
-    if num_devices < 24:
-        options |= {
-            "selector": "round-robin",
-            "selector-options": f"count={num_devices}",
-        }
     with PeakMemory() as memory:
         finished = run_app(
             APP,
@@ -85,7 +79,7 @@ def test_a_decoder_in_4_bits(num_devices, tmp_path, capsys):
     peak_gib = memory.peak_bytes / 2**30
     with capsys.disabled():
         print(
-            f"\n{num_devices} devices, {len(blocks)} blocks in {ROUNDS} rounds: "
+            f"\n{num_devices} devices, {len(blocks)} updates in {ROUNDS} rounds: "
             f"{peak_gib:.1f} GiB at the peak"
         )
     assert peak_gib <= MOST_GIB[num_devices]

@@ -11,6 +11,7 @@ from lola_flwr.cli.main import FAILED, MISUSED, main
 from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
 
 GLUE = str(Path(__file__).parents[2] / "simulations" / "glue")
+CAUSAL = str(Path(GLUE).with_name("causal"))
 FLEET = fleet_toml(generate_fleet(3))
 FILES = {
     "fleet.toml": FLEET,
@@ -20,6 +21,7 @@ FILES = {
     "loud.toml": FLEET.replace("snr-db = ", "snr-db = 9"),
     "empty-run/rounds.jsonl": "",
     "broken-run/rounds.jsonl": "{}\n",
+    "lines.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
     "no-app/pyproject.toml": "[project]\nname = 'x'\n",
 }
 
@@ -82,6 +84,13 @@ MISTAKES = [
     ),
     ("simulate GLUE --devices 6 task=cole", FAILED, 'Did you mean "cola"?'),
     ("simulate GLUE --devices 6 allocator=greedi", FAILED, "Did you mean 'greedy'?"),
+    ("simulate CAUSAL --devices 4 base=nf4", FAILED, "trains the base itself"),
+    ("simulate CAUSAL --devices 4 data=x", FAILED, "data='x' cannot be read"),
+    (
+        "simulate CAUSAL --devices 4 data=lines.jsonl",
+        FAILED,
+        "lines.jsonl:2: completion is missing",
+    ),
     ("report nowhere", FAILED, "has no rounds.jsonl"),
     ("report empty-run", FAILED, "holds no round yet"),
     ("report broken-run", FAILED, "line 1 is no record"),
@@ -104,7 +113,7 @@ def directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("command", "code", "message"), MISTAKES)
 def test_one_line_that_helps(directory, command, code, message, capsys):
-    assert main(command.replace("GLUE", GLUE).split()) == code
+    assert main(command.replace("GLUE", GLUE).replace("CAUSAL", CAUSAL).split()) == code
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("error: ")
