@@ -160,7 +160,7 @@ class LoLaDeft(FedAvg):
             return there
 
         def drawn(devices: Collection[str]) -> int:
-            return self.num_fit_clients(len(devices))[0]
+            return min(self.num_fit_clients(len(devices))[0], len(devices))
 
         self._served.group(lambda: drawn(self._rounds.wait_for_devices(connected)))
         plan = self._rounds.plan(

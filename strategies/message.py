@@ -197,7 +197,8 @@ class LoLaDeft(FedAvg):
             return [str(node) for node in grid.get_node_ids()]
 
         def drawn(devices: Collection[str]) -> int:
-            return max(int(len(devices) * self.fraction_train), self.min_train_nodes)
+            wanted = max(int(len(devices) * self.fraction_train), self.min_train_nodes)
+            return min(wanted, len(devices))
 
         self._served.group(lambda: drawn(self._rounds.wait_for_devices(connected)))
         plan = self._rounds.plan(

@@ -50,7 +50,7 @@ ASSUMED_PROFILE = DeviceProfile(
 PROJECT_SETTINGS = RoundSettings(
     transfer=Transfer(downlink="changed"),
     allocation=AllocationOptions(mode=RoundMode(participation="all"), partial=True),
-    devices=DeviceOptions(assumed_profile=ASSUMED_PROFILE, train_all=True),
+    devices=DeviceOptions(assumed_profile=ASSUMED_PROFILE),
 )
 
 
@@ -104,7 +104,11 @@ class Served(Generic[Encoded]):
             )
         else:
             self._model = given
-            self._options.setdefault("settings", PROJECT_SETTINGS)
+            settings = self._options.get("settings", PROJECT_SETTINGS)
+            if settings.devices.train_all is None:
+                devices = replace(settings.devices, train_all=True)
+                settings = replace(settings, devices=devices)
+            self._options["settings"] = settings
 
     @property
     def is_made(self) -> bool:

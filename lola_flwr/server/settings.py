@@ -75,14 +75,15 @@ class DeviceOptions:
     train_all
         Whether devices that return weights train all that is trained where their memory
         holds it, and return their block of it. Blocks then move together, as under
-        FedAvg, and whole moves are taken; the others train their block alone.
+        FedAvg, and whole moves are taken; the others train their block alone. (default:
+        where a strategy is given a project's model they do, of a coordinator not.)
     """
 
     assumed_profile: DeviceProfile | None = None
     correct_profiles: bool = True
     zeroth_order: ZerothOrder | None = None
     reduced_schedules: bool = False
-    train_all: bool = False
+    train_all: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lola_flwr.build import RoundMode, coordinator_for_weights
+from lola_flwr.build import DeviceOptions, RoundMode, coordinator_for_weights
 from lola_flwr.model.exchange import usual_names
 from lola_flwr.strategies.served import DEVICES_PER_BLOCK, PROJECT_SETTINGS
 from lola_flwr.system.devices import simulated_device
@@ -58,7 +58,11 @@ def planned_s(
         example=torch.zeros(1, 3, 16, 16) if "16, 16" in project.diff else None,
         exchanged=usual_names(model),
         max_blocks=num_blocks,
-        settings=replace(PROJECT_SETTINGS, allocation=allocation),
+        settings=replace(
+            PROJECT_SETTINGS,
+            allocation=allocation,
+            devices=DeviceOptions(train_all=True),
+        ),
     )
     ids = [str(n) for n in range(nodes)]
     for n in ids:

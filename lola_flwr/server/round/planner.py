@@ -61,7 +61,7 @@ class RoundPlanner:
         settings = self.settings
         return RunStatement(
             costs=self.costs,
-            train_all=settings.devices.train_all,
+            train_all=bool(settings.devices.train_all),
             sizes=self.sizes,
             channel=settings.channel,
             allocation=settings.allocation,
