@@ -23,7 +23,7 @@ from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.model.exchange import Exchange
+from lola_flwr.model.exchange import Exchange, with_the_rest
 from lola_flwr.model.found import found_blocks
 from lola_flwr.model.loading import digest_of, fingerprint
 from lola_flwr.model.plain_input import is_plain
@@ -265,6 +265,9 @@ def coordinator_for_weights(
         )
     else:
         partition = model_partition(model, stack=stack, blocks=blocks, example=example)
+    settings = RoundSettings() if settings is None else settings
+    if settings.devices.train_all and blocks is None:
+        partition = with_the_rest(model, partition, exchange)
     partition = _exchanged_part(model, partition, exchange)
     if max_blocks is not None:
         sizes = {name: p.numel() for name, p in model.named_parameters()}

@@ -8,8 +8,9 @@ Message API the names say which arrays these are; a list of arrays has to be rec
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import is_adapted
+from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.stacks import sample_of
 from lola_flwr.model.statistics import statistics_names
 
@@ -228,3 +230,24 @@ def _only_part(received: Sequence[str], known: Sequence[str]) -> list[int] | Non
             place += 1
         places.append(place)
     return places
+
+
+def with_the_rest(
+    model: nn.Module, partition: BlockPartition, exchange: Exchange
+) -> BlockPartition:
+    """Return the partition whose first block has what would be trained by FedAvg alone.
+
+    Those are embeddings of transformers, mostly: back-propagation to the first block
+    passes all that may depend on them. What goes by two names is left out.
+    """
+    exchanged = set(exchange.own.values())
+    named = [*model.named_parameters(remove_duplicate=False)]
+    times = Counter(id(parameter) for _, parameter in named)
+    wanted = {n for n, p in named if p.requires_grad and times[id(p)] == 1}
+    rest = [n for n in partition.frozen if n in wanted & exchanged]
+    first, *others = partition.blocks
+    return replace(
+        partition,
+        blocks=((*rest, *first), *others),
+        frozen=tuple(n for n in partition.frozen if n not in rest),
+    )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import transformers as hf
 from torch import nn
 
 from lola_flwr.build import DeviceOptions, RoundSettings, coordinator_for_weights
@@ -44,3 +45,18 @@ def test_who_has_the_memory_trains_all_and_others_their_block(train_all):
         planned_s = plan.solved.problem.compute_s[row, assignment.block_index]
         assert planned_s == pytest.approx(costs.flops[block] / 1e6)
         assert assignment.memory_bytes == pytest.approx(costs.memory_bytes[block])
+
+
+@pytest.mark.parametrize("train_all", [True, False])
+def test_whoever_trains_all_trains_embeddings_but_not_under_two_names(train_all):
+    sizes = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes))
+    model.transformer.h[1].ln_1.requires_grad_(False)
+    settings = RoundSettings(devices=DeviceOptions(train_all=train_all))
+    partition = coordinator_for_weights(model, settings=settings).partition
+    # The other embedding is the output layer's, too.
+    positions = "transformer.wpe.weight"
+    assert (positions in partition.blocks[0]) is train_all
+    assert (positions in partition.frozen) is not train_all
+    assert "transformer.wte.weight" in partition.frozen
+    assert "transformer.h.1.ln_1.weight" not in partition.trainable

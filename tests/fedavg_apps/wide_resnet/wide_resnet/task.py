@@ -73,7 +73,7 @@ def set_weights(net, parameters):
 
 def load_data(partition_id, count=192):
     """Return the batches of a node."""
-    x, y = images(partition_id, count, noise=1.2)
+    x, y = images(partition_id, count, noise=2.2)
     return list(zip(x.split(32), y.split(32), strict=True))
 
 
