@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import typer
 
-# Every word is Flower's to read.
-SETTINGS = {
-    "ignore_unknown_options": True,
-    "allow_extra_args": True,
-    "help_option_names": [],
-}
+# Every word but --help is Flower's to read.
+SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 def node(context: typer.Context) -> None:
     """Be a SuperNode that looks for messages often and runs apps in this process.
 
     Takes any Flower app, and the options of `flower-supernode`, which
-    `lola-flwr node --help` lists.
+    `flower-supernode --help` lists.
 
     Example: `lola-flwr node --superlink superlink.lan:8000 --root-certificates ca.crt
     --node-config 'partition-id=0 num-partitions=2'`

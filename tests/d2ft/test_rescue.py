@@ -75,6 +75,7 @@ def test_schedules_stay_with_their_devices_where_others_are_left_out():
         payloads=Payloads(("",), ones[:1], np.ones(2, bool)),
         without_backward=np.zeros(3, bool),
         schedules=schedules,
+        trains_all=np.zeros(3, bool),
     )
     problem = AllocationProblem(ones[1:], ones[1:], ones[1:] > 0)
     left = whole.of_rows(np.array([1, 2]), problem)
