@@ -148,6 +148,20 @@ class TestOnTheModel:
             check_start(app, {**app.config, **changes}, 4)
 
     @pytest.mark.parametrize(
+        ("lines", "message"),
+        [
+            (("text\tsays", "fine\tgood"), "no column label .it has text, says.;"),
+            (("text\tlabel", "fine\tgood", "dull\t"), "no label in 1 of 2 .* number 2"),
+            (("text\tlabel", "fine\tgood", "nice\tgood"), "has one label, 'good'"),
+        ],
+    )
+    def test_examples(self, tmp_path, lines, message):
+        (tmp_path / "own.tsv").write_text("\n".join(lines))
+        app = read_app(Path(QUICKSTART))
+        with pytest.raises(UserError, match=message):
+            check_start(app, {**app.config, "data": str(tmp_path / "own.tsv")}, 6)
+
+    @pytest.mark.parametrize(
         "path", [VISION, pytest.param(QUICKSTART, marks=pytest.mark.slow)]
     )
     def test_apps_that_can_start(self, path):

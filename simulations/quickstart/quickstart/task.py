@@ -6,6 +6,7 @@ from itertools import product
 import datasets
 import torch
 
+from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import Batch
@@ -25,7 +26,31 @@ def load_data(path: str) -> datasets.DatasetDict:
     kind = "json" if path.endswith(("json", "jsonl")) else "csv"
     options = {"delimiter": "\t"} if path.endswith("tsv") else {}
     examples = datasets.load_dataset(kind, data_files=path, split="train", **options)
+    check_examples(examples, path)
     return examples.class_encode_column("label").train_test_split(0.2, seed=0)
+
+
+def check_examples(examples: datasets.Dataset, path: str) -> None:
+    """Refuse a file that nothing can be learned from."""
+    if missing := {"text", "label"} - set(examples.column_names):
+        raise UserError(
+            f"data={path!r} has no column {' and '.join(sorted(missing))} (it has "
+            f"{', '.join(examples.column_names)}); name them text and label: a .tsv or "
+            ".csv in its first line, a .jsonl in every line."
+        )
+    for column in ("text", "label"):
+        empty = [i for i, x in enumerate(examples[column], 1) if x in (None, "")]
+        if empty:
+            raise UserError(
+                f"data={path!r} has no {column} in {len(empty)} of {len(examples)} "
+                f"examples, the first of them number {empty[0]}; fill it in, or leave "
+                "them out."
+            )
+    if len(classes := set(examples["label"])) < 2:
+        raise UserError(
+            f"data={path!r} has one label, {classes.pop()!r}; give examples of two "
+            "classes or more."
+        )
 
 
 def reviews(start: int, stop: int) -> datasets.Dataset:
