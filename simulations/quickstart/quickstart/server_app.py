@@ -1,7 +1,10 @@
 """The server: who trains which block with which share of the uplink, and the steps."""
 
+from logging import INFO
+
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from lola_flwr.build import ServerStep, coordinator_for
@@ -9,7 +12,7 @@ from lola_flwr.costs.of_model import model_costs
 from lola_flwr.model.loading import load_values
 from lola_flwr.model.saved_adapters import save_model
 from lola_flwr.run.directory import describe_run, run_directory, say_where
-from lola_flwr.run.round_log import RoundLog
+from lola_flwr.run.round_log import RoundLog, read_rounds
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.strategies.message import LoLaDeft
 from quickstart.task import load_data, load_model, make_batch
@@ -35,7 +38,8 @@ def main(grid: Grid, context: Context) -> None:
     """Train for some rounds, and save the adapter."""
     config = context.run_config
     model, partition, tokenizer = load_model(config["model"], config["data"])
-    held_out = load_data(config["data"])["test"][:500]
+    test = load_data(config["data"])["test"]
+    held_out, classes = test[:500], test.features["label"].names
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         load_values(model, partition.trainable, arrays.to_numpy_ndarrays())
@@ -49,9 +53,9 @@ def main(grid: Grid, context: Context) -> None:
         )
 
     directory = run_directory(config["output-dir"], context.run_id)
-    log = RoundLog(directory / "rounds.jsonl")
+    rounds = RoundLog(directory / "rounds.jsonl")
     describe_run(directory, app="quickstart", config=config)
-    strategy = LoLaDeft(make_coordinator(config), on_round=log.append)
+    strategy = LoLaDeft(make_coordinator(config), on_round=rounds.append)
     result = strategy.start(
         grid,
         strategy.initial_arrays(),
@@ -60,4 +64,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     load_values(model, partition.trainable, result.arrays.to_numpy_ndarrays())
     save_model(model, directory / "adapter")
-    say_where(log.path)
+    say_where(rounds.path)
+    # Who loads the adapter has to number them so.
+    log(INFO, "classes, in the order of their numbers: %s", ", ".join(classes))
+    log(INFO, "%s", read_rounds(rounds.path)[-1].final_line())
