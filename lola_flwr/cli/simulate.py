@@ -134,6 +134,9 @@ def _prepare(
         # The first round shall know all of them, or runs are not repeatable.
         changes[_NUMBER_KEY] = num_devices
     directory = None
+    # A value that was forgotten: the next word is none.
+    if out is not None and str(out).partition("=")[0] in config:
+        raise UserError(f"--out is followed by {out}: give it a directory.")
     if _OUTPUT_KEY in config:
         given = str(out or config[_OUTPUT_KEY] or _new_directory(found.name))
         directory = local_path(given).absolute()

@@ -30,6 +30,7 @@ MISTAKES = [
     ("no app", "simulate nowhere", FAILED, "give the app's directory"),
     ("no app", "simulate no-app", FAILED, "give the app's directory"),
     ("key as option", f"{SIX} --rounds 3", MISUSED, "written without dashes: rounds=3"),
+    ("key as option", f"{SIX} --out rounds=3", FAILED, "give it a directory"),
     ("key mistyped", f"{SIX} rouns=3", FAILED, "Did you mean 'rounds'?"),
     ("wrong type", f"{SIX} rounds=ten", FAILED, "a whole number, as in rounds=40"),
     ("no model", f"{SIX} model=./modle", FAILED, "use model='minilm-l6'"),
