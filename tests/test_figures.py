@@ -94,8 +94,8 @@ class TestLatency:
             assert row["excluded"] == expected
 
     def test_an_infeasible_draw_is_left_out_for_all(self):
-        # One device cannot hold twelve blocks.
-        assert latency.simulate([latency.Setting(num_devices=1)], DRAWS[:1]) == []
+        # No device can hold so much.
+        assert latency.simulate([latency.Setting(batch_size=4096)], DRAWS[:1]) == []
 
 
 class TestSummary:

@@ -162,9 +162,8 @@ class TestOnTheModel:
         with pytest.raises(UserError, match=message):
             check_start(app, {**app.config, "data": str(tmp_path / "own.tsv")}, 6)
 
-    @pytest.mark.parametrize(
-        "path", [VISION, pytest.param(QUICKSTART, marks=pytest.mark.slow)]
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("path", [VISION, QUICKSTART])
     def test_apps_that_can_start(self, path):
         app = read_app(Path(path))
         check_start(app, app.config, 3)

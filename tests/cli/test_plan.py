@@ -144,6 +144,7 @@ def llama(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_any_other_configuration_is_counted(capsys, llama):
     shown = planned(capsys, "--model", str(llama), "--max-length", "8")
     assert shown["num_blocks"] == 3

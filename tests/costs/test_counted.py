@@ -28,11 +28,8 @@ from tests.marks import rest_slow
 from tests.model.test_blocks import CASES as MODELS
 from tests.model.test_blocks import built
 
-# The others are like these; all of them are in the table of the documentation.
-FAST = (
-    "Llama LM, LoRA on nf4",
-    "OLMoE LM (experts)",
-)
+# The others are like it; all of them are in the table of the documentation.
+FAST = ("Llama LM, LoRA on nf4",)
 REFUSED = {"LSTM": r"recurrent layer .* set torch\.backends\.mkldnn\.enabled"}
 if not hasattr(torch.ops.aten, "_grouped_mm"):  # before PyTorch 2.9
     REFUSED["OLMoE LM (experts)"] = r"grouped_mm_fallback takes is not known"
@@ -155,6 +152,7 @@ def test_blocks_together_are_as_if_they_were_counted(make):
         np.testing.assert_array_equal(memory_bytes, costs.memory_bytes[others])
 
 
+@pytest.mark.slow
 def test_sizes_between_take_no_more_than_is_planned(roberta):
     partition = partition_of(roberta)
     options = {"sequence_length": 10}
@@ -221,6 +219,7 @@ def test_the_model_stays_as_it_is():
     Version(torch.__version__) < Version("2.11"),
     reason="this PyTorch does not know a fake number's value: weights are asked for",
 )
+@pytest.mark.slow
 def test_no_layer_is_dropped():
     """Where LayerDrop draws by chance, what is counted is that it drops none."""
     options = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2}

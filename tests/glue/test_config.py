@@ -136,6 +136,7 @@ def test_d2ft_refuses_the_legacy_interface():
     assert config(method="fedavg-full", interface="legacy").interface == "legacy"
 
 
+@pytest.mark.slow
 def test_d2ft_runs_by_the_interface_that_nobody_named(tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
     tiny = {"model": "random:roberta-tiny", "batch_size": 2, "max_length": 16}

@@ -170,6 +170,7 @@ def test_where_proc_does_not_tell_the_usual_places_are_read(machine, version):
     ),
     version=st.sampled_from([1, 2]),
 )
+@pytest.mark.slow
 def test_the_least_of_all_nested_limits_counts(tmp_path_factory, groups, version):
     with pytest.MonkeyPatch.context() as monkeypatch:
         machine = Machine(tmp_path_factory.mktemp("machine"), monkeypatch)

@@ -422,6 +422,7 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"'lora' needs peft: pip .*\[adapters\]"):
             adapt(small_roberta(), "lora")
 
+    @pytest.mark.slow
     def test_peft_is_imported_for_adapters_only(self):
         program = (
             "import sys, torch\n"
@@ -598,6 +599,7 @@ class TestCosts:
                 block_gradient(model, partition, index, batch)
             assert costs.flops[index] == counter.get_total_flops()
 
+    @pytest.mark.slow
     def test_a_frozen_pooler_is_passed(self):
         config = transformers.BertConfig(**SMALL)
         model = adapt(built(transformers.BertForSequenceClassification, config), "lora")
@@ -633,6 +635,7 @@ class TestCosts:
         costs = model_costs(model, partition, batch_size=8, sequence_length=16)
         assert np.all(np.diff(costs.flops) < 0)
 
+    @pytest.mark.slow
     def test_a_stack_behind_the_blocks_is_passed(self):
         options = {"target_modules": r"encoder\..*\.(q|v)"}
         model = adapt(FAMILIES["t5"](), "lora", options)
@@ -642,6 +645,7 @@ class TestCosts:
         costs = model_costs(model, partition, batch_size=1, example=example)
         assert np.all(np.diff(costs.flops) < 0)
 
+    @pytest.mark.slow
     def test_adapters_cost_less_than_their_layers(self):
         model, partition = adapted_roberta("lora")
         plain = small_roberta()
@@ -651,6 +655,7 @@ class TestCosts:
         assert np.all(small.flops < full.flops)
         assert np.all(small.payload_bits < full.payload_bits)
 
+    @pytest.mark.slow
     def test_fixed_parts_are_paid_for_each_micro_batch(self):
         # LoHa builds its weight anew for every pass, whatever goes through it.
         model, partition = adapted_roberta("loha")

@@ -45,18 +45,11 @@ FAST = {
     "legacy": {"interface": "legacy"},
     "message": {},
     "lora": {"tuning": "lora", "tuning_options": "r=4"},
-    "int8": {"codec": "int8"},
     # The target leaves two of the three blocks that the selector chose.
     "owlore": {
         "selector": "owlore",
         "selector_options": "count=3, period=2, max_staleness=3",
         "latency_target_s": 0.012,
-    },
-    # Two devices of the fleet have no memory for back-propagation.
-    "zeroth-order": {
-        "zeroth_order": "fallback",
-        "zeroth_order_options": "lr=1e-3, num_directions=4, smallest_share=0.5",
-        "fleet": str(DIRECTORY / "fleet.toml"),
     },
     # Its own model of time knows neither errors nor jitter.
     "d2ft": {
@@ -68,6 +61,13 @@ FAST = {
 }
 
 SLOW = {
+    "int8": {"codec": "int8"},
+    # Two devices of the fleet have no memory for back-propagation.
+    "zeroth-order": {
+        "zeroth_order": "fallback",
+        "zeroth_order_options": "lr=1e-3, num_directions=4, smallest_share=0.5",
+        "fleet": str(DIRECTORY / "fleet.toml"),
+    },
     # Where some blocks rest there is something that has not changed.
     "downlink-changed": {
         "downlink": "changed",

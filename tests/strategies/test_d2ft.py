@@ -397,6 +397,7 @@ def test_a_run_goes_on_where_it_stopped(shared):
         other.trainer.restore(snapshot)
 
 
+@pytest.mark.slow
 def test_a_node_that_tells_no_profile_is_not_waited_for_every_time():
     strategy, grid = federation()
     grid.apps[999] = grid.apps[100]

@@ -277,8 +277,8 @@ def test_any_number_of_nodes_takes_part(nodes):
     assert trained == {*range(min(nodes, 3))}
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("nodes", [2, 8])
+@pytest.mark.parametrize("legacy", rest_slow([False, True]))
+@pytest.mark.parametrize("nodes", rest_slow([8, 2]))
 def test_several_devices_return_each_block(nodes, legacy):
     """Where there are too few for that, blocks are put together; at last it is FedAvg.
 

@@ -39,6 +39,7 @@ def test_keys_on_the_wire():
         "codec": "fp32",
         "base-fingerprint": "ab",
         "sends-head": True,
+        "trains-all": False,
     }
     assert Assignment.from_record({**record, "user-key": 7}) == assignment
 
