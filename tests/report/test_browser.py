@@ -202,6 +202,14 @@ def screen(page, width, theme="light"):
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_a_run_called_after_its_directory_fits(browser, tmp_path, width):
+    run = sample_run("lola-glue-20261129-022023", num_devices=6, num_rounds=40)
+    browser.get(Report([run]).save(tmp_path / "report.html").as_uri())
+    with screen(browser, width):
+        assert browser.execute_script(WIDE) == []
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_nothing_is_cut_off(page, width, theme):
