@@ -205,6 +205,12 @@ def screen(page, width, theme="light"):
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_a_run_called_after_its_directory_fits(browser, tmp_path, width):
     run = sample_run("lola-glue-20261129-022023", num_devices=6, num_rounds=40)
+    more = {"matthews": 0.8333, "perplexity": 1.013}
+    rounds = [
+        replace(r, metrics={**r.metrics, **more}) if r.metrics else r
+        for r in run.rounds
+    ]
+    run = replace(run, rounds=rounds)
     browser.get(Report([run]).save(tmp_path / "report.html").as_uri())
     with screen(browser, width):
         assert browser.execute_script(WIDE) == []
