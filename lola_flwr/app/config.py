@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_args
 
@@ -169,9 +170,9 @@ class AppConfig(RunConfig):
     trackers: Trackers
 
     @classmethod
+    @abstractmethod
     def by_method(cls) -> tuple[type[AppConfig], ...]:
         """Return the app's models, one a method; the last has all keys there are."""
-        raise NotImplementedError
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, object]) -> Self:

@@ -19,6 +19,7 @@ def check(config: dict, num_devices: int) -> None:
             "label, or leave it out for sentences that are generated."
         )
     require_extra("adapters", "peft", "LoRA")
+    require_extra("glue", "datasets", "the quickstart")
     # PyTorch takes seconds; what is above is said before that.
     from lola_flwr.build import check_first_round
     from quickstart.server_app import make_coordinator
