@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -18,6 +20,25 @@ from lola_flwr.strategies.missing_objects import ask_soon_again
 _POLL_PART, _LONGEST_POLL_S = 0.1, 0.25
 _LARGEST_POLL_RATE_HZ = 50.0
 _THREADS = 64
+
+# How long the replies to messages may take, given after how many seconds those came
+# that are there.
+WaitS = Callable[[Sequence[float]], float]
+
+
+class Arrival(NamedTuple):
+    """When a device's reply came, on the server's clock; None where nothing tells.
+
+    Parameters
+    ----------
+    answered_s
+        Seconds from the messages' sending to the reply's last byte.
+    upload_s
+        Those of them since the reply was announced.
+    """
+
+    answered_s: float | None = None
+    upload_s: float | None = None
 
 
 class ArrivalGrid(Grid):
@@ -40,8 +61,8 @@ class ArrivalGrid(Grid):
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        # Seconds of the latest upload, by node id.
-        self.upload_s: dict[str, float] = {}
+        # Of the latest replies, by node id.
+        self.arrivals: dict[str, Arrival] = {}
 
     def set_run(self, run: Run) -> None:
         """Set the run."""
@@ -81,24 +102,51 @@ class ArrivalGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send messages; return the replies that come in time, in the order sent."""
-        self.upload_s = {}
+        return self.receive(messages, lambda _: math.inf, timeout)
+
+    def receive(
+        self, messages: Iterable[Message], wait_s: WaitS, timeout: float | None
+    ) -> Iterable[Message]:
+        """Send messages; return the replies that come in time, in the order sent.
+
+        Parameters
+        ----------
+        messages
+            The messages.
+        wait_s
+            How long to wait for them; asked again whenever one comes, where each is
+            waited for by itself.
+        timeout
+            How long to wait at most, seconds; None: as long as ``wait_s`` says.
+        """
+        longest_s = math.inf if timeout is None else timeout
+        self.arrivals = {}
         if not isinstance(self._grid, HttpGrid):
-            return self._grid.send_and_receive(messages, timeout=timeout)
+            longest_s = min(longest_s, wait_s(()))
+            # Flower adds the timeout to the present, which infinity has no place in.
+            return self._grid.send_and_receive(
+                messages, timeout=None if math.isinf(longest_s) else longest_s
+            )
         ask_soon_again()
         ids = [i for i in self.push_messages(list(messages)) if i]
-        arrivals = _Arrivals(self._grid, ids, timeout)
+        arrivals = _Arrivals(
+            self._grid, ids, lambda came_s: min(longest_s, wait_s(came_s))
+        )
         replies = arrivals.wait()
-        self.upload_s = {
-            str(reply.metadata.src_node_id): upload_s
-            for reply, upload_s in replies
-            if upload_s is not None and not reply.has_error()
+        self.arrivals = {
+            str(reply.metadata.src_node_id): arrival
+            for reply, arrival in replies
+            if not reply.has_error()
         }
         return [reply for reply, _ in replies]
 
 
-def upload_seconds(arrivals: ArrivalGrid | None, device_id: str) -> float | None:
-    """Return how long a device's latest upload took; None where nothing tells."""
-    return None if arrivals is None else arrivals.upload_s.get(device_id)
+def seconds_of(
+    arrivals: ArrivalGrid | None, device_id: str
+) -> Mapping[str, float | None]:
+    """Return when a device's latest reply came, as ``Arrival`` names the figures."""
+    known = {} if arrivals is None else arrivals.arrivals
+    return known.get(device_id, Arrival())._asdict()
 
 
 class _Arrivals:
@@ -108,36 +156,41 @@ class _Arrivals:
     late, and nobody looks at it any more.
     """
 
-    def __init__(self, grid: Grid, ids: Sequence[str], timeout_s: float | None) -> None:
+    def __init__(self, grid: Grid, ids: Sequence[str], wait_s: WaitS) -> None:
         self._grid = grid
         self._ids = ids
-        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._wait_s = wait_s
+        self._begun_s = time.monotonic()
         self._shortest_poll_s = len(ids) / _LARGEST_POLL_RATE_HZ
         self._changed = threading.Condition()
-        self._replies: dict[str, tuple[Message, float | None]] = {}
+        self._replies: dict[str, tuple[Message, Arrival]] = {}
         self._failure: BaseException | None = None
         self._over = False
 
-    def wait(self) -> list[tuple[Message, float | None]]:
-        """Return what comes in time, and how long each upload took if that is known."""
+    def wait(self) -> list[tuple[Message, Arrival]]:
+        """Return what comes in time, and when it did."""
         groups = [self._ids[start::_THREADS] for start in range(_THREADS)]
         for group in filter(None, groups):
             threading.Thread(target=self._fetch, args=(group,), daemon=True).start()
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._failure or len(self._replies) == len(self._ids),
-                None if self._deadline is None else self._deadline - time.monotonic(),
-            )
+            while self._failure is None and len(self._replies) < len(self._ids):
+                left_s = self._begun_s + self._longest_s() - time.monotonic()
+                if left_s <= 0.0:
+                    break
+                self._changed.wait(min(left_s, threading.TIMEOUT_MAX))
             self._over = True
             if self._failure is not None:
                 raise self._failure
             return [self._replies[i] for i in self._ids if i in self._replies]
 
+    def _longest_s(self) -> float:
+        came_s = [arrival.answered_s for _, arrival in self._replies.values()]
+        return self._wait_s([s for s in came_s if s is not None])
+
     def _fetch(self, group: Sequence[str]) -> None:
         missing = set(group)
         # In a larger group a reply waits until the one before it is there.
         is_timed = len(group) == 1
-        begun_s = time.monotonic()
         try:
             while missing and not self._over:
                 asked_s = time.monotonic()
@@ -145,11 +198,14 @@ class _Arrivals:
                     answered = reply.metadata.reply_to_message_id
                     missing.discard(answered)
                     with self._changed:
-                        taken_s = time.monotonic() - asked_s
-                        self._replies[answered] = (reply, taken_s if is_timed else None)
+                        now_s = time.monotonic()
+                        arrival = Arrival(
+                            now_s - self._begun_s, now_s - asked_s if is_timed else None
+                        )
+                        self._replies[answered] = (reply, arrival)
                         self._changed.notify()
                 if missing:
-                    waited_s = time.monotonic() - begun_s
+                    waited_s = time.monotonic() - self._begun_s
                     poll_s = min(_POLL_PART * waited_s, _LONGEST_POLL_S)
                     time.sleep(max(poll_s, self._shortest_poll_s))
         # Whatever Flower raises ends the round, as it would without threads.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from logging import WARNING
 
 from flwr.app import Message
@@ -13,7 +12,7 @@ from flwr.compat.common import recorddict_compat as compat
 from flwr.serverapp import Grid
 
 from lola_flwr.errors import UserError
-from lola_flwr.strategies.arrival_grid import ArrivalGrid
+from lola_flwr.strategies.arrival_grid import ArrivalGrid, WaitS
 from lola_flwr.wire.records import SECAGG_KEY, SECAGG_REFUSAL
 
 
@@ -28,7 +27,7 @@ class DeadlineGrid(ArrivalGrid):
         Gives how long to wait for the replies to the messages that are sent now.
     """
 
-    def __init__(self, grid: Grid, *, wait_s: Callable[[], float]) -> None:
+    def __init__(self, grid: Grid, *, wait_s: WaitS) -> None:
         super().__init__(grid)
         self._wait_s = wait_s
 
@@ -36,11 +35,7 @@ class DeadlineGrid(ArrivalGrid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send messages; return the replies that come in time."""
-        wait_s = min(self._wait_s(), math.inf if timeout is None else timeout)
-        # Flower adds the timeout to the present time, which infinity has no place in.
-        replies: Iterable[Message] = super().send_and_receive(
-            messages, timeout=None if math.isinf(wait_s) else wait_s
-        )
+        replies: Iterable[Message] = self.receive(messages, self._wait_s, timeout)
         return replies
 
 

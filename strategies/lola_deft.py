@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from logging import WARNING
 from typing import Any
@@ -28,7 +28,7 @@ from lola_flwr.errors import UserError, quoted
 from lola_flwr.model.statistics import statistics_names
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
-from lola_flwr.strategies.arrival_grid import ArrivalGrid, upload_seconds
+from lola_flwr.strategies.arrival_grid import ArrivalGrid, seconds_of
 from lola_flwr.strategies.metrics import capped_weights, usable_metrics
 from lola_flwr.strategies.presence import ask_clients
 from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
@@ -126,9 +126,15 @@ class LoLaDeft(FedAvg):
     def _rounds(self) -> BlockRounds:
         return self._served.rounds
 
-    def wait_s(self) -> float:
-        """Return how long the present round's replies may take, in seconds."""
-        seconds: float = self._rounds.wait_s()
+    def wait_s(self, came_s: Sequence[float] = ()) -> float:
+        """Return how long the present round's replies may take, in seconds.
+
+        Parameters
+        ----------
+        came_s
+            After how many seconds those came that are there.
+        """
+        seconds: float = self._rounds.wait_s(came_s)
         return seconds
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
@@ -224,7 +230,7 @@ class LoLaDeft(FedAvg):
                 tensors=result.parameters.tensors,
                 num_examples=result.num_examples,
                 report=unmarked(result.metrics),
-                upload_s=upload_seconds(self.arrivals, proxy.cid),
+                **seconds_of(self.arrivals, proxy.cid),
             )
             for proxy, result in results
         )

@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from lola_flwr.device.own_training import Model
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
-from lola_flwr.strategies.arrival_grid import upload_seconds
+from lola_flwr.strategies.arrival_grid import seconds_of
 from lola_flwr.strategies.deadline_grid import DeadlineGrid
 from lola_flwr.strategies.metrics import only_arrays, only_metrics, usable_contents
 from lola_flwr.strategies.presence import ask_profiles, without_errors
@@ -242,9 +242,7 @@ class LoLaDeft(FedAvg):
                 tensors=only_arrays(reply.content),
                 num_examples=only_metrics(reply.content).get(self.weighted_by_key),
                 report=reply.content.config_records.get(REPORT_KEY, {}),
-                upload_s=upload_seconds(
-                    self._arrivals, str(reply.metadata.src_node_id)
-                ),
+                **seconds_of(self._arrivals, str(reply.metadata.src_node_id)),
             )
             for reply in good
         )

@@ -50,16 +50,16 @@ class Waits:
     profiles_s
         For the profiles of new ones, whose first message starts their program.
     deadline_factor, deadline_floor_s
-        For a round's replies: no longer than the factor times what the round should
-        take, by the clock of rounds before, and the floor. A factor of 0: as long as
-        Flower waits.
+        For a round's replies: no longer than the factor times what most devices need,
+        in rounds before and in this one, and the floor, of which a tenth is left after
+        ten rounds. A factor of 0: as long as Flower waits.
     """
 
     devices_s: float = 60.0
     settle_s: float = 5.0
     profiles_s: float = 300.0
     deadline_factor: float = 4.0
-    deadline_floor_s: float = 60.0
+    deadline_floor_s: float = 30.0
 
 
 class Rounds(Generic[Plan, Answers]):
@@ -348,22 +348,29 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
                 sent = {name: encoded[name] for name in names}
                 yield device, sent, {MANIFEST_KEY: manifest.to_text()}
 
-    def wait_s(self) -> float:
-        """Return how long the replies to the present round may take; else infinity."""
+    def wait_s(self, came_s: Sequence[float] = ()) -> float:
+        """Return how long the replies to the present round may take; else infinity.
+
+        Parameters
+        ----------
+        came_s
+            After how many seconds those came that are there.
+        """
         if self._plan is None or self._deadline is None:
             return math.inf
-        seconds: float = self._deadline.wait_s(self._plan.allocation.round_s)
+        seconds: float = self._deadline.wait_s(
+            self._plan.allocation.round_s, [*self._plan.planned_s.values()], came_s
+        )
         return seconds
 
     def complete(self, answers: Iterable[DeviceReply]) -> dict[str, float] | None:
         """Take the round's replies in; return its figures, or None if skipped."""
         replies, plan = list(answers), self._plan
         if plan is not None and self._deadline is not None:
+            now_s = time.monotonic() - self._sent_at
+            came_s = {r.device_id: r.answered_s or now_s for r in replies}
             self._deadline.learn(
-                plan.allocation.round_s,
-                time.monotonic() - self._sent_at,
-                asked=len(plan.assignments),
-                answered=len({reply.device_id for reply in replies}),
+                plan.allocation.round_s, came_s.values(), asked=len(plan.assignments)
             )
         self.accepted = frozenset()
         figures = super().complete(replies)

@@ -30,7 +30,10 @@ def run_rounds(
     round_timeout_s
         How long to wait at most for the devices of a round.
     """
-    arrivals = LegacyGrid(grid, wait_s=lambda: min(round_timeout_s, strategy.wait_s()))
+    arrivals = LegacyGrid(
+        grid,
+        wait_s=lambda came_s: min(round_timeout_s, strategy.wait_s(came_s)),
+    )
     strategy.arrivals = arrivals
     DefaultWorkflow()(
         arrivals,

@@ -25,7 +25,8 @@ class BlockRecord:
     the arrays in the one that came, ``sent_bytes`` the arrays sent to the device.
     Memory is what the block needs by the cost model, what the device offers, and at its
     peak what the device measured, None if it did not. ``further_blocks`` are those that
-    the device trains besides, behind ``block_index``.
+    the device trains besides, behind ``block_index``. ``unexplained_s`` is how long it
+    kept the round waiting for no known reason, None if it did not.
     """
 
     block_index: int
@@ -49,6 +50,7 @@ class BlockRecord:
     memory_bytes: float | None = None
     peak_memory_bytes: float | None = None
     further_blocks: tuple[int, ...] = ()
+    unexplained_s: float | None = None
 
     def __post_init__(self) -> None:
         """JSON knows no tuples."""
@@ -241,6 +243,12 @@ class RoundRecord(Record):
                     f"for block {block.numbers} and offers {offered}; expected "
                     f"{expected}"
                 )
+        lines += [
+            f"  {block.device} rests: its reply came {block.unexplained_s:.1f} s later "
+            "than its computation, its upload and what others wait for explain"
+            for block in self.blocks
+            if block.unexplained_s is not None
+        ]
         if self.num_excluded:
             lines.append(
                 f"  {self.num_excluded} devices take no part: they lack the memory for "

@@ -48,6 +48,8 @@ class DeviceReply:
     upload_s
         Seconds from the reply's announcement to its last byte, on the server's clock;
         None where the transport does not tell.
+    answered_s
+        Seconds from the round's messages to the reply's last byte, likewise.
     """
 
     device_id: str
@@ -55,6 +57,7 @@ class DeviceReply:
     num_examples: object
     report: Mapping[str, object]
     upload_s: float | None = None
+    answered_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lola_flwr.device.out_of_memory import usable_memory_bytes
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint
 from lola_flwr.strategies.deadline import RoundDeadline
+from lola_flwr.strategies.rounds import Waits
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.packing import pack
 from lola_flwr.wire.records import Assignment
@@ -191,20 +192,77 @@ def test_a_run_that_goes_leaves_blocks_out_rather_than_rounds():
 # --- in the wait for them ------------------------------------------------------------
 
 
-def test_the_deadline_follows_the_clock_of_complete_rounds():
+def test_the_deadline_follows_the_clock_of_rounds_before():
     deadline = RoundDeadline(factor=4.0, floor_s=60.0)
     assert deadline.wait_s(10.0) == math.inf
-    # Ten modelled seconds take half a second here.
-    for _ in range(3):
-        deadline.learn(10.0, 0.5, asked=6, answered=6)
-    assert deadline.wait_s(10.0) == 62.0
-    assert deadline.wait_s(20.0) == 64.0
-    # A round that ended at its deadline says nothing of how long rounds take...
-    deadline.learn(10.0, 62.0, asked=6, answered=5)
-    assert deadline.wait_s(10.0) == 62.0
-    # ... unless nobody was in time.
-    deadline.learn(10.0, 62.0, asked=6, answered=0)
-    assert deadline.wait_s(10.0) == math.inf
+    # Ten modelled seconds take half a second here; what else may happen is soon known.
+    for floor_s in (60.0, 30.0, 20.0):
+        deadline.learn(10.0, [0.1, 0.2, 0.5, 0.5, 0.5, 0.5], asked=6)
+        assert deadline.wait_s(10.0) == floor_s + 2.0
+    assert deadline.wait_s(20.0) == 24.0
+    for _ in range(30):
+        deadline.learn(10.0, [0.5] * 6, asked=6)
+    assert deadline.wait_s(10.0) == 8.0
+    # As long as most are in time, it does not matter how late the others are.
+    deadline.learn(10.0, [0.5, 0.5, 0.5, 7.9, 7.9], asked=6)
+    assert deadline.wait_s(10.0) == 8.0
+
+
+def test_the_deadline_grows_by_a_bounded_factor_where_most_are_late():
+    deadline = RoundDeadline(factor=4.0, floor_s=60.0)
+    deadline.learn(10.0, [0.5, 0.5], asked=2)
+    waits = []
+    for _ in range(8):
+        deadline.learn(10.0, [0.5], asked=3)
+        waits.append(deadline.wait_s(10.0) / 62.0)
+    assert waits == [2.0, 4.0, 8.0, 16.0, 16.0, 16.0, 16.0, 16.0]
+    deadline.learn(10.0, [0.5, 0.5], asked=3)
+    assert deadline.wait_s(10.0) == 32.0
+
+
+def test_a_first_round_ends_once_most_have_answered_long_ago():
+    deadline = RoundDeadline(factor=4.0, floor_s=60.0)
+    planned_s = [2.0, 2.0, 10.0, 10.0]
+    assert deadline.wait_s(10.0, planned_s, [3.0]) == math.inf
+    # Those that are missing may have been given more to do than the others.
+    assert deadline.wait_s(10.0, planned_s, [3.0, 1.0]) == 60.0 + 4 * (3.0 + 4.0)
+    for _ in range(10):
+        deadline.learn(10.0, [10.0], asked=1)
+    assert deadline.wait_s(10.0, planned_s, [30.0]) == 46.0
+    assert deadline.wait_s(10.0, planned_s, [3.0, 1.0]) == 34.0
+    assert deadline.wait_s(10.0, planned_s, [30.0, 30.0]) == 46.0
+
+
+def seconds_of_40_rounds(late):
+    """Of six devices, which answer after two seconds or, one of them, when it likes."""
+    coordinator = make_coordinator(num_devices=6)
+    waits = Waits()
+    deadline = RoundDeadline(waits.deadline_factor, waits.deadline_floor_s)
+    seconds = 0.0
+    for server_round in range(1, 41):
+        plan = coordinator.plan_round(server_round, [f"id-{n}" for n in range(6)])
+        planned_s = [*plan.planned_s.values()]
+        honest = [2.0] * sum(device != late for device in plan.assignments)
+        wait_s = deadline.wait_s(plan.allocation.round_s, planned_s, honest)
+        answered_s = {d: 2.0 if d != late else wait_s - 1 for d in plan.assignments}
+        record = coordinator.complete_round(
+            plan,
+            [
+                honest_reply(plan, device, answered_s=at_s, upload_s=0.5)
+                for device, at_s in answered_s.items()
+            ],
+        )
+        assert not record.refused
+        deadline.learn(
+            plan.allocation.round_s, answered_s.values(), asked=len(answered_s)
+        )
+        seconds += max(answered_s.values())
+    return seconds
+
+
+def test_a_device_that_answers_just_before_each_deadline_is_soon_asked_no_more():
+    assert seconds_of_40_rounds(None) == 80.0
+    assert 100.0 < seconds_of_40_rounds("id-0") < 160.0
 
 
 class TimedGrid(InProcessGrid):
@@ -226,4 +284,4 @@ def test_rounds_have_a_deadline_under_both_interfaces(tmp_path, interface):
     first, *later = TimedGrid.waits
     assert first == 3600
     assert len(later) == 2
-    assert all(60 < wait_s < 600 for wait_s in later)
+    assert [15 < wait_s < 600 for wait_s in later] == [True] * 2

@@ -71,11 +71,13 @@ def test_uploads_are_timed_from_their_announcement_side_by_side():
     # In the order sent, whoever came first.
     assert [reply.metadata.src_node_id for reply in replies] == [1, 2, 3]
     assert sorted(slow.fetching) == [1, 2, 3]
-    assert grid.upload_s.keys() == {"1", "2", "3"}
+    assert grid.arrivals.keys() == {"1", "2", "3"}
     for node, seconds in slow.upload_s.items():
-        assert grid.upload_s[str(node)] >= seconds
+        arrival = grid.arrivals[str(node)]
+        assert arrival.upload_s >= seconds
+        assert took > arrival.answered_s >= slow.announced_s[node] + seconds
     # One after the other, the fetches alone would take 1.6 s.
-    assert sum(grid.upload_s.values()) > took or took < 1.5
+    assert sum(a.upload_s for a in grid.arrivals.values()) > took or took < 1.5
 
 
 def test_what_is_late_is_not_waited_for():
@@ -84,7 +86,7 @@ def test_what_is_late_is_not_waited_for():
     replies = grid.send_and_receive(ask([1, 2, 3]), timeout=1)
     assert time.monotonic() - start < 20
     assert [reply.metadata.src_node_id for reply in replies] == [1]
-    assert grid.upload_s.keys() == {"1"}
+    assert grid.arrivals.keys() == {"1"}
 
 
 def test_what_flower_raises_ends_the_round():
@@ -94,3 +96,19 @@ def test_what_flower_raises_ends_the_round():
 
     with pytest.raises(ConnectionError, match="gone"):
         ArrivalGrid(Broken({}, {})).send_and_receive(ask([1]), timeout=5)
+
+
+def test_the_wait_follows_the_replies_that_are_there():
+    grid = ArrivalGrid(Slow({1: 0.0, 2: 0.3, 3: None}, {1: 0.0, 2: 0.0}))
+    seen = []
+
+    def wait_s(came_s):
+        seen.append(len(came_s))
+        return 0.5 if len(came_s) == 2 else 60.0
+
+    start = time.monotonic()
+    replies = [*grid.receive(ask([1, 2, 3]), wait_s, timeout=None)]
+    assert time.monotonic() - start < 30
+    assert [reply.metadata.src_node_id for reply in replies] == [1, 2]
+    assert {1, 2} <= set(seen) <= {0, 1, 2}
+    assert grid.arrivals["2"].answered_s >= 0.3 > grid.arrivals["1"].answered_s

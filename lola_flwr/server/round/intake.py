@@ -14,6 +14,7 @@ from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.replies import DeviceReply, UpdateReader, UpdateRefused, Upload
 from lola_flwr.server.round.plan import RoundPlan
+from lola_flwr.server.round.waits import unexplained_waits
 from lola_flwr.wire.records import OUT_OF_MEMORY, Assignment, UpdateReport
 
 
@@ -29,11 +30,14 @@ class AcceptedReply:
         What the device says about it.
     upload
         What it cost to send.
+    answered_s
+        Seconds from the round's messages to its last byte, None if nothing tells.
     """
 
     update: BlockUpdate
     report: UpdateReport
     upload: Upload
+    answered_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,9 +53,12 @@ class RoundReplies:
     refused
         Refused replies, counted by reason.
     lacked_bytes
-        Of each device that was asked: None if its update was accepted, else the memory
-        that it turned out to lack, or 0 for any other failure. A device that lacks what
-        it was not sent has not failed, and has no entry.
+        Of each device that was asked: None if it did what it was asked for, else the
+        memory that it turned out to lack, or 0 for any other failure. A device that
+        lacks what it was not sent has not failed, and has no entry.
+    unexplained_s
+        How long devices kept the round waiting for no known reason. Their updates are
+        used, but they have failed.
     lost_copies
         Devices that said they no longer hold what the server left out.
     norms
@@ -63,6 +70,7 @@ class RoundReplies:
     refused: Mapping[str, int]
     lacked_bytes: Mapping[str, float | None]
     lost_copies: Set[str]
+    unexplained_s: Mapping[str, float]
     norms: NormHistory
 
 
@@ -118,7 +126,7 @@ def read_replies(
         if num_used is None:
             num_used = len(update.gradients) + len(update.statistics)
         upload = Upload.of(reply, report, num_used)
-        accepted[device] = AcceptedReply(update, report, upload)
+        accepted[device] = AcceptedReply(update, report, upload, reply.answered_s)
         lacked_bytes[device] = None
     # Of first-order updates, in the plan's order, lest it matters who came first.
     norm_of = {
@@ -139,14 +147,29 @@ def read_replies(
             del accepted[device]
         elif scale < 1:
             accepted[device] = replace(accepted[device], update=update.scaled(scale))
+    unexplained_s = _unexplained_s(accepted)
+    lacked_bytes.update(dict.fromkeys(unexplained_s, 0.0))
     return RoundReplies(
         accepted=accepted,
         refusals=refusals,
         refused=dict(refused),
         lacked_bytes=lacked_bytes,
         lost_copies=lost_copies,
+        unexplained_s=unexplained_s,
         norms=norms,
     )
+
+
+def _unexplained_s(accepted: Mapping[str, AcceptedReply]) -> dict[str, float]:
+    """Return how long devices kept the round waiting, where uploads were timed."""
+    answered_s, explained_s = {}, {}
+    for device, reply in accepted.items():
+        upload_s, report = reply.upload.upload_s, reply.report
+        if reply.answered_s is not None and upload_s is not None:
+            is_real = report.compute_clock == "measured"
+            answered_s[device] = reply.answered_s
+            explained_s[device] = upload_s + (report.compute_s or 0.0) * is_real
+    return unexplained_waits(answered_s, explained_s)
 
 
 def _norm_a_block(assignment: Assignment, update: BlockUpdate) -> float:

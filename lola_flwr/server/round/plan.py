@@ -61,6 +61,15 @@ class RoundPlan:
         claimed_s = self.solved.stated.claimed_s
         return {d: float(claimed_s[row, block]) for row, d, block in self.active()}
 
+    @cached_property
+    def planned_s(self) -> Mapping[str, float]:
+        """Seconds that each active device should take, to compute and to upload."""
+        upload_s = self.allocation.upload_s(self.problem)
+        return {
+            d: float(self.problem.compute_s[row, block] + upload_s[row])
+            for row, d, block in self.active()
+        }
+
     def active(self) -> Iterator[tuple[int, str, int]]:
         """Give row, id and block of each active device, in the order of the rows."""
         for row, block in self.solved.active():

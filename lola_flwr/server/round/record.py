@@ -93,5 +93,6 @@ def _with_reply(
         uplink_limit=report.uplink_limit,
         ignored_arrays=upload.ignored_arrays,
         measured_upload_s=upload.upload_s,
+        unexplained_s=replies.unexplained_s.get(device),
         received_bytes=int(upload.payload_bits) // 8,
     )

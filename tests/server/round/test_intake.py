@@ -233,3 +233,26 @@ def test_norms_beyond_all_measure_are_refused_and_the_others_are_scaled_down(pla
     )
     assert both.refused == {"excessive-norm": 2, "duplicate": 1}
     assert both.refusals[huge] == "duplicate: the device replied before"
+
+
+def test_who_keeps_the_round_waiting_has_failed_and_is_used_all_the_same(plan):
+    late, *others = plan.assignments
+
+    def replies(**late_report):
+        report = {**honest_reply(plan, late).report, **late_report}
+        yield honest_reply(plan, late, report=report, upload_s=1.0, answered_s=9.0)
+        for device in others:
+            yield honest_reply(plan, device, upload_s=1.0, answered_s=2.0)
+
+    read_in = read(plan, replies())
+    assert read_in.unexplained_s == {late: 7.0}
+    assert read_in.accepted.keys() == plan.assignments.keys()
+    assert read_in.lacked_bytes == {late: 0.0, **dict.fromkeys(others)}
+    # Seconds that it says it computed explain it, those of another clock do not.
+    told = {"compute-s": 7.0, "compute-clock": "measured"}
+    assert read(plan, replies(**told)).unexplained_s == {}
+    told["compute-clock"] = "simulated"
+    assert read(plan, replies(**told)).unexplained_s == {late: 7.0}
+    # Where nothing is timed, nothing is known.
+    untimed = [replace(reply, upload_s=None) for reply in replies()]
+    assert read(plan, untimed).unexplained_s == {}
