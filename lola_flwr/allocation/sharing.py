@@ -85,10 +85,11 @@ def _next_turn(share: Float64Array, left: float) -> tuple[IntArray, IntArray]:
     # At the cap of 1 a device needs the whole band, or has no time at all.
     fits = (np.cumsum(needed[order]) <= left) & (needed[order] < 1.0)
     if not fits.any():
-        # The cheapest of all pairs need not be one of these.
+        # The cheapest of all pairs need not be one of these. (More than the whole band
+        # is never left.)
         cheapest = np.flatnonzero(share.ravel() == share.min())[:1]
         rows, columns = np.unravel_index(cheapest, share.shape)
-        order = np.flatnonzero(share[rows, columns] < min(left, 1.0))
+        order = np.flatnonzero(share[rows, columns] < left)
         return rows[order], columns[order]
     return rows[order][fits], columns[order][fits]
 

@@ -87,9 +87,8 @@ class SpanProblem:
 
     def __post_init__(self) -> None:
         """Find the pairs of device and span that are possible."""
-        in_order = np.triu(np.ones(self.feasible.shape[1:], np.bool_))
         finite = np.maximum(self.compute_s, self.full_band_upload_s) < IMPOSSIBLE_S
-        object.__setattr__(self, "possible", self.feasible & in_order & finite)
+        object.__setattr__(self, "possible", np.triu(self.feasible & finite))
 
     def cost(self, deadline_s: float) -> Float64Array:
         """Share that each pair needs, capped at 1; infinite where impossible."""
@@ -98,13 +97,17 @@ class SpanProblem:
         share = least_share(upload, time_s, self._snr)
         return np.where(self.possible, share, np.inf)
 
-    def latency_s(self, share: float) -> Float64Array:
-        """Latency of each pair at a share; infinite where impossible."""
-        with np.errstate(invalid="ignore"):
-            seconds = self.compute_s + upload_s(
-                self.full_band_upload_s, share, self._snr
-            )
-        return np.where(self.possible, seconds, np.inf)
+    def relative_latency(self) -> Float64Array:
+        """Latency of each pair at equal shares, that of all devices at most 1 in sum.
+
+        A cost to begin with: a cover of short latencies is near the best.
+        """
+        num_devices = len(self.compute_s)
+        seconds = np.where(self.possible, self.compute_s, np.inf)
+        upload = np.where(self.possible, self.full_band_upload_s, 0.0)
+        seconds += upload_s(upload, 1.0 / num_devices, self._snr)
+        longest_s = np.max(seconds, where=self.possible, initial=np.finfo(float).tiny)
+        return seconds / longest_s / num_devices
 
     def of(self, devices: IntArray) -> SpanProblem:
         """Return the problem for some devices."""
@@ -118,7 +121,7 @@ class SpanProblem:
 
     def deadline_s(self, spans: Sequence[Span]) -> float:
         """Return when these devices can be done, each with its span."""
-        index = tuple(np.array(column) for column in zip(*spans, strict=True))
+        index = tuple(np.array(spans).T)
         snr = None if self.snr is None else self.snr[index[0]]
         return best_deadline(self.compute_s[index], self.full_band_upload_s[index], snr)
 
@@ -173,7 +176,7 @@ def solve_spans(problem: SpanProblem) -> SpanCover | None:
         deadline_s=deadline_s,
         # A cover that needs the share w of the band for T needs at least w T / T' for
         # an earlier T': shares are convex functions of the rate, and 0 at rate 0.
-        bound_s=deadline_s * min(bound, 1.0),
+        bound_s=deadline_s * bound,
         iterations=iterations,
     )
 
@@ -183,25 +186,17 @@ Solved = tuple[list[Span], float, int]
 
 def _by_subsets(problem: SpanProblem) -> Solved:
     """Solve exactly: from cover to cheapest cover at its deadline."""
-    worth = None
-    # Any cover will do to begin with; one of short latencies is near the best.
-    cost = problem.latency_s(1.0 / len(problem.compute_s))
-    table = _Table(cost)
-    if table.least == np.inf:
-        worth = problem.worth
-        table = _Table(problem.cost(np.inf), worth)
-    best, iterations = table.spans(), 1
-    deadline_s = problem.deadline_s(best)
+    best: list[Span] = []
+    deadline_s, iterations = np.inf, 0
+    cost = problem.relative_latency()
     while True:
-        cost = problem.cost(deadline_s)
-        found = _Table(cost, worth).spans()
+        found = _Table(cost, problem.worth).spans()
         iterations += 1
-        if sum(cost[span] for span in found) >= 1.0:
-            break
         earlier_s = problem.deadline_s(found)
         if not earlier_s < deadline_s:
             break
         best, deadline_s = found, earlier_s
+        cost = problem.cost(deadline_s)
     return best, 1.0, iterations
 
 
@@ -213,20 +208,18 @@ class _Table:
     cost
         Of each device and span, [K, n, n].
     worth
-        Of each block, [n], where some have to be left out; None: none may be.
+        Of each block, [n], where some have to be left out.
     """
 
-    def __init__(self, cost: Float64Array, worth: Float64Array | None = None) -> None:
+    def __init__(self, cost: Float64Array, worth: Float64Array) -> None:
         num_devices, num_blocks = cost.shape[:2]
         # No band is worth a block: shares are at most 1.
-        price = np.inf if worth is None else num_devices + 1.0
-        skipping = np.full(num_blocks, np.inf) if worth is None else worth * price
+        price = num_devices + 1.0
         self._num_blocks = num_blocks
         least = np.full((num_blocks + 1, 1 << num_devices), np.inf)
         least[0, 0] = 0.0
         # How a cell was reached: by a device, from where; -1: a block was left out.
-        device = np.full(least.shape, -1, np.int16)
-        start = np.zeros(least.shape, np.int16)
+        device, start = np.zeros((2, *least.shape), np.int16)
         for first in range(num_blocks):
             for k in range(num_devices):
                 # Sets without device k and with it, as views: [..., without or with, :]
@@ -239,20 +232,19 @@ class _Table:
                 np.copyto(now, through, where=better)
                 np.copyto(device.reshape(halves)[behind], k, where=better)
                 np.copyto(start.reshape(halves)[behind], first, where=better)
-            without = least[first] + skipping[first]
+            without = least[first] + worth[first] * price
             better = without < least[first + 1]
             least[first + 1, better] = without[better]
             device[first + 1, better] = -1
         self._device, self._start = device, start
         # Of what is covered most, that by most devices, and of that the cheapest.
-        lost = np.full(1 << num_devices, np.inf)
-        np.floor_divide(least[-1], price, out=lost, where=least[-1] < np.inf)
+        with np.errstate(invalid="ignore"):  # infinite where it cannot be
+            lost = np.where(least[-1] < np.inf, least[-1] // price, np.inf)
         sets = np.arange(1 << num_devices)
         used = sum((sets >> k) & 1 for k in range(num_devices))
         used = np.where(lost == lost.min(), used, -1)
         most = np.where(used == used.max(), least[-1], np.inf)
         self._set = int(most.argmin())
-        self.least = float(most[self._set])
 
     def spans(self) -> list[Span]:
         """Return the spans of the cheapest cover, from the first block on."""
@@ -277,8 +269,7 @@ def _by_prices(problem: SpanProblem) -> Solved:
     num_devices = len(problem.compute_s)
     best: list[Span] = []
     rank = (0.0, 0, -np.inf)
-    cost = problem.latency_s(1.0 / num_devices)
-    cost = cost / np.max(cost, where=cost < np.inf, initial=0.0) / num_devices
+    cost = problem.relative_latency()
     prices, highest, pace, waited = np.zeros(num_devices), 0.0, 1.0, 0
     iterations = 0
     while iterations < _MOST_STEPS:
@@ -316,11 +307,13 @@ def _least_band(cost: Float64Array) -> float:
 
     It is that of the prices' highest bound; capped at 1, by what costs as much alone.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import LinearConstraint, milp
     from scipy.sparse import csr_array
 
     num_devices, num_blocks = cost.shape[:2]
     device, first, last = np.nonzero(cost < 1.0)
+    if not device.size:
+        return 1.0
     arcs, ones = np.arange(device.size), np.ones(device.size)
     # Spans lead from the block where they begin to the one behind them.
     nodes = (num_blocks + 1, device.size)
@@ -331,11 +324,10 @@ def _least_band(cost: Float64Array) -> float:
     ends[[0, -1]] = 1.0, -1.0
     found = milp(  # none of the numbers has to be whole
         cost[device, first, last],
-        bounds=Bounds(0, 1),
         constraints=[LinearConstraint(path, ends, ends), LinearConstraint(used, 1, 1)],
     )
     if found.status == 0:
-        return float(found.fun)
+        return min(float(found.fun), 1.0)
     return 1.0 if found.status == _INFEASIBLE else 0.0
 
 
@@ -382,12 +374,8 @@ def _matched(
     worth = np.array([problem.worth[a : b + 1].sum() for a, b in path])
     price = 1.0 + np.sum(np.max(paid, axis=0, where=paid < np.inf, initial=0.0))
     gain = np.where(paid < np.inf, worth / worth.min() * price - paid, 0.0)
-    devices, columns = linear_sum_assignment(gain, maximize=True)
+    pairs = np.array(linear_sum_assignment(gain, maximize=True)).T.tolist()
     return sorted(
-        (
-            Span(int(device), *path[int(column)])
-            for device, column in zip(devices, columns, strict=True)
-            if paid[device, column] < np.inf
-        ),
+        (Span(k, *path[n]) for k, n in pairs if paid[k, n] < np.inf),
         key=lambda span: span.first,
     )

@@ -10,6 +10,7 @@ from lola_flwr.allocation import (
     RoundMode,
     allocate,
     share_blocks,
+    sharing,
 )
 
 MODES = [RoundMode(), RoundMode(backups=1), RoundMode(blocks=(1,))]
@@ -43,6 +44,12 @@ def check(problem, eps):
     )
     if shared is best:
         assert shared_problem is problem
+    else:
+        held = np.bincount(shared.block_of_device[shared.block_of_device >= 0])
+        mode = shared_problem.mode
+        assert (mode.blocks, mode.backups) == (None, 0)
+        assert mode.devices_per_block[: len(held)] == tuple(held)
+        assert shared.iterations == best.iterations
     trained = np.unique(best.block_of_device[active])
     assert set(shared.block_of_device) <= {-1, *trained}
     # Nobody else can join: what all need by the deadline leaves too little.
@@ -71,6 +78,7 @@ def test_every_block_has_its_second_device_before_one_has_its_third():
         counts.append(np.bincount(blocks, minlength=3))
         assert counts[-1].max() < 3 or counts[-1].min() >= 2
     assert counts[0].sum() == 3
+    assert share_blocks(problem, best, longest_s=best.round_s) == (problem, best)
     assert counts[-1].tolist() == [3, 3, 3]
     assert np.all(np.diff([count.sum() for count in counts]) >= 0)
 
@@ -88,3 +96,34 @@ def test_who_has_nothing_to_send_joins_for_nothing():
     assert shared.block_of_device.min() >= 0
     assert shared.stop_reason == "sharing"
     assert shared.bound_s == best.bound_s <= shared.round_s <= 20.0
+
+
+def test_they_join_up_to_the_last_bit_of_band():
+    # By 10 s: half of the band for block 0, an eighth for block 1.
+    problem = AllocationProblem(np.zeros((7, 2)), np.tile([5.0, 1.25], (7, 1)))
+    best = allocate(problem)
+    _, shared = share_blocks(problem, best, longest_s=10.0)
+    active = shared.block_of_device[shared.block_of_device >= 0]
+    assert np.bincount(active).tolist() == [1, 4]
+    assert shared.round_s == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(
+    ("share", "left", "joining"),
+    [
+        # Who needs least joins first.
+        ([[0.3, 1.0], [1.0, 0.1]], 0.35, [(1, 1)]),
+        ([[0.3, 1.0], [1.0, 0.1]], 0.4, [(1, 1), (0, 0)]),
+        # The cheapest pair is in no cheapest matching.
+        ([[0.1, 0.25], [0.25, 0.5]], 0.2, [(0, 0)]),
+        ([[0.1, 0.25], [0.25, 0.5]], 0.05, []),
+        # Two of them, and band for one.
+        ([[0.1, 0.2, 0.2], [0.1, 0.2, 0.2], [0.15, 0.9, 0.9]], 0.12, [(0, 0)]),
+        # At the cap nobody can.
+        ([[1.0]], 1.0, []),
+        ([[0.0, 1.0], [1.0, 1.0]], 0.0, [(0, 0)]),
+    ],
+)
+def test_a_turn(share, left, joining):
+    found = sharing._next_turn(np.array(share), left)
+    assert [*zip(*found, strict=True)] == joining

@@ -112,6 +112,38 @@ def test_micro_batches_give_the_gradient_of_the_whole(roberta, batch, micro_batc
         )
 
 
+def test_micro_batches_that_weigh_nothing_are_left_out(roberta, batch):
+    """As a causal model's do, in which every token belongs to a prompt."""
+    partition = partition_parameters(n for n, _ in roberta.named_parameters())
+    counted = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+
+    def weight(part):
+        return float(part["counted"].sum())
+
+    def loss_function(model, part):
+        logits = model(part["input_ids"], part["attention_mask"]).logits
+        losses = nn.functional.cross_entropy(logits, part["labels"], reduction="none")
+        return (losses * part["counted"]).sum() / weight(part)
+
+    one, whole = (
+        block_gradient(
+            roberta,
+            partition,
+            1,
+            {**batch, "counted": counted},
+            loss_function=loss_function,
+            micro_batch_size=size,
+            batch_weight=weight,
+        )
+        for size in (2, 6)
+    )
+    assert one.loss == pytest.approx(whole.loss, rel=1e-5)
+    for name, gradient in one.gradients.items():
+        torch.testing.assert_close(
+            gradient, whole.gradients[name], rtol=1e-4, atol=1e-7
+        )
+
+
 def test_one_micro_batch_is_kept_at_a_time(roberta, batch):
     partition = partition_parameters(n for n, _ in roberta.named_parameters())
     kept = weakref.WeakSet()
