@@ -168,7 +168,9 @@ def configured_model_costs(
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(str(config_file(model)))
+        config = transformers.AutoConfig.from_pretrained(
+            str(config_file(model)), trust_remote_code=False
+        )
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised: load it, and use model_costs")
         named = (getattr(config, "architectures", None) or [""])[0]

@@ -11,6 +11,7 @@ run's SuperNode is gone, and ends on SIGTERM after the message in hand.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
@@ -111,6 +112,7 @@ class Worker:
         self._stopping = threading.Event()
         try:
             self._socket = _listen(socket_path)
+            self._bound = _identity(socket_path)
         except OSError as error:
             raise UserError(
                 f"--socket {socket_path}: {error}; name a file in a directory that is "
@@ -140,8 +142,10 @@ class Worker:
                 ).start()
         finally:
             self._socket.close()
-            for path in (self._path, token_path(self._path)):
-                path.unlink(missing_ok=True)
+            # A successor may have bound the path anew.
+            if _identity(self._path) == self._bound:
+                for path in (self._path, token_path(self._path)):
+                    path.unlink(missing_ok=True)
             for thread in tuple(self._in_hand):
                 thread.join()
             try:
@@ -340,7 +344,9 @@ def _listen(path: Path) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with probe:
-        if probe.connect_ex(str(path)) == 0:
+        probe.setblocking(False)
+        # A worker with a full queue is there, too.
+        if probe.connect_ex(str(path)) in (0, errno.EAGAIN):
             listening.close()
             raise UserError(
                 f"Another worker answers at {path}; a device has one. Stop that one "
@@ -356,6 +362,15 @@ def _listen(path: Path) -> socket.socket:
         os.umask(umask)
     listening.listen(16)
     return listening
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tell a file from another of its name; None if there is none."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _say(text: str) -> None:

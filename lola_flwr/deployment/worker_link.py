@@ -15,6 +15,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ _LARGEST_HELLO_BYTES = 1024
 _DTYPE_KINDS = "fiub"
 # What bytes are in JSON: an object with this key.
 _BASE64 = "base64"
+_BUSY_S = 0.05
 
 
 class LinkError(ConnectionError):
@@ -209,11 +211,21 @@ def connect(socket_path: Path, *, timeout_s: float = 5.0) -> socket.socket:
         )
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(timeout_s)
-    try:
-        connection.connect(str(socket_path))
-    except OSError as error:
-        connection.close()
-        raise LinkError(f"No worker runs at {socket_path} ({error}).") from None
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection.connect(str(socket_path))
+            break
+        except BlockingIOError:  # its queue is full
+            if time.monotonic() > end:
+                connection.close()
+                raise LinkError(
+                    f"The worker at {socket_path} has been busy for {timeout_s:g} s."
+                ) from None
+            time.sleep(_BUSY_S)
+        except OSError as error:
+            connection.close()
+            raise LinkError(f"No worker runs at {socket_path} ({error}).") from None
     connection.settimeout(None)
     send_frame(connection, Frame("hello", {"token": token}))
     return connection

@@ -77,17 +77,18 @@ def _loaded(name: str, instead: str) -> tuple[Any, Any]:
     refuse_pickle(name, Path(source))
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             if configured is not None:
-                config = AutoConfig.from_pretrained(source)
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
                 return AutoModelForCausalLM.from_config(
                     config, dtype=torch.float32
                 ), tokenizer
             model, loading = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=torch.float32,
-                # A pickle could run code.
+                # Neither a pickle nor the directory may run code, nor anybody be asked.
                 use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
     # A damaged file raises whatever its parser raises; some raise plain Exception.

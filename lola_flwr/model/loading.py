@@ -240,16 +240,17 @@ def _pretrained(
     refuse_pickle(name, Path(source))
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             own = own_names(config)
             set_task(config, num_labels, class_names)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 source,
                 config=config,
                 dtype=torch.float32,
-                # A pickle could run code.
+                # Neither a pickle nor the directory may run code, nor anybody be asked.
                 use_safetensors=True,
+                trust_remote_code=False,
                 # A head for another number of labels gives way to a new one.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,

@@ -112,7 +112,10 @@ def keep_class_names(model: Any, directory: Path) -> str:
     from transformers import AutoConfig
 
     config = model.get_base_model().config
-    own, names = own_names(AutoConfig.from_pretrained(stored)), own_names(config)
+    own, names = (
+        own_names(AutoConfig.from_pretrained(stored, trust_remote_code=False)),
+        own_names(config),
+    )
     if own == names or (len(own) == len(names) and not are_named(own)):
         return ""
     with filling(directory):

@@ -232,6 +232,22 @@ def test_a_second_worker_of_a_device_is_refused(served, path):
     assert limit.held == ["closed"]
 
 
+def test_a_worker_takes_away_what_it_bound_itself(path):
+    old = Worker(path, uplink=Limit(), hold_s=60)
+    path.unlink()  # as when its directory is cleaned
+    new = Worker(path, uplink=Limit(), hold_s=60)
+    threads = [threading.Thread(target=worker.serve) for worker in (old, new)]
+    for thread in threads:
+        thread.start()
+    old.stop()
+    threads[0].join(timeout=10)
+    assert ask_worker(path, "status")["messages"] == 0
+    new.stop()
+    threads[1].join(timeout=10)
+    assert not path.exists()
+    assert not token_path(path).exists()
+
+
 def test_a_socket_that_cannot_be_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"--socket .*xxx: AF_UNIX path too long; name"):
         start_worker(tmp_path / ("x" * 200), Limit(), hold_s=1, exit_with_supernode=0)

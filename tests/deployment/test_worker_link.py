@@ -135,6 +135,24 @@ def test_no_worker_is_a_link_error(tmp_path):
         connect(tmp_path / "worker.sock")
 
 
+def test_a_busy_worker_is_waited_for(tmp_path):
+    path = tmp_path / "worker.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.bind(str(path))
+        listening.listen(0)
+        write_token(path, "token")
+        with ThreadPoolExecutor() as pool:
+            with connect(path):  # fills the queue
+                with pytest.raises(LinkError, match=r"busy for 0\.1 s"):
+                    connect(path, timeout_s=0.1)
+                waiting = pool.submit(connect, path)
+                first, _ = listening.accept()
+            with first, waiting.result(timeout=10):
+                second, _ = listening.accept()
+                with second:
+                    assert admits(second, "token")
+
+
 @pytest.mark.parametrize("theirs", ["socket", "token"])
 def test_another_users_worker_is_not_talked_to(tmp_path, theirs):
     if os.geteuid() != 0:

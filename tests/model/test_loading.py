@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -103,6 +104,18 @@ class TestDirectory:
     def test_without_a_model(self, tmp_path):
         with pytest.raises(ModelNotFound, match="cannot be loaded"):
             load_classifier(str(tmp_path), num_labels=2)
+
+    def test_code_of_its_own_is_not_run_and_nobody_is_asked(
+        self, directory, monkeypatch
+    ):
+        config = json.loads((directory / "config.json").read_text())
+        config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+        (directory / "config.json").write_text(json.dumps(config))
+        (directory / "own.py").write_text("raise SystemExit('it was run')")
+        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+        with pytest.raises(ModelNotFound, match="custom code") as raised:
+            load_classifier(str(directory), num_labels=2)
+        assert "\n" not in str(raised.value)
 
     def test_without_a_tokenizer(self, tmp_path, roberta):
         roberta.save_pretrained(tmp_path)
