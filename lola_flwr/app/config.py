@@ -120,6 +120,7 @@ _FREE = frozenset(
         "eval_every",
         "keep_checkpoints",
         "checkpoint_every",
+        "other_data",
     }
 )
 
@@ -165,6 +166,7 @@ class AppConfig(RunConfig):
     output_dir: str
     checkpoint_every: int = Field(ge=1)
     keep_checkpoints: int = Field(ge=1)
+    other_data: bool = False
     save_model: bool
     save_merged: bool
     trackers: Trackers

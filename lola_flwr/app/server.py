@@ -75,6 +75,8 @@ class Subject:
         with it.
     partition
         Its blocks.
+    data
+        Digest of what it is trained and evaluated on.
     evaluate
         Returns the loss and the metrics of the model as it is.
     keep_beside
@@ -86,6 +88,7 @@ class Subject:
     model: Any
     tokenizer: Any
     partition: BlockPartition
+    data: str
     evaluate: Callable[[], dict[str, float]]
     keep_beside: Callable[[Any, Path], str] = _says_nothing
 
@@ -137,12 +140,19 @@ def train(
             directory,
             trained,
             configuration=config.results_depend_on(),
+            data=subject.data,
+            other_data=config.other_data,
             keep=config.keep_checkpoints,
             every=config.checkpoint_every,
         ) as files,
         tracking(trackers, directory, config.to_run_config()) as track,
     ):
-        describe_run(directory, app=subject.app, config=config.to_run_config())
+        describe_run(
+            directory,
+            app=subject.app,
+            config=config.to_run_config(),
+            server_round=trained.server_round,
+        )
 
         def on_round(record: Record) -> None:
             files.on_round(record)

@@ -61,8 +61,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def filling(directory: Path) -> Iterator[Path]:
+def filling(directory: Path, *, mode: int = 0o777) -> Iterator[Path]:
     """Make a directory to write files into, where there is none.
+
+    Parameters
+    ----------
+    directory
+        The directory.
+    mode
+        Its permissions, less the process's mask, where it is made.
 
     Raises
     ------
@@ -71,7 +78,7 @@ def filling(directory: Path) -> Iterator[Path]:
         ``save_pretrained`` logs that, saves nothing, and goes on.)
     """
     with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode, parents=True, exist_ok=True)
         yield directory
 
 

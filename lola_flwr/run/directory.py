@@ -25,6 +25,9 @@ from lola_flwr.run.round_log import RoundLog
 _logger = logging.getLogger("flwr")
 _PACKAGES = ("lola-flwr", "flwr", "torch", "transformers", "numpy")
 
+# A run's records name devices, with what their data led to.
+_OWNER_ALONE = 0o700
+
 Scalar = bool | float | int | str
 
 
@@ -63,6 +66,11 @@ class RunDirectory:
         The run's coordinator, or D2FT's trainer, before its first round.
     configuration
         What the run's results depend on. A run is only resumed with the same.
+    data
+        Digest of its data, as of `lola_flwr.run.digest.data_digest`; "" if it is not
+        known. A run is only resumed on the same, unless ``other_data`` allows it.
+    other_data
+        Whether the run may go on with other data.
     keep
         Checkpoints to keep, at least 1; older ones are removed.
     every
@@ -71,8 +79,8 @@ class RunDirectory:
     Raises
     ------
     UserError
-        The directory holds a run of another configuration, is in use, holds no
-        checkpoint that can be read, or cannot be written; or `every` is below 1.
+        The directory holds a run of another configuration or data, is in use, holds
+        no checkpoint that can be read, or cannot be written; or `every` is below 1.
     """
 
     def __init__(
@@ -81,16 +89,18 @@ class RunDirectory:
         resumable: Resumable,
         *,
         configuration: Mapping[str, Scalar],
+        data: str = "",
+        other_data: bool = False,
         keep: int = 3,
         every: int = 1,
     ) -> None:
         if every < 1:
             raise UserError(f"every={every} must be at least 1.")
-        with filling(path), writing(path / "lock"):
+        with filling(path, mode=_OWNER_ALONE), writing(path / "lock"):
             self._lock = (path / "lock").open("a")
         _lock(self._lock, path)
         self._resumable = resumable
-        self._configuration = dict(configuration)
+        self._configuration, self._data = dict(configuration), data
         self._every = every
         self._checkpoints = Checkpoints(path / "checkpoints", keep)
         found, damaged = self._checkpoints.latest()
@@ -106,6 +116,8 @@ class RunDirectory:
             self._save(0)
             return
         self._require_same_configuration(path, found)
+        if not other_data:
+            self._require_same_data(path, found)
         resumable.restore(found)
         self.log = RoundLog(path / "rounds.jsonl", found.values["log_bytes"])
         _logger.info("going on after round %s in %s", resumable.server_round, path)
@@ -134,6 +146,7 @@ class RunDirectory:
         snapshot = self._resumable.snapshot()
         values = {
             "configuration": self._configuration,
+            "data": self._data,
             "log_bytes": log_bytes,
             **snapshot.values,
         }
@@ -153,6 +166,15 @@ class RunDirectory:
                 f"{path} holds a run with another configuration: "
                 f"{'; '.join(different)}. Give it the same to go on with it, or give "
                 "this run another output directory."
+            )
+
+    def _require_same_data(self, path: Path, found: Snapshot) -> None:
+        # Earlier versions did not keep it.
+        then, now = found.values.get("data", ""), self._data
+        if then and now and then != now:
+            raise UserError(
+                f"{path} holds a run on other data, of digest {then}, not {now}. Give "
+                "it the same to go on with it, or other-data=true to go on with these."
             )
 
 
@@ -209,10 +231,13 @@ def run_directory(output_dir: str, run_id: int) -> Path:
     return home / "lola-flwr" / str(run_id)
 
 
-def describe_run(directory: Path, *, app: str, config: Mapping[str, Any]) -> None:
+def describe_run(
+    directory: Path, *, app: str, config: Mapping[str, Any], server_round: int = 0
+) -> None:
     """Write ``run.json``: what was run, how it was configured, and with what versions.
 
-    A run that goes on keeps the time that it began.
+    A run that goes on keeps the time that it began. Where versions have changed since,
+    ``earlier_versions`` has those before, each with the rounds that were complete.
 
     Parameters
     ----------
@@ -222,33 +247,53 @@ def describe_run(directory: Path, *, app: str, config: Mapping[str, Any]) -> Non
         Name of the app.
     config
         Its run configuration.
+    server_round
+        Rounds that are complete.
 
     Raises
     ------
     UserError
         The file cannot be written.
     """
+    path = directory / "run.json"
+    before = _described(path)
+    versions = {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+    earlier = [*before.get("earlier_versions", ())]
+    then = before.get("versions", versions)
+    if server_round and then != versions:
+        earlier.append({"through_round": server_round, **then})
+        changed = (f"{n} {then.get(n)}" for n in versions if then.get(n) != versions[n])
+        _logger.warning(
+            "rounds up to %s were run with %s: those from here on may differ from what "
+            "they would have been",
+            server_round,
+            ", ".join(changed),
+        )
     description = {
         "app": app,
         "config": dict(config),
-        "started": _started(directory / "run.json"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
-        },
+        "started": before.get("started") or datetime.now(UTC).isoformat("T", "seconds"),
+        "versions": versions,
+        **({"earlier_versions": earlier} if earlier else {}),
     }
     text = json.dumps(description, indent=2) + "\n"
-    with replacing(directory / "run.json") as unfinished:
+    with (
+        filling(directory, mode=_OWNER_ALONE),
+        replacing(directory / "run.json") as unfinished,
+    ):
         unfinished.write_text(text, encoding="utf-8")
 
 
-def _started(path: Path) -> str:
-    """Return when the run began that is described there; now if none is."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+def _described(path: Path) -> dict[str, Any]:
+    """Return what describes a run; empty if nothing does."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["started"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return now
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return description if isinstance(description, dict) else {}
 
 
 def _version(package: str) -> str | None:

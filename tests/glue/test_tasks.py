@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lola_flwr.run.digest import data_digest
 from lola_glue.readers import LabelCodec, TsvFormat, read_tsv
 from lola_glue.scoring import score
 from lola_glue.tasks import (
@@ -593,3 +594,15 @@ class TestRealFiles:
         _, train, dev = load_task(name, os.environ["LOLA_GLUE_DIR"])
         assert num_train - 5 <= len(train) <= num_train
         assert len(dev) == num_dev
+
+
+def test_rows_tell_swapped_labels():
+    _, examples, _ = load_task("acceptability", seed=0)
+    some = examples.at(np.arange(4))
+    swapped = Examples(some.sentences, some.labels[::-1])
+    assert [*some.rows()] == [
+        (some.sentences[n], some.labels[n].item()) for n in range(4)
+    ]
+    assert data_digest(some.rows()) == data_digest(examples.at(np.arange(4)).rows())
+    assert (some.labels != swapped.labels).any()
+    assert data_digest(some.rows()) != data_digest(swapped.rows())

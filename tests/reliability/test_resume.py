@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -18,7 +19,10 @@ import psutil
 import pytest
 
 from lola_flwr.errors import UserError
-from lola_flwr.run.directory import RunDirectory
+from lola_flwr.run import directory
+from lola_flwr.run.checkpoint import Snapshot
+from lola_flwr.run.digest import data_digest
+from lola_flwr.run.directory import RunDirectory, describe_run
 from lola_flwr.simulation import run_app
 from tests.marks import rest_slow
 from tests.reliability.tiny_run import run
@@ -120,6 +124,54 @@ def test_another_configuration_is_named_and_refused(tmp_path):
         run(
             tmp_path, num_rounds=2, configuration={"lr": 0.2, "task": "cola", "seed": 1}
         )
+
+
+def test_other_data_are_refused_with_both_digests_or_allowed_by_name(tmp_path):
+    def go_on(**options):
+        with RunDirectory(tmp_path, Rounds(), configuration={}, **options):
+            pass
+
+    then, now = data_digest([["a", 0], ["b", 1]]), data_digest([["a", 1], ["b", 0]])
+    go_on(data=then)
+    go_on(data=then)
+    with pytest.raises(UserError, match=f"of digest {then}, not {now}. .*other-data="):
+        go_on(data=now)
+    go_on(data=now, other_data=True)
+
+
+def test_other_versions_are_warned_of_and_kept(tmp_path, caplog, monkeypatch):
+    describe_run(tmp_path, app="app", config={}, server_round=0)
+    for server_round, torch_version in ((0, "1"), (7, "2"), (9, "2")):
+        monkeypatch.setattr(
+            directory, "_version", {"torch": torch_version}.get, raising=True
+        )
+        describe_run(tmp_path, app="app", config={}, server_round=server_round)
+    described = json.loads((tmp_path / "run.json").read_text())
+    assert described["versions"]["torch"] == "2"
+    (earlier,) = described["earlier_versions"]
+    assert (earlier["through_round"], earlier["torch"]) == (7, "1")
+    (warning,) = [line for line in caplog.messages if "were run with" in line]
+    assert warning.startswith("rounds up to 7 were run with torch 1: ")
+
+
+def test_a_run_s_directory_is_its_owner_s_alone(tmp_path):
+    with RunDirectory(tmp_path / "runs" / "one", Rounds(), configuration={}):
+        pass
+    assert stat.S_IMODE((tmp_path / "runs" / "one").stat().st_mode) == 0o700
+    describe_run(tmp_path / "two", app="app", config={})
+    assert stat.S_IMODE((tmp_path / "two").stat().st_mode) == 0o700
+
+
+class Rounds:
+    """Nothing that depends on anything."""
+
+    server_round = 0
+
+    def snapshot(self):
+        return Snapshot({}, {})
+
+    def restore(self, snapshot):
+        pass
 
 
 def test_checkpoints_every_zero_rounds_are_refused(tmp_path):

@@ -22,6 +22,7 @@ from lola_flwr.app.model import model_blocks
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
 from lola_flwr.model.stored_base import evaluation_mode
+from lola_flwr.run.digest import data_digest
 
 
 def fine_tune(grid: Grid, context: Context) -> None:
@@ -63,6 +64,11 @@ def fine_tune(grid: Grid, context: Context) -> None:
         model=model,
         tokenizer=tokenizer,
         partition=partition,
+        data=data_digest(
+            [record.prompt, record.completion, record.messages]
+            for part in records
+            for record in part
+        ),
         evaluate=lambda: metrics_on(held_out),
     )
     train(grid, context, config, subject, coordinator)

@@ -13,7 +13,7 @@ import csv
 import io
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,10 @@ class Examples:
     def __len__(self) -> int:
         """Count the examples."""
         return len(self.sentences)
+
+    def rows(self) -> Iterator[tuple[Sentences, int | float]]:
+        """Give each example's sentences and its label."""
+        return zip(self.sentences, self.labels.tolist(), strict=True)
 
     def at(self, indices: npt.NDArray[np.integer]) -> Examples:
         """Return some of the examples, without their groups."""

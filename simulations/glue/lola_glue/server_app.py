@@ -15,6 +15,7 @@ from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
 from lola_flwr.model.saved_adapters import keep_class_names
 from lola_flwr.model.stored_base import evaluation_mode
+from lola_flwr.run.digest import data_digest
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_glue.config import D2ftConfig, GlueConfig, SampledConfig
@@ -71,6 +72,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
         model=model,
         tokenizer=tokenizer,
         partition=partition,
+        data=data_digest((*train_examples.rows(), *dev.rows())),
         evaluate=lambda: metrics_on(dev),
         keep_beside=keep_class_names,
     )

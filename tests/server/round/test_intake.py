@@ -208,6 +208,16 @@ def test_norms_are_told_in_the_order_of_the_plan_before_they_are_limited(plan):
                 np.testing.assert_allclose(gradient, value / max(norm, 1.0), rtol=1e-5)
 
 
+def test_an_update_of_several_blocks_has_the_norm_that_each_would_have():
+    coordinator = make_coordinator(num_devices=2)
+    plan = coordinator.plan_round(1, ["id-0", "id-1"])
+    (device,) = (d for d, a in plan.assignments.items() if len(a.blocks) == 2)
+    read_in = read(plan, [honest_reply(plan, device, value=0.5)])
+    block = plan.assignments[device].block_index
+    norm = read_in.accepted[device].update.norm / 2**0.5
+    assert read_in.norms.of_block == {block: (pytest.approx(norm),)}
+
+
 def test_norms_beyond_all_measure_are_refused_and_the_others_are_scaled_down(plan):
     usual, large, huge = plan.assignments
     norms = {d: norm_of(plan, d, 1.0) for d in plan.assignments}
