@@ -9,11 +9,13 @@ to the layer as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from lola_flwr.d2ft.operations import Operation
@@ -22,10 +24,31 @@ from lola_flwr.d2ft.subnetworks import (
     LayerParts,
     adapters_of,
     base_of,
+    in_features,
+    outputs_dim,
 )
 
-# Part of a linear map: (input, run) -> output.
+# Part of a linear map: (input, run) -> output, or what the map's portions give.
 _Cut = Callable[[Tensor, int], Tensor]
+_CutInto = Callable[[Tensor, int], Sequence[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a layer is told beside hidden states: of which tokens it sees which.
+
+    Parameters
+    ----------
+    attention_mask
+        As the layer itself receives it: boolean or additive, broadcastable to
+        [B, heads, S, S].
+    positions
+        Cosines and sines by which it turns queries and keys, if it does, broadcastable
+        to [B, S, head size].
+    """
+
+    attention_mask: Tensor | None = None
+    positions: tuple[Tensor, Tensor] | None = None
 
 
 def enter(
@@ -56,7 +79,7 @@ def contribute(
     branch: Branch,
     row: Sequence[Operation],
     y: Tensor,
-    attention_mask: Tensor | None,
+    context: Context,
 ) -> Tensor:
     """Sum up what those sub-networks contribute that run.
 
@@ -66,13 +89,12 @@ def contribute(
         As for `enter`.
     y
         What `enter` gave, [B, S, H].
-    attention_mask
-        As the layer itself receives it: boolean or additive, broadcastable to
-        [B, heads, S, S].
+    context
+        What the layer is told of its tokens.
     """
     runs = _runs(row)
     if branch == Branch.ATTENTION:
-        compute = _attention(parts, runs, attention_mask)
+        compute = _attention(parts, runs, context)
     else:
         compute = _feed_forward(parts, runs)
     total: Tensor | None = None
@@ -134,22 +156,31 @@ def _runs(row: Sequence[Operation]) -> list[_Run]:
     return runs
 
 
-def _attention(
-    parts: LayerParts, runs: Sequence[_Run], attention_mask: Tensor | None
-) -> _Cut:
-    heads = [parts.heads(run.first, run.last)[1] for run in runs]
-    widths = [count * parts.head_size for count in heads]
-    inputs = [_outputs_cut(m, widths) for m in (parts.query, parts.key, parts.value)]
-    project = _inputs_cut(parts.project, widths)
+def _attention(parts: LayerParts, runs: Sequence[_Run], context: Context) -> _Cut:
+    into, project = _cuts(parts, Branch.ATTENTION, runs)
     rate = parts.attention_dropout if parts.layer.training else 0.0
+    mask = context.attention_mask
+    shared = parts.num_key_heads < parts.num_heads
 
     def attention(y: Tensor, run: int) -> Tensor:
-        shape = (*y.shape[:2], heads[run], parts.head_size)
         query, key, value = (
-            linear(y, run).view(shape).transpose(1, 2) for linear in inputs
+            x.view(*y.shape[:2], -1, parts.head_size) for x in into(y, run)
+        )
+        query, key, value = (
+            x.transpose(1, 2)
+            for x in (parts.query_norm(query), parts.key_norm(key), value)
         )  # [B, heads, S, head size]
+        if parts.rotate is not None and context.positions is not None:
+            query, key = parts.rotate(query, key, *context.positions)
         mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=rate
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=rate,
+            is_causal=parts.is_causal and mask is None and y.shape[1] > 1,
+            scale=parts.scale,
+            enable_gqa=shared,
         )
         return project(mixed.transpose(1, 2).flatten(2), run)
 
@@ -157,61 +188,97 @@ def _attention(
 
 
 def _feed_forward(parts: LayerParts, runs: Sequence[_Run]) -> _Cut:
-    units = [parts.feed_forward(run.first, run.last)[1] for run in runs]
-    up, down = _outputs_cut(parts.up, units), _inputs_cut(parts.down, units)
+    into, down = _cuts(parts, Branch.FEED_FORWARD, runs)
 
     def feed_forward(y: Tensor, run: int) -> Tensor:
-        return down(parts.activation(up(y, run)), run)
+        first, *gated = into(y, run)
+        inner = parts.activation(first)
+        for other in gated:
+            inner = inner * other
+        return down(parts.inner_dropout(inner), run)
 
     return feed_forward
 
 
+def _cuts(
+    parts: LayerParts, branch: Branch, runs: Sequence[_Run]
+) -> tuple[_CutInto, _Cut]:
+    """Cut a branch's maps for some runs: those into it, and the one back."""
+
+    def sizes(width: int) -> list[int]:
+        return [parts.cut(branch, width, run.first, run.last)[1] for run in runs]
+
+    maps, back, *_ = parts.branch(branch)
+    cuts = [
+        _outputs_cut(linear, [sizes(width) for width in widths])
+        for linear, widths in zip(maps, parts.portions(branch), strict=True)
+    ]
+
+    def into(x: Tensor, run: int) -> list[Tensor]:
+        return [*chain.from_iterable(cut(x, run) for cut in cuts)]
+
+    return into, _inputs_cut(back, sizes(in_features(back)))
+
+
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     """Normalise without a gradient of the normalisation's own parameters."""
-    if not isinstance(norm, nn.LayerNorm):
-        return norm(x)  # type: ignore[no-any-return]
-    weight, bias = (p if p is None else p.detach() for p in (norm.weight, norm.bias))
-    return functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    own = {name: p.detach() for name, p in norm.named_parameters()}
+    result: Tensor = functional_call(norm, own, (x,))
+    return result
 
 
-def _outputs_cut(linear: nn.Module, sizes: list[int]) -> _Cut:
-    """Cut a linear map along its outputs; the bias is cut with them.
+def _outputs_cut(linear: nn.Module, portions: Sequence[Sequence[int]]) -> _CutInto:
+    """Cut a linear map along its outputs, each portion of them; the bias is cut, too.
 
     Pieces are views. All at once: on the way back their gradients are put together in
     one go, where each view by itself would have one of the whole weight's size.
     """
     base = base_of(linear)
-    weights = torch.split(base.weight, sizes)
+    dim = outputs_dim(base)
+    sizes = [*chain.from_iterable(portions)]
+    weights = torch.split(base.weight, sizes, dim)
     bias = base.bias
     biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
     adapters = [
         (a.weight, torch.split(b.weight, sizes), scale, dropout)
         for a, b, scale, dropout in adapters_of(linear)
     ]
+    num_runs = len(portions[0])
 
-    def cut(x: Tensor, run: int) -> Tensor:
-        result = functional.linear(x, weights[run], biases[run])
+    def cut(x: Tensor, run: int) -> list[Tensor]:
+        pieces = range(run, len(sizes), num_runs)  # of each portion the run's
+        results = [_linear(x, weights[piece], dim, biases[piece]) for piece in pieces]
         for inner, outer, scale, dropout in adapters:
             low = functional.linear(dropout(x), inner)
-            result = result + functional.linear(low, outer[run]) * scale
-        return result
+            for place, piece in enumerate(pieces):
+                added = functional.linear(low, outer[piece]) * scale
+                results[place] = results[place] + added
+        return results
 
     return cut
 
 
 def _inputs_cut(linear: nn.Module, sizes: list[int]) -> _Cut:
     """Cut a linear map along its inputs; the bias, common to all, is left out."""
-    weights = torch.split(base_of(linear).weight, sizes, dim=1)
+    base = base_of(linear)
+    dim = outputs_dim(base)
+    weights = torch.split(base.weight, sizes, 1 - dim)
     adapters = [
         (torch.split(a.weight, sizes, dim=1), b.weight, scale, dropout)
         for a, b, scale, dropout in adapters_of(linear)
     ]
 
     def cut(x: Tensor, run: int) -> Tensor:
-        result = functional.linear(x, weights[run])
+        result = _linear(x, weights[run], dim)
         for inner, outer, scale, dropout in adapters:
             low = functional.linear(dropout(x), inner[run])
             result = result + functional.linear(low, outer) * scale
         return result
 
     return cut
+
+
+def _linear(
+    x: Tensor, weight: Tensor, outputs_dim: int, bias: Tensor | None = None
+) -> Tensor:
+    return functional.linear(x, weight.t() if outputs_dim else weight, bias)

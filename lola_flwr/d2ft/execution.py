@@ -13,9 +13,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lola_flwr.d2ft.branches import contribute, enter, leave
+from lola_flwr.d2ft.branches import Context, contribute, enter, leave
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.subnetworks import Branch, LayerParts, Subnetworks
 from lola_flwr.errors import UserError
@@ -24,8 +24,8 @@ from lola_flwr.model.recording import require_gradients
 # The operations of one micro-batch, [L][G].
 OperationTable = Sequence[Sequence[Operation]]
 
-# What stands in for a layer: hidden states, attention mask -> hidden states.
-LayerFunction = Callable[[Tensor, Tensor | None], Tensor]
+# What stands in for a layer: hidden states, what it is told -> hidden states.
+LayerFunction = Callable[[Tensor, Context], Tensor]
 
 
 def scheduled(subnetworks: Subnetworks, operations: OperationTable) -> replaced_layers:
@@ -91,27 +91,51 @@ class _Forward:
     """Stands in for a layer's ``forward``."""
 
     def __init__(self, parts: LayerParts, function: LayerFunction) -> None:
-        self._function = function
+        self._layer, self._function = parts.layer, function
         # transformers 4 expects layers to return tuples.
         returns = inspect.signature(type(parts.layer).forward).return_annotation
         self._in_tuple = "tuple" in str(returns).lower()
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *_: Any,
-        **__: Any,
-    ) -> Any:
-        output = self._function(hidden_states, attention_mask)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        output = self._function(*told(self._layer, arguments, named))
         return (output,) if self._in_tuple else output
+
+
+def told(
+    layer: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]
+) -> tuple[Tensor, Context]:
+    """Return what a call gives a layer: hidden states, and what to know of its tokens.
+
+    Parameters
+    ----------
+    layer
+        The layer.
+    arguments, named
+        What it is called with, by place and by name.
+    """
+    given = named_arguments(layer, arguments, named)
+    return next(iter(given.values())), Context(
+        given.get("attention_mask"), given.get("position_embeddings")
+    )
+
+
+def named_arguments(
+    layer: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a layer is called with, all by name: hidden states first."""
+    bound = inspect.signature(type(layer).forward).bind(layer, *arguments, **named)
+    _, *places = bound.arguments
+    # What the signature does not name is in a dictionary of its own.
+    return {n: bound.arguments[n] for n in places if n not in ("args", "kwargs")} | {
+        name: value for name, value in named.items() if name not in bound.arguments
+    }
 
 
 def run_layer(
     parts: LayerParts,
     row: Sequence[Operation],
     x: Tensor,
-    attention_mask: Tensor | None,
+    context: Context,
 ) -> Tensor:
     """Return a layer's output under one operation per sub-network.
 
@@ -123,15 +147,14 @@ def run_layer(
         Operation of each of its G sub-networks.
     x
         Input, [B, S, H].
-    attention_mask
-        As the layer itself receives it: boolean or additive, broadcastable to
-        [B, heads, S, S].
+    context
+        What it is told of its tokens.
     """
     if all(operation == Operation.SKIP for operation in row):
         return x
     for branch in Branch:
         y = enter(parts, branch, row, x)
-        total = contribute(parts, branch, row, y, attention_mask)
+        total = contribute(parts, branch, row, y, context)
         x = leave(parts, branch, row, x, total)
     return x
 

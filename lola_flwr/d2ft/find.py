@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lola_flwr.d2ft.execution import run_layer
+from lola_flwr.d2ft.execution import named_arguments, run_layer, told
 from lola_flwr.d2ft.operations import Operation
+from lola_flwr.d2ft.structure import OtherStructure, Structure, structure_of
 from lola_flwr.d2ft.subnetworks import (
     Branch,
     LayerNotUnderstood,
     LayerParts,
     Subnetworks,
+    base_of,
     branch_slices,
+    in_features,
+    is_linear,
     layer_names,
 )
 from lola_flwr.errors import UserError, reason_of
@@ -26,56 +33,16 @@ from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.example import examples_of
 from lola_flwr.model.inputs import failure_of
 
-_KNOWN = "sub-networks are known of BERT, RoBERTa, DistilBERT and ViT layers"
+_KNOWN = (
+    "sub-networks are cut out of layers of attention and a feed-forward network, as "
+    "those of BERT, ViT, ModernBERT, GPT-2 and Llama"
+)
 
-# Where the parts of a layer are found: BERT and RoBERTa; ViT as of transformers 5; ViT
-# before; DistilBERT. The first name of each is that of the parameters' owner.
-_PLACES: dict[str, tuple[str, ...]] = {
-    "query": (
-        "attention.self.query",
-        "attention.q_proj",
-        "attention.attention.query",
-        "attention.q_lin",
-    ),
-    "key": (
-        "attention.self.key",
-        "attention.k_proj",
-        "attention.attention.key",
-        "attention.k_lin",
-    ),
-    "value": (
-        "attention.self.value",
-        "attention.v_proj",
-        "attention.attention.value",
-        "attention.v_lin",
-    ),
-    "project": ("attention.output.dense", "attention.o_proj", "attention.out_lin"),
-    "up": ("intermediate.dense", "mlp.fc1", "ffn.lin1"),
-    "activation": (
-        "intermediate.intermediate_act_fn",
-        "mlp.activation_fn",
-        "ffn.activation",
-    ),
-    "down": ("output.dense", "mlp.fc2", "ffn.lin2"),
-    "norm_1": ("attention.output.LayerNorm", "layernorm_before", "sa_layer_norm"),
-    "norm_2": ("output.LayerNorm", "layernorm_after", "output_layer_norm"),
-    "num_heads": (
-        "attention.self.num_attention_heads",
-        "attention.num_attention_heads",
-        "attention.attention.num_attention_heads",
-        "attention.n_heads",
-    ),
-}
-_OPTIONAL: dict[str, tuple[str, ...]] = {
-    "attention_dropout": (
-        "attention.self.dropout",
-        "attention.attention_dropout",
-        "attention.attention.dropout_prob",
-        "attention.dropout",
-    ),
-    "dropout_1": ("attention.output.dropout", "dropout"),
-    "dropout_2": ("output.dropout", "dropout", "ffn.dropout"),
-}
+# What modules of attention call the width of a head, and their number; and the rate of
+# attention weights that are dropped. What is called otherwise is found out below.
+_HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
+_NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads")
+_DROPOUT = ("attention_dropout", "attn_dropout", "dropout", "dropout_prob")
 
 
 def find_subnetworks(
@@ -86,29 +53,27 @@ def find_subnetworks(
     Parameters
     ----------
     model
-        A model of the families BERT, RoBERTa, DistilBERT or ViT, perhaps with low-rank
-        adapters.
+        A transformer whose layers are attention and a feed-forward network, perhaps
+        with low-rank adapters.
     partition
         Its blocks, each of them a layer or the adapters in one.
     num_groups
-        Groups to divide each layer's heads into (default: one for each head).
+        Groups to divide each layer's heads into (default: one for each head of keys
+        and values).
 
     Raises
     ------
     LayerNotUnderstood
-        A layer is of none of these families, or computes something else for all that
-        its parts are called as theirs.
+        A layer has other parts, or computes something else than their sum.
     UserError
         There are not so many heads.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    structures = _structures_of(model, layer_names(partition))
     layers = tuple(
-        _parts(model.get_submodule(name), name, num_groups)
-        for name in layer_names(partition)
+        _parts(model.get_submodule(name), name, structure, num_groups)
+        for name, structure in structures.items()
     )
-    if model not in _seen:
-        _check(model, layers)
-        _seen.add(model)
     slices = tuple(
         tuple(
             part
@@ -121,27 +86,37 @@ def find_subnetworks(
     return Subnetworks(layers, slices)
 
 
-# With what a layer is called: arguments by place, and by name.
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
+# With what a layer is called, by name; hidden states first.
+_Call = dict[str, Any]
 
-# Models whose layers were seen to be what they are taken for.
-_seen: WeakSet[nn.Module] = WeakSet()
+# Relative difference up to which two ways of computing a layer are the same.
+_ALIKE = 1e-3
+
+# What layers consist of, by name, of models in which it was seen.
+_seen: WeakKeyDictionary[nn.Module, dict[str, Structure]] = WeakKeyDictionary()
 
 
-def _check(model: nn.Module, layers: Sequence[LayerParts]) -> None:
-    """Compare what each layer computes with the sum of its sub-networks.
+def _structures_of(model: nn.Module, names: Sequence[str]) -> dict[str, Structure]:
+    """Return what a model's layers consist of.
 
-    Parts of the same names do not make the same layer: attention may be approximate,
-    or turned by positions. Layers are called as the model calls them.
+    Each layer is called as the model calls it, and what it computes compared with the
+    sum of its sub-networks: parts of the same kinds do not make the same layer.
     """
+    seen = _seen.setdefault(model, {})
+    if unseen := [name for name in names if name not in seen]:
+        calls = _calls_of(model, unseen)
+        seen.update({n: _seen_in(model.get_submodule(n), n, calls[n]) for n in unseen})
+    return {name: seen[name] for name in names}
+
+
+def _calls_of(model: nn.Module, names: Sequence[str]) -> dict[str, _Call | None]:
+    """Return with what a model calls its layers."""
     reason = "its kind of input is not known"
     for example in examples_of(model):
-        with _in_evaluation(model), _recorded(layers) as calls:
+        with _in_evaluation(model), _recorded(model, names) as calls:
             failure = failure_of(model, example)
         if failure is None:
-            for parts in layers:
-                _compare(parts, calls.get(parts.layer))
-            return
+            return {name: calls.get(name) for name in names}
         reason = reason_of(failure)
     raise LayerNotUnderstood(
         f"{type(model).__name__} could not be run to see whether its layers are what "
@@ -149,57 +124,90 @@ def _check(model: nn.Module, layers: Sequence[LayerParts]) -> None:
     )
 
 
-def _compare(parts: LayerParts, call: _Call | None) -> None:
-    kind = type(parts.layer).__name__
+def _seen_in(layer: nn.Module, name: str, call: _Call | None) -> Structure:
+    kind = type(layer).__name__
+    for module in layer.modules():
+        if is_linear(module):
+            base_of(module)
     try:
-        apart = _difference(parts, call)
+        if call is None:
+            raise OtherStructure("is not called by the model")
+        copied, named = _at_random(layer, call)
+        structure = structure_of(copied, lambda: copied(**named))
+        parts = _parts(copied, name, structure, None)
+        for training in (False, True):
+            apart = _difference(parts, named, training=training)
+            if not apart < _ALIKE:
+                raise OtherStructure(
+                    "computes something else than its sub-networks together (relative "
+                    f"difference {apart:.0e}"
+                    + (", in training only: by its dropout)" if training else ")")
+                )
+    except OtherStructure as other:
+        raise LayerNotUnderstood(f"{name} ({kind}) {other}; {_KNOWN}.") from other
+    except UserError:
+        raise
     # A layer that is called otherwise, or whose parts have other sizes.
     except Exception as error:
         raise LayerNotUnderstood(
-            f"{kind} is none of the known layers for all the names of its parts "
-            f"({reason_of(error)}); {_KNOWN}."
+            f"{name} ({kind}) does not run as such a layer would ({reason_of(error)}); "
+            f"{_KNOWN}."
         ) from error
-    if not apart < 1e-3:
-        raise LayerNotUnderstood(
-            f"{kind} computes something else than its sub-networks together (relative "
-            f"difference {apart:.0e}); {_KNOWN}."
-        )
+    return structure
 
 
-def _difference(parts: LayerParts, call: _Call | None) -> float:
-    """Return how far a layer is from the sum of its sub-networks, at random weights.
+@torch.no_grad()
+def _at_random(layer: nn.Module, call: _Call) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a copy of a layer, and what to call it with, at random weights.
 
     At those of a new model attention is next to uniform, whatever it computes.
     """
-    if call is None:
-        raise ValueError("the model does not call it")
-    layer = copy.deepcopy(parts.layer).cpu().float().eval()
+    copied = copy.deepcopy(layer).cpu().float().eval()
     drawn = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, values in layer.named_parameters():
-            if values.dim() == 1:
-                middle = float(name.endswith("weight"))
-                values.uniform_(middle - 0.5, middle + 0.5, generator=drawn)
-            else:
-                values.normal_(0, values.shape[-1] ** -0.5, generator=drawn)
-        arguments = tuple(map(_plain, call[0]))
-        named = {name: _plain(value) for name, value in call[1].items()}
-        mask = arguments[1] if len(arguments) > 1 else named.get("attention_mask")
-        shape = (arguments[0] if arguments else named["hidden_states"]).shape
-        hidden = torch.randn(shape, generator=drawn)
-        if arguments:
-            arguments = (hidden, *arguments[1:])
+    for name, values in copied.named_parameters():
+        if values.dim() == 1:
+            middle = float(name.endswith("weight"))
+            values.uniform_(middle - 0.5, middle + 0.5, generator=drawn)
         else:
-            named["hidden_states"] = hidden
-        output = layer(*arguments, **named)
-        own = output[0] if isinstance(output, tuple) else output
-        copied = _parts(layer, type(layer).__name__, parts.num_groups)
-        total = run_layer(copied, [Operation.FULL] * parts.num_groups, hidden, mask)
+            values.normal_(0, values.shape[-1] ** -0.5, generator=drawn)
+    # An adapter's own draws are not the layer's.
+    for adapter in copied.modules():
+        for module in adapter.modules() if hasattr(adapter, "base_layer") else ():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    named = {name: _plain(value) for name, value in call.items()}
+    hidden = next(iter(named))
+    named[hidden] = torch.randn(named[hidden].shape, generator=drawn)
+    return copied, named
+
+
+@torch.no_grad()
+def _difference(
+    parts: LayerParts, named: Mapping[str, Any], *, training: bool
+) -> float:
+    """Return how far a layer is from the sum of its sub-networks.
+
+    In training both draw what they drop from the same numbers.
+    """
+    parts.layer.train(training)
+    hidden, context = told(parts.layer, (), named)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        output = parts.layer(**named)
+        torch.default_generator.manual_seed(0)
+        total = run_layer(parts, [Operation.FULL] * parts.num_groups, hidden, context)
+    own = output[0] if isinstance(output, tuple) else output
     return float((total - own).abs().max() / own.abs().max())
 
 
 def _plain(value: Any) -> Any:
-    """Put a tensor where, and into the type, that layers are compared in."""
+    """Put tensors where, and into the type, that layers are compared in."""
+    from transformers.cache_utils import Cache
+
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, Cache):
+        return None  # it would remember the calls before
     if not isinstance(value, Tensor):
         return value
     return value.cpu().float() if value.is_floating_point() else value.cpu()
@@ -217,16 +225,19 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(layers: Sequence[LayerParts]) -> Iterator[dict[nn.Module, _Call]]:
+def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Call]]:
     """Note with what layers are called."""
-    calls: dict[nn.Module, _Call] = {}
+    calls: dict[str, _Call] = {}
 
-    def note(module: nn.Module, arguments: Any, named: Any) -> None:
-        calls[module] = arguments, dict(named)
+    def note(name: str) -> Callable[..., None]:
+        def noted(module: nn.Module, arguments: Any, named: Any) -> None:
+            calls[name] = named_arguments(module, arguments, named)
+
+        return noted
 
     hooks = [
-        parts.layer.register_forward_pre_hook(note, with_kwargs=True)
-        for parts in layers
+        model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True)
+        for n in names
     ]
     try:
         yield calls
@@ -235,40 +246,70 @@ def _recorded(layers: Sequence[LayerParts]) -> Iterator[dict[nn.Module, _Call]]:
             hook.remove()
 
 
-def _parts(layer: nn.Module, name: str, num_groups: int | None) -> LayerParts:
-    found: dict[str, Any] = {}
-    for part, places in _PLACES.items():
-        values = [value for p in places if (value := _at(layer, p)) is not None]
-        if not values:
-            raise LayerNotUnderstood(
-                f"{name} ({type(layer).__name__}) has no {part} at any of "
-                f"{', '.join(places)}; {_KNOWN}."
-            )
-        found[part] = values[0]
-    for part, places in _OPTIONAL.items():
-        found[part] = next((v for p in places if (v := _at(layer, p)) is not None), 0.0)
-    rate = found.pop("attention_dropout")
-    num_heads = found.pop("num_heads")
-    num_groups = num_heads if num_groups is None else num_groups
-    if type(num_groups) is not int or not 1 <= num_groups <= num_heads:
-        raise UserError(
-            f"num_groups={num_groups!r} must be a whole number from 1 to {num_heads}, "
-            f"the heads of {name}."
-        )
-    for dropout in ("dropout_1", "dropout_2"):
-        if not isinstance(found[dropout], nn.Module):
-            found[dropout] = nn.Identity()
-    return LayerParts(
+def _parts(
+    layer: nn.Module, name: str, structure: Structure, num_groups: int | None
+) -> LayerParts:
+    def at(place: str) -> nn.Module:
+        return layer.get_submodule(place) if place else nn.Identity()
+
+    inputs = tuple(map(at, structure.inputs))
+    project = at(structure.project)
+    attention = _holders(layer, structure.inputs[0])
+    width = in_features(project)
+    head_size = _first(attention, _HEAD_SIZE, int)
+    if head_size is None and (num_heads := _first(attention, _NUM_HEADS, int)):
+        head_size = width // num_heads
+    if not head_size:
+        raise OtherStructure(f"has no {', '.join((*_HEAD_SIZE, *_NUM_HEADS))}")
+    scale = _first(attention, ("scaling",), float)
+    if scale is not None and math.isclose(scale, head_size**-0.5):
+        scale = None
+    rate = _first(attention, _DROPOUT, (float, nn.Dropout)) or 0.0
+    module = sys.modules[type(attention[0]).__module__]
+    parts = LayerParts(
         layer=layer,
-        norm_first=hasattr(layer, "layernorm_before"),
+        inputs=inputs,
+        project=project,
+        query_norm=at(structure.query_norm),
+        key_norm=at(structure.key_norm),
+        ups=tuple(map(at, structure.ups)),
+        down=at(structure.down),
+        activation=at(structure.activation),
+        norm_1=at(structure.norm_1),
+        norm_2=at(structure.norm_2),
+        norm_first=structure.norm_first,
+        dropout_1=at(structure.dropout_1),
+        dropout_2=at(structure.dropout_2),
+        inner_dropout=at(structure.inner_dropout),
         attention_dropout=float(getattr(rate, "p", rate)),
-        num_heads=num_heads,
-        num_groups=num_groups,
-        **found,
+        head_size=head_size,
+        scale=scale,
+        is_causal=bool(getattr(attention[0], "is_causal", False)),
+        rotate=getattr(module, "apply_rotary_pos_emb", None),
+        num_groups=1,
     )
+    most = parts.num_key_heads
+    num_groups = most if num_groups is None else num_groups
+    if type(num_groups) is not int or not 1 <= num_groups <= most:
+        shared = most < parts.num_heads
+        raise UserError(
+            f"num_groups={num_groups!r} must be a whole number from 1 to {most}, the "
+            f"{'key/value ' * shared}heads of {name}"
+            + (", which its query heads share." if shared else ".")
+        )
+    return replace(parts, num_groups=num_groups)
 
 
-def _at(layer: Any, place: str) -> Any:
-    for name in place.split("."):
-        layer = getattr(layer, name, None)
-    return layer
+def _holders(layer: nn.Module, place: str) -> list[nn.Module]:
+    """Return the modules inside a layer that hold another one, the nearest first."""
+    names = place.split(".")[:-1]
+    return [
+        layer.get_submodule(".".join(names[:length]))
+        for length in range(len(names), 0, -1)
+    ]
+
+
+def _first(holders: Sequence[nn.Module], names: Sequence[str], kinds: Any) -> Any:
+    """Return the first attribute of some names, of one of some kinds."""
+    found = (getattr(holder, name, None) for holder in holders for name in names)
+    return next((value for value in found if isinstance(value, kinds)), None)

@@ -6,6 +6,9 @@ the same columns of the two projections back. A layer's output is its input plus
 of what its sub-networks contribute, so that any of them can be left out. The biases of
 the projections back and the normalisations belong to the layer as a whole.
 
+Where query heads share keys and values (grouped-query attention) a group holds whole
+key/value heads, with all query heads that share them.
+
 Source: Ding, Zhang, Wang, Ateniese, Yuan, "D2FT: Distributed Dynamic Fine-Tuning for
 Pretrained Transformers", arXiv:2504.12471, where a sub-network is one head of a layer
 and a slice of its feed-forward part.
@@ -17,6 +20,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -69,7 +73,11 @@ class BranchParts(NamedTuple):
     dropout: nn.Module
 
 
-@dataclass(frozen=True, eq=False)
+# Turns queries and keys by their positions: query, key, cosines, sines -> both turned.
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LayerParts:
     """One transformer layer, taken apart.
 
@@ -77,8 +85,16 @@ class LayerParts:
     ----------
     layer
         The layer itself.
-    query, key, value, project, up, down
-        Its linear maps, perhaps with a low-rank adapter (LoRA).
+    inputs
+        Its query, key and value projections, or one for all three.
+    project, down
+        Its projections back.
+    query_norm, key_norm
+        Normalisations of each head's queries and keys, common to all heads.
+    ups
+        The map up of its feed-forward network; or two, or one for both, of which the
+        first is activated and gates the second. All of these linear maps perhaps with
+        a low-rank adapter (LoRA).
     activation
         Non-linearity of the feed-forward network.
     norm_1, norm_2
@@ -86,18 +102,29 @@ class LayerParts:
         otherwise after them.
     dropout_1, dropout_2
         What follows the two projections back.
+    inner_dropout
+        What is before the map down.
     attention_dropout
         Rate of attention weights that training drops.
-    num_heads, num_groups
-        Heads of attention, and the groups that these are divided into.
+    head_size
+        Width of one attention head.
+    scale
+        What attention multiplies products of queries and keys by (None: the inverse
+        root of the head's width).
+    is_causal
+        Whether tokens see those before them only, where no mask says what they see.
+    rotate
+        Turns queries and keys by their positions.
+    num_groups
+        The groups that the heads are divided into.
     """
 
     layer: nn.Module
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
+    inputs: tuple[nn.Module, ...]
     project: nn.Module
-    up: nn.Module
+    query_norm: nn.Module
+    key_norm: nn.Module
+    ups: tuple[nn.Module, ...]
     down: nn.Module
     activation: Callable[[Tensor], Tensor]
     norm_1: nn.Module
@@ -105,44 +132,74 @@ class LayerParts:
     norm_first: bool
     dropout_1: nn.Module
     dropout_2: nn.Module
+    inner_dropout: nn.Module
     attention_dropout: float
-    num_heads: int
+    head_size: int
+    scale: float | None
+    is_causal: bool
+    rotate: Rotate | None
     num_groups: int
 
     @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return out_features(self.query) // self.num_heads
+    def num_heads(self) -> int:
+        """Heads of queries."""
+        return in_features(self.project) // self.head_size
 
-    def heads(self, first: int, last: int) -> tuple[int, int]:
-        """Return first head and number of heads of the groups first to last - 1."""
-        start = first * self.num_heads // self.num_groups
-        return start, last * self.num_heads // self.num_groups - start
+    @property
+    def num_key_heads(self) -> int:
+        """Heads of keys and values: as many, or fewer that query heads share."""
+        outputs = sum(map(out_features, self.inputs))
+        return (outputs - in_features(self.project)) // (2 * self.head_size)
+
+    @property
+    def sees_positions(self) -> bool:
+        """Whether more tells its tokens apart than which of them there are."""
+        return self.is_causal or self.rotate is not None
 
     def branch(self, branch: Branch) -> BranchParts:
         """Return the parts of one of the layer's branches."""
         if branch == Branch.ATTENTION:
-            maps = (self.query, self.key, self.value)
-            return BranchParts(maps, self.project, self.norm_1, self.dropout_1)
-        return BranchParts((self.up,), self.down, self.norm_2, self.dropout_2)
+            return BranchParts(self.inputs, self.project, self.norm_1, self.dropout_1)
+        return BranchParts(self.ups, self.down, self.norm_2, self.dropout_2)
 
-    def cut(self, branch: Branch, first: int, last: int) -> tuple[int, int]:
-        """Return where a branch's maps are cut for the groups first to last - 1.
+    def portions(self, branch: Branch) -> list[list[int]]:
+        """Return the widths of what each of a branch's maps into it gives.
+
+        Of one map for query, key and value these are three, of one that gates itself
+        two, otherwise one. Each is cut into groups by itself.
+        """
+        into, back, *_ = self.branch(branch)
+        widths = [out_features(linear) for linear in into]
+        inner = in_features(back)
+        if branch == Branch.FEED_FORWARD:
+            return [[inner] * (width // inner) for width in widths]
+        if len(into) > 1:
+            return [[width] for width in widths]
+        keys = self.num_key_heads * self.head_size
+        return [[inner, keys, keys]]
+
+    def cut(self, branch: Branch, width: int, first: int, last: int) -> tuple[int, int]:
+        """Return where features are cut for the groups first to last - 1.
+
+        Parameters
+        ----------
+        branch
+            The branch.
+        width
+            Features of a portion of a map into it, or of the input of the one back.
+        first, last
+            The groups.
 
         Returns
         -------
-        First feature inside the branch, and the number of them.
+        First feature, and the number of them.
         """
-        if branch == Branch.ATTENTION:
-            head, count = self.heads(first, last)
-            return head * self.head_size, count * self.head_size
-        return self.feed_forward(first, last)
-
-    def feed_forward(self, first: int, last: int) -> tuple[int, int]:
-        """Return first unit and number of units of the groups first to last - 1."""
-        width = out_features(self.up)
-        start = first * width // self.num_groups
-        return start, last * width // self.num_groups - start
+        pieces = self.num_key_heads
+        if branch == Branch.FEED_FORWARD:
+            pieces = in_features(self.down)
+        start, end = (group * pieces // self.num_groups for group in (first, last))
+        size = width // pieces
+        return start * size, (end - start) * size
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,21 +236,46 @@ class Subnetworks:
 
 def out_features(linear: nn.Module) -> int:
     """Return the width of a linear map's output, adapter or not."""
-    return int(base_of(linear).weight.shape[0])
+    base = base_of(linear)
+    return int(base.weight.shape[outputs_dim(base)])
+
+
+def in_features(linear: nn.Module) -> int:
+    """Return the width of a linear map's input, adapter or not."""
+    base = base_of(linear)
+    return int(base.weight.shape[1 - outputs_dim(base)])
 
 
 def hidden_size(subnetworks: Subnetworks) -> int:
     """Return the width of what passes from layer to layer."""
-    return base_of(subnetworks.layers[0].query).in_features
+    return in_features(subnetworks.layers[0].inputs[0])
 
 
-def base_of(linear: Any) -> nn.Linear:
+def is_linear(module: object) -> bool:
+    """Tell whether a module is a plain linear map."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def outputs_dim(base: nn.Module) -> int:
+    """Return the dimension of a linear map's weight that counts its outputs."""
+    return 0 if isinstance(base, nn.Linear) else 1  # GPT-2's are transposed
+
+
+def base_of(linear: Any) -> Any:
     """Return the linear map itself: the one beneath its adapter, if it has one."""
     base = getattr(linear, "base_layer", linear)
-    if not isinstance(base, nn.Linear):
+    if not is_linear(base):
         raise LayerNotUnderstood(
             f"{type(base).__name__} stands where a Linear is expected: only plain "
             "linear maps can be cut into sub-networks."
+        )
+    if not base.weight.is_floating_point():
+        raise LayerNotUnderstood(
+            f"{type(base).__name__} holds a quantised weight ({base.weight.dtype}), "
+            "which cannot be cut into head groups; load the model in float32 or "
+            "bfloat16."
         )
     return base
 
@@ -261,12 +343,11 @@ def branch_slices(
         Name of each parameter, by ``id``.
     shared
         Whether to add what they need but share with other groups: the halves of
-        low-rank adapters that are not cut.
+        low-rank adapters that are not cut, and normalisations of single heads.
     """
     found: list[Slice] = []
-    start, length = parts.cut(branch, first, last)
 
-    def add(parameter: Tensor | None, dim: int) -> None:
+    def add(parameter: Tensor | None, dim: int, start: int, length: int) -> None:
         if parameter is not None:
             found.append(Slice(names[id(parameter)], dim, start, length))
 
@@ -275,15 +356,31 @@ def branch_slices(
             found.append(Slice(names[id(parameter)], 0, 0, len(parameter)))
 
     into, back, *_ = parts.branch(branch)
-    for linear in into:
-        add(base_of(linear).weight, 0)
-        add(base_of(linear).bias, 0)
+    for linear, widths in zip(into, parts.portions(branch), strict=True):
+        base = base_of(linear)
+        offsets = accumulate(widths, initial=0)
+        cuts = [
+            (offset + start, length)
+            for offset, width in zip(offsets, widths, strict=False)
+            for start, length in [parts.cut(branch, width, first, last)]
+        ]
+        for cut in cuts:
+            add(base.weight, outputs_dim(base), *cut)
+        for cut in cuts:
+            add(base.bias, 0, *cut)
         for a, b, _, _ in adapters_of(linear):
             add_whole(a.weight)
-            add(b.weight, 0)
-    add(base_of(back).weight, 1)
+            for cut in cuts:
+                add(b.weight, 0, *cut)
+    if branch == Branch.ATTENTION:
+        for norm in (parts.query_norm, parts.key_norm):
+            for parameter in norm.parameters():
+                add_whole(parameter)
+    base = base_of(back)
+    cut = parts.cut(branch, in_features(back), first, last)
+    add(base.weight, 1 - outputs_dim(base), *cut)
     for a, b, _, _ in adapters_of(back):
-        add(a.weight, 1)
+        add(a.weight, 1, *cut)
         add_whole(b.weight)
     return found
 

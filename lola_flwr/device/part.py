@@ -22,13 +22,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lola_flwr.d2ft.branches import contribute
-from lola_flwr.d2ft.execution import replaced_layers
+from lola_flwr.d2ft.branches import Context, contribute
+from lola_flwr.d2ft.contexts import contexts_from_mask, layer_inputs, token_mask
+from lola_flwr.d2ft.execution import LayerFunction, replaced_layers
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation, from_text
 from lola_flwr.d2ft.subnetworks import (
     Branch,
-    LayerNotUnderstood,
     Slice,
     Subnetworks,
     hidden_size,
@@ -180,30 +180,19 @@ class _Part:
 # --- the owners of the micro-batches --------------------------------------------------
 
 
-class _Reached(Exception):
-    """The model has come to its first layer."""
-
-    def __init__(self, hidden: Tensor, mask: Tensor | None) -> None:
-        super().__init__()
-        self.hidden, self.mask = hidden, mask
-
-
 def _inputs(part: _Part) -> PartResult:
-    def stop(hidden: Tensor, mask: Tensor | None) -> Tensor:
-        raise _Reached(hidden, mask)
-
     inputs, masks = [], []
     batches = part.batches()
     for number, batch in zip(part.numbers, batches, strict=True):
         part.restart_dropout(number)
-        try:
-            with torch.no_grad(), replaced_layers({part.subnetworks.layers[0]: stop}):
-                part.loss_function(part.model, batch)
-        except _Reached as reached:
-            inputs.append(reached.hidden)
-            masks.append(_token_mask(reached.hidden, reached.mask))
-        else:
-            raise LayerNotUnderstood("The model did not call its first layer.")
+        hidden, told = layer_inputs(
+            part.subnetworks,
+            lambda batch=batch: part.loss_function(part.model, batch),
+            num_layers=part.subnetworks.num_layers,
+        )
+        inputs.append(hidden)
+        given = batch.get("attention_mask")
+        masks.append(token_mask(part.model, part.subnetworks, told, hidden, given))
     return part.report(sizes=sizes_to_text(inputs), digest=_digest(batches)), {
         HIDDEN: array_of(inputs),
         MASKS: array_of(masks).astype(np.uint8),
@@ -217,20 +206,6 @@ def _digest(batches: Sequence[Batch]) -> str:
             digest.update(f"{name} {tuple(batch[name].shape)}".encode())
             digest.update(batch[name].contiguous().numpy(force=True).tobytes())
     return digest.hexdigest()[:32]
-
-
-def _token_mask(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Return for each token, [B, S], whether it may be attended to."""
-    if mask is None:
-        return torch.ones(hidden.shape[:2], device=hidden.device)
-    allowed = mask if mask.dtype == torch.bool else mask >= 0
-    of_tokens = allowed[:, 0, 0, :]
-    if not torch.equal(of_tokens[:, None, None, :].expand_as(allowed), allowed):
-        raise LayerNotUnderstood(
-            "The model's attention mask differs from token to token, as in a decoder; "
-            "encoders can be spread over devices."
-        )
-    return of_tokens
 
 
 @torch.enable_grad()
@@ -278,11 +253,11 @@ def _loss(part: _Part) -> PartResult:
     return report, {SLOPES: array_of(slopes), GRADIENTS: array_of(total)}
 
 
-def _giving(hidden: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _giving(hidden: Tensor) -> LayerFunction:
     return lambda *_: hidden
 
 
-def _passing(hidden: Tensor, _: Tensor | None) -> Tensor:
+def _passing(hidden: Tensor, _: Context) -> Tensor:
     return hidden
 
 
@@ -347,15 +322,14 @@ def _contribution(part: _Part, m: int, hidden: Tensor) -> Tensor:
     lengths = [batch * tokens for batch, tokens in part.sizes]
     start = sum(lengths[:m])
     mask = torch.from_numpy(part.arrays[MASKS][start : start + lengths[m]] != 0)
-    of_tokens = mask.view(len(hidden), 1, 1, -1).to(part.device)
-    part.restart_dropout(part.numbers[m])
-    return contribute(
-        parts,
-        Branch(task.branch_index),
-        row,
-        hidden,
-        None if mask.all() else of_tokens,
+    *_, context = contexts_from_mask(
+        part.model,
+        part.subnetworks,
+        mask.view(len(hidden), -1).to(part.device),
+        num_layers=task.layer_index + 1,
     )
+    part.restart_dropout(part.numbers[m])
+    return contribute(parts, Branch(task.branch_index), row, hidden, context)
 
 
 def _held(part: _Part) -> tuple[list[Slice], list[Tensor]]:

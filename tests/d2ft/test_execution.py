@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from lola_flwr.d2ft.branches import Context
 from lola_flwr.d2ft.execution import run_layer, scheduled
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
@@ -118,7 +119,7 @@ def test_subnetworks_in_pieces_make_the_layer(case):
     for parts in case.subnetworks.layers:
         own = parts.layer(x, mask)
         for row in ([FULL] * 4, [FULL, FORWARD, FULL, FULL], [FORWARD, FULL] * 2):
-            torch.testing.assert_close(run_layer(parts, row, x, mask), own)
+            torch.testing.assert_close(run_layer(parts, row, x, Context(mask)), own)
 
 
 def test_gradients_of_pieces_are_those_of_the_layer(case):
