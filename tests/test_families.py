@@ -49,7 +49,7 @@ FAMILIES = {
     ),
     "OPTForSequenceClassification": ("right", "", ""),
     "ConvBertForQuestionAnswering": ("right", "", ""),
-    "ModernBertForTokenClassification": ("told", "model.layers", ""),
+    "ModernBertForTokenClassification": ("right", "", ""),
     "LlamaForCausalLM": ("right", "", ""),
     "XLNetForSequenceClassification": ("right", "", "not one row for each"),
     "ViTForImageClassification": ("right", "", ""),

@@ -4,8 +4,8 @@ A layer that can be divided is attention, then a feed-forward network, each of t
 added to what it is given. Its linear maps run in one order whatever they are called:
 query, key and value, or one map for all three; the projection back; one or two maps up;
 the one down. Between the latter is the activation, and around them normalisations and
-dropout, as far as there are any; perhaps those of queries and keys, head by head. That the layer computes no more than this is for
-`lola_flwr.d2ft.find` to see.
+dropout, as far as there are any; perhaps a normalisation of queries and one of keys.
+That the layer computes no more than this is for `lola_flwr.d2ft.find` to see.
 """
 
 from __future__ import annotations

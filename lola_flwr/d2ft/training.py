@@ -13,6 +13,7 @@ from lola_flwr.d2ft.execution import require_layers, scheduled
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.subnetworks import Subnetworks
+from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import (
     Batch,
     BatchWeight,
@@ -48,6 +49,7 @@ def scheduled_gradient(
     operations: npt.NDArray[np.int64],
     *,
     loss_function: LossFunction = model_loss,
+    batch_weight: BatchWeight = num_examples_of,
 ) -> BlockGradient:
     """Compute the gradient of the mean loss over all examples, under a schedule.
 
@@ -65,6 +67,8 @@ def scheduled_gradient(
         What each sub-network does in each of them, shape [S, M].
     loss_function
         Maps model and micro-batch to a mean loss.
+    batch_weight
+        What that loss is a mean over (default: examples).
 
     Returns
     -------
@@ -76,20 +80,29 @@ def scheduled_gradient(
     ------
     NoGradient
         A layer that runs fully has none, as far as PyTorch has recorded.
+    UserError
+        The micro-batches weigh nothing.
     """
     total: dict[str, Tensor] = {}
-    sizes = [len(next(iter(batch.values()))) for batch in micro_batches]
+    weights = [batch_weight(batch) for batch in micro_batches]
+    if not any(weights):
+        raise UserError(
+            "The losses of the micro-batches are means over nothing: no token of them "
+            "has a label; give them examples that have."
+        )
     loss_sum = 0.0
     with only_trainable(model, trainable) as wanted:
         for index, batch in enumerate(micro_batches):
+            if not weights[index]:
+                continue
             table = operations[:, index].reshape(
                 subnetworks.num_layers, subnetworks.num_groups
             )
             with scheduled(subnetworks, [[Operation(o) for o in row] for row in table]):
                 loss = loss_function(model, batch)
-                weight = sizes[index] / sum(sizes)
+                share = weights[index] / sum(weights)
                 found = torch.autograd.grad(
-                    weight * loss, [*wanted.values()], allow_unused=True
+                    share * loss, [*wanted.values()], allow_unused=True
                 )
             gradients = dict(zip(trainable, found, strict=True))
             trained = np.flatnonzero((table == Operation.FULL).any(axis=1))
@@ -101,14 +114,14 @@ def scheduled_gradient(
                     total[name] += gradient
                 else:
                     total[name] = gradient
-            loss_sum += loss.item() * sizes[index]
+            loss_sum += loss.item() * weights[index]
     return BlockGradient(
         gradients={
             name: total.get(name, torch.zeros_like(parameter))
             for name, parameter in wanted.items()
         },
-        loss=loss_sum / sum(sizes),
-        num_examples=sum(sizes),
+        loss=loss_sum / sum(weights),
+        num_examples=sum(weights),
     )
 
 

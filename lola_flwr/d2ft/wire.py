@@ -27,8 +27,21 @@ MASKS = "masks"
 
 
 def numbers_to_text(numbers: Iterable[int]) -> str:
-    """Write numbers of micro-batches: ``"3 9"``."""
+    """Write numbers of micro-batches, or what they weigh: ``"3 9"``."""
     return " ".join(map(str, numbers))
+
+
+def numbers_from_text(text: str) -> list[int]:
+    """Read numbers: ``"3 9"``.
+
+    Raises
+    ------
+    MalformedRecord
+        The text is another.
+    """
+    if not re.fullmatch(r"\d{1,12}( \d{1,12})*", text):
+        raise MalformedRecord(f"numbers={text[:80]!r} must be like '3 9'.")
+    return [int(number) for number in text.split()]
 
 
 def sizes_to_text(hidden: Sequence[Tensor]) -> str:

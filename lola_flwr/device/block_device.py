@@ -289,6 +289,7 @@ class BlockDevice:
                 arrays,
                 draw=self.batch_source,
                 loss_function=self.loss_function,
+                batch_weight=self.batch_weight,
             )
         return result
 

@@ -38,13 +38,20 @@ from lola_flwr.d2ft.wire import (
     MASKS,
     SLOPES,
     array_of,
+    numbers_to_text,
     part_slices,
     sizes_from_text,
     sizes_to_text,
     tensors_of,
 )
 from lola_flwr.errors import UserError
-from lola_flwr.model.backprop import Batch, LossFunction, only_trainable
+from lola_flwr.model.backprop import (
+    Batch,
+    BatchWeight,
+    LossFunction,
+    num_examples_of,
+    only_trainable,
+)
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.recording import ADVICE, NoGradient
 from lola_flwr.randomness import rng_for
@@ -66,6 +73,7 @@ def compute_part(
     *,
     draw: Callable[[int, int], Batch],
     loss_function: LossFunction,
+    batch_weight: BatchWeight = num_examples_of,
 ) -> PartResult:
     """Do what a task asks for.
 
@@ -83,6 +91,8 @@ def compute_part(
         Gives a micro-batch: (number, examples) -> arguments of the model.
     loss_function
         Maps model and micro-batch to a mean loss.
+    batch_weight
+        What that loss is a mean over (default: examples).
 
     Returns
     -------
@@ -111,6 +121,7 @@ def compute_part(
         arrays,
         draw,
         loss_function,
+        batch_weight,
     )
     return compute(part)
 
@@ -126,6 +137,7 @@ class _Part:
     arrays: Arrays
     draw: Callable[[int, int], Batch]
     loss_function: LossFunction
+    batch_weight: BatchWeight
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -223,11 +235,15 @@ def _loss(part: _Part) -> PartResult:
             "batch_source must give the same batch whenever it is asked for the same "
             "number, as it is twice a step."
         )
-    examples = [len(next(iter(batch.values()))) for batch in batches]
+    weights = [part.batch_weight(batch) for batch in batches]
     with only_trainable(part.model, part.partition.head):
-        for number, batch, hidden, size in zip(
-            part.numbers, batches, part.hidden(HIDDEN), examples, strict=True
+        for number, batch, hidden, weight in zip(
+            part.numbers, batches, part.hidden(HIDDEN), weights, strict=True
         ):
+            if not weight:  # a mean over nothing
+                losses.append(0.0)
+                slopes.append(torch.zeros_like(hidden))
+                continue
             part.restart_dropout(number)
             with replaced_layers(
                 {
@@ -248,8 +264,10 @@ def _loss(part: _Part) -> PartResult:
             slopes.append(slope)
             for sum_, gradient in zip(total, found, strict=True):
                 if gradient is not None:
-                    sum_ += gradient * (size / sum(examples))
-    report = part.report(losses=np.array(losses, "<f4").tobytes())
+                    sum_ += gradient * (weight / sum(weights))
+    report = part.report(
+        losses=np.array(losses, "<f4").tobytes(), weights=numbers_to_text(weights)
+    )
     return report, {SLOPES: array_of(slopes), GRADIENTS: array_of(total)}
 
 

@@ -15,6 +15,9 @@ _NUMBERED = re.compile(r"(.+?)\.\d+\..+")
 # DeBERTa's relative positions do: their gradient needs the whole stack.
 SHARED_BY_LAYERS = re.compile(r"rel_embeddings|relative_attention_bias")
 
+# A normalisation's own parameter: "attn_norm.weight", "ln_1.bias".
+_OF_NORM = re.compile(r"(norm|(^|[._])ln)[^.]*\.[^.]+$", re.IGNORECASE)
+
 # The layers of a stack: number -> parameter within the layer -> its full name.
 Layers = Mapping[int, Mapping[str, str]]
 
@@ -106,13 +109,17 @@ def _layers_at(names: Sequence[str], prefix: str) -> Layers:
 
 
 def _are_equal(layers: Layers) -> bool:
-    """Tell whether all layers hold parameters of the same names."""
+    """Tell whether all layers hold parameters of the same names, but for norms."""
     # T5's first layer alone holds the position bias of all layers: left out here.
     own = [
         {inner for inner in layer if not SHARED_BY_LAYERS.search(inner)}
         for layer in layers.values()
     ]
-    return all(layer == own[0] for layer in own)
+    if all(layer == own[0] for layer in own):
+        return True
+    # ModernBERT's first layer lacks a norm, as what is before it ends with one.
+    rest = [{inner for inner in layer if not _OF_NORM.search(inner)} for layer in own]
+    return bool(rest[0]) and all(layer == rest[0] for layer in rest)
 
 
 def _longest_stack(

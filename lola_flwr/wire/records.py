@@ -337,6 +337,8 @@ class PartReport(_Record):
         drew the same ones when it comes to their losses.
     losses
         For losses: the mean loss of each micro-batch, float32, little-endian.
+    weights
+        For losses: what each of them is a mean over, examples or tokens: ``"8 8"``.
     """
 
     kind: str
@@ -346,6 +348,7 @@ class PartReport(_Record):
     sizes: str = ""
     digest: str = ""
     losses: bytes = b""
+    weights: str = ""
 
 
 def nothing_report(assignment: Assignment) -> UpdateReport:

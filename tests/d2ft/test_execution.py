@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,17 +9,25 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from lola_flwr.d2ft.branches import Context
-from lola_flwr.d2ft.execution import run_layer, scheduled
+from lola_flwr.d2ft.branches import contribute, enter, leave
+from lola_flwr.d2ft.contexts import contexts_from_mask
+from lola_flwr.d2ft.execution import replaced_layers, run_layer, scheduled
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.scores import score_subnetworks
-from lola_flwr.d2ft.subnetworks import LayerNotUnderstood, parameter_slices
+from lola_flwr.d2ft.subnetworks import (
+    Branch,
+    LayerNotUnderstood,
+    adapters_of,
+    base_of,
+    parameter_slices,
+)
 from lola_flwr.d2ft.training import scheduled_gradient, split_batch
 from lola_flwr.errors import UserError
-from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.backprop import BatchWeight, block_gradient, num_examples_of
 from lola_flwr.model.blocks import partition_parameters
 from tests.conftest import SMALL
+from tests.marks import rest_slow
 from tests.model.test_backprop import saved_bytes
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
@@ -49,6 +57,7 @@ def image_batch():
 class Case:
     model: torch.nn.Module
     batch: dict[str, torch.Tensor]
+    batch_weight: BatchWeight = num_examples_of
 
     def __post_init__(self):
         trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
@@ -63,12 +72,73 @@ class Case:
         operations = np.array(operations).reshape(12, 1).repeat(num_parts, axis=1)
         parts = split_batch(self.batch, num_parts)
         return scheduled_gradient(
-            self.model, self.subnetworks, self.trainable, parts, operations
+            self.model,
+            self.subnetworks,
+            self.trainable,
+            parts,
+            operations,
+            batch_weight=self.batch_weight,
         )
+
+
+WORDS = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def llama():
+    """Make one whose query heads share keys and values, two by two."""
+    sizes = {**SIZES, **WORDS, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
+    )
+
+
+def modernbert():
+    """Make one with local and global layers, the first of which lacks a norm."""
+    config = transformers.ModernBertConfig(
+        **SIZES | WORDS,
+        cls_token_id=3,
+        sep_token_id=4,
+        local_attention=4,
+        global_attn_every_n_layers=2,
+    )
+    return transformers.ModernBertForSequenceClassification(config)
+
+
+def gpt2_with_adapters():
+    """Make one with one map for queries, keys and values, all maps transposed."""
+    peft = pytest.importorskip("peft")
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, n_positions=40, **WORDS
+    )
+    lora = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=2,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        init_lora_weights=False,
+        fan_in_fan_out=True,
+    )
+    model = transformers.GPT2ForSequenceClassification(config)
+    return peft.get_peft_model(model, lora)
+
+
+def num_learned(batch):
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def language_batch():
+    batch = text_batch()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return {**batch, "labels": labels}
 
 
 def make(family):
     torch.manual_seed(0)
+    if family == "llama":
+        return Case(llama().eval(), language_batch(), num_learned)
+    if family == "modernbert":
+        return Case(modernbert().eval(), text_batch())
+    if family == "gpt2-lora":
+        return Case(gpt2_with_adapters().eval(), text_batch())
     if family == "vit":
         config = transformers.ViTConfig(
             **{k: v for k, v in SIZES.items() if k != "vocab_size"},
@@ -100,6 +170,7 @@ def make(family):
 
 
 FAMILIES = ["roberta", "roberta-lora", "distilbert", "vit"]
+FAMILIES += ["llama", "modernbert", "gpt2-lora"]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -108,18 +179,30 @@ def case(request):
 
 
 def exact_gradient(case):
-    return block_gradient(case.model, case.partition.merged(), 0, case.batch)
+    return block_gradient(
+        case.model,
+        case.partition.merged(),
+        0,
+        case.batch,
+        batch_weight=case.batch_weight,
+    )
 
 
 def test_subnetworks_in_pieces_make_the_layer(case):
     torch.manual_seed(2)
     x = torch.randn(3, 7, 32)
-    mask = torch.ones(3, 1, 7, 7, dtype=torch.bool)
-    mask[1, :, :, 5:] = False
-    for parts in case.subnetworks.layers:
-        own = parts.layer(x, mask)
+    tokens = torch.ones(3, 7, dtype=torch.bool)
+    tokens[1, 5:] = False
+    told = contexts_from_mask(case.model, case.subnetworks, tokens, num_layers=3)
+    for parts, context in zip(case.subnetworks.layers, told, strict=True):
+        positions = {"position_embeddings": context.positions}
+        own = parts.layer(
+            x,
+            attention_mask=context.attention_mask,
+            **(positions if context.positions else {}),
+        )
         for row in ([FULL] * 4, [FULL, FORWARD, FULL, FULL], [FORWARD, FULL] * 2):
-            torch.testing.assert_close(run_layer(parts, row, x, Context(mask)), own)
+            torch.testing.assert_close(run_layer(parts, row, x, context), own)
 
 
 def test_gradients_of_pieces_are_those_of_the_layer(case):
@@ -144,7 +227,8 @@ def test_gradients_of_pieces_are_those_of_the_layer(case):
 def test_micro_batches_average_to_the_batch(case):
     expected = exact_gradient(case)
     result = case.run(case.table(FULL), num_parts=4)  # of 2, 2, 1 and 1 examples
-    assert (result.num_examples, result.loss) == (6, pytest.approx(expected.loss))
+    assert result.num_examples == expected.num_examples
+    assert result.loss == pytest.approx(expected.loss)
     for name, gradient in expected.gradients.items():
         torch.testing.assert_close(
             result.gradients[name], gradient, rtol=1e-3, atol=1e-6
@@ -158,7 +242,12 @@ def test_a_skipped_subnetwork_does_as_its_zeroed_weights_would(case):
     state = {n: p.detach().clone() for n, p in case.model.named_parameters()}
     gone = 1 * 4 + 2
     parts = case.subnetworks.slices[gone]
-    back = [s for s in parts if s.dim == 1]  # columns of what leads out of it
+    layer = case.subnetworks.layers[1]
+    names = {id(p): n for n, p in case.model.named_parameters()}
+    out = {names[id(base_of(m).weight)] for m in (layer.project, layer.down)}
+    for linear in (layer.project, layer.down):
+        out |= {names[id(a.weight)] for a, *_ in adapters_of(linear)}
+    back = [s for s in parts if s.name in out]  # what leads out of it
     assert back
     with torch.no_grad():
         named = dict(case.model.named_parameters())
@@ -295,31 +384,81 @@ def test_layers_that_compute_something_else_are_refused(family):
     config = getattr(transformers, f"{family}Config")(**sizes)
     model = getattr(transformers, f"{family}ForSequenceClassification")(config)
     partition = partition_parameters(n for n, _ in model.named_parameters())
-    with pytest.raises(LayerNotUnderstood, match=f"{family}Layer .*known of BERT"):
-        find_subnetworks(model, partition)
-
-
-def test_a_decoder_without_a_mask_is_refused():
-    """Its kernel knows the order of tokens, of which nothing is said to the layers."""
-    model = copy.deepcopy(make("roberta").model)
-    for layer in model.roberta.encoder.layer:
-        layer.attention.self.is_causal = True
-    partition = partition_parameters(n for n, _ in model.named_parameters())
     with pytest.raises(
-        LayerNotUnderstood, match="something else than its sub-networks"
+        LayerNotUnderstood, match=rf"{family}Layer\) (computes|runs) .*as those of BERT"
     ):
         find_subnetworks(model, partition)
 
 
 def test_models_that_are_not_understood():
-    model = transformers.GPT2Model(
-        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20)
-    )
-    partition = partition_parameters(n for n, _ in model.named_parameters())
-    with pytest.raises(LayerNotUnderstood, match=r"GPT2Block.* has no query"):
-        find_subnetworks(model, partition)
+    sizes = {**SIZES, **WORDS}
+    for family, what in {
+        "Gemma2": "post_attention_layernorm and pre_feedforward_layernorm",
+        "GPTNeoX": r"something else than its sub-networks together \(relative",
+        "OPT": "in training only: by its dropout",
+    }.items():
+        config = getattr(transformers, f"{family}Config")(**sizes)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        partition = partition_parameters(n for n, _ in model.named_parameters())
+        with pytest.raises(LayerNotUnderstood, match=what):
+            find_subnetworks(model, partition)
     roberta = make("roberta")
     with pytest.raises(
-        UserError, match=r"num_groups=5 must be a whole number from 1 to 4"
+        UserError, match=r"num_groups=5 must be a whole number from 1 to 4, the heads"
     ):
         find_subnetworks(roberta.model, roberta.partition, num_groups=5)
+    decoder = make("llama")
+    with pytest.raises(UserError, match=r"num_groups=8 .* 4, the key/value heads of"):
+        find_subnetworks(decoder.model, decoder.partition, num_groups=8)
+
+
+# What has a layer of attention and a feed-forward network, beside the families above.
+OTHERS = {
+    "Qwen2ForCausalLM": {"num_key_value_heads": 2},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 2, "head_dim": 8},
+    "MistralForCausalLM": {"num_key_value_heads": 2, "sliding_window": 3},
+    "Phi3ForCausalLM": {"num_key_value_heads": 2},
+    "LlamaForSequenceClassification": {"num_key_value_heads": 2},
+    "GPT2LMHeadModel": {},
+    "ModernBertForMaskedLM": {"local_attention": 4, "global_attn_every_n_layers": 2},
+    "OPTForCausalLM": {"dropout": 0.0},
+    "BertForSequenceClassification": {"attn_implementation": "eager"},
+}
+
+
+@pytest.mark.parametrize("name", rest_slow(OTHERS, 2))
+def test_layers_in_pieces_have_the_gradient_of_the_whole(name):
+    """In float64, and each group by itself."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    batch = text_batch() if "Sequence" in name else language_batch()
+    model = kind(kind.config_class(**SIZES | WORDS | OTHERS[name])).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    case = Case(model, batch)
+    expected = exact_gradient(case)
+    groups = case.subnetworks.num_groups
+
+    def in_pieces(parts, x, context):
+        for branch in Branch:
+            y = enter(parts, branch, [FULL] * groups, x)
+            total = sum(
+                contribute(parts, branch, alone(group, groups), y, context)
+                for group in range(groups)
+            )
+            x = leave(parts, branch, [FULL] * groups, x, total)
+        return x
+
+    with replaced_layers({p: partial(in_pieces, p) for p in case.subnetworks.layers}):
+        found = exact_gradient(case)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+    for parameter, gradient in expected.gradients.items():
+        assert gradient.any()
+        torch.testing.assert_close(
+            found.gradients[parameter], gradient, rtol=1e-9, atol=1e-12
+        )
+
+
+def alone(group, groups):
+    return [FULL if other == group else SKIP for other in range(groups)]

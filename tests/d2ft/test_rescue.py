@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification
 
 from lola_flwr.allocation import AllocationProblem, InfeasibleAllocation
 from lola_flwr.build import DeviceOptions, RoundSettings, coordinator_for
@@ -150,14 +150,15 @@ def test_a_device_does_as_it_is_told():
 
 
 def test_a_model_whose_layers_cannot_run_in_part_is_refused_at_the_start():
-    config = GPT2Config(n_embd=16, n_head=2, n_layer=3, vocab_size=60, pad_token_id=0)
-    model = GPT2ForSequenceClassification(config)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = GPTNeoXConfig(**sizes, num_hidden_layers=3, vocab_size=60, pad_token_id=0)
+    model = GPTNeoXForSequenceClassification(config)
     partition = partition_parameters(name for name, _ in model.named_parameters())
     options = {
         "costs": model_costs(model, partition, batch_size=4, sequence_length=8),
     }
     coordinator_for(model, partition, **options)
-    with pytest.raises(LayerNotUnderstood, match="GPT2Block"):
+    with pytest.raises(LayerNotUnderstood, match="GPTNeoXLayer"):
         coordinator_for(
             model,
             partition,

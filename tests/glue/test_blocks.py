@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import transformers as hf
 
@@ -45,21 +46,31 @@ def bart():
     )
 
 
-@pytest.mark.parametrize(
-    ("make", "stack", "num_blocks"),
-    [(modernbert, "model.layers", 3), (bart, "model.encoder.layers", 2)],
-)
-def test_the_advice_of_a_refusal_can_be_followed(make, stack, num_blocks):
-    model = make().eval()
+def test_the_advice_of_a_refusal_can_be_followed():
+    model, stack = bart().eval(), "model.encoder.layers"
     with pytest.raises(BlocksNotFound, match=f"stack='{stack}'"):
         model_blocks(config(), model)
     told = config(stack=stack)
     partition = model_blocks(told, model)
-    assert partition.num_blocks == num_blocks
+    assert partition.num_blocks == 2
     assert all(block[0].startswith(stack) for block in partition.blocks)
     # What the decoder behind BART's encoder costs follows from no shapes: measured.
     costs = model_costs(told, model)
-    assert costs.flops.shape == (num_blocks,)
+    assert costs.flops[0] > costs.flops[1]
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_layers_may_differ_in_a_norm(tuning):
+    told = config(tuning=tuning)
+    model = modernbert()
+    if tuning == "lora":
+        adapted = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["Wqkv", "Wo"])
+        model = peft.get_peft_model(model, adapted)
+    partition = model_blocks(told, model)
+    assert partition.num_blocks == 3
+    norms = [any("attn_norm" in name for name in block) for block in partition.blocks]
+    assert norms == [False, tuning == "full", tuning == "full"]
+    costs = model_costs(told, model)
     assert all(costs.flops[:-1] > costs.flops[1:])
 
 

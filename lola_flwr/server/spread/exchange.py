@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lola_flwr.d2ft.wire import sizes_from_text, tensors_of
+from lola_flwr.d2ft.wire import numbers_from_text, sizes_from_text, tensors_of
 from lola_flwr.errors import quoted
 from lola_flwr.wire.npy import MalformedArray, read_npy
 from lola_flwr.wire.records import MalformedRecord, PartReport, PartTask
@@ -120,6 +121,18 @@ class CheckedReply:
                 f"of at most {batch_size} examples of {max_tokens} tokens"
             )
         return sizes
+
+    def weights(self, most: Sequence[int]) -> list[int]:
+        """Return what the losses are means over, each at most as much as given."""
+        try:
+            weights = numbers_from_text(self._report.weights)
+        except MalformedRecord as error:
+            raise self._failure(str(error)) from None
+        if len(weights) != len(most) or any(map(operator.gt, weights, most)):
+            raise self._failure(
+                f"weights={quoted(self._report.weights)} are more than {most}"
+            )
+        return weights
 
     def losses(self, count: int) -> list[float]:
         """Return the losses of so many micro-batches."""

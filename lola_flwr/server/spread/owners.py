@@ -22,6 +22,7 @@ from lola_flwr.server.spread.exchange import (
     LARGEST_HEAD_GRADIENT,
     LARGEST_HIDDEN,
     LARGEST_LOSS_SLOPE,
+    PartFailed,
     PartRequest,
 )
 from lola_flwr.server.spread.model import SpreadModel
@@ -60,7 +61,7 @@ class Losses:
     Parameters
     ----------
     mean
-        Mean loss over all examples.
+        Mean loss over all examples, or over what losses are means over.
     slopes
         Its gradient with respect to what the last layer gave for each micro-batch.
     head
@@ -122,6 +123,8 @@ def losses_of(
     micro_batches: Sequence[MicroBatch],
     batch_size: int,
     outputs: Sequence[Tensor],
+    *,
+    example_weight: int = 1,
 ) -> Losses:
     """Have the owners turn what the last layer gave into a loss.
 
@@ -133,6 +136,13 @@ def losses_of(
         As for `draw_micro_batches`.
     outputs
         What the last layer gave for each of them.
+    example_weight
+        What an example weighs at most.
+
+    Raises
+    ------
+    PartFailed
+        An owner did not do its part, or no micro-batch weighs anything.
     """
     head = {name: spread.parameters[name] for name in spread.partition.head}
     values = array_of([*head.values()])
@@ -154,13 +164,19 @@ def losses_of(
         for device, members in mine.items()
     }
     replies = spread.ask(requests)
-    total = sum(len(output) for output in outputs)
+    weights: dict[int, int] = {}
+    for device, members in mine.items():
+        most = [len(outputs[m]) * example_weight for m in members]
+        weights |= zip(members, replies[device].weights(most), strict=True)
+    total = sum(weights.values())
+    if not total:
+        raise PartFailed({}, "no token of these micro-batches has a label")
     mean = 0.0
     slopes: dict[int, Tensor] = {}
     gradient = {name: torch.zeros_like(p) for name, p in head.items()}
     for device, members in mine.items():
         reply = replies[device]
-        shares = [len(outputs[m]) / total for m in members]
+        shares = [weights[m] / total for m in members]
         found = reply.losses(len(members))
         mean += sum(s * loss for s, loss in zip(shares, found, strict=True))
         shapes = [tuple(outputs[m].shape) for m in members]

@@ -20,10 +20,13 @@ class MicroBatches:
         Examples of a micro-batch, at most.
     max_tokens
         Tokens of an example, at most.
+    example_weight
+        What an example weighs at most: its tokens where losses are means over tokens.
     """
 
     micro_batch_size: int = 8
     max_tokens: int = 512
+    example_weight: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -127,6 +127,7 @@ def spread_gradient(
     operations: IntArray,
     *,
     max_tokens: int = 512,
+    example_weight: int = 1,
 ) -> SpreadGradient:
     """Compute the gradient of some micro-batches, which devices draw, under a schedule.
 
@@ -143,8 +144,8 @@ def spread_gradient(
     operations
         What each sub-network does in each of them, in the order of their numbers, shape
         [S, M].
-    max_tokens
-        Tokens that an example may have.
+    max_tokens, example_weight
+        Tokens that an example may have, and what it weighs at most.
 
     Raises
     ------
@@ -157,7 +158,13 @@ def spread_gradient(
     with only_trainable(spread.model, names):
         micro_batches = draw_micro_batches(spread, numbers, batch_size, max_tokens)
         outputs, anchor = run_layers(spread, micro_batches, operations, gradients)
-        losses = losses_of(spread, micro_batches, batch_size, outputs)
+        losses = losses_of(
+            spread,
+            micro_batches,
+            batch_size,
+            outputs,
+            example_weight=example_weight,
+        )
         trained = [m for m, output in enumerate(outputs) if output.requires_grad]
         if trained:
             _, *own = torch.autograd.grad(

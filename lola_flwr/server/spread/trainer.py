@@ -384,4 +384,5 @@ class SpreadTrainer:
                 self._micro_batches.micro_batch_size,
                 plan.operations,
                 max_tokens=self._micro_batches.max_tokens,
+                example_weight=self._micro_batches.example_weight,
             )

@@ -73,6 +73,7 @@ class Devices:
             request.arrays,
             draw=lambda number, _: micro_batches(self.case)[number - 1],
             loss_function=model_loss,
+            batch_weight=self.case.batch_weight,
         )
         reply = PartReply(
             {name: npy(array) for name, array in arrays.items()}, report.to_record()
@@ -102,7 +103,12 @@ def spread(case, devices, *, num_groups=None, speeds=(1, 1, 1), seed=3):
 def in_one_process(case, operations, num_groups=None):
     subnetworks = find_subnetworks(case.model, case.partition, num_groups=num_groups)
     return scheduled_gradient(
-        case.model, subnetworks, case.trainable, micro_batches(case), operations
+        case.model,
+        subnetworks,
+        case.trainable,
+        micro_batches(case),
+        operations,
+        batch_weight=case.batch_weight,
     )
 
 
@@ -138,7 +144,7 @@ def test_the_gradient_is_that_of_one_process(case, rng, num_groups):
     ):
         devices = Devices(case)
         model = spread(case, devices, num_groups=num_groups, speeds=(1, 2, 3))
-        found = spread_gradient(model, DRAWS, 6, operations)
+        found = spread_gradient(model, DRAWS, 6, operations, example_weight=10)
         assert_alike(found, in_one_process(case, operations, num_groups))
 
 
@@ -147,7 +153,8 @@ def test_who_has_nothing_to_do_is_not_asked(case):
     operations = np.full((12, 4), FULL)
     operations[4:8, 1:] = SKIP  # all of layer 1, on device "b"
     operations[4:8, 0] = FORWARD
-    spread_gradient(spread(case, devices), DRAWS, 6, operations)
+    model = spread(case, devices)
+    spread_gradient(model, DRAWS, 6, operations, example_weight=10)
     asked = [
         (device, kind, request.task.layer_index)
         for device, kind, request in devices.asked
@@ -167,8 +174,10 @@ def test_who_has_nothing_to_do_is_not_asked(case):
     }
     assert lengths == {"a": 4, "b": 1, "c": 4}
     last = devices.asked[-1][2].task
-    first_layer_trains_before_it = case.subnetworks.layers[0].norm_first
-    assert last.wants_inputs == first_layer_trains_before_it
+    first = case.subnetworks.layers[0]
+    names = {id(p): n for n, p in case.model.named_parameters()}
+    before_it = {names[id(p)] for p in first.norm_1.parameters() if first.norm_first}
+    assert last.wants_inputs == bool(before_it & {*case.trainable})
 
 
 def test_only_those_are_asked_to_go_back_who_train_or_pass_on():
@@ -205,7 +214,8 @@ def test_owners_are_asked_for_their_own_and_send_no_labels(case):
     devices.alter = lambda device, task, reply: (
         seen.append((device, task, reply)) or (reply)
     )
-    spread_gradient(spread(case, devices), DRAWS, 6, np.full((12, 4), FULL))
+    model, operations = spread(case, devices), np.full((12, 4), FULL)
+    spread_gradient(model, DRAWS, 6, operations, example_weight=10)
     for _, task, reply in seen:
         expected = {
             "inputs": {"hidden", "masks"},
@@ -341,6 +351,10 @@ def test_a_bad_reply_names_its_device(how, kind):
         ("losses", b"123"),
         ("losses", np.array([np.inf], "<f4").tobytes()),
         ("losses", np.array([1e30], "<f4").tobytes()),
+        ("weights", "2"),  # of one example
+        ("weights", "1 1"),
+        ("weights", "-1"),
+        ("weights", ""),
     ],
 )
 def test_bad_sizes_and_losses_are_refused(field, value):
@@ -348,7 +362,7 @@ def test_bad_sizes_and_losses_are_refused(field, value):
     devices = Devices(case)
 
     def alter(device, task, reply):
-        if device != "b" or task.kind != {"sizes": "inputs", "losses": "loss"}[field]:
+        if device != "b" or task.kind != ("inputs" if field == "sizes" else "loss"):
             return reply
         report = replace(PartReport.from_record(reply.report), **{field: value})
         return PartReply(reply.arrays, report.to_record())
@@ -403,19 +417,28 @@ def test_other_tasks_are_refused():
         )
 
 
-def test_decoders_are_refused():
-    case = make("roberta")
-    # Which is told of the order by a mask, where others leave that to a kernel.
-    case.model.set_attn_implementation("eager")
-    case.model.config.use_cache = False
-    case.model.config.is_decoder = True
-    for module in case.model.modules():
-        if hasattr(module, "is_decoder"):
-            module.is_decoder = True
-        if hasattr(module, "is_causal"):
-            module.is_causal = True
-    with pytest.raises(LayerNotUnderstood, match="differs from token to token"):
+def test_rows_of_several_texts_are_refused():
+    """Of which no mask of the tokens tells."""
+    case = make("llama")
+    rows = case.batch["input_ids"]
+    positions = torch.arange(10).remainder(5).expand(len(rows), -1)
+    case.batch = {"input_ids": rows, "position_ids": positions, "labels": rows}
+    with pytest.raises(LayerNotUnderstood, match=r"layer 0 is told .* one text a row"):
         spread_gradient(spread(case, Devices(case)), DRAWS, 6, np.full((12, 4), FULL))
+
+
+def test_what_has_no_label_weighs_nothing():
+    case = make("llama")
+    labels = case.batch["labels"].clone()
+    labels[2] = -100  # all of the second micro-batch
+    case.batch["labels"] = labels
+    operations = np.full((12, 4), FULL)
+    model = spread(case, Devices(case))
+    found = spread_gradient(model, DRAWS, 6, operations, example_weight=10)
+    assert_alike(found, in_one_process(case, operations))
+    case.batch["labels"] = torch.full_like(labels, -100)
+    with pytest.raises(PartFailed, match="no token of these micro-batches"):
+        spread_gradient(model, DRAWS, 6, operations, example_weight=10)
 
 
 def test_a_block_device_does_its_part_of_its_own_model_only(tmp_path):
