@@ -332,5 +332,28 @@ class FedAvgFullConfig(UpdatesConfig):
     _because = "where every device trains the one block"
 
 
+def _for_d2ft(interface: Interface) -> Interface:
+    if interface != "message":
+        raise ValueError('method="d2ft" needs interface="message"; leave interface out')
+    return interface
+
+
+class D2ftConfig(AppConfig):
+    """D2FT: the model is spread over the devices."""
+
+    _because = "where no device trains a block by itself"
+
+    interface: Annotated[Interface, AfterValidator(_for_d2ft)]
+    d2ft_options: Options = ""
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.base != "fp32":
+            yield (
+                f'base={self.base!r} does not go with method="d2ft", which cuts the '
+                'weights of layers; use base="fp32"'
+            )
+        yield from super()._contradictions()
+
+
 def _toml(value: Scalar) -> str:
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)

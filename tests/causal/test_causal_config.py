@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from lola_causal.config import CausalConfig, FedAvgFullConfig, LolaDeftConfig
+from lola_causal.config import (
+    CausalConfig,
+    D2ftConfig,
+    FedAvgFullConfig,
+    LolaDeftConfig,
+)
 from lola_flwr.errors import UserError
 from tests.reliability.app_run import app_config
 
 DEFAULTS = app_config("causal")
 
 
-@pytest.mark.parametrize("model", [LolaDeftConfig, FedAvgFullConfig])
+@pytest.mark.parametrize("model", [LolaDeftConfig, FedAvgFullConfig, D2ftConfig])
 def test_every_key_has_its_default_in_the_app(model):
     config = CausalConfig.from_run_config({**DEFAULTS, "method": model.own_method()})
     assert type(config) is model
@@ -25,7 +30,9 @@ def test_what_does_not_go_together():
     with pytest.raises(UserError, match="trains the base itself") as raised:
         CausalConfig.from_run_config({**DEFAULTS, "base": "nf4"})
     assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match="'lola-deft' or 'fedavg-full'"):
-        CausalConfig.from_run_config({**DEFAULTS, "method": "d2ft"})
+    with pytest.raises(UserError, match="'lola-deft', 'fedavg-full' or 'd2ft'"):
+        CausalConfig.from_run_config({**DEFAULTS, "method": "fedprox"})
+    with pytest.raises(UserError, match='packing=true does not go with method="d2ft"'):
+        CausalConfig.from_run_config({**DEFAULTS, "method": "d2ft", "packing": True})
     lora = {**DEFAULTS, "base": "nf4", "tuning": "lora"}
     assert CausalConfig.from_run_config(lora).base == "nf4"

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from lola_flwr.app.d2ft import schedules_of
 from lola_flwr.app.methods import (
     low_rank_of,
     response_of,
@@ -20,7 +21,6 @@ from lola_flwr.server.selection import BoundedStaleness, Lisa
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_glue.config import GlueConfig
 from lola_glue.costs import load_model, model_blocks, model_costs
-from lola_glue.d2ft import schedules_of
 from lola_glue.device import device_fn
 from lola_glue.tasks import find_task
 from simulations.figures.learning import app_config

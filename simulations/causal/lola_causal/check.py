@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lola_causal.config import CausalConfig
+from lola_causal.config import CausalConfig, D2ftConfig
 from lola_causal.embedded import EMBEDDED, WITHOUT_NETWORK
 from lola_causal.records import load_records
 from lola_flwr.app.check import check_model, fleet_of, plan_first_round
@@ -32,7 +32,6 @@ def check(run_config: Mapping[str, object], num_devices: int) -> None:
         cannot train the model.
     """
     config = CausalConfig.from_run_config(run_config)
-    assert isinstance(config, UpdatesConfig)
     records = load_records(config.data, config.eval_data, seed=config.seed)
     check_model(config, (EMBEDDED,), WITHOUT_NETWORK)
     profiles = fleet_of(config, num_devices)
@@ -40,6 +39,7 @@ def check(run_config: Mapping[str, object], num_devices: int) -> None:
     from lola_causal.device import split
     from lola_causal.model import causal_costs, load_model
     from lola_causal.sequences import encode
+    from lola_flwr.app.d2ft import make_trainer
     from lola_flwr.app.model import model_blocks
 
     model, tokenizer = load_model(config)
@@ -47,4 +47,8 @@ def check(run_config: Mapping[str, object], num_devices: int) -> None:
         encode(part, tokenizer, max_length=config.max_length, model_name=config.model)
     split(len(records[0]), num_devices, config.seed)
     partition = model_blocks(config, model)
-    plan_first_round(config, model, partition, causal_costs(config, model), profiles)
+    if isinstance(config, D2ftConfig):
+        make_trainer(config, model, partition)
+    elif isinstance(config, UpdatesConfig):
+        costs = causal_costs(config, model)
+        plan_first_round(config, model, partition, costs, profiles)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
 from lola_flwr.app import config as app
+from lola_flwr.app.interface import Interface
 
-Method = Literal["lola-deft", "fedavg-full"]
+Method = Literal["lola-deft", "fedavg-full", "d2ft"]
 
 
 class CausalConfig(app.AppConfig):
@@ -22,7 +24,7 @@ class CausalConfig(app.AppConfig):
     @classmethod
     def by_method(cls) -> tuple[type[app.AppConfig], ...]:
         """Return the app's models, one a method; the last has all keys there are."""
-        return (LolaDeftConfig, FedAvgFullConfig, _AnyMethod)
+        return (LolaDeftConfig, FedAvgFullConfig, D2ftConfig, _AnyMethod)
 
 
 class LolaDeftConfig(CausalConfig, app.LolaDeftConfig):
@@ -39,7 +41,23 @@ class FedAvgFullConfig(CausalConfig, app.FedAvgFullConfig):
     method: Literal["fedavg-full"]
 
 
-class _AnyMethod(LolaDeftConfig, FedAvgFullConfig):
+class D2ftConfig(app.D2ftConfig, CausalConfig):
+    """D2FT: the model is spread over the devices."""
+
+    method: Literal["d2ft"]
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.packing:
+            yield (
+                'packing=true does not go with method="d2ft", whose devices are told '
+                "which tokens there are, and not which line each is of; use "
+                "packing=false"
+            )
+        yield from super()._contradictions()
+
+
+class _AnyMethod(LolaDeftConfig, FedAvgFullConfig, D2ftConfig):
     """All keys there are. It checks what names no method, and so never holds."""
 
     method: Method  # type: ignore[assignment]
+    interface: Interface

@@ -11,24 +11,26 @@ from flwr.common import Context
 from flwr.server import Grid
 from torch.nn.functional import cross_entropy
 
-from lola_causal.config import CausalConfig
+from lola_causal.config import CausalConfig, D2ftConfig
 from lola_causal.device import split
 from lola_causal.model import causal_costs, load_base, load_model
 from lola_causal.records import load_records
 from lola_causal.sequences import IGNORED, Tokens, batches_of, encode, padded
 from lola_flwr.app.config import LolaDeftConfig, UpdatesConfig
+from lola_flwr.app.d2ft import make_trainer
 from lola_flwr.app.methods import make_coordinator, response_of
 from lola_flwr.app.model import model_blocks
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
 from lola_flwr.model.stored_base import evaluation_mode
 from lola_flwr.run.digest import data_digest
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.spread.trainer import SpreadTrainer
 
 
 def fine_tune(grid: Grid, context: Context) -> None:
     """Fine-tune the configured model on the configured data."""
     config = CausalConfig.from_run_config(context.run_config)
-    assert isinstance(config, UpdatesConfig)
     records = load_records(config.data, config.eval_data, seed=config.seed)
     model, tokenizer = load_model(config)
     sequences, held_out = (
@@ -48,17 +50,23 @@ def fine_tune(grid: Grid, context: Context) -> None:
     def mean_loss(drawn: IntArray) -> float:
         return metrics_on([sequences[index] for index in drawn])["loss"]
 
-    response = None
-    if isinstance(config, LolaDeftConfig):
-        response = response_of(config, model, partition, len(sequences), mean_loss)
-    coordinator = make_coordinator(
-        config,
-        model,
-        partition,
-        costs=causal_costs(config, model),
-        example_weight=config.max_length,
-        response=response,
-    )
+    trained: Coordinator | SpreadTrainer
+    if isinstance(config, UpdatesConfig):
+        response = None
+        if isinstance(config, LolaDeftConfig):
+            response = response_of(config, model, partition, len(sequences), mean_loss)
+        trained = make_coordinator(
+            config,
+            model,
+            partition,
+            costs=causal_costs(config, model),
+            example_weight=config.max_length,
+            response=response,
+        )
+    elif isinstance(config, D2ftConfig):
+        trained = make_trainer(
+            config, model, partition, example_weight=config.max_length
+        )
     subject = Subject(
         app="lola-causal",
         model=model,
@@ -71,7 +79,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
         ),
         evaluate=lambda: metrics_on(held_out),
     )
-    train(grid, context, config, subject, coordinator)
+    train(grid, context, config, subject, trained)
 
 
 def evaluate_model(

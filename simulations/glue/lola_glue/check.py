@@ -44,8 +44,8 @@ def check(run_config: Mapping[str, object], num_devices: int) -> None:
 def check_on_the_model(config: GlueConfig, profiles: Sequence[DeviceProfile]) -> None:
     """Load the model, count what it costs, and plan the first round."""
     # PyTorch takes seconds; what is above is said before that.
+    from lola_flwr.app.d2ft import make_trainer
     from lola_glue.costs import load_model, model_blocks, model_costs
-    from lola_glue.d2ft import make_trainer
 
     model, _ = load_model(config, find_task(config.task))
     partition = model_blocks(config, model)

@@ -19,12 +19,6 @@ def _known_task(name: str) -> str:
     return name
 
 
-def _for_d2ft(interface: Interface) -> Interface:
-    if interface != "message":
-        raise ValueError('method="d2ft" needs interface="message"; leave interface out')
-    return interface
-
-
 # Not all that is allowed; what is shown and completed.
 Task = Annotated[str, AfterValidator(_known_task), Field(examples=[*TASKS])]
 
@@ -82,22 +76,10 @@ class FedAvgFullConfig(SampledConfig, app.FedAvgFullConfig):
     method: Literal["fedavg-full"]
 
 
-class D2ftConfig(GlueConfig):
+class D2ftConfig(app.D2ftConfig, GlueConfig):
     """D2FT: the model is spread over the devices."""
 
-    _because = "where no device trains a block by itself"
-
     method: Literal["d2ft"]
-    interface: Annotated[Interface, AfterValidator(_for_d2ft)]
-    d2ft_options: app.Options = ""
-
-    def _contradictions(self) -> Iterator[str]:
-        if self.base != "fp32":
-            yield (
-                f'base={self.base!r} does not go with method="d2ft", which cuts the '
-                'weights of layers; use base="fp32"'
-            )
-        yield from super()._contradictions()
 
 
 class _AnyMethod(LolaDeftConfig, FedAvgFullConfig, D2ftConfig):

@@ -10,6 +10,7 @@ from flwr.common import Context
 from flwr.server import Grid
 
 from lola_flwr.app.config import LolaDeftConfig
+from lola_flwr.app.d2ft import make_trainer
 from lola_flwr.app.methods import make_coordinator, response_of
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
@@ -20,7 +21,6 @@ from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_glue.config import D2ftConfig, GlueConfig, SampledConfig
 from lola_glue.costs import load_base, load_model, model_blocks, model_costs
-from lola_glue.d2ft import make_trainer
 from lola_glue.device import split
 from lola_glue.scoring import score
 from lola_glue.tasks import Examples, Task, load_task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lola_flwr.app.config import keyword_arguments
+from lola_flwr.app.config import D2ftConfig, keyword_arguments
 from lola_flwr.app.methods import server_step_of
 from lola_flwr.build import Channel, MicroBatches, trainer_for
 from lola_flwr.d2ft.schedule import Budgets
@@ -12,13 +12,26 @@ from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.spread.trainer import SpreadTrainer
-from lola_glue.config import D2ftConfig
 
 
 def make_trainer(
-    config: D2ftConfig, model: Any, partition: BlockPartition
+    config: D2ftConfig,
+    model: Any,
+    partition: BlockPartition,
+    *,
+    example_weight: int = 1,
 ) -> SpreadTrainer:
-    """Put D2FT's trainer together for a model and a run configuration."""
+    """Put D2FT's trainer together for a model and a run configuration.
+
+    Parameters
+    ----------
+    config
+        Run configuration.
+    model, partition
+        The model, and its blocks.
+    example_weight
+        What an example weighs at most: its tokens where losses are means over tokens.
+    """
     schedules, num_groups = schedules_of(config)
     return trainer_for(
         model,
@@ -26,7 +39,9 @@ def make_trainer(
         schedules=schedules,
         num_groups=num_groups,
         micro_batches=MicroBatches(
-            micro_batch_size=config.batch_size, max_tokens=config.max_length
+            micro_batch_size=config.batch_size,
+            max_tokens=config.max_length,
+            example_weight=example_weight,
         ),
         step=server_step_of(config),
         channel=Channel(bandwidth_hz=config.bandwidth_hz),
