@@ -238,8 +238,7 @@ class _Table:
             device[first + 1, better] = -1
         self._device, self._start = device, start
         # Of what is covered most, that by most devices, and of that the cheapest.
-        with np.errstate(invalid="ignore"):  # infinite where it cannot be
-            lost = np.where(least[-1] < np.inf, least[-1] // price, np.inf)
+        lost = np.floor(least[-1] / price)
         sets = np.arange(1 << num_devices)
         used = sum((sets >> k) & 1 for k in range(num_devices))
         used = np.where(lost == lost.min(), used, -1)

@@ -242,7 +242,8 @@ class TestLeastBand:
         assert spans._least_band(cost) == 1.0
 
     def test_is_never_more_than_the_band(self):
-        assert spans._least_band(np.full((2, 2, 2), 0.9)) == 1.0
+        for each in (0.9, 1.0):
+            assert spans._least_band(np.full((2, 2, 2), each)) == 1.0
 
 
 def all_paths(num_blocks, num_spans):
@@ -288,17 +289,17 @@ def test_spans_go_to_the_devices_that_need_least_for_most():
     unmatched = 0
     for _ in range(60):
         problem = with_changed(
-            random_problem(rng, 4, 6), worth=rng.integers(1, 10, 6).astype(float)
+            random_problem(rng, 2, 6), worth=rng.integers(1, 10, 6).astype(float)
         )
         path = [(0, 1), (2, 2), (3, 5)][: rng.integers(1, 4)]
-        cost = rng.uniform(0.0, 1.0, (4, 6, 6))
+        cost = rng.uniform(0.0, 1.0, (2, 6, 6))
         cost[rng.random(cost.shape) < rng.choice([0.0, 0.8])] = np.inf
         found = spans._matched(problem, cost, path)
         assert [(span.first, span.last) for span in found] == sorted(
             (span.first, span.last) for span in found
         )
         ranks = []
-        for devices in itertools.permutations([*range(4), None, None, None], len(path)):
+        for devices in itertools.permutations([0, 1, None, None, None], len(path)):
             given = [
                 (k, a, b)
                 for k, (a, b) in zip(devices, path, strict=True)
