@@ -134,7 +134,7 @@ def _simulated_compute_s(
     if assignment.direction_seed is not None and known.zeroth_order is not None:
         of_blocks = known.zeroth_order.costs
     of_blocks = of_blocks.joined([assignment.blocks])
-    flops = float(of_blocks.flops[assignment.block_index])
+    flops = float(of_blocks.required_flops([profile])[0, assignment.block_index])
     if assignment.operations is not None:
         operations = from_text(assignment.operations)
         flops, _ = reduced_costs(of_blocks, assignment.block_index, operations)

@@ -37,5 +37,5 @@ def configured(profile: DeviceProfile, config: AppConfig, index: int) -> DeviceP
     if rates_bps:
         profile = replace(profile, uplink_bps=rates_bps[index % len(rates_bps)])
     if isinstance(config, UpdatesConfig) and config.fit_memory:
-        profile = replace(profile, splits_batch=True)
+        profile = replace(profile, splits_batch=True, recomputes_suffix=True)
     return profile

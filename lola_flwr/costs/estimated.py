@@ -13,12 +13,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.arrays import Float64Array
-from lola_flwr.costs.memory import Affine, Levers, StepMemory
+from lola_flwr.arrays import BoolArray, Float64Array
+from lola_flwr.costs.memory import Affine, Levers, Recomputation, StepMemory
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.system.devices import DeviceProfile
@@ -43,6 +44,8 @@ class TogetherCosts:
         Gradients of each block alone, without the head's, shape [N].
     payload_bits
         Bits that a device with all blocks uploads.
+    recomputation
+        As of `StepMemory`.
     """
 
     flops: Float64Array
@@ -50,6 +53,7 @@ class TogetherCosts:
     pass_bytes: Affine
     block_bytes: Float64Array
     payload_bits: float
+    recomputation: Callable[[], Recomputation | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,8 @@ class BlockCosts:
         -------
         The costs in which the first block of each span has those of the span. Memory
         is interpolated, by the size of the blocks, between that of the first block
-        alone and that of it with all behind it; operations and payload are sums.
+        alone and that of it with all behind it; operations and payload are sums. Where
+        layers run twice to save memory, it is that with all behind it.
 
         Raises
         ------
@@ -113,13 +118,19 @@ class BlockCosts:
             )
         return _joined(self, self.step, self.together(), spans)
 
-    def required_bytes(
-        self, profiles: Sequence[DeviceProfile]
-    ) -> npt.NDArray[np.float64]:
+    def required_bytes(self, profiles: Sequence[DeviceProfile]) -> Float64Array:
         """Return the memory that each device takes for each block, shape [K, N]."""
         if self.step is None:
             return np.tile(self.memory_bytes, (len(profiles), 1))
         return self.step.required_bytes(profiles)
+
+    def required_flops(self, profiles: Sequence[DeviceProfile]) -> Float64Array:
+        """Return the operations of each device for each block, shape [K, N].
+
+        More than ``flops`` where it runs layers twice to save memory.
+        """
+        once = np.tile(self.flops, (len(profiles), 1))
+        return once if self.step is None else once + self.step.further_flops(profiles)
 
 
 def _joined(
@@ -147,7 +158,7 @@ def _joined(
     def between(alone: Bytes, all_behind: Bytes) -> Float64Array:
         return np.asarray(alone + part * (all_behind - alone))
 
-    step = replace(
+    joined = replace(
         step,
         update_bytes=update_bytes,
         array_bytes=array_bytes,
@@ -156,14 +167,46 @@ def _joined(
             between(step.pass_bytes.fixed, together.pass_bytes.fixed),
             between(step.pass_bytes.per_sequence, together.pass_bytes.per_sequence),
         ),
+        recomputation=cache(
+            partial(_joined_recomputation, step, together, part > 0, update_bytes)
+        ),
     )
     return replace(
         costs,
         flops=flops,
-        memory_bytes=step.peak_bytes(Levers(step.micro_batch_size)),
+        memory_bytes=joined.peak_bytes(Levers(step.micro_batch_size)),
         payload_bits=payload_bits,
         gradient_bytes=update_bytes,
-        step=step,
+        step=joined,
+    )
+
+
+def _joined_recomputation(
+    step: StepMemory,
+    together: TogetherCosts,
+    several: BoolArray,
+    update_bytes: Float64Array,
+) -> Recomputation | None:
+    """Return what is recomputed where some blocks are trained with others.
+
+    Layers do not add up here: several blocks are taken for all behind the first.
+    """
+    alone, most = step.recomputation(), together.recomputation()
+    if alone is None or most is None:
+        return None
+
+    def chosen(of_most: Bytes, of_alone: Bytes) -> Float64Array:
+        return np.where(several, of_most, of_alone)
+
+    pass_bytes = Affine(
+        chosen(most.pass_bytes.fixed, alone.pass_bytes.fixed),
+        chosen(most.pass_bytes.per_sequence, alone.pass_bytes.per_sequence),
+    )
+    whole_bytes = pass_bytes.of(step.batch_size) + update_bytes
+    return replace(
+        alone,
+        whole_bytes=chosen(whole_bytes, alone.whole_bytes),
+        pass_bytes=pass_bytes,
     )
 
 
@@ -250,6 +293,9 @@ def estimate_costs(
         pass_bytes=Affine(np.zeros_like(kept), kept),
         working_bytes=Affine(0.0, 4.0 * sequence_length * working),
     )
+    if not merged:
+        twice = partial(_recomputation, layers, batch_size, sequence_length)
+        step = replace(step, recomputation=partial(twice, update_bytes))
     head = sum(_matrix_elements(shapes[name]) for name in partition.head)
     # The head reads one token of each sequence.
     flops = flops + batch_size * 2 * 3 * head
@@ -261,6 +307,7 @@ def estimate_costs(
         pass_bytes=Affine(np.zeros_like(kept), kept_together),
         block_bytes=update_bytes - head_bytes,
         payload_bits=float(payload_bits(partition.merged(), shapes, one)[0]),
+        recomputation=lambda: twice(together_bytes, together=True),
     )
     return BlockCosts(
         flops=flops,
@@ -269,6 +316,32 @@ def estimate_costs(
         gradient_bytes=update_bytes,
         step=step,
         together=None if merged else lambda: together,
+    )
+
+
+def _recomputation(
+    layers: Sequence[_LayerCosts],
+    batch_size: int,
+    sequence_length: int,
+    update_bytes: Float64Array,
+    *,
+    together: bool = False,
+) -> Recomputation:
+    """Cost steps that keep what goes into each layer, and more of one at a time."""
+    forward = np.array([layer.forward_flops_per_token for layer in layers])
+    passed = np.array([layer.passed_floats_per_token for layer in layers])
+    trained = passed + [layer.trained_floats_per_token for layer in layers]
+    hidden = layers[-1].hidden_size
+    inputs = hidden * np.arange(len(layers), 0.0, -1)
+    most = inputs + (trained if together else passed).max()
+    # Of the last layer's output all is kept, and as much is on its way back.
+    floats = 2 * hidden + np.maximum(most, hidden + trained)
+    kept = 4.0 * sequence_length * floats
+    suffix = np.cumsum(forward[::-1])[::-1]
+    return Recomputation(
+        further_flops=batch_size * sequence_length * suffix,
+        whole_bytes=update_bytes + batch_size * kept,
+        pass_bytes=Affine(np.zeros_like(kept), kept),
     )
 
 

@@ -1,18 +1,19 @@
 """What a training step takes of a device's memory, and what can be done about it.
 
 A device that is short of memory can compute the same gradient in several micro-batches,
-and keep the weights below its block on disk. Server and device choose from the same
-list by the same rule, so that the server knows what the device will do.
+keep the weights below its block on disk, and run the layers from its block on a second
+time rather than keep their activations. Server and device choose from the same list by
+the same rule, so that the server knows what the device will do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lola_flwr.arrays import Float64Array
+from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.system.devices import DeviceProfile
 
 # What Linux maps of a file where one row is read.
@@ -29,10 +30,13 @@ class Levers:
         Sequences that are computed at a time; at least 1.
     stream_prefix
         Whether the layers below the block are in memory one at a time.
+    recompute_suffix
+        Whether the layers from the block on run again in the backward pass.
     """
 
     micro_batch_size: int
     stream_prefix: bool = False
+    recompute_suffix: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,23 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
+class Recomputation:
+    """What a step takes whose layers from the block on run twice.
+
+    Parameters
+    ----------
+    further_flops
+        Operations of the second run, shape [N].
+    whole_bytes, pass_bytes
+        As of `StepMemory`.
+    """
+
+    further_flops: Float64Array
+    whole_bytes: Float64Array
+    pass_bytes: Affine
+
+
+@dataclass(frozen=True, eq=False)
 class StepMemory:
     """What a step's parts take at its peak, bytes.
 
@@ -97,6 +118,9 @@ class StepMemory:
         What a pass takes besides weights and gradients, shape [N].
     working_bytes
         What the model takes below the block while it runs there and keeps nothing.
+    recomputation
+        Gives, when that is asked, what the step takes whose layers run twice; or None
+        where they cannot.
     """
 
     batch_size: int
@@ -110,14 +134,18 @@ class StepMemory:
     whole_bytes: Float64Array
     pass_bytes: Affine
     working_bytes: Affine
+    recomputation: Callable[[], Recomputation | None] = lambda: None
 
     def peak_bytes(self, levers: Levers) -> Float64Array:
         """Return the peak for each block, shape [N]."""
         size = min(levers.micro_batch_size, self.micro_batch_size)
         several = size < self.batch_size
-        step = self.whole_bytes
+        kept = self.recomputation() if levers.recompute_suffix else self
+        if kept is None:
+            return np.full(len(self.layer_bytes), np.inf)
+        step = kept.whole_bytes
         if several:
-            step = self.update_bytes + self.array_bytes + self.pass_bytes.of(size)
+            step = self.update_bytes + self.array_bytes + kept.pass_bytes.of(size)
         if not levers.stream_prefix:
             weights = self.layer_bytes.sum() + self.rest_bytes + self.head_bytes
             return np.asarray(weights + step)
@@ -131,7 +159,9 @@ class StepMemory:
         below = several * self.update_bytes + once + self.working_bytes.of(size)
         return np.asarray(above + np.maximum(step, below))
 
-    def options(self, *, splits: bool, streams: bool) -> list[Levers]:
+    def options(
+        self, *, splits: bool, streams: bool, recomputes: bool = False
+    ) -> list[Levers]:
         """Return what a device can do, the fastest first.
 
         Parameters
@@ -140,37 +170,66 @@ class StepMemory:
             Whether it can compute in micro-batches.
         streams
             Whether it can stream the layers below its block.
+        recomputes
+            Whether it can run the layers from its block on twice.
         """
         sizes = [self.micro_batch_size]
         while splits and sizes[-1] > 1:
             sizes.append(-(-sizes[-1] // 2))
-        # Mapping a layer anew costs less than halving what a layer computes at a time.
+        # Mapping a layer anew costs less than halving what a layer computes at a time;
+        # both cost no operations, and running layers twice does.
         ways = (False, True) if streams else (False,)
-        return [Levers(size, stream) for size in sizes for stream in ways]
+        once = [Levers(size, stream) for size in sizes for stream in ways]
+        twice = [replace(levers, recompute_suffix=True) for levers in once]
+        return once + twice if recomputes else once
 
     def choose(self, profile: DeviceProfile) -> list[Levers]:
         """Return what a device does for each block: the first that its memory holds.
 
         Where none does it is the one that needs least.
         """
-        options = self.options(
-            splits=profile.splits_batch, streams=profile.streams_prefix
-        )
-        peaks = np.stack([self.peak_bytes(levers) for levers in options])
-        fits = peaks <= profile.memory_bytes
-        chosen = np.where(fits.any(axis=0), fits.argmax(axis=0), peaks.argmin(axis=0))
+        ((_, options, _, (chosen,)),) = self._choices([profile])
         return [options[index] for index in chosen]
 
     def required_bytes(self, profiles: Sequence[DeviceProfile]) -> Float64Array:
         """Return the peak of each device on each block, shape [K, N]."""
         required = np.empty((len(profiles), len(self.layer_bytes)))
-        abilities = [(p.splits_batch, p.streams_prefix) for p in profiles]
-        memory_bytes = np.array([profile.memory_bytes for profile in profiles])
-        for splits, streams in set(abilities):
-            options = self.options(splits=splits, streams=streams)
-            peaks = np.stack([self.peak_bytes(levers) for levers in options])  # [L, N]
-            rows = [k for k, able in enumerate(abilities) if able == (splits, streams)]
-            fits = peaks[:, None] <= memory_bytes[rows][None, :, None]  # [L, k, N]
-            first = np.take_along_axis(peaks, fits.argmax(axis=0), axis=0)
-            required[rows] = np.where(fits.any(axis=0), first, peaks.min(axis=0))
+        for rows, _, peaks, chosen in self._choices(profiles):
+            required[rows] = np.take_along_axis(peaks, chosen, axis=0)
         return required
+
+    def further_flops(self, profiles: Sequence[DeviceProfile]) -> Float64Array:
+        """Return what each device computes twice for each block, shape [K, N]."""
+        further = np.zeros((len(profiles), len(self.layer_bytes)))
+        for rows, options, _, chosen in self._choices(profiles):
+            twice = np.array([levers.recompute_suffix for levers in options])[chosen]
+            kept = self.recomputation() if twice.any() else None
+            if kept is not None:
+                further[rows] = np.where(twice, kept.further_flops, 0.0)
+        return further
+
+    def _choices(
+        self, profiles: Sequence[DeviceProfile]
+    ) -> Iterator[tuple[list[int], list[Levers], Float64Array, IntArray]]:
+        """Give rows of devices with the same options [L], these, peaks and choices.
+
+        The peaks are of shape [L, N], the choices indices of shape [k, N].
+        """
+        rows_of: dict[tuple[bool, bool, bool], list[int]] = {}
+        for row, able in enumerate(profiles):
+            key = (able.splits_batch, able.streams_prefix, able.recomputes_suffix)
+            rows_of.setdefault(key, []).append(row)
+        for (splits, streams, recomputes), rows in rows_of.items():
+            memory_bytes = np.array([profiles[row].memory_bytes for row in rows])
+            # What running layers twice takes is counted only if somebody has to.
+            for twice in (False, True)[: 1 + recomputes]:
+                options = self.options(
+                    splits=splits, streams=streams, recomputes=twice
+                )
+                peaks = np.stack([self.peak_bytes(levers) for levers in options])
+                fits = peaks[:, None] <= memory_bytes[None, :, None]  # [L, k, N]
+                if fits.any(axis=0).all():
+                    break
+            least = peaks.argmin(axis=0)
+            chosen = np.where(fits.any(axis=0), fits.argmax(axis=0), least)
+            yield rows, options, peaks, chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.counted import counted, parameter_bytes
 from lola_flwr.costs.counter import at_batch
 from lola_flwr.costs.estimated import BlockCosts, TogetherCosts
 from lola_flwr.costs.examples import training_example
-from lola_flwr.costs.memory import Affine, Levers, StepMemory
+from lola_flwr.costs.memory import Affine, Levers, Recomputation, StepMemory
+from lola_flwr.costs.runnable import Counts
 from lola_flwr.costs.shapes import config_file
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.adapter_blocks import model_partition
@@ -73,13 +75,15 @@ def model_costs(
     example = training_example(model, sequence_length) if example is None else example
     partition = partition.merged() if merged else partition
     size = min(micro_batch_size or batch_size, batch_size)
-    counts, held_bytes, count_together = counted(
+    counts, held_bytes, count_together, count_twice, count_together_twice = counted(
         model,
         example,
         lambda m: (
             m.count(partition, size),
             m.held_bytes(),
             m.later(lambda: m.count(partition, size, together=True)),
+            m.later(lambda: m.count_twice(partition, size)),
+            m.later(lambda: m.count_twice(partition, size, together=True)),
         ),
     )
     sizes = parameter_bytes(model)
@@ -98,6 +102,23 @@ def model_costs(
         [total({*b, *layer}) for b, layer in zip(partition.blocks, layers, strict=True)]
     )
     head_bytes = total((*partition.head, *partition.frozen_head))
+    passes = -(-batch_size // size)
+
+    def flops(counts: Counts) -> Float64Array:
+        return passes * at_batch(counts.flops, batch_size / passes)
+
+    def pass_bytes(counts: Counts) -> Affine:
+        return Affine.through(counts.one_bytes, counts.pass_bytes, size)
+
+    def recomputation(
+        once: Callable[[], Counts], twice: Callable[[], Counts | None]
+    ) -> Recomputation | None:
+        found = twice()
+        if found is None:
+            return None
+        further = flops(found) - flops(once())
+        return Recomputation(further, found.whole_bytes, pass_bytes(found))
+
     step = StepMemory(
         batch_size=batch_size,
         micro_batch_size=size,
@@ -108,10 +129,10 @@ def model_costs(
         update_bytes=update_bytes,
         array_bytes=np.array([max(update) for update in updates], np.float64),
         whole_bytes=counts.whole_bytes,
-        pass_bytes=Affine.through(counts.one_bytes, counts.pass_bytes, size),
+        pass_bytes=pass_bytes(counts),
         working_bytes=Affine.through(counts.below_one_bytes, counts.below_bytes, size),
+        recomputation=cache(lambda: recomputation(lambda: counts, count_twice)),
     )
-    passes = -(-batch_size // size)
     shapes = {n: tuple(p.shape) for n, p in parameters.items()}
     block_bytes = np.array(
         [sum(parameters[name].nbytes for name in block) for block in partition.blocks]
@@ -122,15 +143,18 @@ def model_costs(
     def together() -> TogetherCosts:
         counts = count_together()
         return TogetherCosts(
-            flops=passes * at_batch(counts.flops, batch_size / passes),
+            flops=flops(counts),
             whole_bytes=counts.whole_bytes,
-            pass_bytes=Affine.through(counts.one_bytes, counts.pass_bytes, size),
+            pass_bytes=pass_bytes(counts),
             block_bytes=block_bytes,
             payload_bits=float(all_bits[0]),
+            recomputation=cache(
+                lambda: recomputation(count_together, count_together_twice)
+            ),
         )
 
     return BlockCosts(
-        flops=passes * at_batch(counts.flops, batch_size / passes),
+        flops=flops(counts),
         memory_bytes=step.peak_bytes(Levers(size)),
         payload_bits=payload_bits(partition, shapes, codec_named(codec)),
         gradient_bytes=update_bytes,

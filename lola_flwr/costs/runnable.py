@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -18,9 +19,13 @@ from torch.utils._pytree import tree_leaves
 from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.counter import Counter, Pass, TwoPasses
 from lola_flwr.costs.operations import dense_parts
+from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.recompute import recomputed_suffix
 from lola_flwr.model.trace import Example
+
+_logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -100,20 +105,27 @@ class Runnable:
         return sum(storages_of(self.tensors).values())
 
     def count(
-        self, partition: BlockPartition, batch_size: int, *, together: bool = False
+        self,
+        partition: BlockPartition,
+        batch_size: int,
+        *,
+        together: bool = False,
+        recompute: bool = False,
     ) -> Counts:
         """Count the steps that train each block, with a batch of that size.
 
-        If ``together``, those that train each block and all behind it.
+        If ``together``, those that train each block and all behind it; if
+        ``recompute``, those in which the layers from there on run twice.
         """
         last = partition.num_blocks - 1
+        run = partial(self.run, partition, recompute=recompute)
 
         def blocks(first: int) -> Sequence[int]:
             return range(first, last + 1) if together else [first]
 
         # Some layers prepare something when they are first called.
-        self.run(partition, None)
-        passes = {last: self.run(partition, [last])}
+        run(None)
+        passes = {last: run([last])}
         below_bytes = [
             passes[last].peak_bytes(size, before=last) for size in (1, batch_size)
         ]
@@ -122,7 +134,7 @@ class Runnable:
 
         def row(block: int) -> Float64Array:
             if block not in rows:
-                done = passes.pop(block, None) or self.run(partition, blocks(block))
+                done = passes.pop(block, None) or run(blocks(block))
                 peaks = [
                     done.peak_bytes(batch_size),
                     done.peak_bytes(1, gradients=False),
@@ -150,11 +162,30 @@ class Runnable:
         table = np.array([rows[block] for block in range(partition.num_blocks)])
         return Counts(table[:, :-3], *table[:, -3:].T, *below_bytes)
 
+    def count_twice(
+        self, partition: BlockPartition, batch_size: int, *, together: bool = False
+    ) -> Counts | None:
+        """Count the steps whose layers run twice; None, and why, if they cannot."""
+        try:
+            return self.count(partition, batch_size, together=together, recompute=True)
+        except UserError as error:
+            _logger.warning("No device recomputes what it could not keep: %s", error)
+            return None
+
     def run(
-        self, partition: BlockPartition, blocks: Sequence[int] | None
+        self,
+        partition: BlockPartition,
+        blocks: Sequence[int] | None,
+        *,
+        recompute: bool = False,
     ) -> Pass | TwoPasses:
         """Count one pass: forward, and back to the first of blocks unless None."""
-        passes = [self._run(partition, blocks, example) for example in self.examples]
+        with (
+            recomputed_suffix(self.model, partition, blocks[0])
+            if recompute and blocks
+            else nullcontext()
+        ):
+            passes = [self._run(partition, blocks, given) for given in self.examples]
         return passes[0] if len(passes) == 1 else TwoPasses(*passes)
 
     def _run(

@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 
 from lola_flwr.allocation import AllocationProblem
+from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.reduced import reduced_costs, reduced_schedule
@@ -26,6 +27,7 @@ def with_reduced_schedules(
     problem: AllocationProblem,
     costs: BlockCosts,
     *,
+    flops: Float64Array,
     latency_target_s: float = math.inf,
 ) -> tuple[AllocationProblem, Schedules]:
     """Let devices take blocks that are too much for them, by doing less.
@@ -36,6 +38,8 @@ def with_reduced_schedules(
         The round's problem, with the memory that each device offers.
     costs
         Costs of the blocks.
+    flops
+        Operations that the problem's times are of, shape [K, N].
     latency_target_s
         Time that the round may take, seconds.
 
@@ -76,12 +80,13 @@ def with_reduced_schedules(
         limit_s = _COMPUTE_SHARE * latency_target_s
         budget = whole
         if late[row, block]:
-            budget = math.floor(whole * limit_s / problem.compute_s[row, block])
+            all_s = problem.compute_s[row, block] * costs.flops[block]
+            budget = math.floor(whole * limit_s * flops[row, block] / all_s)
         found = best(block, budget, kept) if kept >= 0 else None
         if found is None:
             continue
-        flops, _ = reduced_costs(costs, block, found)
-        compute_s[row, block] *= flops / costs.flops[block]
+        reduced_flops, _ = reduced_costs(costs, block, found)
+        compute_s[row, block] *= reduced_flops / flops[row, block]
         feasible[row, block] = True
         schedules[row, block] = found
     return replace(problem, compute_s=compute_s, feasible=feasible), schedules

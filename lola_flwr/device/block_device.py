@@ -37,6 +37,7 @@ from lola_flwr.model.backprop import (
 )
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.precision import Accelerator, Precision, autocast, find_device
+from lola_flwr.model.recompute import recomputed_suffix
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.low_rank import projection_of
@@ -87,9 +88,9 @@ class BlockDevice:
         and can use no codec that leaves something out.
     costs
         Gives what the blocks cost. By them a device whose profile says that it splits
-        its batches, or streams the layers below the block, does so where the memory of
-        its profile asks for it (default: it does not look at its memory, and streams a
-        model that stays on disk).
+        its batches, streams the layers below the block, or runs the others twice, does
+        so where the memory of its profile asks for it (default: it does not look at its
+        memory, and streams a model that stays on disk).
     prefix_cache
         Where the outputs of the layers below the block are kept, for as long as these
         do not change; they run without dropout then. What it may hold in memory is
@@ -176,6 +177,11 @@ class BlockDevice:
             local.at_block(
                 assignment.block_index, cache, stream=levers.stream_prefix
             ) as model,
+            (
+                recomputed_suffix(model, local.partition, assignment.block_index)
+                if levers.recompute_suffix
+                else nullcontext()
+            ),
             # The device's own random state is left as it was.
             torch.random.fork_rng(),
         ):
@@ -320,9 +326,10 @@ class BlockDevice:
     ) -> tuple[Levers, ActivationCache | None]:
         """Return how this device computes the step: what the server expects."""
         if assignment.operations is not None:
-            # What a layer is told to do, it does itself.
+            # What a layer is told to do, it does itself; and it fits the memory so.
             own = self._own_levers(assignment, streams=streams)
-            return replace(own, stream_prefix=streams), None
+            own = replace(own, stream_prefix=streams, recompute_suffix=False)
+            return own, None
         return self._own_levers(assignment, streams=streams), self.prefix_cache
 
     def _own_levers(self, assignment: Assignment, *, streams: bool) -> Levers:

@@ -130,7 +130,7 @@ class _Pairs:
             costs = run.costs.joined(spans)
             bits = run.payloads(known.server_round, trained, spans).bits[0]
             compute_s = known.estimate.correct(
-                costs.flops[None, :] / speed[:, None], known.names
+                costs.required_flops(known.profiles) / speed[:, None], known.names
             )
             where = (slice(None), starts, starts + length - 1)
             firsts = blocks[starts]

@@ -168,7 +168,7 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
         ),
         names,
     )
-    claimed_s = run.costs.flops[None, :] / speed[:, None]  # [K, N]
+    claimed_s = run.costs.required_flops(profiles) / speed[:, None]  # [K, N]
     required_bytes = run.costs.required_bytes(profiles)  # [K, N]
     return RoundProblem(
         problem=AllocationProblem(
@@ -205,7 +205,7 @@ def training_all(run: RunStatement, known: Known, stated: RoundProblem) -> Round
     whole_bytes = costs.required_bytes(profiles)[:, :1]  # [K, 1]
     chosen = whole_bytes <= memory_bytes[:, None]
     chosen &= whole_bytes < stated.memory_limit_bytes[:, None]
-    whole_s = costs.flops[0] / speed[:, None]
+    whole_s = costs.required_flops(profiles)[:, :1] / speed[:, None]
     claimed_s = np.where(chosen, whole_s, stated.claimed_s)
     return replace(
         stated,
@@ -232,7 +232,7 @@ def together(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProb
     spans, bound_s = chosen
     speed = np.array([profile.flops_per_s for profile in stated.profiles])
     costs = run.costs.joined(spans.values())
-    claimed_s = costs.flops[None, :] / speed[:, None]  # [K, N]
+    claimed_s = costs.required_flops(stated.profiles) / speed[:, None]  # [K, N]
     required_bytes = costs.required_bytes(stated.profiles)  # [K, N]
     memory_bytes = np.array([profile.memory_bytes for profile in stated.profiles])
     mode = replace(stated.problem.mode, blocks=tuple(spans), participation="needed")
@@ -259,7 +259,10 @@ def reduced(run: RunStatement, stated: RoundProblem) -> RoundProblem:
     if not run.reduced_schedules:
         return stated
     problem, schedules = with_reduced_schedules(
-        stated.problem, run.costs, latency_target_s=run.latency_target_s
+        stated.problem,
+        run.costs,
+        flops=run.costs.required_flops(stated.profiles),
+        latency_target_s=run.latency_target_s,
     )
     return replace(stated, problem=problem, schedules=schedules)
 

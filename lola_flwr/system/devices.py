@@ -17,6 +17,9 @@ _BOUNDS = {
     "uplink_bps": (1e3, 1e12),
 }
 
+# What a device can do where its memory asks for it.
+_ABILITIES = ("splits_batch", "streams_prefix", "recomputes_suffix")
+
 
 class InvalidProfile(UserError):
     """A device's profile lacks a field or claims an impossible value."""
@@ -46,6 +49,9 @@ class DeviceProfile:
     streams_prefix
         Whether it leaves the layers below its block on disk where its memory asks for
         it.
+    recomputes_suffix
+        Whether it runs the layers from its block on twice, rather than keep what they
+        compute, where its memory asks for it.
 
     Raises
     ------
@@ -60,6 +66,7 @@ class DeviceProfile:
     uplink_bps: float | None = None
     splits_batch: bool = False
     streams_prefix: bool = False
+    recomputes_suffix: bool = False
 
     def __post_init__(self) -> None:
         # The name goes into logs: no line breaks, no control characters.
@@ -86,7 +93,7 @@ class DeviceProfile:
                     f"{field}={brief(value)} of device {self.name!r} must be a "
                     f"number from {low:g} to {high:g}."
                 )
-        for field in ("splits_batch", "streams_prefix"):
+        for field in _ABILITIES:
             if not isinstance(getattr(self, field), bool):
                 raise InvalidProfile(
                     f"{field}={brief(getattr(self, field))} of device "
@@ -114,7 +121,7 @@ class DeviceProfile:
         # Either of them tells the rate of the link.
         link = {"snr-db", "uplink-bps"} & set(properties)
         optional = {"snr-db", "uplink-bps"} if link else {"uplink-bps"}
-        optional |= {"splits-batch", "streams-prefix"}
+        optional |= {field.replace("_", "-") for field in _ABILITIES}
         missing = [k for k in keys if k not in properties and k not in optional]
         if missing:
             raise InvalidProfile(

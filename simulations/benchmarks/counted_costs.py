@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ from torch.utils.flop_counter import (
 )
 
 from lola_flwr.costs.examples import training_example
+from lola_flwr.costs.memory import Levers
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient, train_mode
+from lola_flwr.model.recompute import recomputed_suffix
 from simulations.benchmarks.cost_cases import CASES, TOKENS, Case
 
 BATCH = 4
@@ -49,13 +52,15 @@ class Row:
     memory_ratio: float
 
 
-def compare(case: Case) -> list[Row]:
+def compare(case: Case, *, recompute: bool = False) -> list[Row]:
     """Count the first and the last block of a model, run them, and compare.
+
+    If ``recompute``, with the layers from the block on run twice to save memory.
 
     Raises
     ------
     UserError
-        The model's costs cannot be counted.
+        The model's costs cannot be counted, or its layers not run twice.
     """
     torch.manual_seed(0)
     model = case.make().to(case.dtype)
@@ -71,27 +76,40 @@ def compare(case: Case) -> list[Row]:
         example=case.example,
     )
     assert costs.step is not None
+    counted_flops, step = costs.flops, costs.step
+    if recompute:
+        twice = step.recomputation()
+        if twice is None:
+            raise UserError("The layers cannot run twice.")
+        counted_flops = counted_flops + twice.further_flops
+        step = replace(step, whole_bytes=twice.whole_bytes)
+    memory_bytes = step.peak_bytes(Levers(BATCH))
     batch = _batch(example)
     inputs = sum(v.nbytes for v in batch.values() if isinstance(v, Tensor))
     rows = []
     for index in sorted({0, partition.num_blocks - 1}):
 
-        def step(index: int = index) -> None:
-            block_gradient(model, partition, index, batch, loss_function=_loss)
+        def run(index: int = index) -> None:
+            with (
+                recomputed_suffix(model, partition, index)
+                if recompute
+                else nullcontext()
+            ):
+                block_gradient(model, partition, index, batch, loss_function=_loss)
 
-        step()
-        step_bytes = inputs + _allocated_at_peak(step)
+        run()
+        step_bytes = inputs + _allocated_at_peak(run)
         held = _held_bytes(model)
-        flops = _executed_flops(step)
+        flops = _executed_flops(run)
         rows.append(
             Row(
                 block_index=index,
                 flops=flops,
                 step_bytes=step_bytes,
                 held_bytes=held,
-                flops_ratio=float(costs.flops[index]) / flops if flops else 0.0,
-                step_ratio=float(costs.step.whole_bytes[index]) / step_bytes,
-                memory_ratio=float(costs.memory_bytes[index]) / (held + step_bytes),
+                flops_ratio=float(counted_flops[index]) / flops if flops else 0.0,
+                step_ratio=float(step.whole_bytes[index]) / step_bytes,
+                memory_ratio=float(memory_bytes[index]) / (held + step_bytes),
             )
         )
     return rows

@@ -102,7 +102,10 @@ def test_costs_are_those_of_the_schedule():
     )
     target_s = float(compute_s[0, 1])  # block 0 takes longer
     reduced, schedules = with_reduced_schedules(
-        problem, COSTS, latency_target_s=target_s
+        problem,
+        COSTS,
+        flops=np.tile(COSTS.flops, (2, 1)),
+        latency_target_s=target_s,
     )
     assert set(schedules) == {(0, 0), (0, 1), (1, 0)}
     assert reduced.feasible.all()

@@ -30,7 +30,8 @@ def device_fn(context: Context) -> BlockDevice:
 
     def simulated_compute_s(assignment: Assignment) -> float:
         costs = build(config)[2].joined([assignment.blocks])
-        return float(costs.flops[assignment.block_index] / profile.flops_per_s)
+        flops = costs.required_flops([profile])[0, assignment.block_index]
+        return float(flops / profile.flops_per_s)
 
     return BlockDevice(
         profile=profile,
