@@ -223,9 +223,7 @@ class StepMemory:
             memory_bytes = np.array([profiles[row].memory_bytes for row in rows])
             # What running layers twice takes is counted only if somebody has to.
             for twice in (False, True)[: 1 + recomputes]:
-                options = self.options(
-                    splits=splits, streams=streams, recomputes=twice
-                )
+                options = self.options(splits=splits, streams=streams, recomputes=twice)
                 peaks = np.stack([self.peak_bytes(levers) for levers in options])
                 fits = peaks[:, None] <= memory_bytes[None, :, None]  # [L, k, N]
                 if fits.any(axis=0).all():

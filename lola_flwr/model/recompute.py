@@ -1,8 +1,8 @@
-"""Keep of each layer from a block on what goes into it, and run it again on the way back.
+"""Keep of each layer what goes into it alone, and run it again on the way back.
 
-This is gradient checkpointing (PyTorch's form that is not re-entrant) of whatever
-modules the blocks are: the gradient is the same, dropout included, for about one more
-forward pass from the block to the loss.
+This is gradient checkpointing, in PyTorch's form that is not re-entrant, of whatever
+modules the blocks are, from one on: the gradient is the same, dropout included, for
+about one more forward pass from there to the loss.
 """
 
 from __future__ import annotations
@@ -52,10 +52,7 @@ def recomputed_suffix(
         except RuntimeError as error:
             if not (isinstance(error, CheckpointError) or "inplace" in str(error)):
                 raise
-            raise UserError(
-                f"Layers of {type(model).__name__} cannot run twice: "
-                f"{reason_of(error)}; let devices compute in micro-batches instead."
-            ) from error
+            raise _refusal(model, reason_of(error)) from error
 
 
 def suffix_modules(
@@ -63,7 +60,7 @@ def suffix_modules(
 ) -> list[str]:
     """Return the paths of the largest modules that are of one block, from one on."""
     layers = partition.layers or ((),) * partition.num_blocks
-    names = {name: -1 for name in (*partition.head, *partition.frozen_head)}
+    names = dict.fromkeys((*partition.head, *partition.frozen_head), -1)
     for index, parts in enumerate(zip(partition.blocks, layers, strict=True)):
         names |= {name: index for part in parts for name in part}
     blocks_inside: dict[str, set[int]] = {}
@@ -93,8 +90,14 @@ def _run_twice(module: nn.Module) -> Iterator[None]:
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, shape = tree_flatten((args, kwargs), is_leaf=_is_leaf)
         places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        before = _kept_by(module)
+        runs = 0
 
         def rerun(*tensors: Tensor) -> Any:
+            nonlocal runs
+            runs += 1
+            if runs > 1 and _kept_by(module) != before:
+                raise _refusal(module, "a run changes what it keeps beside weights")
             given = dict(zip(places, tensors, strict=True))
             args, kwargs = tree_unflatten(
                 [given.get(n, leaf) for n, leaf in enumerate(leaves)], shape
@@ -116,12 +119,28 @@ def _run_twice(module: nn.Module) -> Iterator[None]:
             del module.forward
 
 
+def _kept_by(module: nn.Module) -> tuple[list[int], list[float]]:
+    """Return what shows that a module's tensors and numbers are as they were."""
+    kept = (value for part in module.modules() for value in vars(part).values())
+    return (
+        [tensor._version for tensor in (*module.parameters(), *module.buffers())],
+        [value for value in kept if type(value) in (int, float)],
+    )
+
+
+def _refusal(module: nn.Module, reason: str) -> UserError:
+    return UserError(
+        f"{type(module).__name__} cannot be recomputed: {reason}; let devices compute "
+        "in micro-batches instead (splits_batch)."
+    )
+
+
 def _is_leaf(value: Any) -> bool:
     return not isinstance(value, (tuple, list, dict))
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return what the two runs are in: PyTorch restores its own random numbers alone."""
+    """Return what the two runs are in; PyTorch restores its own random numbers."""
     return nullcontext(), _random_as(random.getstate(), np.random.get_state())  # noqa: NPY002
 
 

@@ -21,6 +21,7 @@ PROFILES = st.builds(
     snr_db=st.floats(-60, 80),
     uplink_bps=st.none() | st.floats(1e3, 1e12),
     splits_batch=st.booleans(),
+    recomputes_suffix=st.booleans(),
 )
 
 

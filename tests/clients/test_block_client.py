@@ -247,6 +247,29 @@ def test_a_device_short_of_memory_does_what_the_server_expects(
     assert chosen[2].micro_batch_size < 6
 
 
+def test_a_device_runs_layers_twice_where_its_memory_asks_for_it(roberta, batch):
+    costs = costs_of(roberta)
+    inside = roberta.roberta.encoder.layer[2].intermediate.dense
+    runs = []
+    inside.register_forward_hook(lambda *_: runs.append(None))
+
+    def update(memory_bytes):
+        profile = DeviceProfile(
+            name="a",
+            flops_per_s=1e9,
+            memory_bytes=memory_bytes,
+            recomputes_suffix=True,
+        )
+        device = device_for(roberta, batch, profile=profile, costs=lambda: costs)
+        return train(device, roberta, batch_size=6)
+
+    # The same dropout.
+    expected = update(1e9)
+    assert len(runs) == 1
+    assert_same(update(1e5), expected)
+    assert len(runs) == 3
+
+
 def test_peak_memory_counts_the_weights(roberta, batch):
     update = train(device_for(roberta, batch), roberta)
     weights = sum(p.nbytes for p in roberta.parameters())

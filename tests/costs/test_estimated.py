@@ -113,6 +113,24 @@ def test_some_blocks_together_cost_what_lies_between(roberta):
     assert costs.joined([(0,), (2,)]) is costs
 
 
+def test_layers_that_run_twice_keep_what_goes_into_them(roberta):
+    costs = sized(roberta)
+    twice = costs.step.recomputation()
+    forward = costs.flops[1] - costs.flops[2]  # of a layer, all being alike
+    np.testing.assert_allclose(twice.further_flops, forward * np.array([3, 2, 1]))
+    # Of 10 tokens, in hidden states (16 numbers): the block's layer keeps what goes
+    # into it, 8 to pass it, 4 for its weights; and behind the last layer are 2.
+    kept = twice.pass_bytes.per_sequence
+    np.testing.assert_allclose(kept, [4 * 10 * 16 * (1 + 8 + 4 + 2)] * 3)
+    np.testing.assert_allclose(twice.whole_bytes, costs.gradient_bytes + 6 * kept)
+    assert kept[0] < costs.step.pass_bytes.per_sequence[0]
+    # With the last layer trained, too, what goes into all three is there beside that.
+    joined = costs.joined([(0, 1)]).step.recomputation()
+    expected = [4 * 10 * 16 * (3 + 8 + 4 + 2), *kept[1:]]
+    np.testing.assert_allclose(joined.pass_bytes.per_sequence, expected)
+    np.testing.assert_array_equal(joined.further_flops, twice.further_flops)
+
+
 def test_costs_without_those_together_are_refused(roberta):
     costs = replace(sized(roberta), together=None)
     assert costs.joined([(1,)]) is costs

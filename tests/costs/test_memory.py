@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lola_flwr.costs.memory import Affine, Levers, StepMemory
+from lola_flwr.costs.memory import Affine, Levers, Recomputation, StepMemory
 from lola_flwr.system.devices import DeviceProfile
 
 
@@ -23,16 +25,22 @@ def step_memory(batch_size=8):
         + batch_size * np.array([7e5, 5e5, 3e5]),
         pass_bytes=Affine(np.zeros(3), np.array([7e5, 5e5, 3e5])),
         working_bytes=Affine(0.0, 1e5),
+        recomputation=lambda: Recomputation(
+            further_flops=np.array([3e9, 2e9, 1e9]),
+            whole_bytes=np.array([1.1e6, 1.1e6, 2.1e6]) + batch_size * 2.5e5,
+            pass_bytes=Affine(np.zeros(3), np.full(3, 2.5e5)),
+        ),
     )
 
 
-def profile(memory_bytes, splits=False, streams=False):
+def profile(memory_bytes, splits=False, streams=False, recomputes=False):
     return DeviceProfile(
         name="a",
         flops_per_s=1e9,
         memory_bytes=memory_bytes,
         splits_batch=splits,
         streams_prefix=streams,
+        recomputes_suffix=recomputes,
     )
 
 
@@ -71,9 +79,46 @@ def test_the_fastest_that_fits_is_chosen():
     assert step.choose(profile(1e5)) == [Levers(8)] * 3
 
 
+def test_layers_run_twice_where_nothing_else_helps():
+    step = step_memory()
+    twice = Levers(8, recompute_suffix=True)
+    np.testing.assert_allclose(step.peak_bytes(twice)[0], 7.1e6 + 1.1e6 + 8 * 2.5e5)
+    devices = [
+        profile(20e6, recomputes=True),
+        profile(10.5e6, recomputes=True),
+        profile(10.5e6, splits=True, recomputes=True),
+        profile(8.8e6, splits=True, recomputes=True),
+    ]
+    # Several micro-batches have the largest array twice.
+    assert [step.choose(device)[0] for device in devices] == [
+        Levers(8),
+        twice,
+        Levers(2),
+        Levers(1, recompute_suffix=True),
+    ]
+    further = step.further_flops(devices)
+    np.testing.assert_array_equal(further[:, 0], [0, 3e9, 0, 3e9])
+    # Block 1 keeps less.
+    np.testing.assert_array_equal(further[:, 1], [0, 2e9, 0, 2e9])
+
+
+def test_what_running_twice_takes_is_counted_only_where_that_is_needed():
+    def unasked():
+        raise AssertionError("counted")
+
+    step = replace(step_memory(), recomputation=unasked)
+    for device in (profile(20e6, recomputes=True), profile(1e5, True, True)):
+        step.choose(device)
+        assert not step.further_flops([device]).any()
+    # A model whose layers cannot run twice.
+    step = replace(step, recomputation=lambda: None)
+    assert step.choose(profile(1e5, recomputes=True)) == [Levers(8)] * 3
+    assert not step.further_flops([profile(1e5, recomputes=True)]).any()
+
+
 @given(
     st.lists(
-        st.tuples(st.floats(1e5, 2e7), st.booleans(), st.booleans()),
+        st.tuples(st.floats(1e5, 2e7), *(st.booleans() for _ in range(3))),
         min_size=1,
         max_size=6,
     ),
@@ -83,14 +128,25 @@ def test_the_server_expects_what_the_devices_choose(fleet, batch_size):
     step = step_memory(batch_size)
     profiles = [profile(*device) for device in fleet]
     required = step.required_bytes(profiles)
-    for row, device in zip(required, profiles, strict=True):
+    further = step.further_flops(profiles)
+    for row, device, flops in zip(required, profiles, further, strict=True):
         for block, levers in enumerate(step.choose(device)):
             assert row[block] == step.peak_bytes(levers)[block]
+            assert (flops[block] > 0) == levers.recompute_suffix
             # By brute force: if anything fits, what is chosen does.
             sizes = range(1, batch_size + 1) if device.splits_batch else [batch_size]
             ways = (False, True) if device.streams_prefix else (False,)
-            peaks = [step.peak_bytes(Levers(s, w))[block] for s in sizes for w in ways]
-            assert row[block] <= device.memory_bytes or row[block] == min(peaks)
+            once = [step.peak_bytes(Levers(s, w))[block] for s in sizes for w in ways]
+            twice = [
+                step.peak_bytes(Levers(s, w, recompute_suffix=True))[block]
+                for s in sizes
+                for w in ways
+                if device.recomputes_suffix
+            ]
+            peak = min(once + twice)
+            assert row[block] <= device.memory_bytes or row[block] == peak
+            # And nothing is computed twice that need not be.
+            assert not flops[block] or min(once) > device.memory_bytes
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e9), st.floats(0, 1e9)), min_size=1), st.data())

@@ -10,12 +10,13 @@ import pytest
 
 from lola_flwr.allocation import InfeasibleAllocation, RoundMode, allocate
 from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.costs.memory import Levers
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.server.selection import Selection
-from lola_flwr.system.devices import InvalidProfile, simulated_device
+from lola_flwr.system.devices import DeviceProfile, InvalidProfile, simulated_device
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.payload import update_bytes
 from lola_flwr.wire.records import UpdateReport
@@ -352,6 +353,37 @@ def test_memory_is_that_of_what_each_device_will_do():
     plan = coordinator.plan_round(1, ["0", "1", "2", "3"])
     assert set(plan.assignments) == {"1", "2", "3"}
     assert not plan.problem.feasible[0].any()
+
+
+def test_a_device_that_has_to_run_layers_twice_takes_longer():
+    coordinator = make_coordinator(num_devices=0, batch_size=4000)
+    costs = estimate_costs(SHAPES, PARTITION, batch_size=4000, sequence_length=4)
+    step = costs.step
+    once, twice = (
+        step.peak_bytes(Levers(4000, recompute_suffix=way))[0] for way in (False, True)
+    )
+    assert twice < 0.95 * once
+    memories = [once, (once + twice) / 2, (once + twice) / 2, 1e9]
+    for index, memory_bytes in enumerate(memories):
+        profile = DeviceProfile(
+            name=f"d{index}",
+            flops_per_s=1e9,
+            memory_bytes=memory_bytes,
+            recomputes_suffix=index != 2,
+        )
+        coordinator.add_device(str(index), profile.to_properties())
+    plan = coordinator.plan_round(1, ["0", "1", "2", "3"])
+    np.testing.assert_array_equal(plan.problem.feasible[:, 0], [1, 1, 0, 1])
+    one, two, _, most = plan.problem.compute_s[:, 0]
+    assert one == most
+    assert two - one == pytest.approx(step.recomputation().further_flops[0] / 1e9)
+    # Several blocks, too.
+    plan = coordinator.plan_round(2, ["1"])
+    (assignment,) = plan.assignments.values()
+    first = assignment.block_index
+    once_s = costs.joined([assignment.blocks]).flops[first] / 1e9
+    assert len(assignment.blocks) > 1
+    assert plan.problem.compute_s[0, first] > 1.1 * once_s
 
 
 @pytest.mark.parametrize(("peak", "fault"), [(None, False), (8e8, False), (9e9, True)])

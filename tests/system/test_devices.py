@@ -21,11 +21,15 @@ PROPERTIES = {
 }
 
 
-@pytest.mark.parametrize("more", [{}, {"splits-batch": True, "streams-prefix": True}])
+ABILITIES = {"splits-batch": True, "streams-prefix": True, "recomputes-suffix": True}
+
+
+@pytest.mark.parametrize("more", [{}, ABILITIES])
 def test_round_trip(more):
     properties = {**PROPERTIES, **more}
     profile = DeviceProfile.from_properties({**properties, "other": "ignored"})
-    assert (profile.splits_batch, profile.streams_prefix) == (bool(more), bool(more))
+    abilities = profile.splits_batch, profile.streams_prefix, profile.recomputes_suffix
+    assert abilities == (bool(more),) * 3
     assert profile.to_properties() == properties
 
 
@@ -48,6 +52,7 @@ def test_round_trip(more):
         ({"name": 3}, "name=3"),
         ({"splits-batch": 1}, "splits_batch=1 of device 'jetson-1' must be true"),
         ({"streams-prefix": "yes"}, "streams_prefix='yes'"),
+        ({"recomputes-suffix": 0}, "recomputes_suffix=0 of device 'jetson-1' must be"),
     ],
 )
 def test_claims_that_cannot_be_believed(change, message):
