@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -75,6 +75,7 @@ def model_costs(
     example = training_example(model, sequence_length) if example is None else example
     partition = partition.merged() if merged else partition
     size = min(micro_batch_size or batch_size, batch_size)
+    batch = _Batch(batch_size, size)
     counts, held_bytes, count_together, count_twice, count_together_twice = counted(
         model,
         example,
@@ -102,23 +103,6 @@ def model_costs(
         [total({*b, *layer}) for b, layer in zip(partition.blocks, layers, strict=True)]
     )
     head_bytes = total((*partition.head, *partition.frozen_head))
-    passes = -(-batch_size // size)
-
-    def flops(counts: Counts) -> Float64Array:
-        return passes * at_batch(counts.flops, batch_size / passes)
-
-    def pass_bytes(counts: Counts) -> Affine:
-        return Affine.through(counts.one_bytes, counts.pass_bytes, size)
-
-    def recomputation(
-        once: Callable[[], Counts], twice: Callable[[], Counts | None]
-    ) -> Recomputation | None:
-        found = twice()
-        if found is None:
-            return None
-        further = flops(found) - flops(once())
-        return Recomputation(further, found.whole_bytes, pass_bytes(found))
-
     step = StepMemory(
         batch_size=batch_size,
         micro_batch_size=size,
@@ -129,9 +113,9 @@ def model_costs(
         update_bytes=update_bytes,
         array_bytes=np.array([max(update) for update in updates], np.float64),
         whole_bytes=counts.whole_bytes,
-        pass_bytes=pass_bytes(counts),
+        pass_bytes=batch.pass_bytes(counts),
         working_bytes=Affine.through(counts.below_one_bytes, counts.below_bytes, size),
-        recomputation=cache(lambda: recomputation(lambda: counts, count_twice)),
+        recomputation=cache(lambda: batch.recomputation(counts, count_twice())),
     )
     shapes = {n: tuple(p.shape) for n, p in parameters.items()}
     block_bytes = np.array(
@@ -143,24 +127,48 @@ def model_costs(
     def together() -> TogetherCosts:
         counts = count_together()
         return TogetherCosts(
-            flops=flops(counts),
+            flops=batch.flops(counts),
             whole_bytes=counts.whole_bytes,
-            pass_bytes=pass_bytes(counts),
+            pass_bytes=batch.pass_bytes(counts),
             block_bytes=block_bytes,
             payload_bits=float(all_bits[0]),
             recomputation=cache(
-                lambda: recomputation(count_together, count_together_twice)
+                lambda: batch.recomputation(counts, count_together_twice())
             ),
         )
 
     return BlockCosts(
-        flops=flops(counts),
+        flops=batch.flops(counts),
         memory_bytes=step.peak_bytes(Levers(size)),
         payload_bits=payload_bits(partition, shapes, codec_named(codec)),
         gradient_bytes=update_bytes,
         step=step,
         together=together,
     )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A mini-batch, and how much of it is computed at a time."""
+
+    examples: int
+    at_a_time: int
+
+    def flops(self, counts: Counts) -> Float64Array:
+        passes = -(-self.examples // self.at_a_time)
+        return passes * at_batch(counts.flops, self.examples / passes)
+
+    def pass_bytes(self, counts: Counts) -> Affine:
+        return Affine.through(counts.one_bytes, counts.pass_bytes, self.at_a_time)
+
+    def recomputation(
+        self, counts: Counts, twice: Counts | None
+    ) -> Recomputation | None:
+        """Compare steps with those whose layers run twice, if they can."""
+        if twice is None:
+            return None
+        further_flops = self.flops(twice) - self.flops(counts)
+        return Recomputation(further_flops, twice.whole_bytes, self.pass_bytes(twice))
 
 
 def configured_model_costs(

@@ -159,7 +159,7 @@ def _random_as(python: Any, numpy: Any) -> Iterator[None]:
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Let a decoder keep no keys and values, to which a second run would add."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
+    configs: list[Any] = [getattr(part, "config", None) for part in model.modules()]
     keeping = [c for c in configs if getattr(c, "use_cache", None) is True]
     for config in keeping:
         config.use_cache = False

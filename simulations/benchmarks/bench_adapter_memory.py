@@ -2,10 +2,11 @@
 
 Run with ``pytest simulations/benchmarks/bench_adapter_memory.py -s``. RoBERTa-base
 shape, LoRA of rank 8 on queries and values, 32 examples of 128 tokens, dropout on, on
-Linux. Each row is a process of its own. Its memory is the largest resident set during the step
-less that before the model was made, when everything was imported and a small model had
-been trained: weights, activations, gradients. The gradient is of all 32 examples in
-every row; a device short of memory computes it 8 at a time, and runs layers twice.
+Linux. Each row is a process of its own. Its memory is the largest resident set during
+the step less that before the model was made, when everything was imported and a small
+model had been trained: weights, activations, gradients. The gradient is of all 32
+examples in every row; a device short of memory computes it 8 at a time, and runs layers
+twice.
 """
 
 from __future__ import annotations
