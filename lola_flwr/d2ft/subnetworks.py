@@ -274,8 +274,7 @@ def base_of(linear: Any) -> Any:
     if not base.weight.is_floating_point():
         raise LayerNotUnderstood(
             f"{type(base).__name__} holds a quantised weight ({base.weight.dtype}), "
-            "which cannot be cut into head groups; load the model in float32 or "
-            "bfloat16."
+            "which cannot be cut into head groups; load the model in float32."
         )
     return base
 

@@ -13,6 +13,7 @@ from lola_flwr.model.example import token_ids
 from lola_flwr.model.inputs import check_vocabulary
 from lola_flwr.model.loading import quiet_transformers
 from lola_flwr.model.sources import configured_directory, not_found, refuse_pickle
+from lola_flwr.model.stored_base import keep_differentiable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +58,7 @@ def load_causal_lm(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model, tokenizer = _loaded(name, instead)
+    keep_differentiable(model)  # before it is run
     check_vocabulary(name, model.eval(), tokenizer)
     if tokenizer.eos_token is None:
         raise UserError(

@@ -27,7 +27,11 @@ from lola_flwr.model.sources import (
     random_shape,
     refuse_pickle,
 )
-from lola_flwr.model.stored_base import stored_parts, stored_values
+from lola_flwr.model.stored_base import (
+    keep_differentiable,
+    stored_parts,
+    stored_values,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +87,7 @@ def load_classifier(
             model, tokenizer = _random_roberta(name, num_labels, class_names)
         else:
             model, tokenizer = _pretrained(name, num_labels, class_names)
+    keep_differentiable(model)  # before it is run
     fit_tokenizer(name, model.eval(), tokenizer)
     return model, tokenizer
 
