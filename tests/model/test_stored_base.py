@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+from lola_causal.embedded import embedded_tokenizer
 from lola_flwr.device.prefix import ActivationCache, reused_prefix
 from lola_flwr.device.prefix.streaming import LayeredWeights, StreamedModel, save_base
 from lola_flwr.errors import UserError
@@ -16,6 +17,7 @@ from lola_flwr.model.adapter_blocks import base_weights, model_partition
 from lola_flwr.model.adapter_trial import check_merging, check_saving
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient, only_trainable, train_mode
+from lola_flwr.model.causal import load_causal_lm
 from lola_flwr.model.loading import fingerprint
 from lola_flwr.model.saved_adapters import SAVED_BASE, merge, save_model
 from lola_flwr.model.stored_base import (
@@ -233,6 +235,25 @@ def test_a_layer_that_was_repacked_for_inference_is_refused():
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(UserError, match=r"has repacked .* no gradients"):
         block_gradient(model, model_partition(model), 0, BATCH)
+
+
+@pytest.mark.slow
+def test_what_files_hold_quantised_is_trained(tmp_path):
+    """Loading tries the model in evaluation mode, before it has adapters."""
+    quantised = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    config = copy.deepcopy(CONFIG)
+    tokenizer = embedded_tokenizer()
+    config.vocab_size = len(tokenizer)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "full")
+    model = hf.LlamaForCausalLM.from_pretrained(
+        tmp_path / "full", quantization_config=quantised
+    )
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "nf4")
+    loaded, _ = load_causal_lm(str(tmp_path / "nf4"))
+    model = moved(adapt(loaded, "lora", OPTIONS))
+    found = block_gradient(model, model_partition(model), 0, BATCH)
+    assert all(gradient.any() for gradient in found.gradients.values())
 
 
 def test_rows_that_are_no_whole_blocks_are_refused():
