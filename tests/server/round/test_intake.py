@@ -265,8 +265,13 @@ def test_who_keeps_the_round_waiting_has_failed_and_is_used_all_the_same(plan):
     assert read(plan, replies(**told)).unexplained_s == {late: 7.0}
     # One that it does not tell is none.
     told = {"compute-clock": "measured"}
-    untold = {k: v for k, v in honest_reply(plan, late).report.items() if k != "compute-s"}
-    silent = [replace(r, report={**untold, **told}) if r.device_id == late else r for r in replies()]
+    untold = {
+        k: v for k, v in honest_reply(plan, late).report.items() if k != "compute-s"
+    }
+    silent = [
+        replace(r, report={**untold, **told}) if r.device_id == late else r
+        for r in replies()
+    ]
     assert read(plan, silent).unexplained_s == {late: 7.0}
     # Where nothing is timed, nothing is known.
     untimed = [replace(reply, upload_s=None) for reply in replies()]
