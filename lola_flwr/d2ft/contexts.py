@@ -150,16 +150,15 @@ def token_mask(
 
 
 def _alike(one: Context, other: Context) -> bool:
-    positions = zip(one.positions or (), other.positions or (), strict=False)
-    if (one.positions is None) != (other.positions is None) or not all(
-        torch.allclose(*torch.broadcast_tensors(a, b)) for a, b in positions
-    ):
+    if (one.positions is None) != (other.positions is None):
         return False
-    masks = [context.attention_mask for context in (one, other)]
-    if any(mask is None for mask in masks):
-        return all(mask is None or bool(_allowed(mask).all()) for mask in masks)
-    a, b = torch.broadcast_tensors(*(_allowed(mask) for mask in masks))
-    return torch.equal(a, b)
+    turned = zip(one.positions or (), other.positions or (), strict=True)
+    if not all(bool(torch.isclose(a, b).all()) for a, b in turned):
+        return False
+    if one.attention_mask is None or other.attention_mask is None:
+        masks = [m for m in (one.attention_mask, other.attention_mask) if m is not None]
+        return all(bool(_allowed(mask).all()) for mask in masks)
+    return bool((_allowed(one.attention_mask) == _allowed(other.attention_mask)).all())
 
 
 def _allowed(mask: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
+from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -109,33 +111,50 @@ def _structures_of(model: nn.Module, names: Sequence[str]) -> dict[str, Structur
     return {name: seen[name] for name in names}
 
 
-def _calls_of(model: nn.Module, names: Sequence[str]) -> dict[str, _Call | None]:
-    """Return with what a model calls its layers."""
-    reason = "its kind of input is not known"
-    for example in examples_of(model):
-        with _in_evaluation(model), _recorded(model, names) as calls:
+def _calls_of(model: nn.Module, names: Sequence[str]) -> dict[str, list[_Call]]:
+    """Return with what a model calls its layers: without padding, and with."""
+    calls: dict[str, list[_Call]] = {name: [] for name in names}
+    reason = ""
+    for example in _examples(model):
+        with _in_evaluation(model), _recorded(model, calls):
             failure = failure_of(model, example)
-        if failure is None:
-            return {name: calls.get(name) for name in names}
-        reason = reason_of(failure)
+        if failure is not None:
+            reason = f" ({reason_of(failure)})"
+            break
+    else:
+        if all(calls.values()):
+            return calls
     raise LayerNotUnderstood(
         f"{type(model).__name__} could not be run to see whether its layers are what "
-        f"they look like ({reason}); {_KNOWN}."
+        f"they look like{reason}; {_KNOWN}."
     )
 
 
-def _seen_in(layer: nn.Module, name: str, call: _Call | None) -> Structure:
+def _examples(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    for example in examples_of(model):
+        yield example
+        base: Any = getattr(model, "get_base_model", lambda: model)()
+        tokens = example.get("input_ids")
+        if (
+            tokens is not None
+            and "attention_mask" in signature(base.forward).parameters
+        ):
+            mask = torch.ones_like(tokens)
+            mask[..., -1] = 0
+            yield {**example, "attention_mask": mask}
+
+
+def _seen_in(layer: nn.Module, name: str, calls: Sequence[_Call]) -> Structure:
     kind = type(layer).__name__
     for module in layer.modules():
         if is_linear(module):
             base_of(module)
     try:
-        if call is None:
-            raise OtherStructure("is not called by the model")
-        copied, named = _at_random(layer, call)
-        structure = structure_of(copied, lambda: copied(**named))
+        copied = _at_random(layer)
+        drawn = [_drawn(call) for call in calls]
+        structure = structure_of(copied, lambda: copied(**drawn[0]))
         parts = _parts(copied, name, structure, None)
-        for training in (False, True):
+        for training, named in product((False, True), drawn):
             apart = _difference(parts, named, training=training)
             if not apart < _ALIKE:
                 raise OtherStructure(
@@ -157,8 +176,8 @@ def _seen_in(layer: nn.Module, name: str, call: _Call | None) -> Structure:
 
 
 @torch.no_grad()
-def _at_random(layer: nn.Module, call: _Call) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a copy of a layer, and what to call it with, at random weights.
+def _at_random(layer: nn.Module) -> nn.Module:
+    """Return a copy of a layer at random weights.
 
     At those of a new model attention is next to uniform, whatever it computes.
     """
@@ -175,10 +194,15 @@ def _at_random(layer: nn.Module, call: _Call) -> tuple[nn.Module, dict[str, Any]
         for module in adapter.modules() if hasattr(adapter, "base_layer") else ():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+    return copied
+
+
+def _drawn(call: _Call) -> _Call:
+    """Return a call of a layer at random hidden states."""
     named = {name: _plain(value) for name, value in call.items()}
     hidden = next(iter(named))
-    named[hidden] = torch.randn(named[hidden].shape, generator=drawn)
-    return copied, named
+    drawn = torch.Generator().manual_seed(1)
+    return {**named, hidden: torch.randn(named[hidden].shape, generator=drawn)}
 
 
 @torch.no_grad()
@@ -225,22 +249,21 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Call]]:
+def _recorded(model: nn.Module, calls: Mapping[str, list[_Call]]) -> Iterator[None]:
     """Note with what layers are called."""
-    calls: dict[str, _Call] = {}
 
     def note(name: str) -> Callable[..., None]:
         def noted(module: nn.Module, arguments: Any, named: Any) -> None:
-            calls[name] = named_arguments(module, arguments, named)
+            calls[name].append(named_arguments(module, arguments, named))
 
         return noted
 
     hooks = [
         model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True)
-        for n in names
+        for n in calls
     ]
     try:
-        yield calls
+        yield
     finally:
         for hook in hooks:
             hook.remove()

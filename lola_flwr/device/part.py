@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -199,7 +199,7 @@ def _inputs(part: _Part) -> PartResult:
         part.restart_dropout(number)
         hidden, told = layer_inputs(
             part.subnetworks,
-            lambda batch=batch: part.loss_function(part.model, batch),
+            partial(part.loss_function, part.model, batch),
             num_layers=part.subnetworks.num_layers,
         )
         inputs.append(hidden)

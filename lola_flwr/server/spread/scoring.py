@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from lola_flwr.d2ft.schedule import Scores
-from lola_flwr.d2ft.subnetworks import Branch, Subnetworks, base_of, parameter_slices
+from lola_flwr.d2ft.subnetworks import (
+    Branch,
+    Subnetworks,
+    in_features,
+    out_features,
+    parameter_slices,
+)
 
 
 def flops_per_token(subnetworks: Subnetworks) -> float:
@@ -21,7 +27,7 @@ def flops_per_token(subnetworks: Subnetworks) -> float:
         for branch in Branch
         for linear in (*first.branch(branch).into, first.branch(branch).back)
     ]
-    weights = sum(base_of(linear).weight.numel() for linear in maps)
+    weights = sum(out_features(linear) * in_features(linear) for linear in maps)
     return 2.0 * weights / subnetworks.num_groups
 
 
