@@ -18,15 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from lola_flwr.d2ft.maps import adapters_of, base_of, in_features, outputs_dim
 from lola_flwr.d2ft.operations import Operation
-from lola_flwr.d2ft.subnetworks import (
-    Branch,
-    LayerParts,
-    adapters_of,
-    base_of,
-    in_features,
-    outputs_dim,
-)
+from lola_flwr.d2ft.subnetworks import Branch, LayerParts
 
 # Part of a linear map: (input, run) -> output, or what the map's portions give.
 _Cut = Callable[[Tensor, int], Tensor]

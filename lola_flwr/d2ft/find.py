@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.d2ft.execution import named_arguments, run_layer, told
+from lola_flwr.d2ft.maps import base_of, in_features, is_linear
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.structure import OtherStructure, Structure, structure_of
 from lola_flwr.d2ft.subnetworks import (
@@ -24,10 +25,7 @@ from lola_flwr.d2ft.subnetworks import (
     LayerNotUnderstood,
     LayerParts,
     Subnetworks,
-    base_of,
     branch_slices,
-    in_features,
-    is_linear,
     layer_names,
 )
 from lola_flwr.errors import UserError, reason_of

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lola_flwr.d2ft.subnetworks import is_linear
+from lola_flwr.d2ft.maps import is_linear
 
 
 class OtherStructure(Exception):

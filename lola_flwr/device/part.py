@@ -27,12 +27,7 @@ from lola_flwr.d2ft.contexts import contexts_from_mask, layer_inputs, token_mask
 from lola_flwr.d2ft.execution import LayerFunction, replaced_layers
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation, from_text
-from lola_flwr.d2ft.subnetworks import (
-    Branch,
-    Slice,
-    Subnetworks,
-    hidden_size,
-)
+from lola_flwr.d2ft.subnetworks import Branch, Slice, Subnetworks, hidden_size
 from lola_flwr.d2ft.wire import (
     HIDDEN,
     MASKS,

@@ -13,15 +13,10 @@ from lola_flwr.d2ft.branches import contribute, enter, leave
 from lola_flwr.d2ft.contexts import contexts_from_mask
 from lola_flwr.d2ft.execution import replaced_layers, run_layer, scheduled
 from lola_flwr.d2ft.find import find_subnetworks
+from lola_flwr.d2ft.maps import adapters_of, base_of
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.scores import score_subnetworks
-from lola_flwr.d2ft.subnetworks import (
-    Branch,
-    LayerNotUnderstood,
-    adapters_of,
-    base_of,
-    parameter_slices,
-)
+from lola_flwr.d2ft.subnetworks import Branch, LayerNotUnderstood, parameter_slices
 from lola_flwr.d2ft.training import scheduled_gradient, split_batch
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import BatchWeight, block_gradient, num_examples_of

@@ -11,6 +11,7 @@ from lola_flwr.model.blocks import BlocksNotFound
 from lola_glue.config import GlueConfig
 from lola_glue.costs import model_blocks, model_costs
 from simulations.figures.learning import app_config
+from tests.marks import rest_slow
 
 SIZES = {
     "vocab_size": 60,
@@ -59,7 +60,7 @@ def test_the_advice_of_a_refusal_can_be_followed():
     assert costs.flops[0] > costs.flops[1]
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("tuning", rest_slow(["full", "lora"]))
 def test_layers_may_differ_in_a_norm(tuning):
     told = config(tuning=tuning)
     model = modernbert()

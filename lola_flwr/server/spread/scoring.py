@@ -9,14 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lola_flwr.d2ft.maps import in_features, out_features
 from lola_flwr.d2ft.schedule import Scores
-from lola_flwr.d2ft.subnetworks import (
-    Branch,
-    Subnetworks,
-    in_features,
-    out_features,
-    parameter_slices,
-)
+from lola_flwr.d2ft.subnetworks import Branch, Subnetworks, parameter_slices
 
 
 def flops_per_token(subnetworks: Subnetworks) -> float:
