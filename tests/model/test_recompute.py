@@ -69,7 +69,9 @@ def test_the_gradient_is_the_same(make):
     model, labels = make()
     train_mode(model)
     partition = model_partition(model)
-    batch = {"input_ids": TOKENS, "labels": labels}
+    mask = torch.ones_like(TOKENS)
+    mask[0, -3:] = 0
+    batch = {"input_ids": TOKENS, "attention_mask": mask, "labels": labels}
     runs = []
     layers = [m for n, m in model.named_modules() if n.endswith((".0", ".1", ".2"))]
     for index, layer in enumerate(layers):
