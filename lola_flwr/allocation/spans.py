@@ -103,7 +103,7 @@ class SpanProblem:
         A cost to begin with: a cover of short latencies is near the best.
         """
         num_devices = len(self.compute_s)
-        seconds = np.where(self.possible, self.compute_s, np.inf)
+        seconds: Float64Array = np.where(self.possible, self.compute_s, np.inf)
         upload = np.where(self.possible, self.full_band_upload_s, 0.0)
         seconds += upload_s(upload, 1.0 / num_devices, self._snr)
         longest_s = np.max(seconds, where=self.possible, initial=np.finfo(float).tiny)
