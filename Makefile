@@ -49,7 +49,7 @@ matrix: venv
 	$(BIN)/python -m tests.matrix
 
 # FedAvg projects beside what docs/migration.md makes of them: hours on two cores.
-# MIGRATION=NAME: of one project; --seeds 1: of one seed.
+# MIGRATION='--only NAME': of one project; --seeds 1: of one seed.
 migration: venv
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fedavg_apps $(MIGRATION)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 
 from flwr.app import (
     Array,
@@ -21,6 +22,7 @@ from lola_flwr.device.own_training import (
     Model,
     PreparedBlock,
     asked_names,
+    encoded_moves,
     weights_report,
 )
 from lola_flwr.errors import UserError
@@ -82,7 +84,7 @@ class AssignedBlock(PreparedBlock):
         -------
         ``content``
         """
-        arrays = {name: Array(values) for name, values in self.arrays().items()}
+        arrays = {name: Array(values) for name, values in self.update().items()}
         return _filled(content, arrays, self.report(loss))
 
     def fit_result(
@@ -103,7 +105,7 @@ class AssignedBlock(PreparedBlock):
             Mean training loss, for the server's log.
         """
         report = self.report(loss).to_record()
-        return [*self.arrays().values()], num_examples, {**(metrics or {}), **report}
+        return [*self.update().values()], num_examples, {**(metrics or {}), **report}
 
 
 def block_mod(
@@ -138,7 +140,8 @@ def block_mod(
         return call_next(message, context)
     start = time.perf_counter()
     assignment = assignment_in(message.content)
-    asked_names(assignment)
+    names, _ = asked_names(assignment)
+    sent = sent_arrays(message.content, names)
     reply = call_next(message, context)
     if reply.has_error():
         return reply
@@ -149,12 +152,21 @@ def block_mod(
         if name == loss_key and not isinstance(loss, list)
     ]
     report = weights_report(assignment, start, losses[0] if losses else None)
-    cut_to_block(reply.content, assignment, report)
+    cut_to_block(reply.content, assignment, report, sent)
     return reply
 
 
+def sent_arrays(content: RecordDict, names: Iterable[str]) -> dict[str, Array]:
+    """Return those of a message's arrays that have some names."""
+    arrays = _only_arrays(content)
+    return {name: arrays[name] for name in names if name in arrays}
+
+
 def cut_to_block(
-    content: RecordDict, assignment: Assignment, report: UpdateReport
+    content: RecordDict,
+    assignment: Assignment,
+    report: UpdateReport,
+    sent: Mapping[str, Array],
 ) -> RecordDict:
     """Let the content of a reply hold the assigned block in place of the whole model.
 
@@ -166,6 +178,8 @@ def cut_to_block(
         What the server asked for.
     report
         What goes with the block.
+    sent
+        The block's and the head's arrays as they were received.
 
     Raises
     ------
@@ -175,7 +189,33 @@ def cut_to_block(
     names, _ = asked_names(assignment)
     arrays = _only_arrays(content)
     wanted = (*names, *statistics_names(arrays))
-    return _filled(content, {n: arrays[n] for n in wanted if n in arrays}, report)
+    kept = {n: arrays[n] for n in wanted if n in arrays}
+    return _filled(content, as_asked(assignment, sent, kept), report)
+
+
+def as_asked(
+    assignment: Assignment, sent: Mapping[str, Array], trained: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Return the arrays of a reply in the codec that the server asks for.
+
+    Raises
+    ------
+    UserError
+        One of them has another shape than was received.
+    """
+    if assignment.codec == "fp32":
+        return {**trained}
+    # Arrays of the legacy interface say nothing of their shapes.
+    before = {name: array.numpy() for name, array in sent.items()}
+    after = {name: array.numpy() for name, array in trained.items()}
+    for name in before.keys() & after.keys():
+        if before[name].shape != after[name].shape:
+            raise UserError(
+                f"{name} was received with shape {before[name].shape} and is returned "
+                f"with {after[name].shape}: return what was received."
+            )
+    moves = encoded_moves(assignment, before, after)
+    return {name: Array(values) for name, values in moves.items()}
 
 
 def _only_arrays(content: RecordDict) -> ArrayRecord:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from flwr.app import ArrayRecord, Context, Message, MessageType
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from flwr.client import ClientFnExt
 from flwr.clientapp import ClientApp as FlowerClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
@@ -15,11 +15,11 @@ from flwr.common import Code, Config, GetPropertiesRes, Status
 from flwr.common.constant import MessageTypeLegacy
 from flwr.compat.common.recorddict_compat import getpropertiesres_to_recorddict
 
-from lola_flwr.clients.assigned_block import cut_to_block
+from lola_flwr.clients.assigned_block import as_asked, cut_to_block, sent_arrays
 from lola_flwr.clients.held_copies import LEGACY_METRICS, complete_arrays, held_mod
 from lola_flwr.clients.node import known_properties
 from lola_flwr.clients.profiles import profile_reply
-from lola_flwr.device.own_training import noted_blocks, weights_report
+from lola_flwr.device.own_training import asked_names, noted_blocks, weights_report
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
 from lola_flwr.wire.records import (
@@ -119,6 +119,8 @@ def _train(
     (record,) = message.content.config_records.values()
     assignment = Assignment.from_record(record)
     places = record.get(PLACES_KEY)
+    kept = [*map(int, places.split())] if isinstance(places, str) else []
+    sent = _sent(message, assignment, kept)
     with noted_blocks() as blocks:
         try:
             reply = call_next(message, context)
@@ -134,9 +136,9 @@ def _train(
     loss = _loss_in(pair for metrics in said for pair in metrics.items())
     report = replace(weights_report(assignment, start, loss), completes=completes)
     if legacy is None:
-        cut_to_block(reply.content, assignment, report)
+        cut_to_block(reply.content, assignment, report, sent)
     elif isinstance(places, str):
-        _cut_list(reply, [*map(int, places.split())], report)
+        _cut_list(reply, assignment, kept, sent, report)
     return reply
 
 
@@ -149,7 +151,27 @@ def _has_report(reply: Message) -> bool:
     )
 
 
-def _cut_list(reply: Message, places: Sequence[int], report: UpdateReport) -> None:
+def _sent(
+    message: Message, assignment: Assignment, places: Sequence[int]
+) -> dict[str, Array]:
+    """Return block and head as they were received: by name, or of a list by place."""
+    if assignment.codec == "fp32":
+        return {}
+    names, _ = asked_names(assignment)
+    if not places:
+        return sent_arrays(message.content, names)
+    (record,) = message.content.array_records.values()
+    # Running statistics are behind them.
+    return {str(place): record[str(place)] for place in places[: len(names)]}
+
+
+def _cut_list(
+    reply: Message,
+    assignment: Assignment,
+    places: Sequence[int],
+    sent: Mapping[str, Array],
+    report: UpdateReport,
+) -> None:
     """Leave of a NumPyClient's list the arrays at some places."""
     ((key, record),) = reply.content.array_records.items()
     arrays = [*record.values()]
@@ -158,8 +180,9 @@ def _cut_list(reply: Message, places: Sequence[int], report: UpdateReport) -> No
             f"fit returned {len(arrays)} arrays, but the server asks for number "
             f"{max(places)}: return as many as were received, in that order."
         )
-    kept = [arrays[place] for place in places] if arrays else []
-    reply.content[key] = ArrayRecord({str(n): array for n, array in enumerate(kept)})
+    kept = {str(place): arrays[place] for place in places} if arrays else {}
+    asked = as_asked(assignment, sent, kept).values()
+    reply.content[key] = ArrayRecord({str(n): array for n, array in enumerate(asked)})
     told = {OURS + key: value for key, value in report.to_record().items()}
     reply.content.config_records[LEGACY_METRICS].update(told)
 

@@ -117,6 +117,7 @@ def coordinator_for(
         base_fingerprint=fingerprint(model, partition.frozen),
         state_dict=state_dict,
         block_mean=step.block_mean,
+        steady=step.steady,
     )
     return Coordinator(served, costs, batch_size=batch_size, settings=settings)
 
@@ -178,7 +179,8 @@ def trainer_for(
     LayerNotUnderstood
         The model's layers cannot be cut into sub-networks.
     UserError
-        ``step.block_mean``: devices do not have updates of their own here.
+        ``step.block_mean``, ``step.steady``: devices do not have updates of their own
+        here.
     """
     step = ServerStep() if step is None else step
     if step.block_mean != "mean":
@@ -186,6 +188,8 @@ def trainer_for(
             f"block_mean={step.block_mean!r}: with D2FT no device has an update of its "
             "own to put together with others'; leave it at 'mean'."
         )
+    if step.steady:
+        raise UserError("steady=True: with D2FT no device has an update of its own.")
     return SpreadTrainer(
         model,
         partition,
@@ -298,6 +302,7 @@ def coordinator_for_weights(
         ),
         state_dict=state,
         block_mean=step.block_mean,
+        steady=step.steady,
         exchange=exchange,
     )
     return Coordinator(served, costs, batch_size=batch_size, settings=settings)

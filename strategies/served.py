@@ -21,6 +21,7 @@ from lola_flwr.build import (
     DeviceOptions,
     RoundMode,
     RoundSettings,
+    ServerStep,
     Transfer,
     coordinator_for_weights,
 )
@@ -35,7 +36,7 @@ Encoded = TypeVar("Encoded")
 
 # How many devices return each block of a project. The mean of fewer is too noisy to
 # learn as FedAvg does, which has the mean of all (docs/migration.md has figures).
-DEVICES_PER_BLOCK = 4
+DEVICES_PER_BLOCK = 6
 _PER_BLOCK = "devices_per_block"
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -48,10 +49,14 @@ ASSUMED_PROFILE = DeviceProfile(
 # As under FedAvg, whoever is there takes part: several devices a block, or several
 # blocks a device, in turn where these are too much for it.
 PROJECT_SETTINGS = RoundSettings(
-    transfer=Transfer(downlink="changed"),
+    transfer=Transfer(codec="fp16", downlink="changed"),
     allocation=AllocationOptions(mode=RoundMode(participation="all"), partial=True),
     devices=DeviceOptions(assumed_profile=ASSUMED_PROFILE),
 )
+
+
+# A move towards what devices return, of which several tell.
+PROJECT_STEP = ServerStep(optimizer="SGD", lr=1.0, steady=True)
 
 
 class Served(Generic[Encoded]):
@@ -109,6 +114,7 @@ class Served(Generic[Encoded]):
                 devices = replace(settings.devices, train_all=True)
                 settings = replace(settings, devices=devices)
             self._options["settings"] = settings
+            self._options.setdefault("step", PROJECT_STEP)
 
     @property
     def is_made(self) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import numpy.typing as npt
 from torch import nn
 
@@ -18,6 +19,7 @@ from lola_flwr.model.backprop import only_trainable
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.recording import noted_calls
 from lola_flwr.model.statistics import statistics_names
+from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.records import Assignment, UpdateReport
 
 # What clients hand on and need no PyTorch for.
@@ -74,6 +76,12 @@ class PreparedBlock:
         self._prepared = only_trainable(model, {*update_names, *own})
         prepared = self._prepared.__enter__()
         self._parameters = {name: prepared[name] for name in update_names}
+        self._received: dict[str, npt.NDArray[Any]] = {}
+        if assignment.codec != "fp32":
+            self._received = {
+                self._names[name]: parameter.float().numpy(force=True).copy()
+                for name, parameter in self._parameters.items()
+            }
         self._calls = noted_calls(model, update_names).__enter__()
         self._frozen_since: list[str] | None = None
         made = _made.get()
@@ -125,6 +133,10 @@ class PreparedBlock:
                 if n not in self._local
             },
         }
+
+    def update(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what goes to the server: the arrays, or their encoded moves."""
+        return encoded_moves(self.assignment, self._received, self.arrays())
 
     def check(self) -> None:
         """Make sure that block and head could be trained, or raise as `arrays`."""
@@ -198,6 +210,36 @@ def lines_of(text: str | None) -> tuple[str, ...]:
     return tuple((text or "").splitlines())
 
 
+def encoded_moves(
+    assignment: Assignment,
+    sent: Mapping[str, npt.NDArray[Any]],
+    trained: Mapping[str, npt.NDArray[Any]],
+) -> dict[str, npt.NDArray[Any]]:
+    """Return what travels of trained arrays: how far they moved, encoded.
+
+    Of weights a codec would round most of the move away.
+
+    Parameters
+    ----------
+    assignment
+        What the server asked for; in ``"fp32"`` the arrays themselves travel.
+    sent
+        Those of block and head as they were received.
+    trained
+        They and others, as running statistics, as they are now.
+    """
+    if assignment.codec == "fp32":
+        return {**trained}
+    codec, moves = codec_named(assignment.codec), {}
+    for name, values in trained.items():
+        if name in sent:
+            wide = np.result_type(sent[name], np.float32)
+            move = np.subtract(sent[name], values, dtype=wide)
+            values = codec.encode(np.asarray(move, np.float32))
+        moves[name] = values
+    return moves
+
+
 def weights_report(
     assignment: Assignment, start: float, loss: float | None
 ) -> UpdateReport:
@@ -215,7 +257,7 @@ def weights_report(
     return UpdateReport(
         server_round=assignment.server_round,
         block_index=assignment.block_index,
-        update_kind="weights",
+        update_kind="weights" if assignment.codec == "fp32" else "moves",
         loss=None if loss is None else float(loss),
         compute_s=time.perf_counter() - start,
         compute_clock="measured",

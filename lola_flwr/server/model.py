@@ -17,11 +17,14 @@ from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.server.assembly import BlockUpdate, average_statistics, block_mean_named
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.server.optimizer import ServerOptimizer
+from lola_flwr.server.steadied import steadied
 from lola_flwr.wire.payload import array_bytes
 from lola_flwr.wire.versions import Versions, model_pieces
 
-# Prefix of the values that training started from, in a snapshot.
+# Prefixes, in a snapshot, of the values that training started from, and of what the
+# last round moved.
 _START = "start/"
+_LAST = "last-move/"
 
 
 class ServedModel:
@@ -42,6 +45,9 @@ class ServedModel:
         How the updates of one block, and of the head, are put together, and those of
         one running statistic: "mean", or one that a few hostile devices cannot move,
         "median" or "trimmed".
+    steady
+        Whether moves of blocks that few of a round's devices return are steadied by
+        the last round's, see `lola_flwr.server.steadied`.
     exchange
         Where devices hold arrays under other names than they are sent, or some that
         they are not: what these are.
@@ -60,6 +66,7 @@ class ServedModel:
         base_fingerprint: str,
         state_dict: Mapping[str, npt.NDArray[Any]] | None = None,
         block_mean: str = "mean",
+        steady: bool = False,
         exchange: Exchange | None = None,
     ) -> None:
         self.partition = partition
@@ -69,6 +76,9 @@ class ServedModel:
         self._optimizer = optimizer
         self._assemble = block_mean_named(block_mean)
         self._block_mean = block_mean
+        # What the last round moved, where moves are steadied.
+        self._is_steady = steady
+        self._last_moves: Float32Arrays = {}
         # Values to measure moves from; empty, unless `remember_start` was called.
         self._start: Float32Arrays = {}
         # The optimizer holds the trainable values: no second copy of them is kept.
@@ -143,7 +153,12 @@ class ServedModel:
         zeroth_order_lr
             Rate of a plain step by estimated gradients, which goes past the optimizer.
         """
-        gradient = self._assemble([u for u in updates if not u.zeroth_order])
+        first_order = [u for u in updates if not u.zeroth_order]
+        gradient = self._assemble(first_order)
+        if self._is_steady:
+            blocks = self.partition.blocks
+            gradient = steadied(gradient, self._last_moves, first_order, blocks)
+            self._last_moves = {n: gradient[n].copy() for n in gradient}
         estimate = self._assemble([u for u in updates if u.zeroth_order])
         if gradient:
             self._optimizer.step(gradient, server_round)
@@ -213,6 +228,7 @@ class ServedModel:
                 **optimizer.arrays,
                 **statistics,
                 **{_START + name: values for name, values in self._start.items()},
+                **{_LAST + name: values for name, values in self._last_moves.items()},
             },
             {
                 "base_fingerprint": self.base_fingerprint,
@@ -237,3 +253,8 @@ class ServedModel:
         for name in statistics_names(self._state_dict):
             self._state_dict[name] = snapshot.arrays[f"statistics/{name}"]
         self._start = {name: snapshot.arrays[_START + name] for name in self._start}
+        self._last_moves = {
+            name.removeprefix(_LAST): np.array(values)
+            for name, values in snapshot.arrays.items()
+            if name.startswith(_LAST)
+        }

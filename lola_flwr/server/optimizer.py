@@ -35,6 +35,9 @@ class ServerStep:
         As in `ServerOptimizer`.
     block_mean
         How updates are put together, as in `lola_flwr.server.model.ServedModel`.
+    steady
+        Whether what few devices have moved is steadied, as there. (Where a strategy is
+        given a project's model and no step, it is.)
     """
 
     optimizer: str = "AdamW"
@@ -44,6 +47,7 @@ class ServerStep:
     schedule: str | None = None
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
     block_mean: str = "mean"
+    steady: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a `ServerOptimizer`.

@@ -14,9 +14,15 @@ from lola_flwr.errors import brief, quoted
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.statistics import is_plausible, statistics_names
 from lola_flwr.server.assembly import BlockUpdate
+from lola_flwr.server.received import (
+    UpdateRefused,
+    decoded,
+    finite,
+    read_array,
+    read_move,
+)
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.low_rank import projection_of
-from lola_flwr.wire.npy import MalformedArray, read_npy
 from lola_flwr.wire.packing import GRADIENTS, packed_type, unpack
 from lola_flwr.wire.records import (
     FAILURE_DETAIL_KEY,
@@ -87,27 +93,14 @@ class Upload:
         return cls(bits, reply.upload_s, len(sent) - used_arrays)
 
 
+# Kinds of updates of devices that train the weights themselves.
+_TRAINED = ("weights", "moves")
+
 # Beyond these a device's report is not believed: no mini-batch takes a day, and no loss
 # that can still be trained on is this large.
 _LONGEST_COMPUTE_S = 86_400.0
 _LARGEST_LOSS = 1e6
 _LARGEST_PEAK_BYTES = 1e15
-
-
-class UpdateRefused(Exception):
-    """A reply cannot be used.
-
-    Parameters
-    ----------
-    reason
-        Short reason to count by, such as ``"non-finite"``.
-    detail
-        What exactly is wrong.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 def _failure(record: Mapping[str, object]) -> UpdateRefused:
@@ -174,7 +167,7 @@ class UpdateReader:
             raise UpdateRefused(
                 "wrong-examples", f"claims {brief(examples)} examples of {most}"
             )
-        if report.update_kind == "weights":
+        if report.update_kind in _TRAINED:
             examples = min(examples, most)
         elif examples > most:
             raise UpdateRefused("wrong-examples", f"claims {examples} of {most}")
@@ -187,7 +180,10 @@ class UpdateReader:
             gradients = self._gradients(reply, assignment, sent, names)
             return BlockUpdate(gradients, examples, norm=_norm(gradients)), report
         tensors = self._named_tensors(reply, names)
-        moves = self._moves(tensors, sent, names)
+        codec = None
+        if report.update_kind == "moves":
+            codec = codec_named(assignment.codec)
+        moves = {n: read_move(n, tensors[n], sent[n], codec) for n in names}
         norm = _norm(moves)
         damping = self._damping(len(blocks))
         if assignment.trains_all:
@@ -224,38 +220,16 @@ class UpdateReader:
         if projection is not None:
             shapes = {name: projection.shape(shape) for name, shape in shapes.items()}
         data = self._named_tensors(reply, (GRADIENTS,))[GRADIENTS]
-        packed = _read(GRADIENTS, data, *packed_type(codec, shapes.values()))
+        packed = read_array(GRADIENTS, data, *packed_type(codec, shapes.values()))
         gradients: dict[str, Float32Array] = {}
         for name, wire in unpack(packed, codec, shapes).items():
-            try:
-                received = codec.decode(wire, shapes[name])
-            except MalformedArray as error:
-                raise UpdateRefused("wrong-array", f"{name}: {error}") from None
+            received = decoded(name, wire, shapes[name], codec)
             if projection is not None:
                 received = projection.lift(
                     assignment.server_round, name, received, sent[name].shape
                 )
-            gradients[name] = _finite(name, received)
+            gradients[name] = finite(name, received)
         return gradients
-
-    def _moves(
-        self,
-        tensors: Mapping[str, bytes],
-        sent: Mapping[str, npt.NDArray[Any]],
-        names: Sequence[str],
-    ) -> dict[str, Float32Array]:
-        """Return how far a reply's weights are from those that were sent."""
-        moves: dict[str, Float32Array] = {}
-        for name in names:
-            # Weights come in the model's own type, or in float32.
-            dtypes = (sent[name].dtype, np.dtype(np.float32))
-            values: npt.NDArray[Any] = _read(
-                name, tensors[name], sent[name].shape, *dtypes
-            )
-            wide = np.result_type(sent[name], np.float32)
-            move = np.subtract(sent[name], values, dtype=wide)
-            moves[name] = _finite(name, np.asarray(move, np.float32))
-        return moves
 
     def _estimated(
         self,
@@ -273,7 +247,7 @@ class UpdateReader:
                 "wrong-projections", f"{len(data)} bytes instead of {expected_bytes}"
             )
         received = np.frombuffer(data, PROJECTION_TYPE)
-        projections = _finite("projections", received.astype(np.float32))
+        projections = finite("projections", received.astype(np.float32))
         # A projection's standard deviation is the norm of the gradient itself.
         limit = np.float32(self.max_gradient_norm)
         return estimated_gradient(
@@ -307,7 +281,7 @@ class UpdateReader:
         if report.block_index != assignment.block_index:
             raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
         estimates = assignment.direction_seed is not None
-        kinds = ["zeroth-order"] if estimates else ["gradient", "weights"]
+        kinds = ["zeroth-order"] if estimates else ["gradient", *_TRAINED]
         if report.update_kind not in (*kinds, "nothing"):
             raise UpdateRefused("wrong-kind", f"holds {quoted(report.update_kind)}")
         if report.update_kind == "zeroth-order" and (
@@ -340,7 +314,7 @@ class UpdateReader:
         for name in statistics_names(tensors):
             if name not in sent:
                 continue
-            values = _read(name, tensors[name], sent[name].shape, sent[name].dtype)
+            values = read_array(name, tensors[name], sent[name].shape, sent[name].dtype)
             if not is_plausible(name, values):
                 raise UpdateRefused("implausible", f"{name} is no running statistic")
             statistics[name] = values
@@ -356,7 +330,7 @@ class UpdateReader:
             order: Sequence[str] = self.sent_names
             if "update-kind" in reply.report:
                 order = names
-                if reply.report["update-kind"] == "weights":
+                if reply.report["update-kind"] in _TRAINED:
                     order = (*names, *statistics_names(self.sent_names))
             if len(tensors) != len(order):
                 raise UpdateRefused(
@@ -369,25 +343,6 @@ class UpdateReader:
                 "wrong-count", f"{len(missing)} arrays missing, such as {missing[0]}"
             )
         return tensors
-
-
-def _read(
-    name: str, data: bytes, shape: Sequence[int], *dtypes: np.dtype[np.generic]
-) -> npt.NDArray[np.generic]:
-    """Read a received array of one of several types."""
-    refusals = []
-    for dtype in dict.fromkeys(dtypes):
-        try:
-            return read_npy(data, shape=shape, dtype=dtype)
-        except MalformedArray as error:
-            refusals.append(str(error))
-    raise UpdateRefused("wrong-array", f"{name}: {refusals[0]}")
-
-
-def _finite(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    if not np.isfinite(values).all():
-        raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
-    return values
 
 
 def _norm(gradients: Float32Arrays) -> float:

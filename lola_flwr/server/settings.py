@@ -11,6 +11,7 @@ from lola_flwr.server.norm_limits import NormLimits
 from lola_flwr.server.selection import Selection
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.wire.codec import CODECS
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.payload import HeadPolicy
 from lola_flwr.zeroth_order.mixing import ZerothOrder
@@ -26,7 +27,9 @@ class Transfer:
     ----------
     codec
         Name of the codec that gradients travel in; ``"auto"`` gives each device the
-        finest that costs the round little, see `AllocationOptions`.
+        finest that costs the round little, see `AllocationOptions`. Where devices
+        return weights: what these have moved by travels in it, of ``"bf16"`` and
+        ``"fp16"``; in ``"fp32"`` the weights themselves do.
     head
         Which devices send the head's gradient, which all have computed: ``"every"``
         one, that of the ``"shallowest"`` block, or ``"rotating"`` from block to block.
@@ -142,8 +145,12 @@ class RoundSettings:
             There is something of that.
         """
         transfer, devices = self.transfer, self.devices
+        if transfer.codec not in CODECS or CODECS[transfer.codec].has_feedback:
+            raise UserError(
+                f"codec={brief(transfer.codec)} is for devices that send gradients, "
+                "and these return weights; choose from fp32, bf16 and fp16."
+            )
         for name, value, usual in (
-            ("codec", transfer.codec, "fp32"),
             ("low_rank", transfer.low_rank, None),
             ("zeroth_order", devices.zeroth_order, None),
             ("reduced_schedules", devices.reduced_schedules, False),

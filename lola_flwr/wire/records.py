@@ -222,8 +222,9 @@ class UpdateReport(_Record):
     update_kind
         What the arrays are. ``"gradient"``: one array, in the assignment's codec.
         ``"weights"``: those after local training, by name, in float32, since a codec
-        that rounds would round most of a weight's small move away. ``"zeroth-order"``:
-        there are none, and ``projections`` instead.
+        that rounds would round most of a weight's small move away. ``"moves"``: of each
+        of these what was sent less what it became, in the assignment's codec.
+        ``"zeroth-order"``: there are none, and ``projections`` instead.
         ``"nothing"``: the device does not hold what the message left out.
     loss
         Mean training loss; None if unknown.

@@ -1,7 +1,8 @@
 """How long rounds take on the air: under FedAvg with best shares, and by blocks.
 
 Both are planned for the same fleet and channel, those of a simulation of the project:
-rounds differ in what devices return alone.
+rounds differ in what devices return alone, the whole model in float32, or a block's
+move as the strategy's default has it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from pathlib import Path
 
 import torch
 
-from lola_flwr.build import DeviceOptions, RoundMode, coordinator_for_weights
+from lola_flwr.build import (
+    DeviceOptions,
+    RoundMode,
+    Transfer,
+    coordinator_for_weights,
+)
 from lola_flwr.model.exchange import usual_names
 from lola_flwr.strategies.served import DEVICES_PER_BLOCK, PROJECT_SETTINGS
 from lola_flwr.system.devices import simulated_device
@@ -60,6 +66,7 @@ def planned_s(
         max_blocks=num_blocks,
         settings=replace(
             PROJECT_SETTINGS,
+            transfer=PROJECT_SETTINGS.transfer if by_blocks else Transfer(),
             allocation=allocation,
             devices=DeviceOptions(train_all=True),
         ),

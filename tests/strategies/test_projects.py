@@ -281,7 +281,7 @@ def test_any_number_of_nodes_takes_part(nodes):
 
 
 @pytest.mark.parametrize("legacy", rest_slow([False, True]))
-@pytest.mark.parametrize("nodes", rest_slow([8, 2]))
+@pytest.mark.parametrize("nodes", rest_slow([12, 2]))
 def test_several_devices_return_each_block(nodes, legacy):
     """Where there are too few for that, blocks are put together; at last it is FedAvg.
 
@@ -292,8 +292,9 @@ def test_several_devices_return_each_block(nodes, legacy):
     _, _, averaged = run(plain, legacy=legacy, nodes=nodes, plain=True)
     for record in records:
         counts = Counter(b.block_index for b in record.blocks)
-        assert counts == ({0: 2} if nodes == 2 else {0: 4, 1: 4})
+        assert counts == ({0: 2} if nodes == 2 else {0: 6, 1: 6})
     for name, values in averaged.items():
         if name.endswith("num_batches_tracked"):  # FedAvg's mean of integers is another
             continue
-        np.testing.assert_allclose(arrays[name], values, rtol=1e-4, atol=1e-6)
+        # Moves travel in fp16, each off by a part of 2**-11.
+        np.testing.assert_allclose(arrays[name], values, rtol=1e-3, atol=1e-4)

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
-from lola_flwr.server.replies import DeviceReply, UpdateReader, UpdateRefused, Upload
+from lola_flwr.server.received import UpdateRefused
+from lola_flwr.server.replies import DeviceReply, UpdateReader, Upload
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.round.waits import unexplained_waits
 from lola_flwr.wire.records import OUT_OF_MEMORY, Assignment, UpdateReport
