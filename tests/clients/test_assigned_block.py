@@ -356,7 +356,8 @@ def test_a_block_that_got_no_gradient_is_not_returned(model, reentrant, compiled
 
 
 def test_numpy_client_result(model):
-    block = AssignedBlock(model, federate_config(model, block_index=1))
+    config = federate_config(model, block_index=1)
+    block = AssignedBlock(model, config)
     arrays, examples, metrics = block.fit_result(16, {"mine": 1}, loss=0.5)
     assert [array.shape for array in arrays[:6]] == [
         *((4, 4), (4,), (4,), (4,)),
@@ -367,6 +368,15 @@ def test_numpy_client_result(model):
     assert metrics["mine"] == 1
     assert (metrics["update-kind"], metrics["block-index"]) == ("weights", 1)
     assert metrics["loss"] == 0.5
+    block = AssignedBlock(model, {**config, "codec": "fp16"})
+    with torch.no_grad():
+        model.head.bias += 0.25
+    arrays, _, metrics = block.fit_result(16)
+    assert metrics["update-kind"] == "moves"
+    # An exponent, then the gradient that a step with a rate of 1 undoes.
+    exponent, value = arrays[5].tolist()
+    assert value * 2**exponent == pytest.approx(-0.25, rel=1e-3)
+    assert [array.shape for array in arrays[6:]] == [(4,), (4,), ()] * 3
 
 
 def test_clipping_on_the_device(model):
@@ -591,7 +601,6 @@ def test_shared_parameters_are_refused(model):
         [
             {"codec": "int8"},
             {"low_rank": LowRankProjection(rank=2)},
-            {"codec": "bf16"},
             {"codec": "auto"},
             {"codec": "topk:0.1"},
             {"zeroth_order": ZerothOrder(costs=None)},
@@ -610,10 +619,45 @@ def test_what_is_for_gradients_is_refused_for_weights(roberta, options):
         )
 
 
+@pytest.mark.parametrize("codec", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", APPS)
+def test_moves_travel_in_a_codec(model, kind, codec):
+    """Weights, of which most are larger than their moves, would not survive it."""
+    exact, rounded = (
+        federate(model, APPS[kind](), rounds=2, codec=c) for c in ("fp32", codec)
+    )
+    assert [record.refused for record in rounded[0]] == [{}, {}]
+    state = model.state_dict()
+    for name, array in exact[1].arrays.items():
+        move = array.numpy() - state[name].numpy()
+        other = rounded[1].arrays[name].numpy() - state[name].numpy()
+        difference = np.abs(move - other).max()
+        assert difference <= 2**-6 * np.abs(move).max(initial=0.0)
+    for reply in rounded[2]:
+        arrays = reply.content["arrays"]
+        types = {n: a.numpy().dtype.itemsize for n, a in arrays.items()}
+        wanted = 4 if kind == "knows nothing" else 2
+        assert {types[n] for n in types if n not in statistics(model)} == {wanted}
+
+
+def test_returned_arrays_of_other_shapes(model):
+    def train(message, context):
+        reply = plain_train(message, context)
+        reply.content["arrays"]["head.weight"] = Array(np.zeros(4, np.float32))
+        return reply
+
+    config = ConfigRecord({**federate_config(model, block_index=0), "codec": "fp16"})
+    message = message_to(model, {"config": config})
+    said = r"head.weight was received with shape \(1, 4\) and is returned with \(4,\)"
+    with pytest.raises(UserError, match=said):
+        block_mod(message, None, train)
+
+
 def test_weights_are_planned_as_they_are_sent(model):
-    """The plain codec, and parts of the head's policy, are what devices do."""
-    for head in ("every", "shallowest"):
-        records, _, replies = federate(model, make_app(prepared_train), head=head)
+    """The codec, and parts of the head's policy, are what devices do."""
+    kinds = [{"head": "every"}, {"head": "shallowest"}, {"codec": "fp16"}]
+    for options in kinds:
+        records, _, replies = federate(model, make_app(prepared_train), **options)
         planned = {b.device: b.payload_bytes for b in records[0].blocks}
         received = {b.device: b.received_bytes for b in records[0].blocks}
         assert len(replies) == len(planned) == 3

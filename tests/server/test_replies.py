@@ -440,3 +440,29 @@ def test_an_upload_is_all_that_was_sent_and_says_what_was_of_no_use(by_name):
     assert Upload.of(reply, told, 1) == Upload(8.0 * 317, 2.5, 2)
     told = replace(told, projections=bytes(12))
     assert Upload.of(reply, told, 3) == Upload(8.0 * 329, 2.5, 0)
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16"])
+def test_moves_that_were_encoded(codec):
+    """They are a gradient: what was sent less what it became."""
+    assignment = replace(ASSIGNMENT, codec=codec, trains_all=True)
+    moves = {name: 1e-7 * move for name, move in drawn(5, NAMES).items()}
+    wire = {n: npy(codec_named(codec).encode(m)) for n, m in moves.items()}
+    wire |= {name: npy(values) for name, values in STATISTICS.items()}
+    reply = DeviceReply("a", wire, MOST + 3, report(update_kind="moves"))
+    update, _ = read(reply, assignment)
+    assert update.num_examples == MOST
+    assert {*update.statistics} == {*STATISTICS}
+    for name, move in moves.items():
+        np.testing.assert_allclose(update.gradients[name], move, rtol=2**-8)
+    in_order = replace(reply, tensors=[*wire.values()])
+    if set(STATISTICS) == {n for n in SENT if n in STATISTICS}:
+        equal(read(in_order, assignment)[0].gradients, update.gradients)
+    broken = replace(reply, tensors={**wire, NAMES[0]: npy(moves[NAMES[0]])})
+    assert refusal(broken, assignment=assignment).startswith("wrong-array")
+    spoiled = codec_named(codec).encode(np.full_like(moves[NAMES[0]], np.nan))
+    broken = replace(reply, tensors={**wire, NAMES[0]: npy(spoiled)})
+    assert refusal(broken, assignment=assignment).startswith("non-finite")
+    # Whoever returns weights all the same is understood.
+    weights = {name: SENT[name] - moves[name] for name in NAMES}
+    assert read(weights_reply(weights), assignment)[1].update_kind == "weights"
