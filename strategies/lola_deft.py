@@ -168,7 +168,6 @@ class LoLaDeft(FedAvg):
         def drawn(devices: Collection[str]) -> int:
             return min(self.num_fit_clients(len(devices))[0], len(devices))
 
-        self._served.group(lambda: drawn(self._rounds.wait_for_devices(connected)))
         plan = self._rounds.plan(
             server_round,
             connected=connected,

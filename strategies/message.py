@@ -200,7 +200,6 @@ class LoLaDeft(FedAvg):
             wanted = max(int(len(devices) * self.fraction_train), self.min_train_nodes)
             return min(wanted, len(devices))
 
-        self._served.group(lambda: drawn(self._rounds.wait_for_devices(connected)))
         plan = self._rounds.plan(
             server_round,
             connected=connected,

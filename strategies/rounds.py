@@ -290,10 +290,6 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         # Devices that said they complete messages of evaluation, too.
         self._completing: set[str] = set()
 
-    def go_on_with(self, coordinator: Coordinator) -> None:
-        """Have another coordinator of the same model plan the run's rounds."""
-        self._method = self._coordinator = coordinator
-
     def contents(
         self,
         plan: RoundPlan,

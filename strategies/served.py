@@ -91,8 +91,6 @@ class Served(Generic[Encoded]):
         self._on_round = on_round
         self._model: Model | None = None
         self._options = dict(options)
-        self._devices_per_block = self._options.pop(_PER_BLOCK, DEVICES_PER_BLOCK)
-        self._is_grouped = False
         self._made: tuple[Coordinator, BlockRounds, dict[str, Encoded]] | None = None
         self._given: Coordinator | None = None
         if isinstance(given, Coordinator):
@@ -113,6 +111,9 @@ class Served(Generic[Encoded]):
             if settings.devices.train_all is None:
                 devices = replace(settings.devices, train_all=True)
                 settings = replace(settings, devices=devices)
+            wanted = self._options.pop(_PER_BLOCK, DEVICES_PER_BLOCK)
+            allocation = replace(settings.allocation, returned_by=wanted)
+            settings = replace(settings, allocation=allocation)
             self._options["settings"] = settings
             self._options.setdefault("step", PROJECT_STEP)
 
@@ -155,29 +156,6 @@ class Served(Generic[Encoded]):
         if self._model is not None and self._is_new(arrays):
             self._make(self._coordinator_of(arrays))
 
-    def group(self, count_devices: Callable[[], int]) -> None:
-        """Have several devices return each block of a model.
-
-        Where there are too few for that, neighbouring blocks are put together.
-
-        Parameters
-        ----------
-        count_devices
-            Tells before the first round how many devices train in one.
-        """
-        if self._model is None or self._is_grouped or self.coordinator.server_round:
-            return
-        self._is_grouped = True
-        coordinator, rounds, encoded = self._all()
-        num_devices, num_blocks = count_devices(), coordinator.partition.num_blocks
-        num_blocks = min(num_blocks, max(1, num_devices // self._devices_per_block))
-        settings = _with_devices(self._options["settings"], num_devices // num_blocks)
-        coordinator = self._coordinator_of(
-            coordinator.arrays(), settings=settings, max_blocks=num_blocks
-        )
-        rounds.go_on_with(coordinator)
-        self._made = coordinator, rounds, encoded
-
     def named(self, arrays: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Return the first arrays of a run, of which the order alone tells the names.
 
@@ -211,9 +189,9 @@ class Served(Generic[Encoded]):
             or not all(np.array_equal(arrays[n], v) for n, v in constants.items())
         )
 
-    def _coordinator_of(self, arrays: Arrays | None, **changed: Any) -> Coordinator:
+    def _coordinator_of(self, arrays: Arrays | None) -> Coordinator:
         assert self._model is not None
-        options = self._options | changed
+        options = {**self._options}
         if arrays is not None:
             options["exchanged"] = arrays
         elif options.get("exchanged") is None:
@@ -236,15 +214,6 @@ class Served(Generic[Encoded]):
         constants = coordinator.constants().items()
         encoded = {name: self._encode(values) for name, values in constants}
         self._made = coordinator, rounds, encoded
-
-
-def _with_devices(settings: RoundSettings, most: int) -> RoundSettings:
-    """Have each block trained by several devices, unless it is said by how many."""
-    mode = settings.allocation.mode
-    if mode.devices_per_block != 1:
-        return settings
-    mode = replace(mode, devices_per_block=max(1, most))
-    return replace(settings, allocation=replace(settings.allocation, mode=mode))
 
 
 def divided(

@@ -43,6 +43,9 @@ class AllocationOptions:
     partial
         Whether already the first round may leave out blocks that there are no devices
         for; later ones may in any case. Blocks then take turns.
+    returned_by
+        How many devices are to return each block, where a round has so many: each then
+        returns several, see `lola_flwr.planning.windows`. 1: what ``mode`` says.
     longest_round_s
         A device that would need longer for a block, had it the whole band to itself, is
         not given that block.
@@ -50,7 +53,8 @@ class AllocationOptions:
     Raises
     ------
     UserError
-        Unknown name of an allocator, or negative ``codec_slack`` or ``sharing_eps``.
+        Unknown name of an allocator, negative ``codec_slack`` or ``sharing_eps``, or
+        ``returned_by`` less than 1.
     """
 
     allocator: str | Allocator = "exact"
@@ -59,6 +63,7 @@ class AllocationOptions:
     sharing_eps: float = 0.0
     codec_slack: float = 0.1
     partial: bool = False
+    returned_by: int = 1
     longest_round_s: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -68,6 +73,8 @@ class AllocationOptions:
         for name in ("codec_slack", "sharing_eps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0.")
+        if self.returned_by < 1:
+            raise UserError(f"returned_by={self.returned_by} must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

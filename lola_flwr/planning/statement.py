@@ -27,6 +27,7 @@ from lola_flwr.planning.candidates import lifted, narrowed, spared
 from lola_flwr.planning.known import Known, RunStatement
 from lola_flwr.planning.latency_target import most_valuable_blocks
 from lola_flwr.planning.spans import Spans, chosen_spans, rotates
+from lola_flwr.planning.windows import chosen_windows, window_costs
 from lola_flwr.system.channel import uplink_rates_bps
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.payload import Payloads
@@ -64,7 +65,8 @@ class RoundProblem:
         Who trains all blocks, whichever it returns, shape [k].
     spans
         Blocks that one device trains together, by the first of them: where there are
-        fewer devices than blocks. All else has their costs at the first.
+        fewer devices than blocks, or several are to return each. All else has their
+        costs at the first.
     bound_s
         No other spans allow a shorter round than this.
     """
@@ -219,25 +221,29 @@ def training_all(run: RunStatement, known: Known, stated: RoundProblem) -> Round
 
 
 def together(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:
-    """Let devices train several blocks each, where there are fewer of them."""
-    chosen = chosen_spans(
-        run,
-        known,
-        stated.problem,
-        rate_bps=stated.rate_bps,
-        memory_limit_bytes=stated.memory_limit_bytes,
-    )
-    if chosen is None:
-        return stated
-    spans, bound_s = chosen
+    """Let devices train several blocks each: for enough of each, or for all blocks."""
+    problem, limit = stated.problem, stated.memory_limit_bytes
+    windows = chosen_windows(run, known, problem, memory_limit_bytes=limit)
+    if windows is not None:
+        spans, mode, bound_s = *windows, math.inf
+    else:
+        chosen = chosen_spans(
+            run,
+            known,
+            problem,
+            rate_bps=stated.rate_bps,
+            memory_limit_bytes=limit,
+        )
+        if chosen is None:
+            return stated
+        spans, bound_s = chosen
+        mode = replace(problem.mode, blocks=tuple(spans), participation="needed")
     speed = np.array([profile.flops_per_s for profile in stated.profiles])
-    costs = run.costs.joined(spans.values())
-    claimed_s = costs.required_flops(stated.profiles) / speed[:, None]  # [K, N]
-    required_bytes = costs.required_bytes(stated.profiles)  # [K, N]
+    flops, required_bytes = window_costs(run, known, spans)
+    claimed_s = flops / speed[:, None]  # [K, N]
     memory_bytes = np.array([profile.memory_bytes for profile in stated.profiles])
-    mode = replace(stated.problem.mode, blocks=tuple(spans), participation="needed")
     problem = replace(
-        stated.problem,
+        problem,
         compute_s=known.estimate.correct(claimed_s, known.names),
         feasible=required_bytes <= memory_bytes[:, None],
         required_memory_bytes=required_bytes.min(axis=0),

@@ -16,7 +16,6 @@ import torch
 
 from lola_flwr.build import (
     DeviceOptions,
-    RoundMode,
     Transfer,
     coordinator_for_weights,
 )
@@ -53,17 +52,14 @@ def planned_s(
         model = getattr(import_module(f"{project.name}.{module}"), name)(*arguments)
     finally:
         sys.path.remove(str(app))
-    most = max(1, nodes // DEVICES_PER_BLOCK) if by_blocks else 1
-    num_blocks = min(project.num_blocks, most)
     allocation = replace(
         PROJECT_SETTINGS.allocation,
-        mode=RoundMode(participation="all", devices_per_block=nodes // num_blocks),
+        returned_by=DEVICES_PER_BLOCK if by_blocks else nodes,
     )
     coordinator = coordinator_for_weights(
         model,
         example=torch.zeros(1, 3, 16, 16) if "16, 16" in project.diff else None,
         exchanged=usual_names(model),
-        max_blocks=num_blocks,
         settings=replace(
             PROJECT_SETTINGS,
             transfer=PROJECT_SETTINGS.transfer if by_blocks else Transfer(),

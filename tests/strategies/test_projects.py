@@ -271,19 +271,19 @@ def test_failures_that_are_not_accepted_leave_the_model(caplog):
 
 @pytest.mark.parametrize("nodes", rest_slow([2, 1, 3, 7]))
 def test_any_number_of_nodes_takes_part(nodes):
-    """Three blocks are put together, or have several devices each."""
+    """Each trains several of the three blocks, or several train each."""
     project = Project(net, Whole())
     options = {"min_available_nodes": 1, "min_train_nodes": 1, "devices_per_block": 1}
     _, records, _ = run(project, legacy=False, rounds=3, nodes=nodes, **options)
     assert {len(record.blocks) for record in records} == {nodes}
-    trained = {b.block_index for record in records for b in record.blocks}
-    assert trained == {*range(min(nodes, 3))}
+    for record in records:
+        assert {n for b in record.blocks for n in b.blocks} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("legacy", rest_slow([False, True]))
-@pytest.mark.parametrize("nodes", rest_slow([12, 2]))
+@pytest.mark.parametrize("nodes", rest_slow([9, 2]))
 def test_several_devices_return_each_block(nodes, legacy):
-    """Where there are too few for that, blocks are put together; at last it is FedAvg.
+    """Where there are few each returns several, at last all of them, as under FedAvg.
 
     All devices of this project do the same.
     """
@@ -291,8 +291,9 @@ def test_several_devices_return_each_block(nodes, legacy):
     _, records, arrays = run(project, legacy=legacy, nodes=nodes)
     _, _, averaged = run(plain, legacy=legacy, nodes=nodes, plain=True)
     for record in records:
-        counts = Counter(b.block_index for b in record.blocks)
-        assert counts == ({0: 2} if nodes == 2 else {0: 6, 1: 6})
+        counts = Counter(n for b in record.blocks for n in b.blocks)
+        assert counts == dict.fromkeys(range(3), 2 if nodes == 2 else 6)
+        assert {len(b.blocks) for b in record.blocks} == {3 if nodes == 2 else 2}
     for name, values in averaged.items():
         if name.endswith("num_batches_tracked"):  # FedAvg's mean of integers is another
             continue

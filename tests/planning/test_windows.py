@@ -1,0 +1,103 @@
+"""Several devices for each block: windows of consecutive blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lola_flwr.build import (
+    AllocationOptions,
+    DeviceOptions,
+    RoundSettings,
+    coordinator_for_weights,
+)
+from lola_flwr.errors import UserError
+from lola_flwr.planning.windows import even_windows
+from lola_flwr.strategies.served import PROJECT_SETTINGS
+from lola_flwr.system.devices import DeviceProfile
+
+
+@given(st.integers(1, 40), st.data())
+def test_each_block_is_in_about_as_many_windows(num_blocks, data):
+    num_devices = data.draw(st.integers(1, 60))
+    length = data.draw(st.integers(1, num_blocks))
+    windows = even_windows(num_blocks, length, num_devices)
+    assert len(windows) <= num_devices
+    counts = Counter(block for window in windows.values() for block in window)
+    if length == num_blocks:
+        assert windows == {0: tuple(range(num_blocks))}
+    for first, window in windows.items():
+        assert window[0] == first and len({*window}) == length
+        assert all((b - a) % num_blocks == 1 % num_blocks for a, b in pairwise(window))
+    present = [counts[block] for block in range(num_blocks)]
+    assert max(present) - min(present) <= 1
+
+
+def coordinator_of(num_layers, returned_by, **options):
+    layers = [nn.Sequential(nn.Linear(160, 160), nn.Tanh()) for _ in range(num_layers)]
+    model = nn.Sequential(nn.Sequential(*layers), nn.Linear(160, 1))
+    allocation = replace(PROJECT_SETTINGS.allocation, returned_by=returned_by)
+    settings = RoundSettings(
+        allocation=allocation, devices=DeviceOptions(train_all=True, **options)
+    )
+    return coordinator_for_weights(model, stack="0", batch_size=4, settings=settings)
+
+
+def planned(coordinator, server_round, memory_bytes):
+    devices = [str(index) for index in range(len(memory_bytes))]
+    coordinator.meet_devices(server_round, devices)
+    for index, memory in enumerate(memory_bytes):
+        profile = DeviceProfile(str(index), 1e9, float(memory), 2.0 * index)
+        coordinator.add_device(str(index), profile.to_properties())
+    return coordinator.plan_round(server_round, devices)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "each", "length"),
+    [(1, 1, 4), (2, 2, 4), (8, 8, 4), (9, 8, 4), (12, 9, 3), (16, 8, 2), (40, 10, 1)],
+)
+def test_a_fleet_of_any_size(num_devices, each, length):
+    coordinator = coordinator_of(4, 8)
+    assignments = planned(coordinator, 1, [1e9] * num_devices).assignments
+    assert len(assignments) == num_devices
+    assert {len(a.blocks) for a in assignments.values()} == {length}
+    counts = Counter(block for a in assignments.values() for block in a.blocks)
+    assert min(counts.values()) >= min(each, num_devices)
+    assert len(counts) == 4
+    for assignment in assignments.values():
+        names = coordinator.partition.update_names(*assignment.blocks)
+        assert assignment.update_names == "\n".join(names)
+
+
+def test_a_fleet_that_grows_returns_less_each():
+    coordinator = coordinator_of(4, 8)
+    few = planned(coordinator, 1, [1e9] * 2).assignments
+    many = planned(coordinator, 2, [1e9] * 20).assignments
+    assert {len(a.blocks) for a in few.values()} == {4}
+    assert {len(a.blocks) for a in many.values()} == {2}
+
+
+def test_who_cannot_hold_a_window_trains_what_it_can():
+    """A window that begins again at the first block takes as much as all blocks."""
+    coordinator = coordinator_of(4, 8)
+    plan = planned(coordinator_of(4, 8), 1, [1e9] * 8)
+    (whole,) = {a.memory_bytes for a in plan.assignments.values()}
+    memory_bytes = [1e9] * 15 + [whole - 1]
+    assignments = planned(coordinator, 1, memory_bytes).assignments
+    assert len(assignments) == 16
+    small = assignments["15"]
+    assert not small.trains_all
+    assert small.memory_bytes <= whole - 1
+    assert small.blocks == tuple(sorted(small.blocks))
+    assert all(assignments[str(n)].trains_all for n in range(15))
+
+
+def test_impossible_numbers_are_refused():
+    with pytest.raises(UserError, match="returned_by=0 must be at least 1"):
+        AllocationOptions(returned_by=0)
