@@ -214,7 +214,6 @@ def coordinator_for_weights(
     blocks: str | Sequence[str] | None = None,
     example: Example | None = None,
     exchanged: Iterable[str] | Mapping[str, npt.NDArray[Any]] | None = None,
-    max_blocks: int | None = None,
     step: ServerStep = _TO_WEIGHTS,
     settings: RoundSettings | None = None,
 ) -> Coordinator:
@@ -247,9 +246,6 @@ def coordinator_for_weights(
         they start from by name (default: the state dict). Names are those of the state
         dict, of the state dict of a module in it, or those that peft saves adapters
         under. What is not exchanged may be of types that NumPy lacks.
-    max_blocks
-        How many blocks there are to be at most: neighbouring ones are put together
-        (default: as many as the model has).
     step
         How the server steps.
     settings
@@ -273,10 +269,6 @@ def coordinator_for_weights(
     if settings.devices.train_all and blocks is None:
         partition = with_the_rest(model, partition, exchange)
     partition = _exchanged_part(model, partition, exchange)
-    if max_blocks is not None:
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
-        block_sizes = [sum(sizes[n] for n in block) for block in partition.blocks]
-        partition = partition.grouped(block_sizes, max_blocks)
     given = exchanged if isinstance(exchanged, Mapping) else None
     state = _state(model, exchange, given)
     costs = model_costs(

@@ -20,11 +20,10 @@ embeddings behind the layers that it feeds.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, combinations, pairwise
+from itertools import pairwise
 
 from lola_flwr.model.stacks import (
     SHARED_BY_LAYERS,
@@ -87,27 +86,6 @@ class BlockPartition:
         stack = tuple(name for block in self.blocks for name in block)
         layers = (tuple(name for layer in self.layers for name in layer),)
         return replace(self, blocks=(stack,), layers=layers if self.layers else ())
-
-    def grouped(self, sizes: Sequence[float], count: int) -> BlockPartition:
-        """Return the partition in which neighbouring blocks are put together.
-
-        Parameters
-        ----------
-        sizes
-            What each block weighs, shape [N].
-        count
-            How many blocks there are to be at most; the heaviest is as light as can be.
-        """
-        if count >= self.num_blocks:
-            return self
-        ends = _even_ends(sizes, count)
-
-        def joined(parts: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-            spans = [parts[a:b] for a, b in pairwise((0, *ends))]
-            return tuple(tuple(n for part in span for n in part) for span in spans)
-
-        layers = joined(self.layers) if self.layers else ()
-        return replace(self, blocks=joined(self.blocks), layers=layers)
 
     def freezing(self, names: Collection[str]) -> BlockPartition:
         """Return the partition in which these parameters, too, are frozen.
@@ -221,36 +199,6 @@ def partition_parameters(
     kept = {name for block in trained for name in block}.union(head)
     frozen = tuple(name for name in names if name not in kept)
     return BlockPartition(blocks=trained, head=head, frozen=frozen)
-
-
-def _even_ends(sizes: Sequence[float], count: int) -> list[int]:
-    """Cut a row of sizes into ``count`` spans, the heaviest as light as can be.
-
-    Returns
-    -------
-    Where each span ends.
-    """
-
-    def ends_within(limit: float) -> list[int]:
-        ends: list[int] = []
-        held = 0.0
-        for place, size in enumerate(sizes):
-            # Enough must be left for the spans to come to have one each.
-            few_left = len(sizes) - place == count - len(ends) - 1
-            if place and (few_left or held + size > limit):
-                ends.append(place)
-                held = 0.0
-            held += size
-        return [*ends, len(sizes)]
-
-    sums = [0.0, *accumulate(sizes)]
-    limits = sorted({b - a for a, b in combinations(sums, 2)} | {max(sizes)})
-    lightest = bisect_left(
-        limits,
-        True,
-        key=lambda limit: limit >= max(sizes) and len(ends_within(limit)) <= count,
-    )
-    return ends_within(limits[lightest])
 
 
 def passed_names(names: Iterable[str], partition: BlockPartition) -> tuple[str, ...]:

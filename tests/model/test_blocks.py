@@ -2,19 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from lola_flwr.model.backprop import block_gradient, model_loss
 from lola_flwr.model.blocks import (
-    BlockPartition,
     BlocksNotFound,
     partition_parameters,
 )
@@ -670,30 +667,3 @@ def test_a_model_inside_a_sequential_is_found():
 def test_a_head_of_numbered_modules_stays_a_head():
     names = ["l.0.a.w", "l.1.a.w", "classifier.0.w", "classifier.2.w"]
     assert partition_parameters(names).head == ("classifier.0.w", "classifier.2.w")
-
-
-@given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=7).flatmap(
-        lambda sizes: st.tuples(st.just(sizes), st.integers(1, len(sizes) + 1))
-    )
-)
-def test_neighbouring_blocks_are_put_together_evenly(drawn):
-    sizes, count = drawn
-    blocks = tuple((f"{n}.a", f"{n}.b") for n in range(len(sizes)))
-    layers = tuple((f"{n}.frozen",) for n in range(len(sizes)))
-    partition = BlockPartition(blocks, ("head",), ("frozen",), layers=layers)
-    grouped = partition.grouped(sizes, count)
-    assert grouped.num_blocks == min(count, len(sizes))
-    assert grouped.trainable == partition.trainable
-    assert (grouped.head, grouped.frozen) == (partition.head, partition.frozen)
-    weights = dict(zip(blocks, sizes, strict=True))
-    heaviest = max(
-        sum(w for block, w in weights.items() if {*block} <= {*group})
-        for group in grouped.blocks
-    )
-    cuts = combinations(range(1, len(sizes)), grouped.num_blocks - 1)
-    assert heaviest == min(
-        max(sum(sizes[a:b]) for a, b in pairwise((0, *cut, len(sizes)))) for cut in cuts
-    )
-    for group, layer in zip(grouped.blocks, grouped.layers, strict=True):
-        assert {n.split(".")[0] for n in group} == {n.split(".")[0] for n in layer}
