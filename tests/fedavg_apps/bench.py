@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,14 +161,16 @@ def run(
     overrides: tuple[str, ...] = (),
 ) -> Outcome:
     """Run a copy under Flower's simulation engine."""
-    finished = run_app(
-        app,
-        num_devices=nodes,
-        run_config=(f"seeds={seeds}", *project.overrides, *overrides),
-        home=home,
-        # One process that imports PyTorch is enough.
-        cpus_per_client=os.cpu_count() or 1,
-    )
+    # Projects save models where they are.
+    with chdir(home):
+        finished = run_app(
+            app,
+            num_devices=nodes,
+            run_config=(f"seeds={seeds}", *project.overrides, *overrides),
+            home=home,
+            # One process that imports PyTorch is enough.
+            cpus_per_client=os.cpu_count() or 1,
+        )
     assert finished.completed, finished.output[-5000:]
     parts = re.split(
         r"^seed \d+: (\d+) bytes down, (\d+) bytes up$",
