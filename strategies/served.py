@@ -111,9 +111,12 @@ class Served(Generic[Encoded]):
             if settings.devices.train_all is None:
                 devices = replace(settings.devices, train_all=True)
                 settings = replace(settings, devices=devices)
-            wanted = self._options.pop(_PER_BLOCK, DEVICES_PER_BLOCK)
-            allocation = replace(settings.allocation, returned_by=wanted)
-            settings = replace(settings, allocation=allocation)
+            wanted = self._options.pop(_PER_BLOCK, None)
+            if wanted is None and settings.allocation.returned_by == 1:
+                wanted = DEVICES_PER_BLOCK
+            if wanted is not None:
+                allocation = replace(settings.allocation, returned_by=wanted)
+                settings = replace(settings, allocation=allocation)
             self._options["settings"] = settings
             self._options.setdefault("step", PROJECT_STEP)
 

@@ -102,7 +102,7 @@ def wireless(outcomes: Outcomes, seeds: int, directory: Path) -> bool:
     print("\n| project | nodes | FedAvg | rounds | LoLa-DEFT | rounds | ratio |")
     print("|---|---|---|---|---|---|---|", flush=True)
     good = True
-    last = dict(outcomes)
+    last = dict(outcomes.keys())
     for project, count in last.items():
         if project.name not in MODELS or project.overrides:
             continue
