@@ -145,13 +145,15 @@ def traced(
 def _run(model: nn.Module, example: Example) -> Any:
     first = next(model.parameters())
 
-    def fit(tensor: Tensor) -> Tensor:
-        dtype = first.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(first.device, dtype)
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value  # as return_loss=True
+        dtype = first.dtype if value.is_floating_point() else value.dtype
+        return value.to(first.device, dtype)
 
     args = (fit(example),) if isinstance(example, Tensor) else ()
     named = {} if isinstance(example, Tensor) else example
-    kwargs = {name: fit(tensor) for name, tensor in named.items()}
+    kwargs = {name: fit(value) for name, value in named.items()}
     # A model without weights has its buffers: all or nothing is computed.
     buffers = model.named_buffers() if first.is_meta else ()
     moved = {name: buffer.to("meta") for name, buffer in buffers}

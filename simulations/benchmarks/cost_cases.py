@@ -52,6 +52,11 @@ class Case:
 _ONE = torch.zeros(1, dtype=torch.long)
 _ENDED = torch.full((1, TOKENS), 5)
 _ENDED[0, -1] = 2  # the token whose hidden state is classified
+_CHOICES = {
+    "input_ids": torch.zeros(1, 4, TOKENS, dtype=torch.long),
+    "attention_mask": torch.ones(1, 4, TOKENS, dtype=torch.long),
+    "labels": _ONE,
+}
 _SOUND = {"input_values": torch.zeros(1, 8000)}
 _IMAGE = {"pixel_values": torch.zeros(1, 3, 64, 64), "labels": _ONE}
 
@@ -126,7 +131,7 @@ CASES: dict[str, Case] = {
         lambda: hf.BertForQuestionAnswering(hf.BertConfig(**ENCODER))
     ),
     "BERT multiple choice": Case(
-        lambda: hf.BertForMultipleChoice(hf.BertConfig(**ENCODER))
+        lambda: hf.BertForMultipleChoice(hf.BertConfig(**ENCODER)), example=_CHOICES
     ),
     "GPT-2 classifier": Case(
         lambda: hf.GPT2ForSequenceClassification(hf.GPT2Config(**GPT2))

@@ -66,7 +66,7 @@ def compare(case: Case, *, recompute: bool = False) -> list[Row]:
     model = case.make().to(case.dtype)
     model = adapt(model, case.tuning, dict(case.options))
     train_mode(model)
-    partition = model_partition(model, **case.blocks)
+    partition = model_partition(model, example=case.example, **case.blocks)
     example = training_example(model, TOKENS) if case.example is None else case.example
     costs = model_costs(
         model,

@@ -123,6 +123,17 @@ def test_a_plain_model_is_seen_on_an_example():
     assert modules_of(by_name.head) == {"stem", "beside", "unused"}
 
 
+def test_an_example_may_hold_other_values_than_tensors():
+    class Net(nn.Sequential):
+        def forward(self, x, twice):
+            return (1 + twice) * super().forward(x)
+
+    model = Net(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(3)), nn.Linear(2, 1))
+    example = {"x": torch.ones(1, 2), "twice": True}
+    partition = model_partition(model, blocks="[0-2]", example=example)
+    assert modules_of(partition.head) == {"3"}
+
+
 def test_blocks_are_numbered_as_they_run():
     partition = model_partition(Steps(order=(2, 0, 1)), example={"x": EXAMPLE})
     assert [block[0] for block in partition.blocks] == [
