@@ -18,6 +18,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint
+from lola_flwr.model.recompute import recomputed_suffix
 from tests.conftest import SMALL
 from tests.device.prefix.test_reuse import FAMILIES, assert_same, bert, partition_of
 
@@ -52,6 +53,27 @@ def test_gradient_is_the_plain_one(family, block_index, batch, tmp_path):
         assert_same(result, expected)
         assert not resident(held.model)
     assert cache.hits == (6 if block_index else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("block_index", [0, 1, 2])
+def test_layers_from_the_block_on_may_run_twice(family, block_index, batch, tmp_path):
+    make, make_batch = FAMILIES[family]
+    torch.manual_seed(0)
+    model, batch = make().train(), make_batch(batch)
+    held = streamed(make, model, tmp_path)
+    step = partial(block_gradient, partition=held.partition, blocks=block_index)
+    cache = ActivationCache(10**6)
+    for options in ({}, {"cache": cache}, {"cache": cache}):
+        with held.at_block(block_index, **options) as streaming:
+            streaming.train()
+            torch.manual_seed(1)
+            once = step(streaming, batch=batch, micro_batch_size=4)
+            torch.manual_seed(1)
+            with recomputed_suffix(streaming, held.partition, block_index):
+                twice = step(streaming, batch=batch, micro_batch_size=4)
+        assert_same(twice, once)
 
 
 @pytest.mark.parametrize(
