@@ -74,7 +74,7 @@ def containers_of(names: Sequence[str]) -> dict[str, Layers]:
     """Collect the outermost containers of at least two numbered modules."""
     # A model that is an nn.Sequential has numbers in front.
     top = _layers_at(names, "")
-    if len(top) >= 2 and _are_equal(top):
+    if len(top) >= 2 and (_are_equal(top) or _are_equal_but_for_norms(top)):
         return {"": top}
     matches = [_NUMBERED.fullmatch(name) for name in names]
     prefixes = ["", *dict.fromkeys(match[1] for match in matches if match)]
@@ -109,17 +109,27 @@ def _layers_at(names: Sequence[str], prefix: str) -> Layers:
 
 
 def _are_equal(layers: Layers) -> bool:
-    """Tell whether all layers hold parameters of the same names, but for norms."""
+    """Tell whether all layers hold parameters of the same names."""
     # T5's first layer alone holds the position bias of all layers: left out here.
-    own = [
+    first, *others = (
         {inner for inner in layer if not SHARED_BY_LAYERS.search(inner)}
         for layer in layers.values()
-    ]
-    if all(layer == own[0] for layer in own):
-        return True
-    # ModernBERT's first layer lacks a norm, as what is before it ends with one.
-    rest = [{inner for inner in layer if not _OF_NORM.search(inner)} for layer in own]
-    return bool(rest[0]) and all(layer == rest[0] for layer in rest)
+    )
+    return all(layer == first for layer in others)
+
+
+def _are_equal_but_for_norms(layers: Layers) -> bool:
+    """Tell whether layers differ in norms alone.
+
+    ModernBERT's first layer lacks one, as what is before it ends with one.
+    """
+    rest = {
+        number: {
+            inner: name for inner, name in layer.items() if not _OF_NORM.search(inner)
+        }
+        for number, layer in layers.items()
+    }
+    return any(rest.values()) and _are_equal(rest)
 
 
 def _longest_stack(
@@ -133,8 +143,13 @@ def _longest_stack(
     # Beside numbered modules, plain ones (Linear, ReLU, Linear) are a classifier.
     modules = {prefix: c for prefix, c in containers.items() if are_modules(c)}
     candidates = modules or containers
-    stacks = {prefix: c for prefix, c in candidates.items() if _are_equal(c)}
-    if not stacks:
+    # Layers that differ in a norm are taken where none are equal: wav2vec2's first
+    # convolution has one, but its stack is the transformer's.
+    for alike in (_are_equal, _are_equal_but_for_norms):
+        stacks = {prefix: c for prefix, c in candidates.items() if alike(c)}
+        if stacks:
+            break
+    else:
         first, *more = candidates or [""]
         which = f"one of {', '.join(candidates)}" if more else repr(first)
         alone = "" if candidates else _module_alone(names)

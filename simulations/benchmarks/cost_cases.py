@@ -199,12 +199,10 @@ CASES: dict[str, Case] = {
     ),
     "wav2vec2 CTC": Case(
         lambda: hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**WAV2VEC2)),
-        {"stack": "wav2vec2.encoder.layers"},
         example={**_SOUND, "labels": torch.ones(1, 6, dtype=torch.long)},
     ),
     "wav2vec2 classifier": Case(
         lambda: hf.Wav2Vec2ForSequenceClassification(hf.Wav2Vec2Config(**WAV2VEC2)),
-        {"stack": "wav2vec2.encoder.layers"},
         example={**_SOUND, "labels": _ONE},
     ),
     "ViT classifier": Case(

@@ -667,3 +667,13 @@ def test_a_model_inside_a_sequential_is_found():
 def test_a_head_of_numbered_modules_stays_a_head():
     names = ["l.0.a.w", "l.1.a.w", "classifier.0.w", "classifier.2.w"]
     assert partition_parameters(names).head == ("classifier.0.w", "classifier.2.w")
+
+
+def test_equal_layers_go_before_those_that_differ_in_a_norm():
+    convolutions = [f"front.{n}.conv.weight" for n in range(7)]
+    convolutions.insert(1, "front.0.layer_norm.weight")
+    layers = [f"layers.{n}.{part}.weight" for n in range(2) for part in ("up", "norm")]
+    found = partition_parameters([*convolutions, *layers, "head.weight"])
+    assert [*found.blocks[0]] == layers[:2]
+    alone = partition_parameters([*convolutions, "head.weight"])
+    assert alone.num_blocks == 7
