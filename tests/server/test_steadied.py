@@ -72,14 +72,25 @@ def test_where_nothing_is_to_be_made_up_for_it_is_the_mean():
     everyone = [update(n, "abc") for n in range(3)]
     alone = [update(1, "ab"), update(2, "c"), update(3, "c")]
     agreeing = [update(1, "ab", spread=0.0, around=2.0)] * 2 + [update(3, "c")] * 2
-    for updates in (everyone, agreeing):
-        mean, found = moved(updates)
-        for name, move in mean.items():
-            np.testing.assert_allclose(found[name], move, rtol=1e-5, atol=1e-6)
+    mean, found = moved(everyone)
+    assert all(found[name] is move for name, move in mean.items())
+    mean, found = moved(agreeing)
+    for name, move in mean.items():
+        np.testing.assert_allclose(found[name], move, rtol=1e-5, atol=1e-6)
     mean, found = moved(alone)
-    assert [found[n] is mean[n] for n in "ab"] == [True, True]
+    assert [found[n] is mean[n] for n in "abc"] == [True, True, False]
+    assert not np.allclose(found["c"], mean["c"])
     mean, found = moved(alone[1:] + [update(4, "ab")] * 2, last={})
     assert all(found[n] is mean[n] for n in mean)
+
+
+def test_sizes_do_not_matter():
+    updates = [update(1, "ab"), update(2, "ab"), update(3, "c")]
+    large = [u.scaled(1e25) for u in updates]
+    last = {name: np.float32(1e25) * move for name, move in LAST.items()}
+    for name, move in moved(updates)[1].items():
+        found = moved(large, last)[1][name]
+        np.testing.assert_allclose(found, 1e25 * move, rtol=1e-4, atol=1e19)
 
 
 def test_disagreement_about_no_change_leaves_the_last_move():
