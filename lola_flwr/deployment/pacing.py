@@ -34,6 +34,11 @@ _LARGEST_PIECE_BYTES = 64 * 1024
 _BUFFER_BYTES = 64 * 1024
 _TCP_NOTSENT_LOWAT = 25  # Linux; Python names it from 3.12 on
 _CONNECT_S = 30.0
+# A SuperNode has a few connections at a time, and looks for messages at least every
+# minute. Each takes two of the files that a process may have open, and one of the
+# SuperLink's.
+_MOST_CONNECTIONS = 64
+_IDLE_S = 300.0
 
 # An upload session of Flower's ends 180 s after its last complete chunk, and two chunks
 # are on their way at a time. The server also looks for a chunk ever more rarely, the
@@ -61,6 +66,13 @@ def chunk_bytes(uplink_bps: float, *, smallest_share: float = _SMALLEST_SHARE) -
     """
     in_time = uplink_bps * smallest_share * _CHUNK_S / 8 / _CHUNKS_IN_FLIGHT
     return int(min(max(in_time, _SMALLEST_CHUNK_BYTES), _LARGEST_CHUNK_BYTES))
+
+
+@dataclass
+class _Activity:
+    """When something last passed a connection, either way; on the loop's clock."""
+
+    last_s: float
 
 
 @dataclass(frozen=True)
@@ -198,9 +210,19 @@ class PacedRelay:
     ) -> None:
         task = asyncio.current_task()
         assert task is not None
+        if len(self._connections) >= _MOST_CONNECTIONS:
+            writer.transport.abort()
+            return
         self._connections.add(task)
         streams = [writer]
+        activity = _Activity(self._loop.time())
         try:
+            # Who says nothing is not connected: a client speaks first, over TLS too.
+            first = await asyncio.wait_for(
+                reader.read(self._pace.piece_bytes()), _CONNECT_S
+            )
+            if not first:
+                return
             up_reader, up_writer = await asyncio.wait_for(
                 asyncio.open_connection(*self._superlink, limit=_BUFFER_BYTES),
                 _CONNECT_S,
@@ -209,15 +231,15 @@ class PacedRelay:
             for stream in streams:
                 _small_buffers(stream)
             await asyncio.gather(
-                self._pump(reader, up_writer, paced=True),
-                self._pump(up_reader, writer, paced=False),
+                self._pump(reader, up_writer, activity, first, paced=True),
+                self._pump(up_reader, writer, activity, paced=False),
             )
             for stream in streams:
                 # What is still in its buffer goes out first.
                 stream.close()
                 await stream.wait_closed()
         # Either end may go at any time; Flower connects again.
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError, asyncio.TimeoutError):  # noqa: UP041 - Python 3.10
             pass
         finally:
             self._connections.discard(task)
@@ -228,12 +250,12 @@ class PacedRelay:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        activity: _Activity,
+        piece: bytes = b"",
         *,
         paced: bool,
     ) -> None:
-        while piece := await reader.read(
-            self._pace.piece_bytes() if paced else _LARGEST_PIECE_BYTES
-        ):
+        while piece or (piece := await self._read(reader, activity, paced=paced)):
             if paced:
                 self._pace, wait_s = self._pace.send(len(piece), time.monotonic())
                 await asyncio.sleep(wait_s)
@@ -242,8 +264,25 @@ class PacedRelay:
                 self.received_bytes += len(piece)
             writer.write(piece)
             await writer.drain()
+            piece, activity.last_s = b"", self._loop.time()
         with suppress(OSError):
             writer.write_eof()
+
+    async def _read(
+        self, reader: asyncio.StreamReader, activity: _Activity, *, paced: bool
+    ) -> bytes:
+        """Read what comes next, as long as something passes either way."""
+        size = self._pace.piece_bytes() if paced else _LARGEST_PIECE_BYTES
+        reading = asyncio.ensure_future(reader.read(size))
+        try:
+            while not reading.done():
+                left_s = activity.last_s + _IDLE_S - self._loop.time()
+                if left_s <= 0.0:
+                    raise TimeoutError
+                await asyncio.wait({reading}, timeout=left_s)
+            return reading.result()
+        finally:
+            reading.cancel()
 
 
 def _small_buffers(writer: asyncio.StreamWriter) -> None:

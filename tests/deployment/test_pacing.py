@@ -3,12 +3,13 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lola_flwr.deployment import pacing
 from lola_flwr.deployment.pacing import SLACK_S, Pace, PacedRelay, chunk_bytes
 from lola_flwr.deployment.serve_worker import main, uplink_limit
 from lola_flwr.deployment.uplink import NoLimit
@@ -119,6 +120,51 @@ def test_uploads_share_one_rate_and_do_not_exceed_it(relay):
     assert relay.hold_to(None, 0) is None
 
 
+def is_open(connection):
+    """Tell whether the other end has not closed it."""
+    connection.settimeout(0.3)
+    try:
+        return connection.recv(1) != b""
+    except TimeoutError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+def test_there_are_so_many_connections_and_no_more(relay, monkeypatch):
+    monkeypatch.setattr(pacing, "_MOST_CONNECTIONS", 2)
+    with ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", relay.port)))
+            for _ in range(3)
+        ]
+        assert sorted(map(is_open, silent)) == [False, True, True]
+    assert upload(relay, 10).startswith(b"10")
+
+
+def test_a_connection_that_nothing_passes_ends(monkeypatch):
+    monkeypatch.setattr(pacing, "_IDLE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        relay = PacedRelay("127.0.0.1:0", address)
+        try:
+            with socket.create_connection(("127.0.0.1", relay.port)) as connection:
+                connection.sendall(b"y")
+                upstream, _ = listening.accept()
+                with upstream:
+                    assert upstream.recv(1) == b"y"
+                    # As long as something passes one way, both stay.
+                    for _ in range(4):
+                        time.sleep(0.3)
+                        upstream.sendall(b"z")
+                        assert connection.recv(1) == b"z"
+                    connection.settimeout(10)
+                    with suppress(ConnectionResetError):
+                        assert connection.recv(1) == b""
+        finally:
+            relay.close()
+
+
 def test_a_superlink_that_is_not_there_ends_the_connection():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -126,6 +172,7 @@ def test_a_superlink_that_is_not_there_ends_the_connection():
     try:
         with socket.create_connection(("127.0.0.1", relay.port)) as connection:
             connection.settimeout(10)
+            connection.sendall(b"y")
             with suppress(ConnectionResetError):
                 assert connection.recv(1) == b""
     finally:
