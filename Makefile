@@ -48,7 +48,7 @@ mutants: venv
 matrix: venv
 	$(BIN)/python -m tests.matrix
 
-# FedAvg projects beside what docs/migration.md makes of them: hours on two cores.
+# FedAvg projects beside what docs/migration.md makes of them: more than an hour on two cores.
 # MIGRATION='--only NAME': of one project; --seeds 1: of one seed.
 migration: venv
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fedavg_apps $(MIGRATION)
