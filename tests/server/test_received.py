@@ -40,6 +40,7 @@ def test_another_array_is_refused_by_its_name(data):
     with pytest.raises(UpdateRefused, match=r"^wrong-array: w: .") as raised:
         read_array("w", data, (2, 3), FLOAT64, FLOAT32)
     assert raised.value.reason == "wrong-array"
+    assert "None" not in str(raised.value)
     # What is said is of the first type.
     with pytest.raises(UpdateRefused) as alone:
         read_array("w", data, (2, 3), FLOAT64)
@@ -62,6 +63,9 @@ def test_a_model_of_halves_may_come_back_in_float32():
     np.testing.assert_array_equal(move, np.float32(1) - trained)
     move = read_move("w", npy(trained.astype(np.float16)), sent, None)
     np.testing.assert_array_equal(move, np.float32([0, 0, 0.5]))
+    # Their difference need not be a half.
+    move = read_move("w", npy(np.float16([0.5])), np.float16([2047]), None)
+    np.testing.assert_array_equal(move, np.float32([2046.5]))
 
 
 def test_a_move_in_a_codec_is_decoded():
@@ -70,8 +74,17 @@ def test_a_move_in_a_codec_is_decoded():
     found = read_move("w", npy(codec.encode(move)), np.ones((2, 3), "f4"), codec)
     np.testing.assert_array_equal(found, move)
     assert found.shape == (2, 3)
+    for data in (npy(move), b"none"):
+        for asked in (codec, None):
+            with pytest.raises(UpdateRefused, match=r"^wrong-array: w: "):
+                read_move("w", data, np.ones((3, 2), "f4"), asked)
+    topk, damaged = codec_named("topk:0.5"), np.full(6, 255, np.uint8)
     with pytest.raises(UpdateRefused, match=r"^wrong-array: w: "):
-        read_move("w", npy(move), np.ones((2, 3), "f4"), codec)
+        read_move("w", npy(damaged), np.ones(4, "f4"), topk)
+    infinite = codec.encode(np.float32([1.0]))
+    infinite[1] = np.inf
+    with pytest.raises(UpdateRefused, match=r"^non-finite: w "):
+        read_move("w", npy(infinite), np.ones(1, "f4"), codec)
 
 
 def test_what_a_codec_cannot_read_is_refused():
@@ -89,5 +102,5 @@ def test_nan_and_infinity_are_refused(value):
     with pytest.raises(UpdateRefused, match=r"^non-finite: w holds NaN or infinity$"):
         finite("w", values)
     assert finite("w", values[:1]).tolist() == [0.0]
-    with pytest.raises(UpdateRefused, match="non-finite"):
+    with pytest.raises(UpdateRefused, match=r"^non-finite: w "):
         read_move("w", npy(values), np.zeros(2, "f4"), None)
