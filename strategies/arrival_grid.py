@@ -14,6 +14,7 @@ from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
 from lola_flwr.strategies.missing_objects import ask_soon_again
+from lola_flwr.wire.records import holds_nothing, unmarked
 
 # A device's reply is looked for after a part of the time that it has been waited for:
 # at least and at most so often, and rarer where there are many devices.
@@ -22,8 +23,8 @@ _LARGEST_POLL_RATE_HZ = 50.0
 _THREADS = 64
 
 # How long the replies to messages may take, given after how many seconds those came
-# that are there.
-WaitS = Callable[[Sequence[float]], float]
+# that are there, and how many said besides that their devices failed.
+WaitS = Callable[[Sequence[float], int], float]
 
 
 class Arrival(NamedTuple):
@@ -102,7 +103,7 @@ class ArrivalGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send messages; return the replies that come in time, in the order sent."""
-        return self.receive(messages, lambda _: math.inf, timeout)
+        return self.receive(messages, lambda *_: math.inf, timeout)
 
     def receive(
         self, messages: Iterable[Message], wait_s: WaitS, timeout: float | None
@@ -122,7 +123,7 @@ class ArrivalGrid(Grid):
         longest_s = math.inf if timeout is None else timeout
         self.arrivals = {}
         if not isinstance(self._grid, HttpGrid):
-            longest_s = min(longest_s, wait_s(()))
+            longest_s = min(longest_s, wait_s((), 0))
             # Flower adds the timeout to the present, which infinity has no place in.
             return self._grid.send_and_receive(
                 messages, timeout=None if math.isinf(longest_s) else longest_s
@@ -130,7 +131,7 @@ class ArrivalGrid(Grid):
         ask_soon_again()
         ids = [i for i in self.push_messages(list(messages)) if i]
         arrivals = _Arrivals(
-            self._grid, ids, lambda came_s: min(longest_s, wait_s(came_s))
+            self._grid, ids, lambda *there: min(longest_s, wait_s(*there))
         )
         replies = arrivals.wait()
         self.arrivals = {
@@ -147,6 +148,14 @@ def seconds_of(
     """Return when a device's latest reply came, as ``Arrival`` names the figures."""
     known = {} if arrivals is None else arrivals.arrivals
     return known.get(device_id, Arrival())._asdict()
+
+
+def _has_failed(reply: Message) -> bool:
+    """Tell whether a device says that it did not do what it was asked for."""
+    if reply.has_error():
+        return True
+    records = reply.content.config_records.values()
+    return any(holds_nothing(unmarked(record)) for record in records)
 
 
 class _Arrivals:
@@ -184,8 +193,12 @@ class _Arrivals:
             return [self._replies[i] for i in self._ids if i in self._replies]
 
     def _longest_s(self) -> float:
-        came_s = [arrival.answered_s for _, arrival in self._replies.values()]
-        return self._wait_s([s for s in came_s if s is not None])
+        came_s = [
+            arrival.answered_s
+            for reply, arrival in self._replies.values()
+            if arrival.answered_s is not None and not _has_failed(reply)
+        ]
+        return self._wait_s(came_s, len(self._replies) - len(came_s))
 
     def _fetch(self, group: Sequence[str]) -> None:
         missing = set(group)

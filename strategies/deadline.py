@@ -42,6 +42,7 @@ class RoundDeadline:
         predicted_s: float,
         planned_s: Sequence[float] = (),
         came_s: Sequence[float] = (),
+        failed: int = 0,
     ) -> float:
         """Return how long to wait for all of a round's replies.
 
@@ -53,6 +54,8 @@ class RoundDeadline:
             What each device that was asked should take of it.
         came_s
             After how many seconds those replies came that are there.
+        failed
+            Devices that said they failed, which tells nothing of the others' time.
 
         Returns
         -------
@@ -62,7 +65,7 @@ class RoundDeadline:
         if self._wall_per_predicted:
             usual_s = predicted_s * median(self._wall_per_predicted)
             longest_s = self._limit_s(usual_s) * self._stretch
-        most_s = time_of_most(came_s, len(planned_s))
+        most_s = time_of_most(came_s, len(planned_s) - failed)
         if most_s is not None:
             # The first half may be those that were given least to do.
             later_s = max(predicted_s - median(planned_s), 0.0)
@@ -79,7 +82,7 @@ class RoundDeadline:
         came_s
             After how many seconds the replies came that did.
         asked
-            Devices that were asked.
+            Devices that were asked, and did not say that they failed.
         """
         most_s = time_of_most([*came_s], asked)
         if most_s is None:

@@ -126,15 +126,17 @@ class LoLaDeft(FedAvg):
     def _rounds(self) -> BlockRounds:
         return self._served.rounds
 
-    def wait_s(self, came_s: Sequence[float] = ()) -> float:
+    def wait_s(self, came_s: Sequence[float] = (), failed: int = 0) -> float:
         """Return how long the present round's replies may take, in seconds.
 
         Parameters
         ----------
         came_s
             After how many seconds those came that are there.
+        failed
+            Devices that said they failed.
         """
-        seconds: float = self._rounds.wait_s(came_s)
+        seconds: float = self._rounds.wait_s(came_s, failed)
         return seconds
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:

@@ -29,7 +29,7 @@ from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.strategies.presence import AskProfiles, meet, wait_for_devices
 from lola_flwr.wire.packing import VALUES, pack
-from lola_flwr.wire.records import MANIFEST_KEY
+from lola_flwr.wire.records import MANIFEST_KEY, holds_nothing
 
 Encoded = TypeVar("Encoded")
 
@@ -344,18 +344,22 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
                 sent = {name: encoded[name] for name in names}
                 yield device, sent, {MANIFEST_KEY: manifest.to_text()}
 
-    def wait_s(self, came_s: Sequence[float] = ()) -> float:
+    def wait_s(self, came_s: Sequence[float] = (), failed: int = 0) -> float:
         """Return how long the replies to the present round may take; else infinity.
 
         Parameters
         ----------
         came_s
             After how many seconds those came that are there.
+        failed
+            Devices that said they failed.
         """
-        if self._plan is None or self._deadline is None:
+        plan = self._plan
+        if plan is None or self._deadline is None:
             return math.inf
+        planned_s = [*plan.planned_s.values()]
         seconds: float = self._deadline.wait_s(
-            self._plan.allocation.round_s, [*self._plan.planned_s.values()], came_s
+            plan.allocation.round_s, planned_s, came_s, failed
         )
         return seconds
 
@@ -364,10 +368,11 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         replies, plan = list(answers), self._plan
         if plan is not None and self._deadline is not None:
             now_s = time.monotonic() - self._sent_at
+            failed = {r.device_id for r in replies if holds_nothing(r.report)}
             came_s = {r.device_id: r.answered_s or now_s for r in replies}
-            self._deadline.learn(
-                plan.allocation.round_s, came_s.values(), asked=len(plan.assignments)
-            )
+            trained_s = [s for device, s in came_s.items() if device not in failed]
+            asked = len(plan.assignments.keys() - failed)
+            self._deadline.learn(plan.allocation.round_s, trained_s, asked=asked)
         self.accepted = frozenset()
         figures = super().complete(replies)
         if plan is not None and isinstance(self._record, RoundRecord):

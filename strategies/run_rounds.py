@@ -32,7 +32,7 @@ def run_rounds(
     """
     arrivals = LegacyGrid(
         grid,
-        wait_s=lambda came_s: min(round_timeout_s, strategy.wait_s(came_s)),
+        wait_s=lambda *there: min(round_timeout_s, strategy.wait_s(*there)),
     )
     strategy.arrivals = arrivals
     DefaultWorkflow()(

@@ -364,5 +364,10 @@ def nothing_report(assignment: Assignment) -> UpdateReport:
     )
 
 
+def holds_nothing(report: Mapping[str, object]) -> bool:
+    """Tell whether a report says that its device did not train: it took no time."""
+    return FAILURE_KEY in report or report.get("update-kind") == "nothing"
+
+
 def _key(field_name: str) -> str:
     return field_name.replace("_", "-")

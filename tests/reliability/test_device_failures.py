@@ -15,7 +15,7 @@ from lola_flwr.device.out_of_memory import usable_memory_bytes
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint
 from lola_flwr.strategies.deadline import RoundDeadline
-from lola_flwr.strategies.rounds import Waits
+from lola_flwr.strategies.rounds import BlockRounds, Waits
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.packing import pack
 from lola_flwr.wire.records import Assignment
@@ -231,6 +231,37 @@ def test_a_first_round_ends_once_most_have_answered_long_ago():
     assert deadline.wait_s(10.0, planned_s, [30.0]) == 46.0
     assert deadline.wait_s(10.0, planned_s, [3.0, 1.0]) == 34.0
     assert deadline.wait_s(10.0, planned_s, [30.0, 30.0]) == 46.0
+
+
+def test_the_deadline_is_of_those_that_do_not_fail():
+    deadline = RoundDeadline(factor=4.0, floor_s=60.0)
+    planned_s = [10.0] * 5
+    # Three of five have failed at once, which says nothing of the other two.
+    assert deadline.wait_s(10.0, planned_s, [], failed=3) == math.inf
+    assert deadline.wait_s(10.0, planned_s, [20.0], failed=3) == 60.0 + 4 * 20.0
+    assert deadline.wait_s(10.0, planned_s, [], failed=5) == math.inf
+
+
+@pytest.mark.parametrize(
+    "report", [{"failure": "out-of-memory"}, {"update-kind": "nothing"}]
+)
+def test_rounds_learn_from_those_that_do_not_fail(report):
+    coordinator = make_coordinator(num_devices=6)
+    rounds = BlockRounds(coordinator, min_available=6, waits=Waits(), on_round=None)
+    devices = [f"id-{n}" for n in range(6)]
+    plan = rounds.plan(1, connected=lambda: devices, ask_profiles=lambda new: {})
+    failing = [*plan.assignments][: len(plan.assignments) - 1]
+    rounds.complete(
+        [
+            honest_reply(plan, d, answered_s=0.1, upload_s=0.1, report=report)
+            if d in failing
+            else honest_reply(plan, d, answered_s=500.0, upload_s=0.5)
+            for d in plan.assignments
+        ]
+    )
+    plan = rounds.plan(2, connected=lambda: devices, ask_profiles=lambda new: {})
+    assert plan is not None
+    assert rounds.wait_s() > 500.0
 
 
 def seconds_of_40_rounds(late):

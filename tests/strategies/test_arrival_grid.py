@@ -4,11 +4,12 @@ import threading
 import time
 
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from lola_flwr.strategies.arrival_grid import ArrivalGrid
+from lola_flwr.wire.records import OURS, REPORT_KEY
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,9 @@ class Slow(HttpGrid):
         self.fetching = []
         self.lock = threading.Lock()
 
+    def content_of(self, node):
+        return RecordDict()
+
     def push_messages(self, messages):
         self.start = time.monotonic()
         for message in messages:
@@ -50,7 +54,7 @@ class Slow(HttpGrid):
             with self.lock:
                 self.fetching.append(node)
             time.sleep(self.upload_s[node])
-            reply = Message(RecordDict(), reply_to=message)
+            reply = Message(self.content_of(node), reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = node
             replies.append(reply)
         return replies
@@ -102,7 +106,8 @@ def test_the_wait_follows_the_replies_that_are_there():
     grid = ArrivalGrid(Slow({1: 0.0, 2: 0.3, 3: None}, {1: 0.0, 2: 0.0}))
     seen = []
 
-    def wait_s(came_s):
+    def wait_s(came_s, failed):
+        assert not failed
         seen.append(len(came_s))
         return 0.5 if len(came_s) == 2 else 60.0
 
@@ -112,3 +117,29 @@ def test_the_wait_follows_the_replies_that_are_there():
     assert [reply.metadata.src_node_id for reply in replies] == [1, 2]
     assert {1, 2} <= set(seen) <= {0, 1, 2}
     assert grid.arrivals["2"].answered_s >= 0.3 > grid.arrivals["1"].answered_s
+
+
+@pytest.mark.parametrize(
+    ("record", "content"),
+    [
+        (REPORT_KEY, {"failure": "out-of-memory"}),
+        ("fitres.metrics", {f"{OURS}update-kind": "nothing", "update-kind": "mine"}),
+    ],
+)
+def test_who_fails_at_once_says_nothing_of_how_long_the_others_take(record, content):
+    class Failing(Slow):
+        def content_of(self, node):
+            failed = {record: ConfigRecord(content)} if node < 3 else {}
+            return RecordDict(failed)
+
+    grid = ArrivalGrid(
+        Failing({1: 0.0, 2: 0.0, 3: 0.0, 4: 0.3}, dict.fromkeys(range(5), 0.0))
+    )
+    seen = []
+
+    def wait_s(came_s, failed):
+        seen.append((len(came_s), failed))
+        return 20.0
+
+    assert len([*grid.receive(ask([1, 2, 3, 4]), wait_s, timeout=None)]) == 4
+    assert seen[-1] == (1, 2)

@@ -47,7 +47,7 @@ def fit_result():
 
 def test_readable_replies_and_errors_pass():
     good, error = train_reply(fit_result()), train_reply(Error(code=0, reason="oom"))
-    grid = LegacyGrid(Canned([good, error]), wait_s=lambda _: 5)
+    grid = LegacyGrid(Canned([good, error]), wait_s=lambda *_: 5)
     assert grid.send_and_receive([]) == [good, error]
     assert good.content.array_records["fitres.parameters"]["0"].data == b"abc"
 
@@ -61,14 +61,14 @@ def test_unreadable_replies_are_not_there():
     bad_count = fit_result()
     bad_count.metric_records["fitres.num_examples"] = MetricRecord({"other": 1})
     replies = [no_records, *map(train_reply, (lists, no_status, bad_count))]
-    assert LegacyGrid(Canned(replies), wait_s=lambda _: 5).send_and_receive([]) == []
+    assert LegacyGrid(Canned(replies), wait_s=lambda *_: 5).send_and_receive([]) == []
 
 
 def test_waits_as_long_as_told():
     canned = Canned([])
-    LegacyGrid(canned, wait_s=lambda _: 5).send_and_receive([])
+    LegacyGrid(canned, wait_s=lambda *_: 5).send_and_receive([])
     assert canned.timeout == 5
-    LegacyGrid(canned, wait_s=lambda _: 5).send_and_receive([], timeout=2)
+    LegacyGrid(canned, wait_s=lambda *_: 5).send_and_receive([], timeout=2)
     assert canned.timeout == 2
 
 
@@ -76,4 +76,4 @@ def test_secure_aggregation_is_refused():
     content = RecordDict({SECAGG_KEY: ConfigRecord({"stage": "setup"})})
     message = Message(content, dst_node_id=7, message_type="train")
     with pytest.raises(UserError, match="take the SecAgg mod and workflow out"):
-        LegacyGrid(Canned([]), wait_s=lambda _: 5).send_and_receive([message])
+        LegacyGrid(Canned([]), wait_s=lambda *_: 5).send_and_receive([message])
