@@ -21,14 +21,15 @@ Spans = Mapping[int, tuple[int, ...]]
 
 
 def rotates(problem: AllocationProblem) -> bool:
-    """Whether a round has too few devices for all of its blocks, one each.
+    """Whether too few devices can hold a block for all of a round's, one each.
 
     It is no such round if there is a block that nobody could ever train, or that needs
     several devices: then it is not for their number that blocks are left out.
     """
     demand = problem.demand
+    able = problem.feasible[:, demand > 0].any(axis=1)
     return bool(
-        problem.num_devices < demand.sum()
+        able.sum() < demand.sum()
         and demand.max() == 1
         and problem.feasible[:, demand > 0].any(axis=0).all()
     )

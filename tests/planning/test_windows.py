@@ -98,6 +98,18 @@ def test_who_cannot_hold_a_window_trains_what_it_can():
     assert all(assignments[str(n)].trains_all for n in range(15))
 
 
+@pytest.mark.parametrize("num_small", [0, 2, 5])
+def test_who_can_hold_nothing_does_not_keep_others_from_several_blocks(num_small):
+    (whole,) = {
+        a.memory_bytes
+        for a in planned(coordinator_of(4, 8), 1, [1e9]).assignments.values()
+    }
+    memory_bytes = [whole - 1] * 2 + [1e5] * num_small
+    assignments = planned(coordinator_of(4, 8), 1, memory_bytes).assignments
+    blocks = [block for a in assignments.values() for block in a.blocks]
+    assert sorted(blocks) == [0, 1, 2, 3]
+
+
 def test_impossible_numbers_are_refused():
     with pytest.raises(UserError, match="returned_by=0 must be at least 1"):
         AllocationOptions(returned_by=0)

@@ -348,7 +348,11 @@ def test_memory_is_that_of_what_each_device_will_do():
         able = {"splits-batch": True} if index else {}
         coordinator.add_device(str(index), {"name": f"d{index}", **small, **able})
     with pytest.raises(InfeasibleAllocation, match="memory"):
-        coordinator.plan_round(1, ["0", "1", "2"])
+        coordinator.plan_round(1, ["0"])
+    # Those that can hold a block are too few for one each.
+    plan = coordinator.plan_round(1, ["0", "1", "2"])
+    assert set(plan.assignments) == {"1", "2"}
+    assert sorted(b for a in plan.assignments.values() for b in a.blocks) == [0, 1, 2]
     coordinator.add_device("3", {"name": "d3", **small, "splits-batch": True})
     plan = coordinator.plan_round(1, ["0", "1", "2", "3"])
     assert set(plan.assignments) == {"1", "2", "3"}
