@@ -63,12 +63,16 @@ class AssignedBlock(PreparedBlock):
     """
 
     def __init__(self, model: Model, received: Message | Config) -> None:
-        super().__init__(
-            model,
-            assignment_in(received.content)
-            if isinstance(received, Message)
-            else Assignment.from_record(received),
-        )
+        if not isinstance(received, Message):
+            super().__init__(model, Assignment.from_record(received))
+            return
+        assignment = assignment_in(received.content)
+        sent = {}
+        if assignment.codec != "fp32":
+            # Moves are from these, whenever the model takes them in.
+            sent = sent_arrays(received.content, asked_names(assignment)[0])
+        arrays = {name: array.numpy() for name, array in sent.items()}
+        super().__init__(model, assignment, arrays)
 
     def finish(self, content: RecordDict, loss: float | None = None) -> RecordDict:
         """Let the content of a reply hold the block in place of the whole model.

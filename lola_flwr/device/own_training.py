@@ -40,6 +40,9 @@ class PreparedBlock:
         The model to train, with the values that were received.
     assignment
         What the server asks for.
+    received
+        Block and head as they were received, by name; of others, those that the model
+        holds now are.
 
     Raises
     ------
@@ -48,7 +51,12 @@ class PreparedBlock:
         server expects gradients.
     """
 
-    def __init__(self, model: Model, assignment: Assignment) -> None:
+    def __init__(
+        self,
+        model: Model,
+        assignment: Assignment,
+        received: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
         self.assignment = assignment
         sent_names, frozen_names = asked_names(assignment)
         update_names = lines_of(assignment.own_names) or sent_names
@@ -81,7 +89,7 @@ class PreparedBlock:
             self._received = {
                 self._names[name]: parameter.float().numpy(force=True).copy()
                 for name, parameter in self._parameters.items()
-            }
+            } | {**(received or {})}
         self._calls = noted_calls(model, update_names).__enter__()
         self._frozen_since: list[str] | None = None
         made = _made.get()

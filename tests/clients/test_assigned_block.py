@@ -640,6 +640,21 @@ def test_moves_travel_in_a_codec(model, kind, codec):
         assert {types[n] for n in types if n not in statistics(model)} == {wanted}
 
 
+def test_moves_are_from_what_was_received_whenever_it_is_loaded(model):
+    config = ConfigRecord({**federate_config(model, block_index=0), "codec": "fp16"})
+    message = message_to(model, {"config": config})
+    device_model = copy.deepcopy(model)
+    with torch.no_grad():
+        device_model.head.bias += 3.0
+    block = AssignedBlock(device_model, message)
+    device_model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    with torch.no_grad():
+        device_model.head.bias += 0.25
+    content = block.finish(reply_content(device_model, 0.5))
+    exponent, value = content["arrays"]["head.bias"].numpy().tolist()
+    assert value * 2**exponent == pytest.approx(-0.25, rel=1e-3)
+
+
 def test_returned_arrays_of_other_shapes(model):
     def train(message, context):
         reply = plain_train(message, context)
