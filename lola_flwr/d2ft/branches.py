@@ -9,6 +9,7 @@ to the layer as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lola_flwr.d2ft.maps import adapters_of, base_of, in_features, outputs_dim
 from lola_flwr.d2ft.operations import Operation
@@ -155,6 +157,7 @@ def _attention(parts: LayerParts, runs: Sequence[_Run], context: Context) -> _Cu
     rate = parts.attention_dropout if parts.layer.training else 0.0
     mask = context.attention_mask
     shared = parts.num_key_heads < parts.num_heads
+    kernel = sdpa_kernel if _hides_all(mask) else nullcontext
 
     def attention(y: Tensor, run: int) -> Tensor:
         query, key, value = (
@@ -166,19 +169,31 @@ def _attention(parts: LayerParts, runs: Sequence[_Run], context: Context) -> _Cu
         )  # [B, heads, S, head size]
         if parts.rotate is not None and context.positions is not None:
             query, key = parts.rotate(query, key, *context.positions)
-        mixed = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=rate,
-            is_causal=parts.is_causal and mask is None and y.shape[1] > 1,
-            scale=parts.scale,
-            enable_gqa=shared,
-        )
+        with kernel(SDPBackend.MATH):
+            mixed = functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=rate,
+                is_causal=parts.is_causal and mask is None and y.shape[1] > 1,
+                scale=parts.scale,
+                enable_gqa=shared,
+            )
         return project(mixed.transpose(1, 2).flatten(2), run)
 
     return attention
+
+
+def _hides_all(mask: Tensor | None) -> bool:
+    """Tell whether large numbers hide all tokens from one, as from padding in front.
+
+    It then attends to all of them alike. PyTorch's fused kernels do not know that on
+    the way back: they take each for the only one.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return False
+    return not bool((mask >= 0).any(-1).all())
 
 
 def _feed_forward(parts: LayerParts, runs: Sequence[_Run]) -> _Cut:
