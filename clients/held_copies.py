@@ -29,6 +29,8 @@ from lola_flwr.wire.versions import Manifest
 _NAMES_FILE = "names.json"
 # Where Flower's legacy interface puts what FitIns and FitRes hold.
 LEGACY_METRICS = "fitres.metrics"
+# Their arrays are numbered, in each message from 0.
+_LEGACY_ARRAYS = ("fitins.parameters", "evaluateins.parameters")
 
 
 def held_mod(
@@ -68,8 +70,8 @@ def held_mod(
         return call_next(message, context)
     manifest = Manifest.from_text(assignment.manifest)
     directory = run_store(context.run_id) if directory is None else directory
-    ((key, record),) = message.content.array_records.items()
-    is_legacy = _is_legacy(record)
+    (key,) = message.content.array_records
+    is_legacy = key in _LEGACY_ARRAYS
     try:
         complete_arrays(message.content, manifest, directory)
     except LostCopy:
@@ -108,17 +110,12 @@ def complete_arrays(content: RecordDict, manifest: Manifest, directory: Path) ->
     arrays = complete([a.numpy() for a in record.values()], manifest, directory)
     names = (
         [str(number) for number in range(len(arrays))]
-        if _is_legacy(record)
+        if key in _LEGACY_ARRAYS
         else _all_names(list(record), manifest, directory / _NAMES_FILE)
     )
     content[key] = ArrayRecord(
         {name: Array(values) for name, values in zip(names, arrays, strict=True)}
     )
-
-
-def _is_legacy(record: ArrayRecord) -> bool:
-    """Tell whether arrays are numbered, in each message from 0."""
-    return list(record) == [str(number) for number in range(len(record))]
 
 
 def _all_names(received: list[str], manifest: Manifest, path: Path) -> list[str]:

@@ -446,3 +446,23 @@ def test_a_subclass_that_changes_what_is_aggregated(legacy, averages):
             expected = (start[name] + whole.received[3][name]) / 2
             torch.testing.assert_close(values, expected)
             assert not torch.equal(values, start[name])
+
+
+class Still(Project):
+    """A project whose rounds move nothing, as with a learning rate that begins at 0."""
+
+    def trained(self, model, received):
+        self.received.append(bits(model))
+        return 0.5
+
+
+@pytest.mark.parametrize("legacy", rest_slow([False, True]))
+def test_devices_that_hold_everything_are_sent_nothing(legacy):
+    project = Still(net, Whole())
+    grid, records, _ = run(project, legacy=legacy, rounds=3)
+    assert [record.refused for record in records] == [{}, {}, {}]
+    assert len(project.received) == 9
+    start = bits(net())
+    assert all(same(received, start) for received in project.received)
+    first, _, _ = run(Still(net, Whole()), legacy=legacy, rounds=1)
+    assert grid.sent_bytes["train"] == first.sent_bytes["train"] > 0
