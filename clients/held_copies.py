@@ -18,7 +18,10 @@ from flwr.app import (
 )
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import Code, FitRes, Parameters, Status
-from flwr.compat.common.recorddict_compat import fitres_to_recorddict
+from flwr.compat.common.recorddict_compat import (
+    EMPTY_TENSOR_KEY,
+    fitres_to_recorddict,
+)
 
 from lola_flwr.clients.received import assignment_in
 from lola_flwr.device.store import LostCopy, complete, run_store
@@ -107,7 +110,8 @@ def complete_arrays(content: RecordDict, manifest: Manifest, directory: Path) ->
         The arrays are not those that the server sent.
     """
     ((key, record),) = content.array_records.items()
-    arrays = complete([a.numpy() for a in record.values()], manifest, directory)
+    received = [a.numpy() for n, a in record.items() if n != EMPTY_TENSOR_KEY]
+    arrays = complete(received, manifest, directory)
     names = (
         [str(number) for number in range(len(arrays))]
         if key in _LEGACY_ARRAYS
