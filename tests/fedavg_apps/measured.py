@@ -51,7 +51,11 @@ def array_bytes(messages):
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    server_app = import_module(f"{context.run_config['project']}.server_app").app
+    project = context.run_config["project"]
+    # The engine imports it in another thread now. Where both import what they share,
+    # one of them can get half of it.
+    import_module(f"{project}.client_app")
+    server_app = import_module(f"{project}.server_app").app
     for seed in range(context.run_config["seeds"]):
         context.run_config["seed"] = seed
         counting = CountingGrid(grid)
