@@ -4,6 +4,8 @@ The bench puts it into a copy of a project, beside the project's package, as it 
 around FedAvg and around what FedAvg became.
 """
 
+import sys
+import time
 from importlib import import_module
 
 from flwr.app import Context, MessageType
@@ -52,9 +54,10 @@ def array_bytes(messages):
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     project = context.run_config["project"]
-    # The engine imports it in another thread now. Where both import what they share,
-    # one of them can get half of it.
-    import_module(f"{project}.client_app")
+    # The engine loads the client in another thread now: of what both import at once,
+    # one of them can get half.
+    while not hasattr(sys.modules.get(f"{project}.client_app"), "app"):
+        time.sleep(0.1)
     server_app = import_module(f"{project}.server_app").app
     for seed in range(context.run_config["seeds"]):
         context.run_config["seed"] = seed
