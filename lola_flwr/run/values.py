@@ -38,10 +38,13 @@ def from_values(of: type[_Value], values: Mapping[str, Any]) -> _Value:
         The values are those of another dataclass, or of another version of it.
     """
     hints = get_type_hints(of)
+    # What an earlier version did not know it did not do.
+    undone = {f.name: False for f in fields(of) if f.default is False}  # type: ignore[arg-type]
+    given = {**undone, **values}
     names = [field.name for field in fields(of)]  # type: ignore[arg-type]
-    if differing := sorted({*names} ^ {*values}):
+    if differing := sorted({*names} ^ {*given}):
         raise ValueError(f"{of.__name__}: {', '.join(differing)}")
-    return of(**{name: _read(hints[name], values[name]) for name in names})
+    return of(**{name: _read(hints[name], given[name]) for name in names})
 
 
 def _read(hint: Any, value: Any) -> Any:
