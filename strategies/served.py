@@ -112,6 +112,8 @@ class Served(Generic[Encoded]):
                 devices = replace(settings.devices, train_all=True)
                 settings = replace(settings, devices=devices)
             wanted = self._options.pop(_PER_BLOCK, None)
+            if wanted is not None and wanted < 1:
+                raise UserError(f"{_PER_BLOCK}={wanted} must be at least 1.")
             if wanted is None and settings.allocation.returned_by == 1:
                 wanted = DEVICES_PER_BLOCK
             if wanted is not None:

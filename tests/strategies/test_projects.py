@@ -235,6 +235,12 @@ def test_drawn_devices_change_from_round_to_round_and_are_a_function_of_the_seed
     assert first == names(1) != names(2)
 
 
+@pytest.mark.parametrize("strategy", [LoLaDeft, LegacyLoLaDeft])
+def test_no_devices_a_block_are_refused_under_the_name_that_was_given(strategy):
+    with pytest.raises(UserError, match=r"^devices_per_block=0 must be at least 1"):
+        strategy(torch.nn.Linear(2, 2), devices_per_block=0)
+
+
 def test_no_training_at_all():
     project = Project(net, Whole())
     strategy = LoLaDeft(net(), fraction_train=0.0)
