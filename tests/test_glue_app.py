@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -103,6 +105,23 @@ def test_a_run_completes(legacy):
     for name, values in trained.named_parameters():
         changed = not torch.equal(values, initial.get_parameter(name))
         assert changed == (name in blocks.trainable), name
+
+
+def test_one_process_leaves_the_same_records_and_the_same_model(legacy, tmp_path):
+    _, directory = legacy
+    words = [*TINY, *OPTIONS, "num-devices=5", f"output-dir={tmp_path}/out"]
+    command = [sys.executable, "-m", "lola_flwr.cli.main", "simulate", str(APP)]
+    command += ["--devices", "5", "--home", str(tmp_path / "home")]
+    command += ["--cpus-per-client", str(os.cpu_count() or 1)]
+    subprocess.run([*command, *words], check=True, cwd=tmp_path)
+    assert without_measurements(rounds_of(tmp_path)) == without_measurements(
+        rounds_of(directory)
+    )
+    saved = [
+        (place / "out" / "model" / "model.safetensors").read_bytes()
+        for place in (tmp_path, directory)
+    ]
+    assert saved[0] == saved[1]
 
 
 def test_the_saved_model_says_the_tasks_classes(legacy):

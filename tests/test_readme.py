@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lola_flwr.cli.app_config import check_config, read_app, read_overrides
+from lola_flwr.cli.app_config import read_overrides
 from lola_flwr.cli.main import main
+from lola_flwr.simulation.flower_app import check_config, read_app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

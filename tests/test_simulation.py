@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lola_flwr.errors import UserError
-from lola_flwr.simulation import FinishedRun, ray_directory, run_app, runs
+from lola_flwr.simulation import FinishedRun, programs, ray_directory, run_app, runs
 from tests.marks import rest_slow
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +206,7 @@ class TestStart:
     def test_program_on_the_path(self, flower, monkeypatch):
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
         monkeypatch.setenv("PATH", f"{flower}/bin")
-        assert runs._program("flwr") == str(flower / "bin" / "flwr")
+        assert programs.program("flwr") == str(flower / "bin" / "flwr")
 
     def test_superlink_that_does_not_start(self, flower):
         program(flower / "bin", "flower-superlink", "sys.exit('no')")
@@ -332,7 +332,7 @@ class TestStop:
             "signal.signal(signal.SIGINT, signal.default_int_handler); "
             f"sys.executable = {sys.executable!r}; "
             f"sys.exit(main(['simulate', {str(waiting_app)!r}, '--devices', '2', "
-            f"'--home', {str(flower / 'home')!r}, 'wait=1']))"
+            f"'--engine', 'ray', '--home', {str(flower / 'home')!r}, 'wait=1']))"
         )
         with subprocess.Popen(
             [PYTHON, "-uc", program],
@@ -391,7 +391,7 @@ class TestStop:
             "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             "print(os.getpid(), flush=True)\ntime.sleep(60)",
         )
-        with runs._running([stubborn], dict(os.environ), subprocess.PIPE) as process:
+        with programs.running([stubborn], dict(os.environ), subprocess.PIPE) as process:
             assert process.stdout is not None
             pid = int(process.stdout.readline())
         process.stdout.close()
@@ -399,7 +399,7 @@ class TestStop:
 
     def test_a_guard_takes_over_the_exit_code(self, tmp_path):
         failing = program(tmp_path, "failing", "sys.exit(3)")
-        with runs._running([failing], dict(os.environ), subprocess.PIPE) as process:
+        with programs.running([failing], dict(os.environ), subprocess.PIPE) as process:
             assert process.wait() == 3
         assert process.stdout is not None
         process.stdout.close()

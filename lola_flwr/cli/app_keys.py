@@ -9,8 +9,9 @@ from typing import Any
 import tomlkit
 from tomlkit.items import AbstractTable, Comment, Item, Whitespace
 
-from lola_flwr.cli.app_config import FlowerApp, kind_of, schema_of
+from lola_flwr.cli.app_config import kind_of
 from lola_flwr.run.config import RunConfig
+from lola_flwr.simulation.flower_app import FlowerApp, schema_of
 
 # How a bound of JSON Schema reads.
 _BOUNDS = {

@@ -12,7 +12,7 @@ import typer
 from lola_flwr.errors import UserError
 
 if TYPE_CHECKING:
-    from lola_flwr.cli.app_config import FlowerApp
+    from lola_flwr.simulation.flower_app import FlowerApp
 
 
 def complete_key(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -47,7 +47,7 @@ def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def _app(ctx: typer.Context) -> FlowerApp | None:
     """Return the app on the line; None if there is none, which is no time to say so."""
-    from lola_flwr.cli.app_config import read_app
+    from lola_flwr.simulation.flower_app import read_app
 
     directory = ctx.params.get("app")
     if directory is None:

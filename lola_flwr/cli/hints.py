@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 
-from lola_flwr.cli.app_config import FlowerApp, as_toml, read_app
+from lola_flwr.cli.app_config import as_toml
 from lola_flwr.errors import UserError
+from lola_flwr.simulation.flower_app import FlowerApp, read_app
 
 # How like an app's key an option has to look to be taken for it.
 _CLOSE = 0.8

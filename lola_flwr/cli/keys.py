@@ -42,8 +42,8 @@ def keys(
 
     Another: `lola-flwr keys simulations/glue codec`
     """
-    from lola_flwr.cli.app_config import read_app
     from lola_flwr.cli.app_keys import app_keys
+    from lola_flwr.simulation.flower_app import read_app
 
     found = app_keys(read_app(app))
     shown = [key for key in found if word is None or _has(key, word)]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,27 @@ from lola_flwr.machine.files import local_path
 
 if TYPE_CHECKING:
     from lola_flwr.simulation import FinishedRun
+    from lola_flwr.simulation.flower_app import FlowerApp
+
+# Up to so many devices one process takes no longer than Ray's start and messages do.
+_MOST_IN_PROCESS = 16
+
+_Echo = Callable[[str], object]
+
+
+class Engine(StrEnum):
+    """Where the devices of a simulation compute."""
+
+    AUTO = "auto"
+    PROCESS = "process"
+    RAY = "ray"
+
+    def is_process(self, num_devices: int) -> bool:
+        """Tell whether so many devices compute in one process."""
+        if self is Engine.AUTO:
+            return num_devices <= _MOST_IN_PROCESS
+        return self is Engine.PROCESS
+
 
 # Keys by which an app can be told what this command knows; it need not have them.
 _OUTPUT_KEY, _FLEET_KEY, _NUMBER_KEY = "output-dir", "fleet", "num-devices"
@@ -57,6 +80,14 @@ def simulate(
     cpus_per_client: Annotated[
         int, typer.Option(min=1, help="CPUs that one client takes.")
     ] = 1,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="Where devices compute: all in one process, one after the other, or "
+            f"in Flower's engine, on all cores [auto: one process up to "
+            f"{_MOST_IN_PROCESS} devices]."
+        ),
+    ] = Engine.AUTO,
     plain: Annotated[
         bool, typer.Option("--plain", help="Log lines, also on a terminal.")
     ] = False,
@@ -64,10 +95,10 @@ def simulate(
         bool, typer.Option("--json", help="Print the outcome alone, as JSON.")
     ] = False,
 ) -> None:
-    """Run a Flower app in simulation, with a SuperLink of its own.
+    """Run a Flower app in simulation, from start to report.
 
-    Checks what can be checked before that, starts the SuperLink, runs the app, shows
-    the rounds, and stops all that it started.
+    Checks what can be checked before that, runs the app, in one process or with a
+    SuperLink of its own, shows the rounds, and stops all that it started.
 
     Example: `lola-flwr simulate simulations/glue --devices 6 rounds=10`
 
@@ -78,7 +109,14 @@ def simulate(
         # Seen on a terminal alone: it takes seconds where the model has to be loaded.
         with console().status("checking data, model and devices ..."):
             prepared = _prepare(app, overrides or [], devices, fleet, out)
-        finished = _run(prepared, home, cpus_per_client, plain=plain, silent=as_json)
+        in_process = engine.is_process(prepared.num_devices)
+        run = partial(
+            _run_in_process if in_process else _run_in_ray,
+            prepared,
+            home,
+            cpus_per_client,
+        )
+        finished = _followed(run, prepared, plain=plain, silent=as_json)
     except UserError as error:
         if as_json:
             print_outcome("not started", error=str(error))
@@ -93,7 +131,7 @@ class _Prepared:
     Parameters
     ----------
     app
-        Directory of the app.
+        The app.
     config
         Its run configuration, with what this command changes in it.
     changes
@@ -104,7 +142,7 @@ class _Prepared:
         Where the run's files go; None if the app does not say.
     """
 
-    app: Path
+    app: FlowerApp
     config: Mapping[str, Any]
     changes: Mapping[str, Any]
     num_devices: int
@@ -118,12 +156,8 @@ def _prepare(
     fleet: Path | None,
     out: Path | None,
 ) -> _Prepared:
-    from lola_flwr.cli.app_config import (
-        check_config,
-        check_start,
-        read_app,
-        read_overrides,
-    )
+    from lola_flwr.cli.app_config import read_overrides
+    from lola_flwr.simulation.flower_app import check_config, check_start, read_app
 
     found = read_app(app)
     changes = read_overrides(found, overrides)
@@ -146,31 +180,52 @@ def _prepare(
     config = {**found.config, **changes}
     check_config(found, config)
     check_start(found, config, num_devices)
-    return _Prepared(app, config, changes, num_devices, directory)
+    return _Prepared(found, config, changes, num_devices, directory)
 
 
-def _run(
+def _followed(
+    run: Callable[[_Echo | None], FinishedRun],
     prepared: _Prepared,
-    home: Path,
-    cpus_per_client: int,
     *,
     plain: bool,
     silent: bool,
 ) -> FinishedRun:
-    from lola_flwr.cli.app_config import as_run_config
-    from lola_flwr.simulation import run_app
-
+    """Run it and show what it prints."""
     directory = prepared.directory
     live = sys.stdout.isatty() and not (plain or silent) and directory is not None
     with _terminable(), _shown(live, silent, directory, prepared.config) as echo:
-        return run_app(
-            prepared.app,
-            num_devices=prepared.num_devices,
-            run_config=as_run_config(prepared.changes),
-            home=home,
-            cpus_per_client=cpus_per_client,
-            echo=echo,
-        )
+        return run(echo)
+
+
+def _run_in_process(
+    prepared: _Prepared, home: Path, cpus_per_client: int, echo: _Echo | None
+) -> FinishedRun:
+    from lola_flwr.simulation.process import run_in_this_process
+
+    return run_in_this_process(
+        prepared.app,
+        num_devices=prepared.num_devices,
+        config=prepared.config,
+        home=home,
+        device_threads=cpus_per_client,
+        echo=echo,
+    )
+
+
+def _run_in_ray(
+    prepared: _Prepared, home: Path, cpus_per_client: int, echo: _Echo | None
+) -> FinishedRun:
+    from lola_flwr.cli.app_config import as_run_config
+    from lola_flwr.simulation import run_app
+
+    return run_app(
+        prepared.app.directory,
+        num_devices=prepared.num_devices,
+        run_config=as_run_config(prepared.changes),
+        home=home,
+        cpus_per_client=cpus_per_client,
+        echo=echo,
+    )
 
 
 def _fleet_changes(config: Mapping[str, Any], fleet: Path | None) -> dict[str, Any]:
@@ -232,7 +287,7 @@ def _terminable() -> Iterator[None]:
 @contextmanager
 def _shown(
     live: bool, silent: bool, directory: Path | None, config: Mapping[str, Any]
-) -> Iterator[Callable[[str], object] | None]:
+) -> Iterator[_Echo | None]:
     """Give what to call with each line that the run prints."""
     if not live or directory is None:
         yield None if silent else _write

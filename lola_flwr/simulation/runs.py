@@ -1,4 +1,4 @@
-"""Run a Flower app in the simulation engine, with a SuperLink of its own.
+"""Run a Flower app in Flower's engine, with a SuperLink of its own.
 
 ``flwr run`` leaves a managed SuperLink behind and reports success for runs that
 failed. This starts a SuperLink for one run, checks how the run ended, and stops what it
@@ -10,76 +10,28 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import writing
-from lola_flwr.simulation import guard
+from lola_flwr.simulation.finished import FinishedRun, plain
+from lola_flwr.simulation.flower_app import read_app
+from lola_flwr.simulation.programs import (
+    environment,
+    program,
+    running,
+    stream,
+)
 from lola_flwr.simulation.ray_directory import ray_environment
 
 _START_S = 60.0
 _STATUS_S = 30.0
-# How Flower logs what ended a simulation. Of errors that led to each other the first
-# one comes first.
-_RAISED = re.compile(
-    r"^ERROR *: +Simulation raised an exception\n"
-    r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(\S.*)$",
-    re.MULTILINE,
-)
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """How a run ended.
-
-    Parameters
-    ----------
-    status
-        Flower's word for it: ``"finished:completed"`` is success.
-    output
-        What the run printed.
-    """
-
-    status: str
-    output: str
-
-    @property
-    def completed(self) -> bool:
-        """Whether the run completed."""
-        return self.status == "finished:completed"
-
-    @property
-    def final(self) -> str | None:
-        """The app's summary line."""
-        return self._last_logged("INFO", "final: ")
-
-    @property
-    def error(self) -> str | None:
-        """The one line that the app reported a user's mistake with.
-
-        Of another error, its own line, which stands at the end of its traceback.
-        """
-        logged = self._last_logged("ERROR", "error: ")
-        if logged is not None:
-            return logged.removeprefix("error: ")
-        raised = _RAISED.findall(_plain(self.output))
-        return raised[-1] if raised else None
-
-    def _last_logged(self, level: str, start: str) -> str | None:
-        # Other lines hold what devices call themselves, which could be anything.
-        logged = re.findall(
-            rf"^{level} *: +({start}.+)$", _plain(self.output), re.MULTILINE
-        )
-        return logged[-1] if logged else None
 
 
 def run_app(
@@ -91,7 +43,7 @@ def run_app(
     cpus_per_client: int = 1,
     echo: Callable[[str], object] | None = None,
 ) -> FinishedRun:
-    """Run a Flower app in simulation and wait for its end.
+    """Run a Flower app in Flower's engine (Ray) and wait for its end.
 
     Parameters
     ----------
@@ -112,14 +64,11 @@ def run_app(
     Raises
     ------
     UserError
-        The app or one of Flower's programs is missing, or the SuperLink did not start.
+        There is no app, one of Flower's programs is missing, or the SuperLink did not
+        start.
     """
-    if not (app / "pyproject.toml").is_file():
-        raise UserError(
-            f"{app} is no Flower app, it has no pyproject.toml; give the app's "
-            "directory, such as simulations/glue."
-        )
-    superexec, flwr = map(_program, ("flower-superexec", "flwr"))
+    read_app(app)
+    superexec, flwr = map(program, ("flower-superexec", "flwr"))
     with ray_environment() as for_ray, own_superlink(home) as link:
         # The SuperLink could start a SuperExec itself, but stopping it would leave the
         # simulation until the SuperLink has ended, too.
@@ -135,9 +84,9 @@ def run_app(
             run_command += ["--run-config", override]
         with (
             link.log.open("ab") as log_file,
-            _running(superexec_command, {**link.environment, **for_ray}, log_file),
+            running(superexec_command, {**link.environment, **for_ray}, log_file),
         ):
-            output = _stream(run_command, link.environment, echo)
+            output = stream(run_command, link.environment, echo)
             return FinishedRun(_status(flwr, output, link.environment), output)
 
 
@@ -175,7 +124,7 @@ def own_superlink(home: Path) -> Iterator[SuperLink]:
         Flower's program is missing or did not start, or the directory cannot be
         written.
     """
-    program = _program("flower-superlink")
+    superlink = program("flower-superlink")
     port = _free_port()
     flwr_home = home.absolute() / f"run-{port}"
     address = f"127.0.0.1:{port}"
@@ -186,106 +135,22 @@ def own_superlink(home: Path) -> Iterator[SuperLink]:
             f'address = "{address}"\ninsecure = true\n',
             encoding="utf-8",
         )
-    link = SuperLink(address, _environment(flwr_home), flwr_home / "superlink.log")
+    link = SuperLink(address, environment(flwr_home), flwr_home / "superlink.log")
     command = [
-        *(program, "--insecure", "--simulation", "--isolation", "process"),
+        *(superlink, "--insecure", "--simulation", "--isolation", "process"),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
     with (
         link.log.open("ab") as log_file,
-        _running(command, link.environment, log_file) as process,
+        running(command, link.environment, log_file) as process,
     ):
         _wait_for_port(process, port, link.log)
         yield link
 
 
-def _program(name: str) -> str:
-    """Find one of Flower's programs: beside this Python, or else on the PATH."""
-    found = shutil.which(name, path=_search_path())
-    if found is None:
-        raise UserError(
-            f"{name} is neither beside {sys.executable} nor on the PATH; run this with "
-            "the Python of the environment that has flwr[simulation], such as "
-            ".venv/bin/python after `make venv`."
-        )
-    return found
-
-
-def _search_path() -> str:
-    # The link in a virtual environment, not the interpreter that it leads to.
-    beside = Path(sys.executable).parent
-    return f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-
-
-def _environment(flwr_home: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "FLWR_HOME": str(flwr_home),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        # Flower's programs start each other by name.
-        "PATH": _search_path(),
-        # Warnings about what Ray's driver inherits.
-        "PYTHONWARNINGS": "ignore",
-    }
-
-
-@contextmanager
-def _running(
-    command: Sequence[str], environment: dict[str, str], output: IO[bytes] | int
-) -> Iterator[subprocess.Popen[str]]:
-    """Start a program under a guard, which ends all of it with this process at last.
-
-    Parameters
-    ----------
-    command
-        The program and its arguments.
-    environment
-        Its environment.
-    output
-        Where its output goes.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", guard.__file__, *command],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        # What a terminal sends to a group of processes is not for the guard.
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        # A second Ctrl-C ends the waiting, and the guard goes on by itself.
-        process.wait()
-
-
-def _stream(
-    command: Sequence[str],
-    environment: dict[str, str],
-    echo: Callable[[str], object] | None,
-) -> str:
-    """Return what a program prints, and hand on each line as it comes."""
-    lines = []
-    with _running(command, environment, subprocess.PIPE) as process:
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                lines.append(line)
-                if echo is not None:
-                    echo(line)
-    return "".join(lines)
-
-
 def _status(flwr: str, output: str, environment: dict[str, str]) -> str:
     """Ask the SuperLink how the run ended; the stream's exit code does not tell."""
-    output = _plain(output)
+    output = plain(output)
     found = re.search(r"^Successfully started run (\d+)", output, re.MULTILINE)
     if found is None:
         # Flower prints its errors in a box.
@@ -322,11 +187,6 @@ def _listed_status(command: Sequence[str], environment: dict[str, str]) -> str:
     except (ValueError, LookupError, TypeError):
         said = " ".join((listed.stdout + listed.stderr).split())
         return f"unknown: `flwr list` says {said[-300:]!r}"
-
-
-def _plain(output: str) -> str:
-    """Leave out the colors."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", output)
 
 
 def _free_port() -> int:

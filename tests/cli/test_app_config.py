@@ -6,14 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lola_flwr.cli.app_config import (
-    FlowerApp,
-    as_run_config,
-    check_config,
-    read_app,
-    read_overrides,
-)
+from lola_flwr.cli.app_config import as_run_config, read_overrides
 from lola_flwr.errors import UserError
+from lola_flwr.simulation.flower_app import FlowerApp, check_config, read_app
 
 GLUE = Path(__file__).parents[2] / "simulations" / "glue"
 APP = FlowerApp(

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lola_flwr.cli.app_config import FlowerApp, check_start, read_app
 from lola_flwr.cli.main import FAILED, MISUSED, main
 from lola_flwr.errors import UserError
+from lola_flwr.simulation.flower_app import FlowerApp, check_start, read_app
 from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
 
 SIMULATIONS = Path(__file__).parents[2] / "simulations"

@@ -9,9 +9,9 @@ import pytest
 import typer
 from click.shell_completion import ShellComplete
 
-from lola_flwr.cli.app_config import read_app
 from lola_flwr.cli.app_keys import app_keys
 from lola_flwr.cli.main import FAILED, app, main
+from lola_flwr.simulation.flower_app import read_app
 from lola_flwr.wire.codec import CODECS
 
 SIMULATIONS = Path(__file__).parents[2] / "simulations"

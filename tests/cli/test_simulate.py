@@ -32,6 +32,10 @@ output-dir = ""
 """
 
 
+# In Flower's engine, whose programs the tests stand in for.
+SIMULATE = ("simulate", "app", "--engine", "ray")
+
+
 @pytest.fixture
 def app(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -54,7 +58,7 @@ def started(monkeypatch):
 
 
 def test_the_app_is_told_what_the_command_knows(app, started, capsys):
-    assert main(["simulate", "app", "--devices", "4", "rounds=2"]) == 0
+    assert main([*SIMULATE, "--devices", "4", "rounds=2"]) == 0
     (call,) = started
     assert call["num_devices"] == 4
     assert {"rounds=2", "num-devices=4"} < set(call["run_config"])
@@ -64,13 +68,13 @@ def test_the_app_is_told_what_the_command_knows(app, started, capsys):
 
 
 def test_output_directory_of_the_users_own(app, started):
-    assert main(["simulate", "app", "--devices", "4", "--out", "mine"]) == 0
+    assert main([*SIMULATE, "--devices", "4", "--out", "mine"]) == 0
     assert f'output-dir="{app.parent}/mine"' in started[0]["run_config"]
 
 
 def test_a_fleet_says_how_many(app, started):
     assert main(["fleet", "generate", "5", "--out", "fleet.toml"]) == 0
-    assert main(["simulate", "app", "--fleet", "fleet.toml"]) == 0
+    assert main([*SIMULATE, "--fleet", "fleet.toml"]) == 0
     assert started[0]["num_devices"] == 5
     assert f'fleet="{app.parent}/fleet.toml"' in started[0]["run_config"]
 
@@ -78,12 +82,28 @@ def test_a_fleet_says_how_many(app, started):
 def test_an_app_without_these_keys(app, started):
     path = app / "pyproject.toml"
     path.write_text("[tool.flwr.app.config]\nrounds = 3\n")
-    assert main(["simulate", "app", "--devices", "2"]) == 0
+    assert main([*SIMULATE, "--devices", "2"]) == 0
     assert started[0]["run_config"] == []
 
 
+@pytest.mark.parametrize(
+    ("devices", "engine", "in_ray"),
+    [(16, "auto", False), (17, "auto", True), (17, "process", False)],
+)
+def test_few_devices_are_simulated_in_one_process(
+    app, started, capsys, devices, engine, in_ray
+):
+    words = ["simulate", "app", "--engine", engine, "--devices", str(devices)]
+    assert main(words) == (0 if in_ray else 1)
+    assert len(started) == in_ray
+    if not in_ray:
+        assert capsys.readouterr().err == (
+            "error: app names no serverapp in [tool.flwr.app.components].\n"
+        )
+
+
 def test_json(app, started, capsys):
-    assert main(["simulate", "app", "--devices", "4", "--json"]) == 0
+    assert main([*SIMULATE, "--devices", "4", "--json"]) == 0
     assert started[0]["echo"] is None
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["status"] == "finished:completed"
@@ -98,7 +118,7 @@ def test_a_run_ends_with_its_report(app, monkeypatch, capsys):
         return FinishedRun("finished:completed", "INFO :     final: loss=1\n")
 
     monkeypatch.setattr(simulation, "run_app", run_app)
-    assert main(["simulate", "app", "--devices", "4", "--out", "mine"]) == 0
+    assert main([*SIMULATE, "--devices", "4", "--out", "mine"]) == 0
     assert f"report: {app.parent}/mine/report.html" in capsys.readouterr().out
     assert "accuracy" in (app.parent / "mine" / "report.html").read_text()
 
@@ -106,7 +126,7 @@ def test_a_run_ends_with_its_report(app, monkeypatch, capsys):
 def test_a_failed_run_is_a_failed_command(app, monkeypatch, capsys):
     failed = FinishedRun("finished:failed", "ERROR :     error: no model\n")
     monkeypatch.setattr(simulation, "run_app", lambda *_, **__: failed)
-    assert main(["simulate", "app", "--devices", "4"]) == 1
+    assert main([*SIMULATE, "--devices", "4"]) == 1
     assert capsys.readouterr().err == "error: no model\n"
 
 
@@ -130,7 +150,7 @@ class TestMaskedErrors:
                 return finished
 
             monkeypatch.setattr(simulation, "run_app", run_app)
-            return ["simulate", "app", "--devices", "4", "--out", "mine"]
+            return [*SIMULATE, "--devices", "4", "--out", "mine"]
 
         return end
 
@@ -311,7 +331,7 @@ def test_what_is_printed_into_a_pipe(app, monkeypatch, capsys):
         return FinishedRun("finished:completed", "INFO :     final: loss=1\n")
 
     monkeypatch.setattr(simulation, "run_app", run_app)
-    assert main(["simulate", "app", "--devices", "4"]) == 0
+    assert main([*SIMULATE, "--devices", "4"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "round 1"
 
 
@@ -327,7 +347,7 @@ def test_a_finished_run_says_where_everything_is(app, monkeypatch, capsys):
         return FinishedRun("finished:completed", "INFO :     final: loss=1\n")
 
     monkeypatch.setattr(simulation, "run_app", run_app)
-    command = ["simulate", "app", "--devices", "4", "--out", "mine"]
+    command = [*SIMULATE, "--devices", "4", "--out", "mine"]
     assert main(command) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"files: {directory}",

@@ -152,7 +152,7 @@ def replay(name, directory, **overrides):
 
 
 def replay_demo(directory):
-    """Run the demo as its command does, Ray and all; return its records as dicts."""
+    """Run the demo as its command does; return its records as dicts."""
     out = directory / "out"
     command = [sys.executable, "simulations/run.py", *DEMO, "--out", str(out)]
     finished = subprocess.run(

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, RecordDict
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -19,7 +19,7 @@ import lola_causal.client_app
 import lola_causal.server_app
 import lola_glue.client_app
 import lola_glue.server_app
-from tests.strategies.in_process import InProcessGrid
+from lola_flwr.simulation.grid import ProcessGrid
 
 APPS = Path(__file__).parent.parent.parent / "simulations"
 PACKAGES = {"glue": lola_glue, "causal": lola_causal}
@@ -33,32 +33,19 @@ def app_config(name="glue", **overrides):
     return {**config, **overrides}
 
 
-class AppGrid(InProcessGrid):
+class AppGrid(ProcessGrid):
     """Nodes that run the app's ClientApp, each with its part of the data."""
 
     def __init__(self, config, package=lola_glue):
         count = config["num-devices"]
-        app = package.client_app.app
-        super().__init__({100 + index: app for index in range(count)})
-        self.run = Run.create_empty(1)
+        nodes = range(100, 100 + count)
+        places = {
+            node: {"partition-id": node - 100, "num-partitions": count}
+            for node in nodes
+        }
+        apps = dict.fromkeys(nodes, package.client_app.app)
+        super().__init__(apps, places, Run.create_empty(1), config)
         self.config = config
-
-    def place_of(self, node):
-        """Return the node's configuration, which says which part of the data it has."""
-        return {"partition-id": node - 100, "num-partitions": len(self.apps)}
-
-    def send_and_receive(self, messages, *, timeout=None):
-        # Nothing is kept: the memory of long runs is measured.
-        return [self._deliver(message) for message in messages]
-
-    def _deliver(self, message):
-        node = message.metadata.dst_node_id
-        message.metadata.__dict__["_message_id"] = str(node)
-        context = Context(1, node, self.place_of(node), RecordDict(), self.config)
-        try:
-            return self.apps[node](message, context)
-        except Exception as error:
-            return Message(Error(code=0, reason=repr(error)), reply_to=message)
 
 
 def run_app(output_dir, *, app="glue", make_grid=None, **overrides):

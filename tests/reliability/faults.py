@@ -132,10 +132,6 @@ class FaultyGrid(AppGrid):
             return []
         return list(self.apps)
 
-    def place_of(self, node):
-        count = self.config["num-devices"]
-        return {"partition-id": self._partition[node], "num-partitions": count}
-
     def send_and_receive(self, messages, *, timeout=None):
         messages = list(messages)
         replies = []
@@ -209,6 +205,8 @@ class FaultyGrid(AppGrid):
             if self._away[partition] == 0:
                 del self._away[partition]
                 self._partition[self._next_id] = partition
+                # As the device of that part of the data had when the run began.
+                self.node_configs[self._next_id] = self.node_configs[100 + partition]
                 self.apps[self._next_id] = app
                 self._next_id += 1
         if rng_for(2, "all gone", self._draws).random() < 0.02:

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 40
-KILLS = 30
+# By engine: a hundred in all.
+KILLS = {"process": 70, "ray": 30}
 # What a user, a terminal, a batch system and the system itself end a command with. A
 # second Ctrl-C follows an impatient first one.
 ENDINGS = (
@@ -29,11 +30,12 @@ ENDINGS = (
 )
 
 
-def start(directory, log):
+def start(directory, engine, log):
     """Start the run in a directory, or go on with it."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "lola_flwr.cli.main", "simulate", "--plain"),
+            *("--engine", engine),
             *(str(ROOT / "simulations" / "glue"), "--devices", "4"),
             *("--out", str(directory / "out"), "--home", str(directory / "home")),
             *("model=random:roberta-tiny", "batch-size=8", "max-length=16"),
@@ -71,23 +73,24 @@ def rounds(directory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_thirty_kills_at_random_moments(tmp_path, rng, capsys):
+@pytest.mark.parametrize("engine", KILLS)
+def test_kills_at_random_moments(tmp_path, rng, capsys, engine):
     whole = tmp_path / "whole"
     whole.mkdir()
     begun = time.monotonic()
     with (whole / "log").open("w") as log:
-        assert start(whole, log).wait() == 0, (whole / "log").read_text()
+        assert start(whole, engine, log).wait() == 0, (whole / "log").read_text()
     takes_s = time.monotonic() - begun
     expected = weights(whole)
 
     kills, ended, resumed = 0, 0, 0
     directory = tmp_path / "killed-0"
-    while kills < KILLS or directory.exists():
+    while kills < KILLS[engine] or directory.exists():
         directory.mkdir(exist_ok=True)
         before = rounds(directory)
         with (directory / "log").open("a") as log:
-            process = start(directory, log)
-            if kills < KILLS:
+            process = start(directory, engine, log)
+            if kills < KILLS[engine]:
                 # Also while it starts, while it saves, and after its last round.
                 try:
                     process.wait(rng.uniform(0, takes_s))

@@ -275,7 +275,7 @@ TINY = ('model="random:roberta-tiny"', "batch-size=8", "rounds=12", "num-devices
 def stop_after(num_rounds, log, overrides, home):
     """Start the app; when its log has so many rounds, kill all that was started."""
     command = [sys.executable, str(ROOT / "simulations" / "run.py"), str(GLUE)]
-    command += ["--devices", "5", "--home", str(home), *overrides]
+    command += ["--devices", "5", "--engine", "ray", "--home", str(home), *overrides]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while not log.exists() or log.read_text().count("\n") < num_rounds:
             assert process.poll() is None, "it has ended by itself"

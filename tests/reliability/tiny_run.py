@@ -10,7 +10,6 @@ import torch
 import transformers
 from flwr.app import Context, RecordDict
 from flwr.client import ClientApp
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.build import coordinator_for
@@ -98,7 +97,6 @@ def run(
 
     app = LoLaClient(device_fn) if interface == "message" else ClientApp(client_fn)
     grid = make_grid({first_node + index: app for index in range(num_devices)})
-    grid.run = Run.create_empty(1)
     with RunDirectory(
         directory, coordinator, configuration=configuration or {}
     ) as files:

@@ -1,12 +1,13 @@
-"""A Grid whose nodes are ClientApps in this process."""
+"""A Grid whose nodes are ClientApps in this process, and which tells what went by."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.run import Run
+
+from lola_flwr.simulation.grid import ProcessGrid
 
 
 def message_bytes(message):
@@ -22,7 +23,7 @@ def array_bytes(message):
     return sum(len(array.data) for record in records for array in record.values())
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(ProcessGrid):
     """Delivers messages to ClientApps; an exception of theirs is an error reply.
 
     ``apps`` maps node ids to ClientApps, ``configs`` to their node configurations. What
@@ -31,15 +32,11 @@ class InProcessGrid(Grid):
     """
 
     def __init__(self, apps, configs=None):
-        self.apps = apps
-        self.configs = configs or {}
+        super().__init__(apps, configs or {}, Run.create_empty(1), {})
         self.sent = []
         self.sent_bytes = Counter()
         self.batches = []
         self.alter = lambda reply: reply
-
-    def get_node_ids(self):
-        return list(self.apps)
 
     def send_and_receive(self, messages, *, timeout=None):
         messages = list(messages)
@@ -47,17 +44,5 @@ class InProcessGrid(Grid):
         self.sent += messages
         for message in messages:
             self.sent_bytes[message.metadata.message_type] += array_bytes(message)
-        return [self.alter(self._deliver(message)) for message in messages]
-
-    def _deliver(self, message):
-        node = message.metadata.dst_node_id
-        # The SuperLink gives messages their ids.
-        message.metadata.__dict__["_message_id"] = str(len(self.sent))
-        context = Context(1, node, self.configs.get(node, {}), RecordDict(), {})
-        try:
-            return self.apps[node](message, context)
-        except Exception as error:
-            return Message(Error(code=0, reason=repr(error)), reply_to=message)
-
-    set_run = run = create_message = None
-    push_messages = pull_messages = None
+        replies = super().send_and_receive(messages, timeout=timeout)
+        return [self.alter(reply) for reply in replies]

@@ -1,0 +1,150 @@
+"""Run a Flower app's server and devices in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import ERROR, INFO
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, TypeVar
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.logger import FLOWER_LOGGER, log
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from lola_flwr.errors import UserError
+from lola_flwr.machine.heap import keep_no_freed_memory
+from lola_flwr.simulation.finished import FinishedRun
+from lola_flwr.simulation.flower_app import FlowerApp
+from lola_flwr.simulation.grid import ProcessGrid
+from lola_flwr.simulation.programs import environment
+
+# What Flower calls the server among the nodes of a run.
+_SERVER_NODE_ID = 1
+
+_Component = TypeVar("_Component", ServerApp, ClientApp)
+
+
+def run_in_this_process(
+    app: FlowerApp,
+    *,
+    num_devices: int,
+    config: Mapping[str, Any],
+    home: Path,
+    device_threads: int = 1,
+    echo: Callable[[str], object] | None = None,
+) -> FinishedRun:
+    """Run an app's ServerApp, and its ClientApp for each message that it sends.
+
+    Devices compute one after the other; neither a SuperLink nor Ray is started. Records
+    of this package's apps are those of Flower's engine.
+
+    Parameters
+    ----------
+    app
+        The app.
+    num_devices
+        Simulated devices.
+    config
+        The app's run configuration, complete.
+    home
+        FLWR_HOME of this process from now on.
+    device_threads
+        PyTorch's threads while a device computes.
+    echo
+        Called with each line that Flower's logger says.
+
+    Raises
+    ------
+    UserError
+        The app has no ServerApp, or no ClientApp.
+    """
+    os.environ.update(environment(home.absolute()))
+    sys.path.insert(0, str(app.directory.resolve()))
+    server_app = _component(app, "serverapp", ServerApp)
+    client_app = _component(app, "clientapp", ClientApp)
+    keep_no_freed_memory()
+    run = Run.create_empty(run_id=secrets.randbits(63))
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = run.run_id
+    TaskIdentity.node_id = _SERVER_NODE_ID
+    first = _SERVER_NODE_ID + 1
+    nodes = range(first, first + num_devices)
+    grid = ProcessGrid(
+        dict.fromkeys(nodes, client_app),
+        {
+            node: {"partition-id": node - first, "num-partitions": num_devices}
+            for node in nodes
+        },
+        run,
+        config,
+        device_threads,
+    )
+    context = Context(
+        run_id=run.run_id,
+        node_id=_SERVER_NODE_ID,
+        node_config={},
+        state=RecordDict(),
+        run_config=dict(config),
+    )
+    with _logged(echo) as lines:
+        log(INFO, "%s devices in one process (--engine process)", num_devices)
+        status = _status(server_app, grid, context)
+    return FinishedRun(status, "".join(lines))
+
+
+def _status(server_app: ServerApp, grid: Grid, context: Context) -> str:
+    """Run the server; return how that ended, in the words of Flower's engine."""
+    try:
+        server_app(grid, context)
+    # Whatever an app raises ends its run.
+    except Exception as error:
+        log(ERROR, "Simulation raised an exception", exc_info=error)
+        return "finished:failed"
+    return "finished:completed"
+
+
+def _component(app: FlowerApp, key: str, kind: type[_Component]) -> _Component:
+    """Import what an app names in ``[tool.flwr.app.components]``."""
+    name = app.components.get(key)
+    if name is None:
+        raise UserError(f"{app.name} names no {key} in [tool.flwr.app.components].")
+    component = resolve_name(name)
+    if not isinstance(component, kind):
+        raise UserError(f"{key} = {name!r} of {app.name} is no {kind.__name__}.")
+    return component
+
+
+class _Lines(logging.Handler):
+    """Keeps what is logged, and hands it on line by line."""
+
+    def __init__(self, echo: Callable[[str], object] | None) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._echo = echo
+        self.setFormatter(logging.Formatter("%(levelname)s :      %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            self.lines.append(f"{line}\n")
+            if self._echo is not None:
+                self._echo(f"{line}\n")
+
+
+@contextmanager
+def _logged(echo: Callable[[str], object] | None) -> Iterator[list[str]]:
+    """Give the lines that Flower's logger says, which go nowhere else."""
+    handler, before = _Lines(echo), FLOWER_LOGGER.handlers
+    FLOWER_LOGGER.handlers = [handler]
+    try:
+        yield handler.lines
+    finally:
+        FLOWER_LOGGER.handlers = before
