@@ -28,7 +28,7 @@ from lola_flwr.server.replies import DeviceReply
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.strategies.presence import AskProfiles, meet, wait_for_devices
-from lola_flwr.wire.packing import VALUES, pack
+from lola_flwr.wire.packing import VALUES
 from lola_flwr.wire.records import MANIFEST_KEY, holds_nothing
 
 Encoded = TypeVar("Encoded")
@@ -317,8 +317,7 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
                 yield device, {name: encoded[name] for name in names}
                 continue
             if names not in packed:
-                values = self._coordinator.values()
-                packed[names] = encode(pack({name: values[name] for name in names}))
+                packed[names] = encode(self._coordinator.packed(names))
             yield device, {VALUES: packed[names]}
 
     def evaluation_contents(

@@ -45,7 +45,8 @@ class BlockUpdate:
     def scaled(self, scale: float) -> BlockUpdate:
         """Return the update with gradients of another size."""
         gradients = {
-            n: (g * scale).astype(np.float32) for n, g in self.gradients.items()
+            n: (g * scale).astype(np.float32, copy=False)
+            for n, g in self.gradients.items()
         }
         return replace(self, gradients=gradients)
 
@@ -65,8 +66,9 @@ def block_mean_named(name: str) -> Callable[[Sequence[BlockUpdate]], Float32Arra
     Returns
     -------
     A function from one round's updates, each of at least one example, to the gradient
-    of every parameter that some update holds. A parameter that nobody computed has no
-    entry, so that the optimizer leaves it alone.
+    of every parameter that some update holds; where it is the only one, that is its own
+    array. A parameter that nobody computed has no entry, and the optimizer leaves it
+    alone.
 
     Raises
     ------
@@ -88,6 +90,10 @@ def _weighted_mean(updates: Sequence[BlockUpdate]) -> Float32Arrays:
     total: dict[str, Float32Array] = {}
     for update in updates:
         for name, gradient in update.gradients.items():
+            if update.num_examples == examples[name]:
+                # Its only one, which stays where it was received.
+                total[name] = gradient
+                continue
             weight = np.float32(update.num_examples / examples[name])
             if name in total:
                 total[name] += weight * gradient

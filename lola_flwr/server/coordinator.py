@@ -31,6 +31,7 @@ from lola_flwr.server.selection.history import BlockHistory
 from lola_flwr.server.selection.importance import measure_importance
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.server.state import RunState
+from lola_flwr.wire.codec import WireArray
 from lola_flwr.wire.payload import UpdateSizes
 from lola_flwr.wire.versions import Manifest
 
@@ -283,6 +284,10 @@ class Coordinator:
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the trainable parameters' current values, as views."""
         return self._model.state()
+
+    def packed(self, names: Sequence[str]) -> WireArray:
+        """Return the values of some parameters in one array, perhaps as a view."""
+        return self._model.packed(names)
 
     @property
     def sends_by_name(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.arrays import in_one
 from lola_flwr.errors import UserError
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.server.optimizer import ServerOptimizer
@@ -30,6 +31,11 @@ class LowRankOptimizer:
         The projection that devices apply.
     **options
         Optimizer, schedule and their options, as for `ServerOptimizer`.
+
+    Attributes
+    ----------
+    flat
+        As of `ServerOptimizer`.
     """
 
     def __init__(
@@ -38,7 +44,7 @@ class LowRankOptimizer:
         projection: LowRankProjection,
         **options: Any,
     ) -> None:
-        self._values = {name: np.array(v, np.float32) for name, v in state.items()}
+        self.flat, self._values = in_one(state)
         self._projection = projection
         self._zeros = {
             name: np.zeros(projection.shape(values.shape), np.float32)

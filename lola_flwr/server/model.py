@@ -18,6 +18,8 @@ from lola_flwr.server.assembly import BlockUpdate, average_statistics, block_mea
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.server.steadied import steadied
+from lola_flwr.wire.codec import WireArray
+from lola_flwr.wire.packing import pack
 from lola_flwr.wire.payload import array_bytes
 from lola_flwr.wire.versions import Versions, model_pieces
 
@@ -110,6 +112,17 @@ class ServedModel:
             name: state[name].astype(own.dtype, copy=False) if name in state else own
             for name, own in self._state_dict.items()
         }
+
+    def packed(self, names: Sequence[str]) -> WireArray:
+        """Return the values of some trainable parameters in one array.
+
+        They are ordered as by `lola_flwr.wire.packing.pack`; of all parameters it is a
+        view, which the next step changes.
+        """
+        state = self._optimizer.state()
+        if state.keys() == {*names}:
+            return self._optimizer.flat
+        return pack({name: state[name] for name in names})
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes of each array that devices are sent."""

@@ -15,6 +15,7 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lola_flwr.arrays import in_one
 from lola_flwr.errors import UserError
 from lola_flwr.run.checkpoint import Snapshot
 
@@ -92,7 +93,13 @@ class ServerOptimizer:
     schedule_options
         Its keyword arguments: ``{"T_max": 40}``.
     **options
-        The optimizer's keyword arguments: ``lr=3e-4``.
+        The optimizer's keyword arguments: ``lr=3e-4``. Where it has a fused step, that
+        is taken, unless they say otherwise.
+
+    Attributes
+    ----------
+    flat
+        All values one after the other, in the order of their sorted names, as a view.
 
     Raises
     ------
@@ -118,18 +125,17 @@ class ServerOptimizer:
                 f"optimizer={optimizer!r} is not an optimizer of torch.optim; try "
                 "'AdamW' or 'SGD'."
             )
+        self.flat, self._values = in_one(state)
         self._parameters = {
-            name: torch.nn.Parameter(torch.from_numpy(np.array(values, np.float32)))
-            for name, values in state.items()
+            name: torch.nn.Parameter(torch.from_numpy(values))
+            for name, values in self._values.items()
         }
         factory = _without_compiler(factory)
         try:
             # Some optimizers can be made, but not stepped with a dense gradient alone.
-            probe = torch.nn.Parameter(torch.zeros(1))
-            probe.grad = torch.zeros(1)
-            trial = factory([probe], **options)
-            with torch.no_grad():
-                trial.step()
+            trial, self._changes_gradients = _tried(factory, options)
+            if _offers_fused(factory, options):
+                options = {**options, "fused": True}
             self._optimizer = factory(self._parameters.values(), **options)
         # What an option that is wrong makes of an optimizer's own code can be anything.
         except Exception as error:
@@ -154,17 +160,22 @@ class ServerOptimizer:
         Parameters
         ----------
         gradient
-            Gradients by name; not copied: an optimizer may change them.
+            Gradients by name; an optimizer that would change them is given copies.
         server_round
             Round, from 1; no optimizer of torch.optim asks for it.
         """
-        for name, parameter in self._parameters.items():
-            values = gradient.get(name)
-            parameter.grad = (
-                None
-                if values is None
-                else torch.from_numpy(np.asarray(values, np.float32))
-            )
+        with warnings.catch_warnings():
+            # A device's bytes cannot be written to, nor will they be.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            for name, parameter in self._parameters.items():
+                values = gradient.get(name)
+                if values is None:
+                    parameter.grad = None
+                    continue
+                values = np.asarray(values, np.float32)
+                if self._changes_gradients:
+                    values = values.copy()
+                parameter.grad = torch.from_numpy(values)
         with torch.no_grad():
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -190,9 +201,8 @@ class ServerOptimizer:
         values
             New value of every parameter; other names are ignored.
         """
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(torch.tensor(values[name]))
+        for name, own in self._values.items():
+            own[...] = values[name]
 
     def snapshot(self) -> Snapshot:
         """Return values, moments and the schedule's place, as views."""
@@ -238,10 +248,7 @@ class ServerOptimizer:
 
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the current values by name, as views: the next step changes them."""
-        return {
-            name: parameter.detach().numpy()
-            for name, parameter in self._parameters.items()
-        }
+        return {name: values[...] for name, values in self._values.items()}
 
 
 def _without_compiler(
@@ -256,6 +263,33 @@ def _without_compiler(
     wrapped = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
     methods = {name: inspect.unwrap(getattr(factory, name)) for name in wrapped}
     return type(factory.__name__, (factory,), methods)
+
+
+def _offers_fused(
+    factory: type[torch.optim.Optimizer], options: Mapping[str, Any]
+) -> bool:
+    """Tell whether there is a step in one pass over the memory, equal to rounding."""
+    chosen = {"fused", "foreach", "capturable", "differentiable"} & {*options}
+    if chosen or "fused" not in inspect.signature(factory).parameters:
+        return False
+    try:
+        _tried(factory, {**options, "fused": True})
+    # With some options it is refused, by errors of several types.
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _tried(
+    factory: type[torch.optim.Optimizer], options: Mapping[str, Any]
+) -> tuple[torch.optim.Optimizer, bool]:
+    """Step an optimizer once; return it, and whether it has changed its gradient."""
+    probe = torch.nn.Parameter(torch.ones(1))
+    probe.grad = torch.ones(1)
+    trial = factory([probe], **options)
+    with torch.no_grad():
+        trial.step()
+    return trial, probe.grad is None or probe.grad.item() != 1.0
 
 
 def _schedule_named(

@@ -75,17 +75,22 @@ def read_move(
     """
     if codec is not None:
         wire = read_array(name, data, *codec.wire_type(sent.shape))
-        return finite(name, decoded(name, wire, sent.shape, codec))
+        return decoded(name, wire, sent.shape, codec)
     values: npt.NDArray[Any] = read_array(
         name, data, sent.shape, sent.dtype, np.dtype(np.float32)
     )
     wide = np.result_type(sent, np.float32)
     move = np.subtract(sent, values, dtype=wide)
-    return finite(name, np.asarray(move, np.float32))
+    return np.asarray(move, np.float32)
 
 
 def finite(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return an array that holds neither NaN nor infinity."""
     if not np.isfinite(values).all():
-        raise UpdateRefused("non-finite", f"{name} holds NaN or infinity")
+        raise not_finite(name)
     return values
+
+
+def not_finite(name: str) -> UpdateRefused:
+    """Return what refuses an array with NaN or infinity."""
+    return UpdateRefused("non-finite", f"{name} holds NaN or infinity")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.arrays import Float32Array, Float32Arrays
+from lola_flwr.arrays import Float32Array, Float32Arrays, squared_norm
 from lola_flwr.errors import brief, quoted
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.statistics import is_plausible, statistics_names
@@ -18,6 +19,7 @@ from lola_flwr.server.received import (
     UpdateRefused,
     decoded,
     finite,
+    not_finite,
     read_array,
     read_move,
 )
@@ -228,7 +230,7 @@ class UpdateReader:
                 received = projection.lift(
                     assignment.server_round, name, received, sent[name].shape
                 )
-            gradients[name] = finite(name, received)
+            gradients[name] = received
         return gradients
 
     def _estimated(
@@ -346,5 +348,11 @@ class UpdateReader:
 
 
 def _norm(gradients: Float32Arrays) -> float:
-    squares = [np.square(g, dtype=np.float64).sum() for g in gradients.values()]
-    return float(np.sqrt(sum(squares)))
+    """Return the norm of received gradients, of which none may be NaN or infinite."""
+    total = 0.0
+    for name, gradient in gradients.items():
+        squares = squared_norm(gradient)
+        if not math.isfinite(squares):
+            raise not_finite(name)
+        total += squares
+    return math.sqrt(total)

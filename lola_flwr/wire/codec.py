@@ -284,7 +284,9 @@ def _position_type(size: int) -> np.dtype[Any]:
 
 CODECS: dict[str, Codec] = {
     "fp32": Elementwise(
-        np.dtype(np.float32), lambda values: values, lambda wire: wire.astype("f4")
+        np.dtype(np.float32),
+        lambda values: values,
+        lambda wire: wire.astype("f4", copy=False),
     ),
     "bf16": Elementwise(np.dtype(np.uint16), _to_bf16, _from_bf16),
     "fp16": Fp16(),
