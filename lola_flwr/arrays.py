@@ -32,16 +32,16 @@ def squared_norm(values: Float32Array) -> float:
     in_rows = flat.size - flat.size % _ROW
     rows = flat[:in_rows].reshape(-1, _ROW)
     with np.errstate(over="ignore", invalid="ignore"):
-        of_rows = np.vecdot(rows, rows).sum(dtype=np.float64)
-        total = float(of_rows + _squares(flat[in_rows:]))
+        of_rows = float(np.vecdot(rows, rows).sum(dtype=np.float64))
+    total = of_rows + _squares(flat[in_rows:])
     if _SMALLEST < total < math.inf:
         return total
     parts = np.array_split(flat, math.ceil(flat.size / (1 << 15)) or 1)
-    return float(sum(_squares(part) for part in parts))
+    return sum(map(_squares, parts))
 
 
-def _squares(values: Float32Array) -> np.float64:
-    return np.square(values, dtype=np.float64).sum()
+def _squares(values: Float32Array) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
 
 
 def in_one(arrays: Float32Arrays) -> tuple[Float32Array, dict[str, Float32Array]]:

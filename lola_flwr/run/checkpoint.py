@@ -1,9 +1,9 @@
 """Checkpoints: a run's whole state in one file, written so that no crash can harm it.
 
 A checkpoint is one safetensors file: arrays as tensors, everything else as JSON in its
-header, and a SHA-256 over both. It is written beside its place, flushed to the disk and
-renamed into it, so that a name like ``round-000017.safetensors`` always stands for a
-complete file; the digest finds what a disk or an editor did to it later.
+header, and a checksum (XXH3) over both. It is written beside its place, flushed to the
+disk and renamed into it, so that a name like ``round-000017.safetensors`` always stands
+for a complete file; the checksum finds what a disk or an editor did to it later.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -25,6 +26,11 @@ from lola_flwr.errors import UserError, quoted
 from lola_flwr.machine.files import replacing, writing
 
 _PATTERN = "round-*.safetensors"
+# By their names in a file's header; the first is written.
+_CHECKSUMS: Mapping[str, Callable[[bytes], Any]] = {
+    "xxh3": xxhash.xxh3_128,
+    "sha256": hashlib.sha256,
+}
 
 
 class CheckpointDamaged(ValueError):
@@ -127,7 +133,9 @@ def read(path: Path) -> Snapshot:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointDamaged(f"not readable ({quoted(error)})") from None
     text = metadata.get("state", "")
-    if metadata.get("sha256") != _digest(arrays, text):
+    # Earlier versions wrote the slower one.
+    known = [name for name in _CHECKSUMS if name in metadata]
+    if not known or metadata[known[0]] != _digest(known[0], arrays, text):
         raise CheckpointDamaged("its content does not match its checksum")
     return Snapshot(arrays, json.loads(text))
 
@@ -137,17 +145,17 @@ def _write(path: Path, snapshot: Snapshot) -> None:
     arrays = {name: np.ascontiguousarray(a) for name, a in snapshot.arrays.items()}
     # ascontiguousarray makes scalars one-dimensional.
     arrays = {n: a.reshape(snapshot.arrays[n].shape) for n, a in arrays.items()}
-    save_file(arrays, path, {"state": text, "sha256": _digest(arrays, text)})
+    save_file(arrays, path, {"state": text, "xxh3": _digest("xxh3", arrays, text)})
 
 
-def _digest(arrays: Mapping[str, npt.NDArray[Any]], text: str) -> str:
-    """Return the SHA-256 of names, types, shapes and values, and of the text."""
-    digest = hashlib.sha256(text.encode())
+def _digest(checksum: str, arrays: Mapping[str, npt.NDArray[Any]], text: str) -> str:
+    """Return the checksum of names, types, shapes and values, and of the text."""
+    digest = _CHECKSUMS[checksum](text.encode())
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def _sync_directory(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import json
@@ -10,10 +11,13 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Protocol, Self
+
+import numpy as np
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import filling, local_path, replacing, writing
@@ -49,7 +53,9 @@ class RunDirectory:
     """Keeps a run's records and checkpoints; a run started in it again goes on.
 
     Where there is a checkpoint, the coordinator is set to it, and the run does the
-    rounds that are left. It ends with the values, bit for bit, of a run that was never
+    rounds that are left. A checkpoint is written while the next round runs, from a
+    copy: a crash costs the round that it strikes, and the one before where that was not
+    yet written. The run ends with the values, bit for bit, of one that was never
     stopped, where seed and devices are the same, their compute times simulated, and the
     codec keeps nothing on a device (a measured time never comes twice, and what "int8"
     and "topk" left out is lost with the round that was cut off)::
@@ -103,6 +109,8 @@ class RunDirectory:
         self._configuration, self._data = dict(configuration), data
         self._every = every
         self._checkpoints = Checkpoints(path / "checkpoints", keep)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[Path] | None = None
         found, damaged = self._checkpoints.latest()
         for line in damaged:
             _logger.warning("checkpoint passed over: %s", line)
@@ -114,6 +122,7 @@ class RunDirectory:
                 )
             self.log = RoundLog(path / "rounds.jsonl")
             self._save(0)
+            self._settle()
             return
         self._require_same_configuration(path, found)
         if not other_data:
@@ -125,18 +134,27 @@ class RunDirectory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.close()
-        say_where(self.log.path)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._settle()
+        except UserError as error:
+            # What ended the run is the news.
+            if kind is None:
+                raise
+            _logger.warning("%s", error)
+        finally:
+            self._writer.shutdown()
+            self._lock.close()
+            say_where(self.log.path)
 
     def on_round(self, record: Record) -> None:
-        """Write a round's record, and a checkpoint if it is time for one.
+        """Write a round's record, and begin a checkpoint if it is time for one.
 
         Raises
         ------
         UserError
-            They cannot be written, as on a full disk. The run can be gone on with from
-            the checkpoint before.
+            The record, or the checkpoint before, cannot be written, as on a full disk.
+            The run can be gone on with from the last that was.
         """
         log_bytes = self.log.append(record)
         if record.server_round % self._every == 0:
@@ -150,9 +168,20 @@ class RunDirectory:
             "log_bytes": log_bytes,
             **snapshot.values,
         }
-        self._checkpoints.save(
-            self._resumable.server_round, Snapshot(snapshot.arrays, values)
+        self._settle()
+        # The next round steps the values while these are written.
+        arrays = {name: np.array(array) for name, array in snapshot.arrays.items()}
+        self._written = self._writer.submit(
+            self._checkpoints.save,
+            self._resumable.server_round,
+            Snapshot(arrays, copy.deepcopy(values)),
         )
+
+    def _settle(self) -> None:
+        """Wait until the last checkpoint is on the disk, or say why it cannot be."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
     def _require_same_configuration(self, path: Path, found: Snapshot) -> None:
         then, now = found.values["configuration"], self._configuration

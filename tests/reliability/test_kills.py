@@ -102,7 +102,8 @@ def test_kills_at_random_moments(tmp_path, rng, capsys, engine):
             code = process.wait()
         time.sleep(5)
         assert left_behind(directory) == []
-        assert rounds(directory)[: len(before)] == before
+        # But for the last, whose checkpoint may not have been complete.
+        assert rounds(directory)[: len(before) - 1] == before[:-1]
         resumed += bool(before)
         if code == 0:
             assert rounds(directory) == [*range(1, ROUNDS + 1)]

@@ -262,8 +262,9 @@ def test_killed_at_25_random_moments_a_run_ends_with_the_same_weights(
     assert_same_end(go_on(25, note), run(tmp_path / "unbroken", num_rounds=20))
     assert records(tmp_path / "run") == records(tmp_path / "unbroken")
     begun = [int(line) for line in worked_on.read_text().split()]
-    # After a kill at most the round that it struck is done again.
-    assert set(np.diff(begun)) <= {0, 1}
+    # After a kill the round that it struck is done again, and the one before if its
+    # checkpoint was still being written.
+    assert set(np.diff(begun)) <= {-1, 0, 1}
     assert begun[0] == 1 and begun[-1] == 20
     assert 20 < len(begun) <= 20 + 25
 
