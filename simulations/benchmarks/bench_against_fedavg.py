@@ -32,6 +32,8 @@ psutil = pytest.importorskip("psutil")
 
 NUM_DEVICES = 3
 NUM_ROUNDS = {"small model": 30, "wide model": 12}
+# Fleets, under Ray on all cores, and their rounds; a fleet's data are as many parts.
+FLEETS = {12: 16, 100: 8, 500: 5}
 SAMPLE_S = 0.5
 
 # What the projects print on the server before the first round and after each.
@@ -101,11 +103,13 @@ def prepare(app: Path, width: int) -> Path:
     return app
 
 
-def measure(app: Path, home: Path, num_rounds: int) -> Side:
+def measure(
+    app: Path, home: Path, num_rounds: int, num_devices: int = NUM_DEVICES
+) -> Side:
     with PeakMemory() as memory:
         finished = run_app(
             app,
-            num_devices=NUM_DEVICES,
+            num_devices=num_devices,
             run_config=[f"num-server-rounds={num_rounds}", "lr=0.02"],
             home=home,
         )
@@ -121,7 +125,7 @@ def measure(app: Path, home: Path, num_rounds: int) -> Side:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", WIDTHS)
 @pytest.mark.parametrize("kind", ["message", "legacy"])
-def test_against_fedavg(kind, size, tmp_path, capsys):
+def test_against_fedavg(kind, size, tmp_path, capsys, compared):
     plain = shutil.copytree(PROJECTS / kind, tmp_path / "plain" / kind)
     apps = {"FedAvg": plain, "LoLa-DEFT": switched(kind, tmp_path / "switched")}
     for app in apps.values():
@@ -153,3 +157,32 @@ def test_against_fedavg(kind, size, tmp_path, capsys):
                     f"{np.median(own) / np.median(base):.2f}x)"
                 )
             print(f"  {name:<9} {', '.join(parts)}, loss {runs[-1].last_loss:.3f}")
+    compare(compared, f"{kind}, {size}", sides)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("num_devices", FLEETS)
+def test_fleets(num_devices, tmp_path, compared):
+    plain = shutil.copytree(PROJECTS / "message", tmp_path / "plain" / "message")
+    apps = {"FedAvg": plain, "LoLa-DEFT": switched("message", tmp_path / "switched")}
+    sides = {name: [] for name in apps}
+    for app in apps.values():
+        prepare(app, WIDTHS["small model"])
+    for _ in range(REPEATS):
+        for name, app in apps.items():
+            home, rounds = tmp_path / "home", FLEETS[num_devices]
+            sides[name].append(measure(app, home, rounds, num_devices))
+    compare(compared, f"{num_devices} devices under Ray", sides)
+
+
+def compare(compared, work: str, sides: dict[str, list[Side]]) -> None:
+    """Put a round's time and the peak memory into the table."""
+    for field, what, unit, scale in (
+        ("round_s", "a round", "s", 1.0),
+        ("peak_bytes", "peak memory", "MiB", 2**-20),
+    ):
+        ours, theirs = (
+            scale * float(np.median([getattr(side, field) for side in sides[name]]))
+            for name in ("LoLa-DEFT", "FedAvg")
+        )
+        compared(f"{work}: {what}", ours, "Flower's FedAvg", theirs, unit)

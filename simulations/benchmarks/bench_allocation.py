@@ -169,7 +169,7 @@ def milp_bisection(problem: AllocationProblem, rel_tol: float = 1e-6) -> float:
 
 
 @pytest.mark.parametrize(("num_devices", "num_blocks"), [(20, 12), (100, 12)])
-def test_peer_milp(benchmark, capsys, num_devices, num_blocks):
+def test_peer_milp(benchmark, capsys, compared, num_devices, num_blocks):
     problem = fleet_problem(num_devices, num_blocks)
     times_s = []
     for _ in range(20):
@@ -181,6 +181,8 @@ def test_peer_milp(benchmark, capsys, num_devices, num_blocks):
     latency_s = benchmark.pedantic(milp_bisection, args=(problem,), rounds=1)
     milp_s = time.perf_counter() - started
     assert latency_s == pytest.approx(allocation.round_s, rel=2e-6)
+    work = f"exact optimum, {num_devices} x {num_blocks}"
+    compared(work, exact_s, "HiGHS in a bisection", milp_s)
     with capsys.disabled():
         print(
             f"\n{num_devices} x {num_blocks}: exact {exact_s * 1e3:.2f} ms, "

@@ -154,7 +154,7 @@ def test_step_time(costs):
 
 
 @pytest.mark.timeout(3600)
-def test_beside_peers(base, full):
+def test_beside_peers(base, full, compared):
     rows = [
         ("transformers.Trainer, all weights", full),
         ("peft LoRA r=8, through Trainer", run_step("lora", steps=REPEATS)),
@@ -168,3 +168,6 @@ def test_beside_peers(base, full):
             f"{name:36s} {seconds:6.2f} s a step ({seconds / full[1]:.2f}), "
             f"{mb(peak)} ({peak / full[0]:.2f})"
         )
+        if name.startswith("lola-flwr"):
+            compared(name, seconds, "transformers.Trainer", full[1])
+            compared(name, peak / 1e6, "transformers.Trainer", full[0] / 1e6, "MB")
