@@ -16,18 +16,27 @@ Interspeech 2014; Stich, Cordonnier, Jaggi, NeurIPS 2018). See
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from ml_dtypes import bfloat16
 
-from lola_flwr.arrays import Float32Array
+from lola_flwr.arrays import Float32Array, IntArray
 from lola_flwr.errors import UserError
 from lola_flwr.wire.npy import MalformedArray
 
 WireArray = npt.NDArray[np.generic]
+
+# Values of one step of a pass over an array: its tables stay in the CPU's cache.
+_VALUES_A_STEP = 1 << 16
+
+
+def _parts(size: int) -> Iterator[slice]:
+    for first in range(0, size, _VALUES_A_STEP):
+        yield slice(first, first + _VALUES_A_STEP)
 
 
 class WireType(NamedTuple):
@@ -102,13 +111,20 @@ class Elementwise:
         return self.from_wire(wire)
 
 
+_NAN, _MINUS_INFINITY = 0x7FC0, 0xFF80
+
+
 def _to_bf16(values: Float32Array) -> npt.NDArray[np.uint16]:
-    bits = values.view(np.uint32)
-    # Round to nearest, ties to even, on the 16 bits that bfloat16 drops.
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    # Rounding would carry some of the NaNs over into zeros.
-    rounded = np.where(np.isnan(values), np.uint32(0x7FC00000), rounded)
-    return (rounded >> np.uint32(16)).astype(np.uint16)
+    flat = values.ravel()
+    wire = np.empty(flat.size, np.uint16)
+    for part in _parts(flat.size):
+        # Rounds to nearest, ties to even; what overflows is infinite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            wire[part].view(bfloat16)[:] = flat[part]
+        # All NaNs are one: those that are negative are above minus infinity's bits.
+        if wire[part].max() > _MINUS_INFINITY:
+            wire[part][wire[part] > _MINUS_INFINITY] = _NAN
+    return wire.reshape(values.shape)
 
 
 def _from_bf16(wire: WireArray) -> Float32Array:
@@ -157,6 +173,9 @@ class Fp16:
         return values.reshape(shape)
 
 
+# Values of the sample that tells which are large.
+_SAMPLE = 1 << 15
+
 _LEVELS = 127
 _SHORT_CHANNEL = 64
 
@@ -182,14 +201,17 @@ class Int8:
     def encode(self, values: Float32Array) -> WireArray:
         """Scale every channel to whole numbers from -127 to 127."""
         rows = _channels(values.shape).rows_of(values)
+        number, length = rows.shape
+        wire = np.empty(4 * number + rows.size, np.uint8)
+        scale = wire[: 4 * number].view("<f4")
+        levels = wire[4 * number :].view(np.int8).reshape(rows.shape)
+        at_once = max(1, _VALUES_A_STEP // max(length, 1))
         # A value that is not finite spoils its channel, which the server then refuses.
         with np.errstate(invalid="ignore"):
-            largest = np.abs(rows).max(axis=1, initial=0.0)
-            scale = (largest / _LEVELS).astype("<f4")
-            levels = np.rint(rows / np.where(scale > 0, scale, 1)[:, np.newaxis])
-            # A scale below the normal numbers is too coarse for its own channel.
-            levels = np.clip(levels, -_LEVELS, _LEVELS).astype(np.int8)
-        return np.concatenate([scale.view(np.uint8), levels.view(np.uint8).ravel()])
+            for first in range(0, number, at_once):
+                some = slice(first, first + at_once)
+                _to_levels(rows[some], scale[some], levels[some])
+        return wire
 
     def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
         """Multiply every channel by its scale."""
@@ -202,6 +224,24 @@ class Int8:
         with np.errstate(over="ignore", invalid="ignore"):
             values = rows * scale.astype(np.float32)[:, np.newaxis]
         return channels.values_of(values, shape)
+
+
+def _to_levels(
+    rows: Float32Array, scale: Float32Array, levels: npt.NDArray[np.int8]
+) -> None:
+    """Fill in some channels' scales and whole numbers."""
+    largest: Float32Array = np.zeros(len(rows), np.float32)
+    parts = list(_parts(rows.shape[1]))
+    for part in parts:
+        np.maximum(largest, np.abs(rows[:, part]).max(axis=1), out=largest)
+    scale[:] = largest / _LEVELS
+    divisor = np.where(scale > 0, scale, 1)[:, np.newaxis]
+    for part in parts:
+        numbers = rows[:, part] / divisor
+        np.rint(numbers, out=numbers)
+        # A scale below the normal numbers is too coarse for its own channel.
+        np.clip(numbers, -_LEVELS, _LEVELS, out=numbers)
+        levels[:, part] = numbers
 
 
 class _Channels(NamedTuple):
@@ -253,9 +293,8 @@ class TopK:
     def encode(self, values: Float32Array) -> WireArray:
         """Pick the largest values."""
         flat = values.ravel()
-        kept = self._kept(flat.size)
-        largest = np.argpartition(np.abs(flat), flat.size - kept)[flat.size - kept :]
-        positions = np.sort(largest).astype(_position_type(flat.size))
+        largest = _largest(flat, self._kept(flat.size))
+        positions = largest.astype(_position_type(flat.size))
         return np.concatenate(
             [positions.view(np.uint8), _to_bf16(flat[positions]).view(np.uint8)]
         )
@@ -276,6 +315,49 @@ class TopK:
 
     def _kept(self, size: int) -> int:
         return min(size, max(1, math.ceil(self.fraction * size)))
+
+
+def _largest(flat: Float32Array, kept: int) -> IntArray:
+    """Return where the values of largest magnitude stand, in rising order.
+
+    A sample tells between which two magnitudes the least of them is; what is above is
+    taken, and only what is between is put in order. Where the sample misleads, or where
+    which of several equal values to take is the order's to say, all are.
+    """
+    size = flat.size
+    if size <= _VALUES_A_STEP:
+        return _largest_in_order(np.abs(flat), kept)
+    # Every odd number of values is of every column in turn.
+    sample = np.sort(np.abs(flat[:: size // _SAMPLE | 1]))
+    least = sample.size * (1 - kept / size)
+    # Four standard deviations of how many of the sample are above.
+    error = 4 * math.sqrt(least * (kept / size)) + 4
+    low = sample[max(int(least - error), 0)]
+    high = sample[min(int(least + error), sample.size - 1)]
+    found, magnitudes = [], []
+    room = np.empty(_VALUES_A_STEP, np.float32)
+    for part in _parts(size):
+        values = flat[part]
+        magnitude = np.abs(values, out=room[: values.size])
+        near = np.flatnonzero(~(magnitude < low))  # NaN is largest
+        magnitudes.append(magnitude[near])
+        found.append(near + part.start)
+    positions, magnitude = np.concatenate(found), np.concatenate(magnitudes)
+    taken = ~(magnitude <= high)
+    between = np.flatnonzero(~taken)
+    missing = kept - (positions.size - between.size)
+    if 0 < missing <= between.size:
+        order = between[_largest_in_order(magnitude[between], missing)]
+        taken[order] = True
+        if np.count_nonzero(magnitude >= magnitude[order].min()) == kept:
+            kept_positions: IntArray = positions[taken]
+            return kept_positions
+    return _largest_in_order(np.abs(flat), kept)
+
+
+def _largest_in_order(magnitude: Float32Array, kept: int) -> IntArray:
+    first = magnitude.size - kept
+    return np.sort(np.argpartition(magnitude, first)[first:])
 
 
 def _position_type(size: int) -> np.dtype[Any]:

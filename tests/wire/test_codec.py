@@ -312,3 +312,76 @@ def test_any_bytes_give_the_array_or_the_one_error(data):
         return
     assert array.shape == (2, 3)
     assert array.dtype == np.float32
+
+
+class TestBits:
+    """What travels, bit by bit, against the formulas on whole arrays."""
+
+    @staticmethod
+    def bf16(values):
+        bits = values.ravel().view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(values.ravel()), 0x7FC0, rounded).astype(np.uint16)
+
+    @staticmethod
+    def topk(values, kept):
+        flat = values.ravel()
+        first = flat.size - kept
+        at = np.sort(np.argpartition(np.abs(flat), first)[first:])
+        at = at.astype(np.min_scalar_type(max(flat.size - 1, 0)))
+        return at.view(np.uint8).tobytes() + TestBits.bf16(flat[at]).tobytes()
+
+    @staticmethod
+    def int8(rows):
+        scale = np.abs(rows).max(axis=1, initial=0) / np.float32(127)
+        levels = np.rint(rows / np.where(scale > 0, scale, 1)[:, None])
+        return scale.tobytes() + np.clip(levels, -127, 127).astype(np.int8).tobytes()
+
+    def values(self, shape, kind):
+        rng = np.random.default_rng(5)
+        values = rng.standard_normal(shape).astype(np.float32)
+        flat = values.reshape(-1)
+        if kind == "ties":
+            flat[:] = np.round(flat)
+        elif kind == "denormals":
+            flat *= np.float32(1e-41)
+        elif kind == "sorted":
+            flat.sort()
+        elif kind == "few":
+            flat[rng.random(flat.size) < 0.999] = 0
+        elif kind == "not finite" and flat.size:
+            bits = np.uint32([0x7F800000, 0xFF800000, 0x7FC00000, 0xFF812345])
+            flat[rng.integers(flat.size, size=4)] = bits.view(np.float32)
+        return values
+
+    KINDS = ("normal", "ties", "denormals", "sorted", "few", "not finite")
+
+    @pytest.mark.parametrize("shape", [(0,), (1,), (257, 2), (3, 25_001), (131_073,)])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_are_those_of_the_formulas(self, shape, kind):
+        values = self.values(shape, kind)
+        wire = CODECS["bf16"].encode(values)
+        np.testing.assert_array_equal(wire.ravel(), self.bf16(values))
+        for fraction in (0.001, 0.3):
+            codec = TopK(fraction)
+            kept = codec.wire_type(shape).nbytes // (
+                np.min_scalar_type(max(values.size - 1, 0)).itemsize + 2
+            )
+            assert codec.encode(values).tobytes() == self.topk(values, kept)
+        with np.errstate(invalid="ignore"):
+            rows = values.T if shape == (257, 2) else np.atleast_2d(values)
+            if kind != "not finite":
+                assert CODECS["int8"].encode(values).tobytes() == self.int8(rows)
+                return
+            # What is no number has no level, but its channel's scale says so.
+            scale = CODECS["int8"].encode(values)[: 4 * len(rows)].view(np.float32)
+            np.testing.assert_array_equal(
+                scale, np.abs(rows).max(axis=1, initial=0) / np.float32(127)
+            )
+
+    def test_every_rounding_of_bf16(self):
+        upper = np.arange(1 << 16, dtype=np.uint32)[:, np.newaxis] << 16
+        lower = np.uint32([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+        values = (upper | lower).view(np.float32)
+        wire = CODECS["bf16"].encode(values)
+        np.testing.assert_array_equal(wire.ravel(), self.bf16(values))
