@@ -63,14 +63,19 @@ def solve_greedy(problem: AllocationProblem) -> Allocation:
     chosen = np.zeros_like(possible)
     still_open = edges.demand.copy()
     for row in np.argsort(edges.compute_s.min(axis=1), kind="stable"):
+        if not (edges.all_devices or still_open.any()):
+            break
         takes = np.flatnonzero(possible[row] & (still_open > 0))
         if takes.size:
             chosen[row, takes[0]] = True  # columns are ordered deepest first
             still_open[takes[0]] -= 1
         elif edges.all_devices and possible[row].any():
             chosen[row, np.argmax(possible[row])] = True
-    # A greedy choice is free, any other edge costs 1: the cheapest matching is the
-    # greedy one, or the one nearest to it where that left a block open.
+    if not still_open.any() and (chosen.any(axis=1).all() or not edges.all_devices):
+        rows, columns = np.nonzero(chosen)
+        return with_equal_shares(problem, edges.devices[rows], edges.blocks[columns])
+    # A greedy choice is free, any other edge costs 1: the cheapest matching is the one
+    # nearest to the greedy one, which left a block open.
     changed = np.where(chosen, 0.0, 1.0)
     matching = _cheapest_possible(problem, edges, changed)
     return with_equal_shares(problem, *matching)

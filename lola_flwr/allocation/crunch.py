@@ -17,6 +17,7 @@ from lola_flwr.allocation.infeasible import explain_infeasible
 from lola_flwr.allocation.matching import Matching, any_matching, slots_of
 from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import with_best_shares, with_equal_shares
+from lola_flwr.allocation.shortlist import is_whole, shortlist
 from lola_flwr.allocation.solution import Allocation
 from lola_flwr.arrays import Float64Array, IntArray
 
@@ -48,11 +49,24 @@ def solve_crunch_with_shares(problem: AllocationProblem) -> Allocation:
 
 
 def _equal_share_matching(problem: AllocationProblem) -> Matching:
-    edges = edges_of(problem)
-    matching = bottleneck_matching(edges, edges.latency_s(1.0 / problem.num_active))
+    monotone = True
+
+    def latency_s(edges: Edges) -> Float64Array:
+        nonlocal monotone
+        seconds = edges.latency_s(1.0 / problem.num_active)
+        monotone = monotone and is_monotone(seconds)
+        return seconds
+
+    edges = shortlist(problem, latency_s)
+    near_s = latency_s(edges)
+    matching = bottleneck_matching(edges, near_s)
     if matching is None:
         raise explain_infeasible(problem)
     rows, columns = matching
+    if not monotone and not is_whole(problem):
+        # Of the matchings within the least threshold it is the whole fleet's.
+        edges, threshold = edges_of(problem), near_s[matching].max()
+        rows = any_matching(latency_s(edges) <= threshold, edges.demand)
     return edges.devices[rows], edges.blocks[columns]
 
 

@@ -18,19 +18,14 @@ from dataclasses import replace
 import numpy as np
 
 from lola_flwr.allocation.crunch import bottleneck_matching
-from lola_flwr.allocation.edges import Edges, edges_of
+from lola_flwr.allocation.edges import Edges
 from lola_flwr.allocation.infeasible import explain_infeasible
 from lola_flwr.allocation.matching import Matching, cheapest_matching
 from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import best_deadline, with_best_shares
+from lola_flwr.allocation.shortlist import is_whole, shortlist
 from lola_flwr.allocation.solution import Allocation
-from lola_flwr.arrays import IntArray
-
-# Fleets up to this size are solved whole; pruning costs more than it saves there.
-_WHOLE_FLEET = 256
-
-# Rows of one step of a pass over all devices: its tables stay in the CPU's cache.
-_ROWS_A_STEP = 4096
+from lola_flwr.arrays import Float64Array
 
 
 def solve_exact(problem: AllocationProblem, *, max_iterations: int = 100) -> Allocation:
@@ -55,29 +50,25 @@ def solve_exact(problem: AllocationProblem, *, max_iterations: int = 100) -> All
 
     Notes
     -----
-    Large fleets are pruned to the S cheapest devices of each block, S being the number
-    of slots (devices that the blocks need in all). This keeps an optimum: if a cheapest
-    matching gives some block a device that is not among that block's S cheapest, then
-    at most S - 1 of those are busy elsewhere, so one of them is free, no dearer, and
-    can take over. The same holds for the bottleneck matching that the iteration starts
-    from, and for the question whether any matching exists.
-
-    Which devices are cheapest depends on the deadline. Each pass over all devices
-    prunes at the current deadline; the optimum among the survivors is the optimum of
-    all as soon as a pass leads to no smaller deadline. Time and memory are linear in
-    the number of devices.
+    Large fleets are pruned (`lola_flwr.allocation.shortlist`). Which devices are
+    cheapest depends on the deadline. Each pass over all devices prunes at the current
+    deadline; the optimum among the survivors is the optimum of all as soon as a pass
+    leads to no smaller deadline.
     """
-    whole = problem.all_devices or problem.num_devices <= _WHOLE_FLEET
-    edges = edges_of(problem) if whole else _shortlist(problem, None)
-    start = _starting_matching(edges, 1.0 / problem.num_active)
+    equal_share = 1.0 / problem.num_active
+    edges = shortlist(problem, lambda edges: edges.latency_s(equal_share))
+    start = _starting_matching(edges, equal_share)
     if start is None:
         raise explain_infeasible(problem)
     search = _Search(max_iterations)
     search.consider(edges, start)
     search.descend(edges)
-    while not whole and not search.exhausted:
+    deadline_s = np.inf
+    while search.deadline_s < deadline_s and not (
+        is_whole(problem) or search.exhausted
+    ):
         deadline_s = search.deadline_s
-        search.descend(_shortlist(problem, deadline_s))
+        search.descend(shortlist(problem, search.least_share))
         if search.deadline_s == deadline_s:
             break
     allocation = with_best_shares(
@@ -100,6 +91,10 @@ class _Search:
         self.exhausted = False
         self.deadline_s = np.inf
         self._max_iterations = max_iterations
+
+    def least_share(self, edges: Edges) -> Float64Array:
+        """Share that each edge needs to meet the deadline."""
+        return edges.least_share(self.deadline_s)
 
     def consider(self, edges: Edges, matching: Matching) -> bool:
         """Keep a matching if its best deadline is smaller; tell whether it is."""
@@ -126,7 +121,7 @@ class _Search:
             # one costs at least 1, and so is no improvement. A matching that would
             # end before the deadline computes before it and costs less than 1.
             found = cheapest_matching(
-                edges.least_share(self.deadline_s),
+                self.least_share(edges),
                 edges.demand,
                 all_devices=edges.all_devices,
             )
@@ -158,43 +153,3 @@ def _starting_matching(edges: Edges, equal_share: float) -> Matching | None:
         if found is not None and cost[found[0]].max() < 1.0:
             return found[0]
     return bottleneck_matching(edges, latency_s)
-
-
-def _shortlist(problem: AllocationProblem, deadline_s: float | None) -> Edges:
-    """Edges of the devices that are among the cheapest of some block.
-
-    Parameters
-    ----------
-    problem
-        The instance.
-    deadline_s
-        Deadline at which an edge costs its least share; None: it costs its latency
-        under equal shares.
-    """
-    slots = int(problem.demand.sum())
-    blocks = np.flatnonzero(problem.demand)
-    cheapest = np.empty((0, blocks.size))  # [up to S, n]
-    devices: IntArray = np.empty((0, blocks.size), dtype=np.int64)
-    limit = np.full(blocks.size, np.inf)  # of each block: S-th least cost so far
-    for first in range(0, problem.num_devices, _ROWS_A_STEP):
-        edges = edges_of(problem, slice(first, first + _ROWS_A_STEP))
-        cost = (
-            edges.latency_s(1.0 / problem.num_active)
-            if deadline_s is None
-            else edges.least_share(deadline_s)
-        )
-        better = np.unique(np.flatnonzero(cost < limit) // blocks.size)
-        if better.size == 0:
-            continue
-        newcomers = np.broadcast_to(
-            first + better[:, np.newaxis], (better.size, blocks.size)
-        )
-        cheapest = np.concatenate([cheapest, cost[better]])  # [S + better, n]
-        devices = np.concatenate([devices, newcomers])  # [S + better, n]
-        if cheapest.shape[0] <= slots:
-            continue
-        kept = np.argpartition(cheapest, slots - 1, axis=0)[:slots]
-        cheapest = np.take_along_axis(cheapest, kept, axis=0)
-        devices = np.take_along_axis(devices, kept, axis=0)
-        limit = cheapest.max(axis=0)
-    return edges_of(problem, np.unique(devices))

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lola_flwr.allocation.edges import Edges, edges_of
-from lola_flwr.allocation.matching import Matching, cheapest_matching
+from lola_flwr.allocation.edges import Edges
+from lola_flwr.allocation.matching import cheapest_matching
 from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import with_best_shares
+from lola_flwr.allocation.shortlist import shortlist
 from lola_flwr.allocation.solution import Allocation
 from lola_flwr.arrays import Float64Array, IntArray
 
@@ -75,20 +76,14 @@ def rotate(
         held = np.bincount(best.block_of_device[active], minlength=problem.num_blocks)
         mode = replace(problem.mode, devices_per_block=held.tolist())
         problem = replace(problem, mode=mode)
-    edges = edges_of(problem)
-    chosen = _fewest_meetings(
-        edges,
-        counts[np.ix_(edges.devices, edges.blocks)],
-        edges.least_share(longest_s - problem.constant_s),
-    )
+    chosen = _fewest_meetings(problem, counts, longest_s - problem.constant_s)
     now = int(counts[active, best.block_of_device[active]].sum())
     if chosen is None or chosen.meetings >= now:
         return best
-    rows, columns = chosen.matching
     rotated = with_best_shares(
         problem,
-        edges.devices[rows],
-        edges.blocks[columns],
+        chosen.devices,
+        chosen.blocks,
         bound_s=best.bound_s,
         iterations=best.iterations,
         stop_reason="rotation",
@@ -98,41 +93,64 @@ def rotate(
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Candidate:
-    matching: Matching
+    devices: IntArray
+    blocks: IntArray
     meetings: int
     band: float  # sum of the least shares
 
 
 def _fewest_meetings(
-    edges: Edges, meetings: IntArray, least_share: Float64Array
+    problem: AllocationProblem, counts: IntArray, deadline_s: float
 ) -> _Candidate | None:
     """Few meetings within the band: the least shares sum to at most 1; None if not."""
-    # At the cap of 1 an edge needs the whole band or more.
-    share = np.where(least_share < 1.0, least_share, np.inf)
 
-    def cheapest(cost: Float64Array) -> _Candidate | None:
-        found = cheapest_matching(cost, edges.demand, all_devices=edges.all_devices)
+    def meetings_of(edges: Edges) -> IntArray:
+        first, last = edges.devices[[0, -1]]
+        if last - first + 1 == edges.devices.size:  # a copy would take as long again
+            counted = counts[first : last + 1]
+        else:
+            counted = counts[edges.devices]
+        whole = edges.blocks.size == problem.num_blocks
+        return counted if whole else counted[:, edges.blocks]
+
+    def share_of(edges: Edges) -> Float64Array:
+        # At the cap of 1 an edge needs the whole band or more.
+        share = edges.least_share(deadline_s)
+        return np.where(share < 1.0, share, np.inf)
+
+    def cheapest(weight: float, price: float) -> _Candidate | None:
+        def cost(edges: Edges) -> Float64Array:
+            return weight * meetings_of(edges) + price * share_of(edges)
+
+        edges = shortlist(problem, cost)
+        found = cheapest_matching(
+            cost(edges), edges.demand, all_devices=edges.all_devices
+        )
         if found is None:
             return None
         matching, _ = found
+        rows, columns = matching
         return _Candidate(
-            matching, int(meetings[matching].sum()), float(share[matching].sum())
+            edges.devices[rows],
+            edges.blocks[columns],
+            int(meetings_of(edges)[matching].sum()),
+            float(share_of(edges)[matching].sum()),
         )
 
     # Shares are below 1, so together they weigh less than one meeting: among the
     # matchings of fewest meetings this finds the one that needs least band.
-    weight = float(edges.devices.size + 1)
-    beyond = cheapest(weight * meetings.astype(np.float64) + share)
+    weight = float(problem.num_devices + 1)
+    beyond = cheapest(weight, 1.0)
     if beyond is None or beyond.band <= 1.0:
         return beyond
-    within = cheapest(share)
+    within = cheapest(0.0, 1.0)
     if within is None or within.band > 1.0:
         return None
     for _ in range(_MAX_PRICES):
         if within.meetings <= beyond.meetings:
             break
         price = (within.meetings - beyond.meetings) / (beyond.band - within.band)
-        middle = cheapest(meetings + price * share)
+        middle = cheapest(1.0, price)
         value = within.meetings + price * within.band
         if middle is None or middle.meetings + price * middle.band >= value * (
             1.0 - 1e-12
@@ -150,7 +168,7 @@ def _checked_counts(problem: AllocationProblem, meetings: ArrayLike) -> IntArray
     shape = (problem.num_devices, problem.num_blocks)
     if given.shape != shape:
         raise ValueError(f"Shape mismatch: meetings is {given.shape}, must be {shape}.")
-    counts = given.astype(np.int64)
-    if np.any(counts != given) or np.any(counts < 0):
+    counts = given.astype(np.int64, copy=False)
+    if (counts is not given and np.any(counts != given)) or counts.min() < 0:
         raise ValueError("meetings must be whole numbers and not negative.")
     return counts

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from allocation_oracle import (
     all_modes,
-    any_argpartition,
     brute_force_s,
     fleet_problem,
     random_problem,
@@ -15,8 +14,8 @@ from lola_flwr.allocation import (
     PowerLimitedUplink,
     RoundMode,
     allocate,
-    exact,
     matching,
+    shortlist,
 )
 
 
@@ -76,8 +75,8 @@ class TestEqualsBruteForce:
     @pytest.mark.parametrize("rows", [1, 3])
     def test_pruned_in_small_steps(self, rows, monkeypatch):
         # Every fleet is pruned, and every pass takes several steps.
-        monkeypatch.setattr(exact, "_WHOLE_FLEET", 0)
-        monkeypatch.setattr(exact, "_ROWS_A_STEP", rows)
+        monkeypatch.setattr(shortlist, "_WHOLE_FLEET", 0)
+        monkeypatch.setattr(shortlist, "_ROWS_A_STEP", rows)
         monkeypatch.setattr(matching, "_ROWS_PER_SLOT", 0)
         for kind in KINDS:
             assert compare_with_brute_force(13, kind, 12, False) > 1
@@ -98,7 +97,7 @@ class TestLargeFleets:
         )
         pruned = allocate(problem)
         pruned.check(problem)
-        monkeypatch.setattr(exact, "_WHOLE_FLEET", 10**9)
+        monkeypatch.setattr(shortlist, "_WHOLE_FLEET", 10**9)
         assert pruned.round_s == pytest.approx(allocate(problem).round_s, rel=1e-12)
 
     @pytest.mark.parametrize("seed", [202, 20656])
@@ -108,7 +107,7 @@ class TestLargeFleets:
         times = 10 ** np.random.default_rng(seed).uniform(-1, 1, size=(2, 20, 2))
         problem = AllocationProblem(*times)
         whole = allocate(problem)
-        monkeypatch.setattr(exact, "_WHOLE_FLEET", 0)
+        monkeypatch.setattr(shortlist, "_WHOLE_FLEET", 0)
         assert allocate(problem).round_s == pytest.approx(whole.round_s, rel=1e-12)
 
     def test_a_needle_in_the_haystack_is_found(self):
@@ -130,28 +129,6 @@ class TestLargeFleets:
         problem = AllocationProblem(np.ones((5000, 4)), np.ones((5000, 4)), feasible)
         with pytest.raises(InfeasibleAllocation, match="only device 17"):
             allocate(problem)
-
-    @pytest.mark.parametrize("deadline_s", [None, 3.0])
-    @pytest.mark.parametrize("rows", [7, 4096])
-    def test_the_cheapest_of_each_block_are_left(self, deadline_s, rows, monkeypatch):
-        monkeypatch.setattr(np, "argpartition", any_argpartition)
-        monkeypatch.setattr(exact, "_ROWS_A_STEP", rows)
-        rng = np.random.default_rng(25)
-        for devices_per_block in (1, [2, 0, 1]):
-            problem = AllocationProblem(
-                *rng.exponential(size=(2, 30, 3)),
-                mode=RoundMode(devices_per_block=devices_per_block),
-            )
-            blocks = np.flatnonzero(problem.demand)
-            cost = problem.compute_s + 3 * problem.full_band_upload_s
-            if deadline_s is not None:
-                left_s = deadline_s - problem.compute_s
-                cost = problem.full_band_upload_s / left_s
-                cost[left_s <= 0] = np.inf
-            cheapest = np.argsort(cost[:, blocks], axis=0)[:3]  # 3 slots
-            left = exact._shortlist(problem, deadline_s)
-            assert left.devices.tolist() == np.unique(cheapest).tolist()
-            assert left.blocks.tolist() == blocks.tolist()
 
 
 class TestCertificate:

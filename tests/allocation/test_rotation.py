@@ -13,7 +13,6 @@ from lola_flwr.allocation import (
     rotate,
     rotation,
 )
-from lola_flwr.allocation.edges import edges_of
 from lola_flwr.allocation.matching import cheapest_matching
 from lola_flwr.allocation.rotation import _fewest_meetings
 from lola_flwr.allocation.shares import best_deadline
@@ -209,7 +208,6 @@ def test_the_choice_is_the_best_that_a_price_on_the_band_can_find(everybody):
     rng = np.random.default_rng(70)
     mode = RoundMode(participation="all" if everybody else "needed")
     problem = AllocationProblem(np.ones((5, 3)), np.ones((5, 3)), mode=mode)
-    edges = edges_of(problem)
     devices, blocks = matchings(problem)
     several = none = 0
     for _ in range(150):
@@ -224,7 +222,9 @@ def test_the_choice_is_the_best_that_a_price_on_the_band_can_find(everybody):
             for d, b in zip(devices, blocks, strict=True)
         }
         expected = lagrangian_choice(points)
-        chosen = _fewest_meetings(edges, counts, least_share)
+        # Where nothing is computed, they are the uploads' times in a second.
+        problem = AllocationProblem(np.zeros((5, 3)), least_share, mode=mode)
+        chosen = _fewest_meetings(problem, counts, 1.0)
         if expected is None:
             none += 1
             assert chosen is None
@@ -241,8 +241,8 @@ def choice(*candidates):
     counts, least_share = np.zeros((size, 2), dtype=int), np.ones((size, 2))
     least_share[0, 1] = 0.5
     least_share[1:, 0], counts[1:, 0] = zip(*candidates, strict=True)
-    edges = edges_of(AllocationProblem(np.ones((size, 2)), np.ones((size, 2))))
-    chosen = _fewest_meetings(edges, counts, least_share)
+    problem = AllocationProblem(np.zeros((size, 2)), least_share)
+    chosen = _fewest_meetings(problem, counts, 1.0)
     return chosen.band, chosen.meetings
 
 
