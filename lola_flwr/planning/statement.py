@@ -10,14 +10,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import numpy as np
 
 from lola_flwr.allocation import (
     AllocationProblem,
-    InfeasibleAllocation,
-    RoundMode,
 )
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.d2ft.operations import to_text
@@ -25,7 +22,7 @@ from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.d2ft.rescue import Schedules, with_reduced_schedules
 from lola_flwr.planning.candidates import lifted, narrowed, spared
 from lola_flwr.planning.known import Known, RunStatement
-from lola_flwr.planning.latency_target import most_valuable_blocks
+from lola_flwr.planning.latency_target import choose_blocks, fits_any_block
 from lola_flwr.planning.spans import Spans, chosen_spans, rotates
 from lola_flwr.planning.windows import chosen_windows, window_costs
 from lola_flwr.system.channel import uplink_rates_bps
@@ -69,6 +66,8 @@ class RoundProblem:
         costs at the first.
     bound_s
         No other spans allow a shorter round than this.
+    worth_gap
+        As ``gap`` in `lola_flwr.planning.latency_target.ChosenBlocks`.
     """
 
     problem: AllocationProblem
@@ -84,6 +83,7 @@ class RoundProblem:
     trains_all: BoolArray
     spans: Spans = field(default_factory=dict)
     bound_s: float = math.inf
+    worth_gap: float | None = None
 
     def blocks(self, first: int) -> tuple[int, ...]:
         """Return the blocks that a device trains that is given one: itself, mostly."""
@@ -320,30 +320,29 @@ def in_time(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProbl
     if worth is None:
         return stated
 
-    def chosen(problem: AllocationProblem) -> RoundMode:
-        blocks = most_valuable_blocks(
-            problem, worth, latency_target_s=run.latency_target_s
-        )
-        return replace(problem.mode, blocks=blocks)
-
-    @cache
-    def with_back(count: int) -> RoundMode | None:
+    def counted_on(count: int) -> AllocationProblem:
+        """Return the problem in which so many of those who rest are back."""
         limit = lifted(stated.memory_limit_bytes, known.failures, count)
         able = stated.problem.feasible & ~_spared(run, stated, limit)
-        try:
-            return chosen(replace(stated.problem, feasible=able))
-        except InfeasibleAllocation:
-            return None
+        return replace(stated.problem, feasible=able)
+
+    def suffice(count: int) -> bool:
+        return fits_any_block(counted_on(count), run.latency_target_s)
 
     resting = int(np.isfinite(stated.memory_limit_bytes).sum())
-    back = bisect_left(
-        range(resting), True, key=lambda count: with_back(count) is not None
+    back = bisect_left(range(resting), True, key=suffice)
+    chosen = choose_blocks(
+        counted_on(back) if suffice(back) else stated.problem,
+        worth,
+        latency_target_s=run.latency_target_s,
     )
-    mode = with_back(back) or chosen(stated.problem)
     return replace(
         stated,
-        problem=replace(stated.problem, mode=mode),
+        problem=replace(
+            stated.problem, mode=replace(stated.problem.mode, blocks=chosen.blocks)
+        ),
         memory_limit_bytes=lifted(stated.memory_limit_bytes, known.failures, back),
+        worth_gap=chosen.gap,
     )
 
 

@@ -183,6 +183,9 @@ class RoundRecord(Record):
         for a block, or rest after failures.
     bound_s
         Lower bound of the best possible latency; nan if the allocator gives none.
+    worth_gap
+        Where the search for the most valuable blocks ended at its time limit: by how
+        much others may at most be worth more, relative. None where none are.
     refused
         Refused replies, counted by reason.
     blocks
@@ -193,6 +196,7 @@ class RoundRecord(Record):
 
     num_excluded: int = 0
     bound_s: float = math.nan
+    worth_gap: float | None = None
     refused: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockRecord, ...] = ()
     measured_strategy_s: float = 0.0
@@ -249,6 +253,12 @@ class RoundRecord(Record):
             for block in self.blocks
             if block.unexplained_s is not None
         ]
+        if self.worth_gap is not None:
+            lines.append(
+                "  the search for the most valuable blocks ended at its time limit: "
+                f"others may be worth up to {self.worth_gap:.2%} more, and a faster "
+                "machine may choose them"
+            )
         if self.num_excluded:
             lines.append(
                 f"  {self.num_excluded} devices take no part: they lack the memory for "

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from itertools import chain, combinations
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from lola_flwr.allocation import (
     AllocationProblem,
@@ -14,6 +16,7 @@ from lola_flwr.allocation import (
 )
 from lola_flwr.errors import UserError
 from lola_flwr.planning import most_valuable_blocks
+from lola_flwr.planning.latency_target import choose_blocks, fits_any_block
 from tests.allocation.allocation_oracle import brute_force_s, random_problem
 from tests.marks import rest_slow
 
@@ -112,3 +115,68 @@ def test_many_devices():
     assert len(most_valuable_blocks(problem, np.ones(12))) == 12
     fewer = most_valuable_blocks(problem, np.ones(12), latency_target_s=whole_s * 0.7)
     assert 1 <= len(fewer) < 12
+
+
+@pytest.mark.parametrize(("devices_per_block", "count"), rest_slow([(1, 12), (2, 40)]))
+def test_out_of_time_it_has_a_set_that_fits_and_says_what_it_may_lack(
+    devices_per_block, count
+):
+    rng = np.random.default_rng(12)
+    lacking = 0
+    for _ in range(count):
+        # Alike payloads on all devices, and values nearly proportional to them.
+        upload_s = rng.uniform(0.5, 4, 4)
+        problem = AllocationProblem(
+            rng.uniform(0.1, 2, (4, 4)),
+            np.tile(upload_s, (4, 1)),
+            mode=RoundMode(devices_per_block=devices_per_block),
+        )
+        values = upload_s * rng.uniform(1, 1.01, 4)
+        target_s = rng.uniform(0.5, 1.0) * upload_s.sum()
+        expected = best_value(problem, values, target_s)
+        if not expected:
+            with pytest.raises(InfeasibleAllocation, match=r"No block"):
+                choose_blocks(
+                    problem, values, latency_target_s=target_s, time_limit_s=0.0
+                )
+            continue
+        chosen = choose_blocks(
+            problem, values, latency_target_s=target_s, time_limit_s=0.0
+        )
+        solved = replace(problem, mode=replace(problem.mode, blocks=chosen.blocks))
+        assert allocate(solved).round_s <= target_s * (1 + 1e-9)
+        worth = values[list(chosen.blocks)].sum()
+        assert chosen.gap is not None
+        assert chosen.gap >= 0
+        assert worth * (1 + chosen.gap) >= expected * (1 - 1e-6)
+        lacking += worth < expected
+        in_time = choose_blocks(problem, values, latency_target_s=target_s)
+        assert in_time.gap is None
+        assert values[list(in_time.blocks)].sum() == pytest.approx(expected)
+    assert lacking  # else it would not matter
+
+
+def test_some_block_fits_just_where_one_can_be_chosen():
+    rng = np.random.default_rng(13)
+    fitting = 0
+    for number in range(24):
+        mode = RoundMode(devices_per_block=1 + number % 2)
+        problem = random_problem(rng, 3, 2, power_limited=number % 3 == 0, mode=mode)
+        target_s = float(np.quantile(problem.compute_s, 0.3)) * 2
+        fits = fits_any_block(problem, target_s)
+        assert fits == (best_value(problem, np.ones(2), target_s) > 0)
+        fitting += fits
+    assert 4 < fitting < 20
+
+
+def test_what_the_program_s_solver_prints_is_not_printed(capfd, monkeypatch):
+    def milp(*args, solve=scipy.optimize.milp, **options):
+        # As HiGHS does in some instances, even where it is told to be quiet.
+        ctypes.CDLL(None).puts(b"HighsMipSolverData::transform tmpSolver.run();")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", milp)
+    problem = AllocationProblem(np.ones((2, 2)), np.ones((2, 2)))
+    assert most_valuable_blocks(problem, [1, 1], latency_target_s=3.0) == (0, 1)
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr() == ("", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -92,3 +93,12 @@ def test_a_line_that_is_no_record(path, line):
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_rounds(tmp_path / "rounds.jsonl")
+
+
+def test_a_search_that_ended_at_its_time_limit_is_said():
+    assert not any("time limit" in line for line in RECORDS[0].lines())
+    limited = replace(RECORDS[0], worth_gap=0.0123)
+    (line,) = (line for line in limited.lines() if "time limit" in line)
+    assert "others may be worth up to 1.23% more" in line
+    assert json.loads(limited.to_json())["worth_gap"] == 0.0123
+    assert json.loads(RECORDS[0].to_json())["worth_gap"] is None

@@ -54,6 +54,7 @@ def round_record(
         round_s=plan.allocation.round_s,
         observed_s=observed_s,
         bound_s=plan.allocation.bound_s,
+        worth_gap=plan.solved.stated.worth_gap,
         wireless_s=wireless_s + observed_s,
         train_loss=float(np.average(losses, weights=weights)) if losses else None,
         refused=replies.refused,

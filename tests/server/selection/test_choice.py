@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from lola_flwr.allocation import InfeasibleAllocation, RoundMode
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.planning import latency_target, statement
 from lola_flwr.server.absences import Absence, Absences
 from lola_flwr.server.selection import (
     BlockHistory,
@@ -96,6 +98,21 @@ def test_a_latency_target_keeps_rounds_short_and_still_reaches_every_block():
             plan, [honest_reply(plan, d) for d in plan.assignments]
         )
     assert trained == {0, 1, 2}
+
+
+def test_a_choice_that_was_cut_short_is_in_the_round_s_record(monkeypatch):
+    at_once = partial(latency_target.choose_blocks, time_limit_s=0.0)
+    longest_s = make_coordinator().plan_round(1, IDS).allocation.round_s
+    gaps = []
+    for choose in (latency_target.choose_blocks, at_once):
+        monkeypatch.setattr(statement, "choose_blocks", choose)
+        target = Selection(latency_target_s=0.9 * longest_s)
+        coordinator = make_coordinator(selection=target)
+        plan = coordinator.plan_round(1, IDS)
+        replies = [honest_reply(plan, device) for device in plan.assignments]
+        gaps.append(coordinator.complete_round(plan, replies).worth_gap)
+    assert gaps[0] is None
+    assert gaps[1] >= 0
 
 
 def test_a_latency_target_does_not_count_on_devices_that_rest():
