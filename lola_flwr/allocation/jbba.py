@@ -31,11 +31,19 @@ makes of it, and equals it if all ``2 y sigma + mu`` are equal, so ``mu = -2 y s
 is the exact maximiser over mu. The bound is concave in y with supergradient
 ``2 (z - y)``, and, after maximising over y, concave in lambda, with the latency of
 device k at the share ``s / y`` as its supergradient.
+
+Large fleets
+------------
+All multipliers begin alike, and only those of matched devices rise. So the devices that
+were never matched have one multiplier, and as good as all of them cost too much in the
+block part, as the least of them per block shows. Steps look at the others alone, and
+are those that all devices together would lead to.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -46,11 +54,23 @@ from lola_flwr.allocation.edges import Edges, edges_of
 from lola_flwr.allocation.matching import Matching, cheapest_matching
 from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import best_deadline, with_best_shares
+from lola_flwr.allocation.shortlist import (
+    cheapest_rows,
+    is_whole,
+    rows_with_any,
+    steps,
+)
 from lola_flwr.allocation.solution import Allocation
-from lola_flwr.arrays import Float64Array
+from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 
 # A multiplier of 0 could never rise again under multiplicative steps.
 _LEAST_MULTIPLIER = 1e-9
+
+# Tables of fewer rows a slot are matched whole.
+_FEW_ROWS = 4
+
+# How much dearer rows may become from one step to the next and still be looked at.
+_MARGIN = 1.003
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -160,8 +180,7 @@ def solve_jbba(
         )
     started = time.perf_counter()
     incumbent = solve_crunch_with_shares(problem)
-    edges = edges_of(problem)
-    ascent = _Ascent(edges, incumbent.round_s - problem.constant_s, step_size)
+    ascent = _ascent(problem, incumbent.round_s - problem.constant_s, step_size)
     reason = "iterations"
     iterations = 0
     while True:
@@ -180,10 +199,7 @@ def solve_jbba(
                 problem.constant_s + value_s, problem.constant_s + ascent.deadline_s
             )
     if ascent.best is not None:
-        rows, columns = ascent.best
-        incumbent = with_best_shares(
-            problem, edges.devices[rows], edges.blocks[columns]
-        )
+        incumbent = with_best_shares(problem, *ascent.best)
     return replace(
         incumbent,
         bound_s=min(problem.constant_s + ascent.bound_s, incumbent.round_s),
@@ -192,20 +208,46 @@ def solve_jbba(
     )
 
 
-class _Ascent:
-    """Multipliers, best bound and best matching of one run."""
+def _ascent(problem: AllocationProblem, deadline_s: float, step_size: float) -> _Ascent:
+    if is_whole(problem):
+        return _Ascent(edges_of(problem), deadline_s, step_size)
+    nobody = edges_of(problem, np.empty(0, np.int64))
+    return _Ascent(nobody, deadline_s, step_size, _Outsiders(problem))
 
-    def __init__(self, edges: Edges, deadline_s: float, step_size: float) -> None:
+
+class _Ascent:
+    """Multipliers, best bound and best matching of one run.
+
+    In a large fleet most devices are never matched. Then their multipliers are all the
+    same, and only those are looked at, the *near* ones, that may be cheap enough: see
+    `_Outsiders`.
+    """
+
+    def __init__(
+        self,
+        near: Edges,
+        deadline_s: float,
+        step_size: float,
+        outsiders: _Outsiders | None = None,
+    ) -> None:
         self.deadline_s = deadline_s
         self.bound_s = 0.0
-        self.best: Matching | None = None  # None: still the first incumbent
-        self._edges = edges
+        # Devices and blocks; None: still the first incumbent.
+        self.best: Matching | None = None
         self._step_size = step_size
         self._steps = 0
-        num_devices = edges.compute_s.shape[0]
-        self._multiplier = np.full(num_devices, 1.0 / num_devices)
+        self._outsiders = outsiders
+        num_devices = (
+            near.devices.size if outsiders is None else outsiders.problem.num_devices
+        )
+        self._common = 1.0 / num_devices  # the multiplier of those who are not near
         # Half of the round spent on uploads: the right order of magnitude suffices.
         self._root_band_price = float(np.sqrt(0.5 * deadline_s))
+        self._multiplier: Float64Array = np.empty(0)
+        # What the cheapest device of each block costs that is not matched.
+        self._spare = np.full(near.blocks.size, np.inf)
+        self._devices: IntArray = np.empty(0, np.int64)
+        self._let_in(near)
 
     def gap(self, constant_s: float) -> float:
         """Relative gap of the round latency, the constant part included."""
@@ -217,55 +259,215 @@ class _Ascent:
 
     def step(self) -> float:
         """Evaluate the dual, try its matching, move the multipliers; the bound."""
-        edges, y = self._edges, self._root_band_price
-        point = DualPoint(self._multiplier, -2.0 * y * self._common_root(), y)
-        # CRUNCH's cutting: an edge that is too slow even with the whole band is in no
-        # round that beats the incumbent. So either the incumbent is optimal, or the
-        # optimum is a matching of what is left: the bound holds up to the incumbent.
-        # An edge that would beat it by no more than rounding is cut, too.
-        whole_band_s = edges.compute_s + edges.full_band_upload_s
-        cut_s = np.where(
-            whole_band_s < self.deadline_s * (1.0 - 1e-12), edges.compute_s, np.inf
-        )
-        found = dual_bound(edges, point, cut_s)
+        found = self._block_part()
         if found is None:
             self.bound_s = self.deadline_s
             return self.deadline_s
-        value_s, matching = found
-        value_s = min(value_s, self.deadline_s)
+        matching, total = found
+        y = self._root_band_price
+        # The bandwidth part's involvement costs nothing: mu is its exact maximiser.
+        value_s = min(total - y * y, self.deadline_s)
         self.bound_s = max(self.bound_s, value_s)
-        self._recover(matching)
-        self._climb(matching)
+        compute_s = self._edges.compute_s[matching]
+        upload_s = self._edges.full_band_upload_s[matching]
+        self._recover(matching, compute_s, upload_s)
+        self._climb(matching[0], compute_s, upload_s)
         return value_s
 
-    def _common_root(self) -> Float64Array:
-        least: Float64Array = self._edges.full_band_upload_s.min(axis=1)
-        return np.sqrt(self._multiplier * least)
+    def _let_in(self, near: Edges) -> None:
+        """Look at these devices from now on; those who are new have been outside."""
+        multiplier = np.full(near.devices.size, self._common)
+        known = np.searchsorted(near.devices, self._devices)
+        multiplier[known] = self._multiplier
+        self._spare = np.full_like(self._spare, np.inf)
+        self._multiplier, self._devices, self._edges = multiplier, near.devices, near
+        # Column by column: columns are long, and rows short.
+        self._upload_s = np.asfortranarray(_one_for_all(near.full_band_upload_s))
+        self._compute_s = np.asfortranarray(near.compute_s)
+        self._cut_s = _in_time(self._compute_s, self._upload_s, self.deadline_s)
 
-    def _recover(self, matching: Matching) -> None:
+    def _block_part(self) -> tuple[Matching, float] | None:
+        """Cheapest matching under the multipliers, and what it costs."""
+        found = self._cheapest(self._cost())
+        if self._outsiders is None:
+            return found
+        spare = self._spare / self._common
+        if found is not None and self._outsiders.are_dearer(spare, self._price_of_root):
+            return found
+        more = self._outsiders.cheapest(self._price_of_root, self.deadline_s)
+        self._let_in(edges_of(self._outsiders.problem, more))
+        return self._cheapest(self._cost())
+
+    @property
+    def _price_of_root(self) -> float:
+        """What the root of an outsider's upload time costs, where its time costs 1."""
+        return 2.0 * self._root_band_price / float(np.sqrt(self._common))
+
+    def _cost(self) -> Float64Array:
+        """Return what the edges cost in the block part at the best mu, (k, n)."""
+        y, price = self._root_band_price, self._multiplier[:, np.newaxis]
+        root = np.sqrt(price * self._upload_s)  # s
+        cost = price * self._cut_s
+        if root.shape[1] > 1:
+            common = root.min(axis=1, keepdims=True)  # sigma
+            cost += 2.0 * y * (root - common)
+            root = common
+        cost += 2.0 * y * root
+        return cost
+
+    def _cheapest(self, cost: Float64Array) -> tuple[Matching, float] | None:
+        """Cheapest matching, found among the rows that are cheap in some column.
+
+        What the cheapest row costs that is not matched is what no other row has to
+        undercut: then a cheapest matching needs none of these.
+        """
+        edges, enough = self._edges, self._spare * _MARGIN
+        if len(cost) <= _FEW_ROWS * int(edges.demand.sum()) or edges.all_devices:
+            enough = np.full_like(enough, np.inf)
+        while True:
+            cheap = (
+                slice(None) if np.isinf(enough).all() else rows_with_any(cost < enough)
+            )
+            table = cost[cheap]
+            found = cheapest_matching(
+                table, edges.demand, all_devices=edges.all_devices
+            )
+            if found is None:
+                if isinstance(cheap, slice):
+                    return None
+                enough = np.full_like(enough, np.inf)
+                continue
+            (rows, columns), total = found
+            if self._outsiders is None:
+                return found
+            table[rows] = np.inf
+            self._spare = table.min(axis=0)
+            if (self._spare <= enough).all():
+                break
+            enough = np.maximum(enough, self._spare * _MARGIN)
+        if not isinstance(cheap, slice):
+            rows = cheap[rows]
+        return (rows, columns), total
+
+    def _recover(
+        self, matching: Matching, compute_s: Float64Array, upload_s: Float64Array
+    ) -> None:
         """Give the block part's matching its best shares and keep it if it is best."""
-        deadline_s = best_deadline(
-            self._edges.compute_s[matching], self._edges.full_band_upload_s[matching]
-        )
+        band = (upload_s / (self.deadline_s - compute_s)).sum()
+        if band > 1.0 + 1e-9:
+            return  # not by the incumbent's deadline
+        deadline_s = best_deadline(compute_s, upload_s)
         if deadline_s < self.deadline_s:
-            self.deadline_s, self.best = deadline_s, matching
+            rows, columns = matching
+            self.deadline_s = deadline_s
+            self.best = self._edges.devices[rows], self._edges.blocks[columns]
+            self._cut_s = _in_time(self._compute_s, self._upload_s, deadline_s)
 
-    def _climb(self, matching: Matching) -> None:
+    def _climb(
+        self, rows: IntArray, compute_s: Float64Array, upload_s: Float64Array
+    ) -> None:
         """Move along the supergradients: a late device's multiplier rises."""
-        rows, _ = matching
-        multiplier, y = self._multiplier, self._root_band_price
-        upload_s = self._edges.full_band_upload_s[matching]
-        latency_s = np.zeros_like(multiplier)
-        latency_s[rows] = self._edges.compute_s[matching] + y * np.sqrt(
-            upload_s / multiplier[rows]
-        )
+        y, price = self._root_band_price, self._multiplier[rows]
+        latency_s = compute_s + y * np.sqrt(upload_s / price)
         self._steps += 1
         largest = latency_s.max()
         if largest > 0.0:
             # Exponentiated (mirror) ascent keeps the multipliers on the simplex.
             step = self._step_size / np.sqrt(self._steps) / largest
-            raised = multiplier * np.exp(step * latency_s)
-            raised = np.maximum(raised / raised.sum(), _LEAST_MULTIPLIER)
-            self._multiplier = raised / raised.sum()
-        demanded = float(np.sqrt(multiplier[rows] * upload_s).sum())  # z
+            self._multiplier[rows] *= np.exp(step * latency_s)
+            self._normalise()
+            np.maximum(self._multiplier, _LEAST_MULTIPLIER, out=self._multiplier)
+            self._common = max(self._common, _LEAST_MULTIPLIER)
+            self._normalise()
+        demanded = float(np.sqrt(price * upload_s).sum())  # z
         self._root_band_price = 0.5 * (y + demanded)
+
+    def _normalise(self) -> None:
+        total = float(self._multiplier.sum())
+        if self._outsiders is not None:
+            outside = self._outsiders.problem.num_devices - self._multiplier.size
+            total += outside * self._common
+        self._multiplier /= total
+        self._common /= total
+
+
+class _Outsiders:
+    """The devices that no step has looked at: what they would cost, at least.
+
+    They all have the same multiplier, so per unit of it an edge costs ``c + b r``, with
+    r the root of the upload time and one price b for all. The least of them is concave
+    in b and rises: between two values of b it is no less than on the line from one to
+    the other, nor than at the lower one.
+
+    Parameters
+    ----------
+    problem
+        The instance.
+    """
+
+    def __init__(self, problem: AllocationProblem) -> None:
+        self.problem = problem
+        self._edges = edges_of(problem)
+        self._is_near: BoolArray = np.zeros(problem.num_devices, dtype=np.bool_)
+        self._upload_s = _one_for_all(self._edges.full_band_upload_s)
+        self._root = np.asfortranarray(np.sqrt(self._upload_s))
+        self._deadline_s = np.inf
+        # Infinite where cut, and where near; column by column, which is faster.
+        self._compute_s = np.empty_like(self._edges.compute_s, order="F")
+        self._prices: list[float] = []
+        self._least: list[Float64Array] = []
+
+    def are_dearer(self, cost: Float64Array, price: float) -> bool:
+        """Tell whether none can be cheaper than that in some block, shape (n,)."""
+        place = bisect_right(self._prices, price)
+        below, least = (
+            (self._prices[place - 1], self._least[place - 1])
+            if place
+            else (0.0, np.zeros_like(cost))
+        )
+        if place < len(self._prices):
+            part = (price - below) / (self._prices[place] - below)
+            line = (1 - part) * least + part * self._least[place]
+            least = np.maximum(least, line)
+        return bool((cost <= least).all())
+
+    def cheapest(self, price: float, deadline_s: float) -> IntArray:
+        """Return who is near, with as many more for each block as may matter."""
+        if deadline_s < self._deadline_s:
+            self._deadline_s = deadline_s
+            for rows in steps(self.problem.num_devices):
+                self._compute_s[rows] = _in_time(
+                    self._edges.compute_s[rows], self._upload_s[rows], deadline_s
+                )
+            self._compute_s[self._is_near] = np.inf
+        slots = int(self._edges.demand.sum())
+        devices, least = cheapest_rows(
+            lambda rows: self._compute_s[rows] + price * self._root[rows],
+            self.problem.num_devices,
+            max(slots, int(self._is_near.sum()) // 2),
+        )
+        self._is_near[devices] = True
+        self._compute_s[devices] = np.inf
+        place = bisect_right(self._prices, price)
+        self._prices.insert(place, price)
+        self._least.insert(place, least)
+        return np.flatnonzero(self._is_near)
+
+
+def _in_time(
+    compute_s: Float64Array, upload_s: Float64Array, deadline_s: float
+) -> Float64Array:
+    """Return times that are infinite where a pair is in no better round: the cutting.
+
+    It is too slow even with the whole band. So either the incumbent is optimal, or the
+    optimum is a matching of what is left: the bound holds up to the incumbent. A pair
+    that would beat it by no more than rounding is cut, too.
+    """
+    late = compute_s + upload_s >= deadline_s * (1.0 - 1e-12)
+    return np.where(late, np.inf, compute_s)
+
+
+def _one_for_all(upload_s: Float64Array) -> Float64Array:
+    """Return one column where all are alike, as where all blocks have one payload."""
+    is_uniform = bool((upload_s == upload_s[:, :1]).all())
+    return upload_s[:, :1] if is_uniform else upload_s

@@ -7,6 +7,7 @@ from lola_flwr.allocation import (
     InfeasibleAllocation,
     RoundMode,
     allocate,
+    jbba,
     rotate,
     shortlist,
 )
@@ -104,3 +105,43 @@ def test_pruned_fleets_rotate_alike(monkeypatch):
         assert found.share.tolist() == expected.share.tolist()
         changed += found is not best
     assert changed > 20
+
+
+@pytest.mark.parametrize("several_payloads", [False, True])
+def test_pruned_fleets_climb_alike(several_payloads, monkeypatch):
+    rng = np.random.default_rng(28)
+    looked_at, improved = [], 0
+    for number in range(24):
+        num_devices, num_blocks = int(rng.integers(2, 60)), int(rng.integers(1, 4))
+        wanted = [1, 2][number % 2] if num_devices > 6 else 1
+        given = fleet_problem(rng, num_devices, num_blocks)
+        upload_s = given.full_band_upload_s
+        if several_payloads:
+            upload_s = upload_s * rng.uniform(0.5, 2.0, num_blocks)
+        feasible = rng.random(upload_s.shape) < rng.choice([0.6, 1.0])
+        problem = AllocationProblem(
+            given.compute_s,
+            upload_s,
+            feasible,
+            mode=RoundMode(devices_per_block=wanted),
+        )
+        whole(monkeypatch)
+        try:
+            expected = allocate(problem, "jbba", max_iterations=60)
+        except InfeasibleAllocation:
+            continue
+        start_s = allocate(problem, "crunch+shares").round_s
+        pruned(monkeypatch, 16)
+        found = allocate(problem, "jbba", max_iterations=60)
+        assert found.block_of_device.tolist() == expected.block_of_device.tolist()
+        assert found.share.tolist() == expected.share.tolist()
+        assert found.bound_s == pytest.approx(expected.bound_s, rel=1e-9)
+        assert found.iterations == expected.iterations
+        assert found.stop_reason == expected.stop_reason
+        improved += found.round_s < start_s
+        ascent = jbba._ascent(problem, start_s, 0.3)
+        for _ in range(5):
+            ascent.step()
+        looked_at.append(len(ascent._multiplier) / num_devices)
+    assert improved > 2
+    assert min(looked_at) < 0.6  # most devices are not looked at
