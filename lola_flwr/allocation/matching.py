@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from lola_flwr.allocation.transport import cheapest_blocks
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 
 Matching = tuple[IntArray, IntArray]
 
 # Tables with more rows than this per slot are pruned before the assignment.
 _ROWS_PER_SLOT = 64
+
+# From so many slots on, those of one block are not told apart.
+_MANY_SLOTS = 128
 
 
 def slots_of(demand: IntArray) -> IntArray:
@@ -51,24 +55,38 @@ def cheapest_matching(
     if cost.shape[0] < slots.size:
         return None
     if not all_devices:
-        slot_cost = cost if np.all(demand == 1) else cost[:, slots]
-        assigned = _assign(slot_cost)
+        assigned = _fill(cost, demand)
         if assigned is None:
             return None
-        rows, filled = assigned
-        return (rows, slots[filled]), float(slot_cost[rows, filled].sum())
+        return assigned, float(cost[assigned].sum())
     least = cost.min(axis=1)
     if not np.isfinite(least).all():
         return None
     reduced = cost - least[:, np.newaxis]  # [k, n] - [k, 1]
-    assigned = _assign(reduced[:, slots])
+    assigned = _fill(reduced, demand)
     if assigned is None:
         return None
     rows, filled = assigned
     columns = cost.argmin(axis=1)
-    columns[rows] = slots[filled]
+    columns[rows] = filled
     everyone = np.arange(cost.shape[0])
     return (everyone, columns), float(cost[everyone, columns].sum())
+
+
+def _fill(cost: Float64Array, demand: IntArray) -> Matching | None:
+    """Cheapest way to give every column as many rows as it needs; None if none."""
+    slots = slots_of(demand)
+    if slots.size > _MANY_SLOTS and demand.max() > 1:
+        near = _near(cost, slots.size)
+        columns = cheapest_blocks(cost[near], demand)
+        if columns is not None:
+            rows = np.flatnonzero(columns < demand.size)
+            return np.arange(len(cost))[near][rows], columns[rows]
+    assigned = _assign(cost if np.all(demand == 1) else cost[:, slots])
+    if assigned is None:
+        return None
+    rows, filled = assigned
+    return rows, slots[filled]
 
 
 def _assign(cost: Float64Array) -> Matching | None:
@@ -76,20 +94,25 @@ def _assign(cost: Float64Array) -> Matching | None:
     # scipy.optimize takes longer to import than the rest of the package together.
     from scipy.optimize import linear_sum_assignment
 
-    num_rows, num_slots = cost.shape
-    near: IntArray | None = None
-    if num_rows > _ROWS_PER_SLOT * num_slots:
-        # Only the S cheapest rows of each of the S columns matter: if a column had
-        # another row, one of these would be free and no dearer.
-        near = np.unique(np.argpartition(cost, num_slots - 1, axis=0)[:num_slots])
-        cost = cost[near]
+    near = _near(cost, cost.shape[1])
     try:
-        rows, columns = linear_sum_assignment(cost)
+        rows, columns = linear_sum_assignment(cost[near])
     except ValueError as error:
         if "infeasible" not in str(error):
             raise
         return None
-    return (rows if near is None else near[rows]), columns
+    return np.arange(len(cost))[near][rows], columns
+
+
+def _near(cost: Float64Array, num_slots: int) -> IntArray | slice:
+    """Rows that matter: those that are among the cheapest of some column.
+
+    Only as many of each as there are slots: if a column had another row, one of these
+    would be free and no dearer.
+    """
+    if len(cost) <= _ROWS_PER_SLOT * num_slots:
+        return slice(None)
+    return np.unique(np.argpartition(cost, num_slots - 1, axis=0)[:num_slots])
 
 
 def any_matching(edges: BoolArray, demand: IntArray) -> IntArray:

@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 from allocation_oracle import any_argpartition
+from scipy.optimize import linear_sum_assignment
 
-from lola_flwr.allocation import matching
+from lola_flwr.allocation import matching, transport
 from lola_flwr.allocation.matching import any_matching, cheapest_matching, slots_of
 
 
@@ -55,9 +56,14 @@ def check_against_brute_force(cost, demand, everyone):
 
 @pytest.mark.parametrize("everyone", [False, True])
 @pytest.mark.parametrize("rows_per_slot", [0, 64])
-def test_the_cheapest_matching_is_the_cheapest(everyone, rows_per_slot, monkeypatch):
+@pytest.mark.parametrize("many_slots", [0, 128])
+def test_the_cheapest_matching_is_the_cheapest(
+    everyone, rows_per_slot, many_slots, monkeypatch
+):
     # With 0 rows a slot every table is pruned first.
     monkeypatch.setattr(matching, "_ROWS_PER_SLOT", rows_per_slot)
+    # With 0 slots they are all many: those of one block are not told apart.
+    monkeypatch.setattr(matching, "_MANY_SLOTS", many_slots)
     seen = [check_against_brute_force(*t, everyone) for t in tables(81, 300)]
     assert 50 < sum(seen) < 250
 
@@ -127,3 +133,38 @@ def test_the_largest_matching_is_the_largest():
         assert filled.size == most_filled(edges, slots.tolist())
         full += filled.size == slots.size
     assert 20 < full < 280
+
+
+@pytest.mark.parametrize("at_once", [1, 8, 96])
+@pytest.mark.parametrize("kind", ["any", "ties", "impossible", "alike", "one scale"])
+def test_blocks_that_need_many_are_filled_at_the_least_cost(kind, at_once, monkeypatch):
+    monkeypatch.setattr(transport, "_AT_ONCE", at_once)
+    rng = np.random.default_rng(84)
+    found = 0
+    for _ in range(6):
+        demand = rng.integers(1, 9, size=int(rng.integers(1, 7)))
+        num_rows = int(demand.sum() + rng.integers(0, 20))
+        cost = rng.random((num_rows, demand.size))
+        if kind == "ties":
+            cost = np.round(3 * cost)
+        elif kind == "impossible":
+            cost[rng.random(cost.shape) < 0.6] = np.inf
+        elif kind == "alike":
+            cost = 1e-3 + 1e-9 * cost
+        elif kind == "one scale":
+            cost = 1e-6 * rng.exponential(size=(num_rows, 1)) * cost**4
+        slots = slots_of(demand)
+        blocks = transport.cheapest_blocks(cost, demand)
+        try:
+            rows, filled = linear_sum_assignment(cost[:, slots])
+        except ValueError:
+            assert blocks is None
+            continue
+        count = np.bincount(blocks, minlength=demand.size + 1)
+        assert count[:-1].tolist() == demand.tolist()
+        taking = np.flatnonzero(blocks < demand.size)
+        assert cost[taking, blocks[taking]].sum() == pytest.approx(
+            cost[rows, slots[filled]].sum(), rel=1e-12
+        )
+        found += 1
+    assert found > 2
