@@ -307,7 +307,7 @@ class _Ascent:
         """Return what the edges cost in the block part at the best mu, (k, n)."""
         y, price = self._root_band_price, self._multiplier[:, np.newaxis]
         root = np.sqrt(price * self._upload_s)  # s
-        cost = price * self._cut_s
+        cost: Float64Array = price * self._cut_s
         if root.shape[1] > 1:
             common = root.min(axis=1, keepdims=True)  # sigma
             cost += 2.0 * y * (root - common)
@@ -321,25 +321,25 @@ class _Ascent:
         What the cheapest row costs that is not matched is what no other row has to
         undercut: then a cheapest matching needs none of these.
         """
-        edges, enough = self._edges, self._spare * _MARGIN
-        if len(cost) <= _FEW_ROWS * int(edges.demand.sum()) or edges.all_devices:
+        demand = self._edges.demand
+        if self._outsiders is None:
+            everyone = self._edges.all_devices
+            return cheapest_matching(cost, demand, all_devices=everyone)
+        enough = self._spare * _MARGIN
+        if len(cost) <= _FEW_ROWS * int(demand.sum()):
             enough = np.full_like(enough, np.inf)
         while True:
             cheap = (
                 slice(None) if np.isinf(enough).all() else rows_with_any(cost < enough)
             )
             table = cost[cheap]
-            found = cheapest_matching(
-                table, edges.demand, all_devices=edges.all_devices
-            )
+            found = cheapest_matching(table, demand, all_devices=False)
             if found is None:
                 if isinstance(cheap, slice):
                     return None
                 enough = np.full_like(enough, np.inf)
                 continue
             (rows, columns), total = found
-            if self._outsiders is None:
-                return found
             table[rows] = np.inf
             self._spare = table.min(axis=0)
             if (self._spare <= enough).all():

@@ -51,8 +51,7 @@ def cheapest_matching(
     that fills a slot, what that slot costs more than its least cost: an assignment on
     these reduced costs.
     """
-    slots = slots_of(demand)
-    if cost.shape[0] < slots.size:
+    if len(cost) < demand.sum():
         return None
     if not all_devices:
         assigned = _fill(cost, demand)
@@ -75,14 +74,16 @@ def cheapest_matching(
 
 def _fill(cost: Float64Array, demand: IntArray) -> Matching | None:
     """Cheapest way to give every column as many rows as it needs; None if none."""
+    if demand.max() == 1 == demand.min():
+        return _assign(cost)
     slots = slots_of(demand)
-    if slots.size > _MANY_SLOTS and demand.max() > 1:
+    if slots.size > _MANY_SLOTS:
         near = _near(cost, slots.size)
         columns = cheapest_blocks(cost[near], demand)
         if columns is not None:
             rows = np.flatnonzero(columns < demand.size)
             return np.arange(len(cost))[near][rows], columns[rows]
-    assigned = _assign(cost if np.all(demand == 1) else cost[:, slots])
+    assigned = _assign(cost[:, slots])
     if assigned is None:
         return None
     rows, filled = assigned
@@ -101,7 +102,7 @@ def _assign(cost: Float64Array) -> Matching | None:
         if "infeasible" not in str(error):
             raise
         return None
-    return np.arange(len(cost))[near][rows], columns
+    return (rows if isinstance(near, slice) else near[rows]), columns
 
 
 def _near(cost: Float64Array, num_slots: int) -> IntArray | slice:

@@ -24,7 +24,7 @@ from lola_flwr.machine.output import stdout_without
 # How long the search may take, seconds, and what part of it the integer program may:
 # its solver looks at the clock now and then.
 _TIME_LIMIT_S = 0.5
-_SOLVER_PART = 0.8
+_SOLVER_PART = 0.7
 
 # What milp says.
 _OPTIMAL, _OUT_OF_TIME = 0, 1

@@ -10,7 +10,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,14 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array
 
-from lola_flwr.allocation import AllocationProblem, SpanProblem, allocate, solve_spans
+from lola_flwr.allocation import (
+    AllocationProblem,
+    RoundMode,
+    SpanProblem,
+    allocate,
+    rotate,
+    solve_spans,
+)
 from lola_flwr.allocation.edges import edges_of
 
 PARAMETERS = 7.1e6
@@ -108,10 +116,54 @@ def test_fewer_devices_than_blocks(
         )
 
 
-@pytest.mark.parametrize("name", ["crunch+shares", "jbba"])
-def test_other_allocators(benchmark, name):
-    problem = fleet_problem(20, 12)
-    benchmark.pedantic(allocate, args=(problem, name), rounds=20, warmup_rounds=1)
+def cpu_seconds(solve) -> float:
+    started = time.process_time()
+    solve()
+    return time.process_time() - started
+
+
+def medians_s(ways, repetitions: int) -> list[float]:
+    """CPU time of each way, taken in turns."""
+    times_s = [[cpu_seconds(way) for way in ways] for _ in range(repetitions)]
+    return np.median(times_s, axis=0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_blocks", "repetitions"),
+    [(20, 12, 21), (100, 24, 11), (1_000, 24, 11), (100_000, 24, 5)],
+)
+def test_jbba_beside_exact(capsys, num_devices, num_blocks, repetitions):
+    problem = fleet_problem(num_devices, num_blocks)
+    ways = [partial(allocate, problem, name) for name in ("exact", "jbba")]
+    exact_s, jbba_s = medians_s(ways, repetitions)
+    with capsys.disabled():
+        print(
+            f"\n{num_devices} x {num_blocks}: jbba {jbba_s * 1e3:.1f} ms, "
+            f"{jbba_s / exact_s:.1f} times as long as exact"
+        )
+
+
+def test_others_beside_exact_in_a_fleet_of_a_million(capsys):
+    problem = fleet_problem(1_000_000, 24)
+    best = allocate(problem)
+    meetings = np.random.default_rng(0).integers(0, 3, problem.compute_s.shape)
+    names = ("exact", "crunch", "crunch+shares", "greedy")
+    ways = [partial(allocate, problem, name) for name in names]
+    ways.append(partial(rotate, problem, best, meetings, eps=0.1))
+    exact_s, *others_s = medians_s(ways, 3)
+    with capsys.disabled():
+        for name, seconds in zip((*names[1:], "rotation"), others_s, strict=True):
+            print(f"\n1,000,000 x 24: {name}, {seconds / exact_s:.2f} times exact")
+
+
+@pytest.mark.parametrize("devices_per_block", [1, 20, 40])
+def test_several_devices_a_block(benchmark, devices_per_block):
+    mode = RoundMode(devices_per_block=devices_per_block)
+    problem = replace(fleet_problem(1_000, 24), mode=mode)
+    allocation = benchmark.pedantic(
+        allocate, args=(problem,), rounds=20, warmup_rounds=1
+    )
+    allocation.check(problem)
 
 
 def test_peak_memory_of_a_million_devices(capsys):
