@@ -16,27 +16,25 @@ Interspeech 2014; Stich, Cordonnier, Jaggi, NeurIPS 2018). See
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from ml_dtypes import bfloat16
 
-from lola_flwr.arrays import Float32Array, IntArray
+from lola_flwr.arrays import Float32Array
 from lola_flwr.errors import UserError
 from lola_flwr.wire.npy import MalformedArray
+from lola_flwr.wire.passes import (
+    VALUES_A_STEP,
+    from_bf16,
+    parts,
+    to_bf16,
+    where_largest,
+)
 
 WireArray = npt.NDArray[np.generic]
-
-# Values of one step of a pass over an array: its tables stay in the CPU's cache.
-_VALUES_A_STEP = 1 << 16
-
-
-def _parts(size: int) -> Iterator[slice]:
-    for first in range(0, size, _VALUES_A_STEP):
-        yield slice(first, first + _VALUES_A_STEP)
 
 
 class WireType(NamedTuple):
@@ -111,26 +109,6 @@ class Elementwise:
         return self.from_wire(wire)
 
 
-_NAN, _MINUS_INFINITY = 0x7FC0, 0xFF80
-
-
-def _to_bf16(values: Float32Array) -> npt.NDArray[np.uint16]:
-    flat = values.ravel()
-    wire = np.empty(flat.size, np.uint16)
-    for part in _parts(flat.size):
-        # Rounds to nearest, ties to even; what overflows is infinite.
-        with np.errstate(over="ignore", invalid="ignore"):
-            wire[part].view(bfloat16)[:] = flat[part]
-        # All NaNs are one: those that are negative are above minus infinity's bits.
-        if wire[part].max() > _MINUS_INFINITY:
-            wire[part][wire[part] > _MINUS_INFINITY] = _NAN
-    return wire.reshape(values.shape)
-
-
-def _from_bf16(wire: WireArray) -> Float32Array:
-    return (wire.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
 class Fp16:
     """fp16 of the values, brought to its range by a power of two of each array's own.
 
@@ -173,9 +151,6 @@ class Fp16:
         return values.reshape(shape)
 
 
-# Values of the sample that tells which are large.
-_SAMPLE = 1 << 15
-
 _LEVELS = 127
 _SHORT_CHANNEL = 64
 
@@ -205,7 +180,7 @@ class Int8:
         wire = np.empty(4 * number + rows.size, np.uint8)
         scale = wire[: 4 * number].view("<f4")
         levels = wire[4 * number :].view(np.int8).reshape(rows.shape)
-        at_once = max(1, _VALUES_A_STEP // max(length, 1))
+        at_once = max(1, VALUES_A_STEP // max(length, 1))
         # A value that is not finite spoils its channel, which the server then refuses.
         with np.errstate(invalid="ignore"):
             for first in range(0, number, at_once):
@@ -231,12 +206,12 @@ def _to_levels(
 ) -> None:
     """Fill in some channels' scales and whole numbers."""
     largest: Float32Array = np.zeros(len(rows), np.float32)
-    parts = list(_parts(rows.shape[1]))
-    for part in parts:
+    steps = list(parts(rows.shape[1]))
+    for part in steps:
         np.maximum(largest, np.abs(rows[:, part]).max(axis=1), out=largest)
     scale[:] = largest / _LEVELS
     divisor = np.where(scale > 0, scale, 1)[:, np.newaxis]
-    for part in parts:
+    for part in steps:
         numbers = rows[:, part] / divisor
         np.rint(numbers, out=numbers)
         # A scale below the normal numbers is too coarse for its own channel.
@@ -293,10 +268,10 @@ class TopK:
     def encode(self, values: Float32Array) -> WireArray:
         """Pick the largest values."""
         flat = values.ravel()
-        largest = _largest(flat, self._kept(flat.size))
-        positions = largest.astype(_position_type(flat.size))
+        places = where_largest(flat, self._kept(flat.size))
+        positions = places.astype(_position_type(flat.size))
         return np.concatenate(
-            [positions.view(np.uint8), _to_bf16(flat[positions]).view(np.uint8)]
+            [positions.view(np.uint8), to_bf16(flat[positions]).view(np.uint8)]
         )
 
     def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
@@ -310,54 +285,11 @@ class TopK:
                 f"Positions of the values must rise, and be below {size}."
             )
         flat = np.zeros(size, np.float32)
-        flat[positions] = _from_bf16(wire[split:].view("<u2"))
+        flat[positions] = from_bf16(wire[split:].view("<u2"))
         return flat.reshape(shape)
 
     def _kept(self, size: int) -> int:
         return min(size, max(1, math.ceil(self.fraction * size)))
-
-
-def _largest(flat: Float32Array, kept: int) -> IntArray:
-    """Return where the values of largest magnitude stand, in rising order.
-
-    A sample tells between which two magnitudes the least of them is; what is above is
-    taken, and only what is between is put in order. Where the sample misleads, or where
-    which of several equal values to take is the order's to say, all are.
-    """
-    size = flat.size
-    if size <= _VALUES_A_STEP:
-        return _largest_in_order(np.abs(flat), kept)
-    # Every odd number of values is of every column in turn.
-    sample = np.sort(np.abs(flat[:: size // _SAMPLE | 1]))
-    least = sample.size * (1 - kept / size)
-    # Four standard deviations of how many of the sample are above.
-    error = 4 * math.sqrt(least * (kept / size)) + 4
-    low = sample[max(int(least - error), 0)]
-    high = sample[min(int(least + error), sample.size - 1)]
-    found, magnitudes = [], []
-    room = np.empty(_VALUES_A_STEP, np.float32)
-    for part in _parts(size):
-        values = flat[part]
-        magnitude = np.abs(values, out=room[: values.size])
-        near = np.flatnonzero(~(magnitude < low))  # NaN is largest
-        magnitudes.append(magnitude[near])
-        found.append(near + part.start)
-    positions, magnitude = np.concatenate(found), np.concatenate(magnitudes)
-    taken = ~(magnitude <= high)
-    between = np.flatnonzero(~taken)
-    missing = kept - (positions.size - between.size)
-    if 0 < missing <= between.size:
-        order = between[_largest_in_order(magnitude[between], missing)]
-        taken[order] = True
-        if np.count_nonzero(magnitude >= magnitude[order].min()) == kept:
-            kept_positions: IntArray = positions[taken]
-            return kept_positions
-    return _largest_in_order(np.abs(flat), kept)
-
-
-def _largest_in_order(magnitude: Float32Array, kept: int) -> IntArray:
-    first = magnitude.size - kept
-    return np.sort(np.argpartition(magnitude, first)[first:])
 
 
 def _position_type(size: int) -> np.dtype[Any]:
@@ -370,7 +302,7 @@ CODECS: dict[str, Codec] = {
         lambda values: values,
         lambda wire: wire.astype("f4", copy=False),
     ),
-    "bf16": Elementwise(np.dtype(np.uint16), _to_bf16, _from_bf16),
+    "bf16": Elementwise(np.dtype(np.uint16), to_bf16, from_bf16),
     "fp16": Fp16(),
     "int8": Int8(),
 }
