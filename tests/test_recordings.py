@@ -17,7 +17,7 @@ from tests.recordings.runs import FAST, SLOW
 
 # Fields of a round, and of a device's part in it, that the recordings do not have yet,
 # and those that later records of a configuration lack: they said nothing.
-ADDED = frozenset({"start_metrics", "further_blocks", "unexplained_s"})
+ADDED = frozenset({"start_metrics", "further_blocks", "unexplained_s", "worth_gap"})
 DROPPED: dict[str, frozenset[str]] = {}
 
 # Another machine may sum in another order: losses and metrics follow from sums over

@@ -57,8 +57,8 @@ def test_never_exceeds_its_limit(capfd):
     with capfd.disabled():
         print(
             f"\n{len(seconds)} instances: median {np.median(seconds):.2f} s, longest "
-            f"{max(seconds):.3f} s, {longest_s:.3f} s of the {sum(undisturbed)} that had "
-            f"the core for themselves; {len(gaps)} ended at the limit, gap at most "
+            f"{max(seconds):.3f} s, {longest_s:.3f} s of the {sum(undisturbed)} that "
+            f"had the core for themselves; {len(gaps)} ended at the limit, gap at most "
             f"{max(gaps):.1%}"
         )
     assert longest_s < 1.1 * LIMIT_S
