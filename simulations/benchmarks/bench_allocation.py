@@ -132,18 +132,14 @@ def medians_s(ways, repetitions: int) -> list[float]:
     ("num_devices", "num_blocks", "repetitions"),
     [(20, 12, 21), (100, 24, 11), (1_000, 24, 11), (100_000, 24, 5)],
 )
-def test_jbba_beside_exact(capsys, num_devices, num_blocks, repetitions):
+def test_jbba_beside_exact(compared, num_devices, num_blocks, repetitions):
     problem = fleet_problem(num_devices, num_blocks)
     ways = [partial(allocate, problem, name) for name in ("exact", "jbba")]
     exact_s, jbba_s = medians_s(ways, repetitions)
-    with capsys.disabled():
-        print(
-            f"\n{num_devices} x {num_blocks}: jbba {jbba_s * 1e3:.1f} ms, "
-            f"{jbba_s / exact_s:.1f} times as long as exact"
-        )
+    compared(f"JBBA, {num_devices:,} x {num_blocks}", jbba_s, "exact", exact_s)
 
 
-def test_others_beside_exact_in_a_fleet_of_a_million(capsys):
+def test_others_beside_exact_in_a_fleet_of_a_million(compared):
     problem = fleet_problem(1_000_000, 24)
     best = allocate(problem)
     meetings = np.random.default_rng(0).integers(0, 3, problem.compute_s.shape)
@@ -151,9 +147,8 @@ def test_others_beside_exact_in_a_fleet_of_a_million(capsys):
     ways = [partial(allocate, problem, name) for name in names]
     ways.append(partial(rotate, problem, best, meetings, eps=0.1))
     exact_s, *others_s = medians_s(ways, 3)
-    with capsys.disabled():
-        for name, seconds in zip((*names[1:], "rotation"), others_s, strict=True):
-            print(f"\n1,000,000 x 24: {name}, {seconds / exact_s:.2f} times exact")
+    for name, seconds in zip((*names[1:], "rotation"), others_s, strict=True):
+        compared(f"{name}, 1,000,000 x 24", seconds, "exact", exact_s)
 
 
 @pytest.mark.parametrize("devices_per_block", [1, 20, 40])

@@ -57,7 +57,7 @@ def whole_top_k(fraction: float) -> Callable[[np.ndarray], np.ndarray]:
         ("int8", whole_int8),
     ],
 )
-def test_encode(capsys, name, before):
+def test_encode(compared, name, before):
     values = np.random.default_rng(0).standard_normal((9232, 768), dtype=np.float32)
     now = codec_named(name).encode
     assert now(values).tobytes() == before(values).tobytes()
@@ -66,12 +66,8 @@ def test_encode(capsys, name, before):
         [[_seconds(way, values) for way in ways] for _ in range(REPETITIONS)]
     )
     now_s, before_s, copy_s = np.median(times_s, axis=0)
-    with capsys.disabled():
-        print(
-            f"\n{name}: {values.nbytes / now_s / 1e9:.1f} GB/s, "
-            f"{before_s / now_s:.1f} times as fast as on whole arrays, "
-            f"{now_s / copy_s:.1f} times as long as a copy"
-        )
+    compared(f"{name} encode, 28 MB", now_s, "whole arrays", before_s)
+    compared(f"{name} encode, 28 MB", now_s, "a copy", copy_s)
 
 
 def _seconds(way, values):
