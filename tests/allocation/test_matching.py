@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from lola_flwr.allocation import matching, transport
 from lola_flwr.allocation.matching import any_matching, cheapest_matching, slots_of
+from tests.marks import rest_slow
 
 
 def all_matchings(num_rows, demand, everyone):
@@ -135,7 +136,7 @@ def test_the_largest_matching_is_the_largest():
     assert 20 < full < 280
 
 
-@pytest.mark.parametrize("at_once", [1, 8, 96])
+@pytest.mark.parametrize("at_once", rest_slow([8, 1, 96]))
 @pytest.mark.parametrize("kind", ["any", "ties", "impossible", "alike", "one scale"])
 def test_blocks_that_need_many_are_filled_at_the_least_cost(kind, at_once, monkeypatch):
     monkeypatch.setattr(transport, "_AT_ONCE", at_once)
