@@ -19,7 +19,9 @@ from lola_flwr.model.backprop import (
     BatchWeight,
     BlockGradient,
     LossFunction,
+    Split,
     block_gradient,
+    evenly,
     model_loss,
     num_examples_of,
     only_trainable,
@@ -135,6 +137,7 @@ def reduced_gradient(
     loss_function: LossFunction = model_loss,
     micro_batch_size: int = 0,
     batch_weight: BatchWeight = num_examples_of,
+    split: Split = evenly,
 ) -> BlockGradient:
     """Compute a block's gradient under a reduced schedule.
 
@@ -150,4 +153,5 @@ def reduced_gradient(
             loss_function=loss_function,
             micro_batch_size=micro_batch_size,
             batch_weight=batch_weight,
+            split=split,
         )

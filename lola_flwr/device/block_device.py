@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.costs.estimated import BlockCosts
-from lola_flwr.costs.memory import Levers
+from lola_flwr.costs.memory import Levers, StepMemory
 from lola_flwr.device.base_model import check_fingerprint
 from lola_flwr.device.contract import LocalUpdate
 from lola_flwr.device.encoding import encode_update
 from lola_flwr.device.memory import measured_peak
 from lola_flwr.device.out_of_memory import reports_out_of_memory
+from lola_flwr.device.padding import split_for
 from lola_flwr.device.part import PartResult, compute_part
 from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.device.steps import StepResult, step_for
@@ -31,6 +32,8 @@ from lola_flwr.model.backprop import (
     Batch,
     BatchWeight,
     LossFunction,
+    Split,
+    evenly,
     model_loss,
     num_examples_of,
     train_mode,
@@ -80,7 +83,9 @@ class BlockDevice:
         coordinator is told how much one may weigh (``RoundSettings.example_weight``).
     micro_batch_size
         Examples that are computed at a time; 0: all of the mini-batch. Fewer take less
-        memory, for the same gradient.
+        memory, for the same gradient. A mini-batch of texts of different lengths is cut
+        so that little padding is computed, where this changes neither loss nor gradient
+        (`lola_flwr.device.padding`).
     store
         Directory of this run (`lola_flwr.device.store.run_store` makes it) in which the
         device keeps its copy of the model and what its codecs leave out; devices on one
@@ -163,42 +168,16 @@ class BlockDevice:
         except LostCopy:
             return LocalUpdate({}, 0, nothing_report(assignment))
         batch = self.batch_source(assignment.server_round, assignment.batch_size)
-        levers, cache = self._levers(assignment, streams=local.streams)
         measures = self.simulated_compute_s is None
         if measures:
             keep_no_freed_memory()
-
-        def loss_function(model: nn.Module, batch: Batch) -> Tensor:
-            with autocast(self.precision, device):
-                return self.loss_function(model, batch)
-
         with (
             measured_peak(device) if measures else nullcontext() as peak,
-            local.at_block(
-                assignment.block_index, cache, stream=levers.stream_prefix
-            ) as model,
-            (
-                recomputed_suffix(model, local.partition, assignment.block_index)
-                if levers.recompute_suffix
-                else nullcontext()
-            ),
             # The device's own random state is left as it was.
             torch.random.fork_rng(),
         ):
-            train_mode(model)
-            rng = rng_for(
-                self.seed, "dropout", assignment.server_round, self.profile.name
-            )
-            torch.manual_seed(int(rng.integers(2**63)))
-            result = step_for(assignment)(
-                model,
-                local.partition,
-                assignment,
-                {name: tensor.to(device) for name, tensor in batch.items()},
-                loss_function=loss_function,
-                micro_batch_size=levers.micro_batch_size,
-                batch_weight=self.batch_weight,
-            )
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            result = self._step(local, assignment, on_device, device)
         arrays: dict[str, npt.NDArray[Any]] = {}
         if result.gradients is not None:
             arrays[GRADIENTS] = self._encoded(
@@ -212,6 +191,78 @@ class BlockDevice:
             ),
         )
         return LocalUpdate(arrays, result.num_examples, report)
+
+    def _step(
+        self,
+        local: LoadedModel | StreamedModel,
+        assignment: Assignment,
+        batch: Batch,
+        device: torch.device,
+    ) -> StepResult:
+        """Compute what is asked for on a mini-batch, with a random state of its own."""
+        levers, cache = self._levers(assignment, streams=local.streams)
+        split = self._split(local, assignment, batch, levers)
+
+        def loss_function(model: nn.Module, batch: Batch) -> Tensor:
+            with autocast(self.precision, device):
+                return self.loss_function(model, batch)
+
+        with (
+            local.at_block(
+                assignment.block_index, cache, stream=levers.stream_prefix
+            ) as model,
+            (
+                recomputed_suffix(model, local.partition, assignment.block_index)
+                if levers.recompute_suffix
+                else nullcontext()
+            ),
+        ):
+            train_mode(model)
+            rng = rng_for(
+                self.seed, "dropout", assignment.server_round, self.profile.name
+            )
+            torch.manual_seed(int(rng.integers(2**63)))
+            return step_for(assignment)(
+                model,
+                local.partition,
+                assignment,
+                batch,
+                loss_function=loss_function,
+                micro_batch_size=levers.micro_batch_size,
+                batch_weight=self.batch_weight,
+                split=split,
+            )
+
+    def _split(
+        self,
+        local: LoadedModel | StreamedModel,
+        assignment: Assignment,
+        batch: Batch,
+        levers: Levers,
+    ) -> Split:
+        """Return how the mini-batch is cut: by length, where nothing is changed by it.
+
+        The memory has to hold what was planned, and no more.
+        """
+        if isinstance(local, StreamedModel):
+            return evenly
+        step = self._step_memory(assignment)
+        if step is not None:
+            half = replace(levers, micro_batch_size=-(-levers.micro_batch_size // 2))
+            whole, cut = (
+                step.peak_bytes(each)[assignment.block_index] for each in (levers, half)
+            )
+            splits = levers.micro_batch_size < step.batch_size
+            if not splits and cut > max(whole, self.profile.memory_bytes):
+                return evenly
+        return split_for(
+            local.model,
+            local.partition,
+            batch,
+            micro_batch_size=levers.micro_batch_size,
+            loss_function=self.loss_function,
+            batch_weight=self.batch_weight,
+        )
 
     def _take_in(
         self,
@@ -333,9 +384,7 @@ class BlockDevice:
         return self._own_levers(assignment, streams=streams), self.prefix_cache
 
     def _own_levers(self, assignment: Assignment, *, streams: bool) -> Levers:
-        step = None
-        if self.costs is not None:
-            step = self.costs().joined([assignment.blocks]).step
+        step = self._step_memory(assignment)
         if step is None:
             return Levers(self.micro_batch_size, stream_prefix=streams)
         chosen = step.choose(self.profile)[assignment.block_index]
@@ -345,3 +394,8 @@ class BlockDevice:
                 chosen.micro_batch_size, self.micro_batch_size or assignment.batch_size
             ),
         )
+
+    def _step_memory(self, assignment: Assignment) -> StepMemory | None:
+        if self.costs is None:
+            return None
+        return self.costs().joined([assignment.blocks]).step

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from lola_flwr.d2ft.operations import from_text
@@ -17,6 +18,7 @@ from lola_flwr.model.backprop import (
     BatchWeight,
     BlockGradient,
     LossFunction,
+    Split,
     block_gradient,
 )
 from lola_flwr.model.blocks import BlockPartition
@@ -61,6 +63,7 @@ class Step(Protocol):
         loss_function: LossFunction,
         micro_batch_size: int,
         batch_weight: BatchWeight,
+        split: Split,
     ) -> StepResult:
         """Run the step."""
 
@@ -83,6 +86,7 @@ def down_to_the_block(
     loss_function: LossFunction,
     micro_batch_size: int,
     batch_weight: BatchWeight,
+    split: Split,
 ) -> StepResult:
     """Back-propagate from the loss down to the block: the gradient itself.
 
@@ -97,6 +101,7 @@ def down_to_the_block(
             loss_function=loss_function,
             micro_batch_size=micro_batch_size,
             batch_weight=batch_weight,
+            split=split,
         )
     )
 
@@ -110,6 +115,7 @@ def under_a_schedule(
     loss_function: LossFunction,
     micro_batch_size: int,
     batch_weight: BatchWeight,
+    split: Split,
 ) -> StepResult:
     """Run some layers forward only, or not at all: a biased gradient."""
     return _of(
@@ -122,6 +128,7 @@ def under_a_schedule(
             loss_function=loss_function,
             micro_batch_size=micro_batch_size,
             batch_weight=batch_weight,
+            split=split,
         )
     )
 
@@ -135,21 +142,27 @@ def forward_passes_alone(
     loss_function: LossFunction,
     micro_batch_size: int,
     batch_weight: BatchWeight,
+    split: Split,
 ) -> StepResult:
     """Measure the gradient's projections on directions that the server draws, too.
 
-    All of the mini-batch runs at once: nothing is kept for a backward pass.
+    Memory asks for no micro-batches: nothing is kept for a backward pass.
     """
+    weight = batch_weight(batch)
+    weighed = [(part, batch_weight(part)) for part in split(batch, 0)]
+
+    def mean_loss(model: nn.Module, _: Batch) -> Tensor:
+        losses = [loss_function(model, part) * (w / weight) for part, w in weighed if w]
+        return torch.stack(losses).sum()
+
     projections, loss = projected_gradients(
         model,
         partition.update_names(*assignment.blocks, head=assignment.sends_head),
         batch,
         directions=directions_of(assignment),
-        loss_function=loss_function,
+        loss_function=mean_loss if len(weighed) > 1 else loss_function,
     )
-    return StepResult(
-        loss=loss, num_examples=batch_weight(batch), projections=projections
-    )
+    return StepResult(loss=loss, num_examples=weight, projections=projections)
 
 
 def _of(found: BlockGradient) -> StepResult:

@@ -29,6 +29,8 @@ Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 # How much a batch's mean loss weighs beside those of others.
 BatchWeight = Callable[[Batch], int]
+# Cuts a mini-batch into micro-batches of so many examples at most (0: of any number).
+Split = Callable[[Batch, int], Iterable[Batch]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,18 @@ class BlockGradient:
 def num_examples_of(batch: Batch) -> int:
     """Return how many examples a batch has."""
     return len(next(iter(batch.values())))
+
+
+def evenly(batch: Batch, micro_batch_size: int) -> Iterator[Batch]:
+    """Cut a mini-batch into pieces of about the same size, and not above the given."""
+    num_examples = num_examples_of(batch)
+    if not 0 < micro_batch_size < num_examples:
+        yield batch
+        return
+    count = -(-num_examples // micro_batch_size)
+    ends = [num_examples * piece // count for piece in range(count + 1)]
+    for start, end in pairwise(ends):
+        yield {name: tensor[start:end] for name, tensor in batch.items()}
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -144,6 +158,7 @@ def block_gradient(
     loss_function: LossFunction = model_loss,
     micro_batch_size: int = 0,
     batch_weight: BatchWeight = num_examples_of,
+    split: Split = evenly,
 ) -> BlockGradient:
     """Compute the mean gradient of a block, and of the head, on one mini-batch.
 
@@ -167,6 +182,8 @@ def block_gradient(
     batch_weight
         What the loss of a batch is a mean over (default: its examples): by this a
         micro-batch weighs.
+    split
+        Cuts the mini-batch (default: in its own order, without regard to lengths).
 
     Returns
     -------
@@ -198,7 +215,7 @@ def block_gradient(
         try:
             for parameter in trainable.values():
                 parameter.grad = None
-            for part in _micro_batches(batch, micro_batch_size):
+            for part in split(batch, micro_batch_size):
                 share = batch_weight(part) / weight
                 if not share:
                     continue
@@ -227,15 +244,3 @@ def _add_gradients(loss: Tensor, trainable: Sequence[Tensor]) -> None:
         torch.autograd.backward(loss, inputs=trainable)
     except RuntimeError as error:
         raise explained(error) from error
-
-
-def _micro_batches(batch: Batch, micro_batch_size: int) -> Iterator[Batch]:
-    """Cut a mini-batch into pieces of about the same size, and not above the given."""
-    num_examples = num_examples_of(batch)
-    if not 0 < micro_batch_size < num_examples:
-        yield batch
-        return
-    count = -(-num_examples // micro_batch_size)
-    ends = [num_examples * piece // count for piece in range(count + 1)]
-    for start, end in pairwise(ends):
-        yield {name: tensor[start:end] for name, tensor in batch.items()}
