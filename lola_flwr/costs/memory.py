@@ -159,6 +159,18 @@ class StepMemory:
         below = several * self.update_bytes + once + self.working_bytes.of(size)
         return np.asarray(above + np.maximum(step, below))
 
+    def holds_parts(self, levers: Levers, profile: DeviceProfile, block: int) -> bool:
+        """Tell whether a device may cut its batch by length, without a need for it.
+
+        The sum of gradients is then there beside all micro-batches but the first, which
+        take half of the batch at most. It has to fit where the whole batch does.
+        """
+        if levers.micro_batch_size < self.batch_size:
+            return True  # it is cut anyway
+        half = replace(levers, micro_batch_size=-(-self.batch_size // 2))
+        whole, part = (self.peak_bytes(each)[block] for each in (levers, half))
+        return bool(part <= max(whole, profile.memory_bytes))
+
     def options(
         self, *, splits: bool, streams: bool, recomputes: bool = False
     ) -> list[Levers]:

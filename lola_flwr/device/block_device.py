@@ -21,19 +21,17 @@ from lola_flwr.device.contract import LocalUpdate
 from lola_flwr.device.encoding import encode_update
 from lola_flwr.device.memory import measured_peak
 from lola_flwr.device.out_of_memory import reports_out_of_memory
-from lola_flwr.device.padding import split_for
 from lola_flwr.device.part import PartResult, compute_part
 from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.device.steps import StepResult, step_for
 from lola_flwr.device.store import LostCopy, Residuals, complete
+from lola_flwr.device.tokens import ALL_TOKENS, Tokens, Trial, tokens_for
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import keep_no_freed_memory
 from lola_flwr.model.backprop import (
     Batch,
     BatchWeight,
     LossFunction,
-    Split,
-    evenly,
     model_loss,
     num_examples_of,
     train_mode,
@@ -85,7 +83,7 @@ class BlockDevice:
         Examples that are computed at a time; 0: all of the mini-batch. Fewer take less
         memory, for the same gradient. A mini-batch of texts of different lengths is cut
         so that little padding is computed, where this changes neither loss nor gradient
-        (`lola_flwr.device.padding`).
+        (`lola_flwr.device.tokens`).
     store
         Directory of this run (`lola_flwr.device.store.run_store` makes it) in which the
         device keeps its copy of the model and what its codecs leave out; devices on one
@@ -201,7 +199,7 @@ class BlockDevice:
     ) -> StepResult:
         """Compute what is asked for on a mini-batch, with a random state of its own."""
         levers, cache = self._levers(assignment, streams=local.streams)
-        split = self._split(local, assignment, batch, levers)
+        tokens = self._tokens(local, assignment, batch, levers)
 
         def loss_function(model: nn.Module, batch: Batch) -> Tensor:
             with autocast(self.precision, device):
@@ -211,6 +209,7 @@ class BlockDevice:
             local.at_block(
                 assignment.block_index, cache, stream=levers.stream_prefix
             ) as model,
+            tokens.first_alone(),
             (
                 recomputed_suffix(model, local.partition, assignment.block_index)
                 if levers.recompute_suffix
@@ -230,38 +229,32 @@ class BlockDevice:
                 loss_function=loss_function,
                 micro_batch_size=levers.micro_batch_size,
                 batch_weight=self.batch_weight,
-                split=split,
+                split=tokens.split,
             )
 
-    def _split(
+    def _tokens(
         self,
         local: LoadedModel | StreamedModel,
         assignment: Assignment,
         batch: Batch,
         levers: Levers,
-    ) -> Split:
-        """Return how the mini-batch is cut: by length, where nothing is changed by it.
-
-        The memory has to hold what was planned, and no more.
-        """
+    ) -> Tokens:
+        """Return which tokens are computed: those that the gradient depends on."""
         if isinstance(local, StreamedModel):
-            return evenly
-        step = self._step_memory(assignment)
-        if step is not None:
-            half = replace(levers, micro_batch_size=-(-levers.micro_batch_size // 2))
-            whole, cut = (
-                step.peak_bytes(each)[assignment.block_index] for each in (levers, half)
-            )
-            splits = levers.micro_batch_size < step.batch_size
-            if not splits and cut > max(whole, self.profile.memory_bytes):
-                return evenly
-        return split_for(
-            local.model,
-            local.partition,
-            batch,
-            micro_batch_size=levers.micro_batch_size,
+            return ALL_TOKENS
+        trial = Trial(
+            model=local.model,
+            partition=local.partition,
             loss_function=self.loss_function,
             batch_weight=self.batch_weight,
+        )
+        step, block = self._step_memory(assignment), assignment.block_index
+        return tokens_for(
+            trial,
+            batch,
+            cuts=step is None or step.holds_parts(levers, self.profile, block),
+            # Which layers are computed, and for what, may be told.
+            shortens=assignment.operations is None,
         )
 
     def _take_in(

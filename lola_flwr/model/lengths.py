@@ -4,7 +4,7 @@ A batch of texts is padded to its longest: of SST-2's batches of 32 a third is w
 Sorted by length and cut into micro-batches, each as wide as its own longest example, it
 has the same gradient, which is a mean over examples (or tokens) whatever they are
 computed beside. Where a model or a loss makes a difference of it, nothing may be cut:
-`lola_flwr.device.padding` tries that.
+`lola_flwr.device.tokens` tries that.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ _MASK = "attention_mask"
 # What a pass takes besides its tokens, in tokens: as measured on a CPU with layers of
 # 32 to 768 hidden states, whose parameters grow with the square of these.
 _PASS_TOKENS, _PASS_TOKENS_OF_WIDTH = 6.0, 21_000.0
-
-AS_FEW_AS_POSSIBLE = 1e12
-"""Tokens that stand for a pass where passes cost much: as few as memory asks for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,14 +89,14 @@ def pass_tokens(model: nn.Module, partition: BlockPartition) -> float:
     """Return how many tokens take as long as what a pass takes besides its tokens.
 
     It is a function of the model's shape, so that whatever computes a batch draws the
-    same dropout. Where weights are unpacked for every pass, or are not on a CPU, passes
-    are dear.
+    same dropout. Where weights are not on a CPU, or are unpacked for every pass, it is
+    not known, and infinite.
     """
     parameters = dict(model.named_parameters())
     names = [name for part in (*partition.blocks, *partition.layers) for name in part]
     layers = [parameters[name] for name in names]
     if any(p.device.type != "cpu" or not p.is_floating_point() for p in layers):
-        return AS_FEW_AS_POSSIBLE
+        return math.inf
     size = sum(p.numel() for p in layers) / partition.num_blocks
     return _PASS_TOKENS + _PASS_TOKENS_OF_WIDTH / math.sqrt(max(size, 1.0))
 
@@ -172,11 +169,6 @@ class ByLength:
             return
         for rows in runs:
             yield without_padding(batch, self.names, padding, rows)
-
-    def saves(self, batch: Batch, micro_batch_size: int) -> bool:
-        """Tell whether it would cut a batch otherwise than `evenly` does."""
-        padding = padding_of(batch)
-        return padding is not None and self._runs(padding, micro_batch_size) is not None
 
     def _runs(self, padding: Padding, micro_batch_size: int) -> list[IntArray] | None:
         """Return the examples of each micro-batch, or None where nothing is saved."""

@@ -79,6 +79,16 @@ def test_the_fastest_that_fits_is_chosen():
     assert step.choose(profile(1e5)) == [Levers(8)] * 3
 
 
+def test_a_batch_is_cut_by_length_where_half_of_it_fits_beside_the_sum():
+    step = step_memory(batch_size=2)
+    # The whole batch takes 9.8 MB, half of it and the sum of gradients 10.1 MB.
+    tight, roomy = profile(9.9e6), profile(10.2e6)
+    assert not step.holds_parts(Levers(2), tight, 2)
+    assert step.holds_parts(Levers(2), roomy, 2)
+    assert step.holds_parts(Levers(2), tight, 0)  # where half takes less
+    assert step.holds_parts(Levers(1), profile(1e6), 2)  # it is cut anyway
+
+
 def test_layers_run_twice_where_nothing_else_helps():
     step = step_memory()
     twice = Levers(8, recompute_suffix=True)
