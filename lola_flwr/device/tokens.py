@@ -50,9 +50,8 @@ from lola_flwr.model.stored_base import evaluation_mode
 
 _logger = logging.getLogger(__name__)
 
-# Between the same gradient computed both ways, of its largest value: in float32, and in
-# roundings of a coarser type.
-_ROUNDING, _ROUNDINGS = 1e-5, 4.0
+# Between the same gradient computed both ways, of its largest value; and losses.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Trial:
             return f"fails ({reason_of(error)})"
         if _kinds(twin) != kinds:
             return "becomes another model"
-        return _unlike(whole, apart, self.model)
+        return _unlike(whole, apart)
 
     def reads_first_alone(self, probe: Batch) -> bool:
         """Tell whether the head reads the last layer's first token and no other."""
@@ -145,7 +144,7 @@ class Trial:
         finally:
             for module, training in modes.items():
                 module.training = training
-        return not _unlike(whole, alone, self.model)
+        return not _unlike(whole, alone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,19 +282,16 @@ def _telling(parts: Mapping[str, Sequence[bytes]], padding: Padding) -> IntArray
     return np.array(sorted(chosen))
 
 
-def _unlike(whole: BlockGradient, other: BlockGradient, model: nn.Module) -> str:
+def _unlike(whole: BlockGradient, other: BlockGradient) -> str:
     """Say in what a gradient differs from another by more than rounding."""
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    epsilons = [torch.finfo(kind).eps for kind in kinds]
-    tolerance = max(_ROUNDING, _ROUNDINGS * max(epsilons, default=0.0))
-    if not abs(other.loss - whole.loss) <= tolerance * abs(whole.loss):
+    if not abs(other.loss - whole.loss) <= _ROUNDING * abs(whole.loss):
         return f"has a loss of {other.loss:.6g} in place of {whole.loss:.6g}"
     largest = max(float(g.abs().max()) for g in whole.gradients.values())
     furthest = max(
         float((gradient - other.gradients[name]).abs().nan_to_num(torch.inf).max())
         for name, gradient in whole.gradients.items()
     )
-    if not (largest and furthest <= tolerance * largest):
+    if not (largest and furthest <= _ROUNDING * largest):
         return f"has another gradient (by {furthest:.1g}, of {largest:.1g} at most)"
     return ""
 

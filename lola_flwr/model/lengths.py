@@ -23,6 +23,7 @@ from lola_flwr.model.backprop import Batch, evenly
 from lola_flwr.model.blocks import BlockPartition
 
 _MASK = "attention_mask"
+_FINE = (torch.float32, torch.float64)
 
 # What a pass takes besides its tokens, in tokens: as measured on a CPU with layers of
 # 32 to 768 hidden states, whose parameters grow with the square of these.
@@ -90,13 +91,14 @@ def pass_tokens(model: nn.Module, partition: BlockPartition) -> float:
 
     It is a function of the model's shape, so that whatever computes a batch draws the
     same dropout. Where weights are not on a CPU, or are unpacked for every pass, it is
-    not known, and infinite.
+    not known, and infinite; so it is where they are rounded so far that it could not be
+    told what depends on padding.
     """
     parameters = dict(model.named_parameters())
+    if any(p.device.type != "cpu" or p.dtype not in _FINE for p in parameters.values()):
+        return math.inf
     names = [name for part in (*partition.blocks, *partition.layers) for name in part]
     layers = [parameters[name] for name in names]
-    if any(p.device.type != "cpu" or not p.is_floating_point() for p in layers):
-        return math.inf
     size = sum(p.numel() for p in layers) / partition.num_blocks
     return _PASS_TOKENS + _PASS_TOKENS_OF_WIDTH / math.sqrt(max(size, 1.0))
 

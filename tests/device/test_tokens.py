@@ -187,6 +187,7 @@ def test_what_was_not_tried_is_tried_where_it_matters(roberta):
     assert tokens_for(trial, alike).split is evenly
 
 
+@pytest.mark.slow
 def test_another_loss_of_the_same_model_is_tried_anew(roberta):
     batch = texts()
     assert tokens_for(trial_of(roberta), batch).split is not evenly
@@ -334,6 +335,7 @@ def test_a_device_without_memory_for_a_sum_of_gradients_computes_the_batch_whole
     assert loss.seen[-1] == batch["input_ids"].numel()
 
 
+@pytest.mark.slow
 def test_forward_passes_alone_leave_padding_out_too(roberta):
     batch, loss = texts(), Widths()
     asked = {
