@@ -9,7 +9,8 @@ from pathlib import Path
 def main() -> None:
     """Record what is named, or all."""
     # As pytest's pythonpath has it.
-    sys.path.insert(0, str(Path(__file__).parents[2] / "simulations" / "glue"))
+    simulations = Path(__file__).parents[2] / "simulations"
+    sys.path[:0] = [str(simulations / app) for app in ("glue", "causal")]
     from tests.recordings.runs import FAST, SLOW, record
 
     for name in sys.argv[1:] or (*FAST, *SLOW, "demo"):
