@@ -30,12 +30,12 @@ from lola_flwr.model.plain_input import is_plain
 from lola_flwr.model.stacks import sample_of
 from lola_flwr.model.stored_base import in_full
 from lola_flwr.model.trace import Example
+from lola_flwr.optimizer import ServerOptimizer, ServerStep
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.server.model import ServedModel
 from lola_flwr.server.norm_limits import NormLimits
-from lola_flwr.server.optimizer import ServerOptimizer, ServerStep
 from lola_flwr.server.selection import Selection
 from lola_flwr.server.settings import DeviceOptions, RoundSettings, Transfer
 from lola_flwr.server.spread.plan import MicroBatches

@@ -54,6 +54,9 @@ class D2FT(Strategy):
     exchange_wait_s
         How long to wait for the replies of one exchange; a step in which one is missing
         is skipped.
+    evaluate_every
+        Steps after which ``evaluate_fn`` is called; it is after the last, too. For it
+        devices return the values that they hold.
     on_round
         Called with each step's record, after its evaluation.
 
@@ -70,6 +73,7 @@ class D2FT(Strategy):
         min_available_nodes: int = 2,
         waits: Waits | None = None,
         exchange_wait_s: float = 300.0,
+        evaluate_every: int = 1,
         on_round: OnRound | None = None,
     ) -> None:
         self.trainer = trainer
@@ -84,11 +88,12 @@ class D2FT(Strategy):
         self._figures: Mapping[str, float] | None = None
         self._returned: ArrayRecord | None = None
         self._timeout_s = exchange_wait_s
+        self._evaluate_every = evaluate_every
         # Under a wrapper, which has a start of its own, evaluations stay unknown.
         self._reports = False
 
     def initial_arrays(self) -> ArrayRecord:
-        """Return the trainable values, to be handed to ``start``."""
+        """Return the trainable values as they are, to be handed to ``start``."""
         return ArrayRecord({n: Array(v) for n, v in self.trainer.values().items()})
 
     def summary(self) -> None:
@@ -108,6 +113,8 @@ class D2FT(Strategy):
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
         """Take steps; what ``evaluate_fn`` returns is part of their records.
+
+        Devices return what they hold after the last one.
 
         A strategy can be started again: it goes on from ``initial_arrays``, with the
         optimizer's moments and the wireless time that it has.
@@ -137,12 +144,21 @@ class D2FT(Strategy):
         self._reports = True
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            is_first, is_last = not server_round, server_round + before == num_rounds
             server_round += before
-            metrics = None if evaluate_fn is None else evaluate_fn(server_round, arrays)
+            if is_last and not is_first:
+                self.trainer.collect()
+            metrics = None
+            if evaluate_fn is not None and (
+                is_first or is_last or server_round % self._evaluate_every == 0
+            ):
+                if not is_first:
+                    arrays = self.initial_arrays()
+                metrics = evaluate_fn(server_round, arrays)
             self._rounds.report(server_round, {} if metrics is None else dict(metrics))
             return metrics
 
-        return super().start(
+        result = super().start(
             ArrivalGrid(grid),
             self.initial_arrays() if before else initial_arrays,
             num_rounds - before,
@@ -151,6 +167,8 @@ class D2FT(Strategy):
             evaluate_config,
             evaluate,
         )
+        result.arrays = self.initial_arrays()
+        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -168,6 +186,7 @@ class D2FT(Strategy):
         if arrays is not self._returned:
             # The first ones, or what a wrapper has changed, for instance by noise.
             self.trainer.start_from({n: a.numpy() for n, a in arrays.items()})
+            self._returned = arrays
         step = server_round + self._rounds.rounds_before
         plan = self._rounds.plan(
             step,
@@ -186,10 +205,15 @@ class D2FT(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the values and the metrics of the step that was taken."""
+        """Return the metrics of the step that was taken, and the values.
+
+        In a run of its own these are as they were: whoever wants to know them now has
+        devices return them. A wrapper is given those of now.
+        """
         if self._figures is None:
             return None, None
-        self._returned = self.initial_arrays()
+        if not self._reports:
+            self._returned = self.initial_arrays()
         return self._returned, MetricRecord({**self._figures})
 
     def configure_evaluate(

@@ -81,7 +81,10 @@ def run_d2ft(
 ) -> None:
     """Take D2FT's steps, each of which is a round of Flower's."""
     strategy = D2FT(
-        trainer, min_available_nodes=config.num_devices or 2, on_round=on_round
+        trainer,
+        min_available_nodes=config.num_devices or 2,
+        evaluate_every=config.eval_every,
+        on_round=on_round,
     )
     _start(strategy, grid, config, evaluate)
 

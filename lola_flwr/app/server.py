@@ -135,6 +135,10 @@ def train(
 
     directory = run_directory(config.output_dir, context.run_id)
     trackers = config.trackers.split()
+    every = config.checkpoint_every
+    if isinstance(trained, SpreadTrainer):
+        # For a checkpoint devices return all that they hold.
+        every = max(every, trained.return_every)
     with (
         RunDirectory(
             directory,
@@ -143,7 +147,8 @@ def train(
             data=subject.data,
             other_data=config.other_data,
             keep=config.keep_checkpoints,
-            every=config.checkpoint_every,
+            every=every,
+            last=config.rounds,
         ) as files,
         tracking(trackers, directory, config.to_run_config()) as track,
     ):

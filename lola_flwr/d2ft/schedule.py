@@ -44,10 +44,6 @@ class UnitCosts:
 FULL_TUNING = UnitCosts()
 ADAPTER_TUNING = UnitCosts(compute=(0, 1, 2))
 
-# The same where a device keeps nothing, and computes forward anew on the way back.
-STATELESS_FULL_TUNING = UnitCosts(compute=(0, 1, 4))
-STATELESS_ADAPTER_TUNING = UnitCosts(compute=(0, 1, 3))
-
 
 @dataclass(frozen=True, eq=False)
 class Scores:

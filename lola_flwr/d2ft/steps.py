@@ -50,6 +50,9 @@ class StepSchedules:
     seed
         Seed of the run: between micro-batches chance decides. Their own scores would
         take a backward pass over each, which is what the schedule is to save.
+    return_every
+        Steps after which devices of a model that is spread over them return what they
+        hold, for the case that they fail.
 
     Raises
     ------
@@ -65,13 +68,13 @@ class StepSchedules:
     solver: str = "knapsack"
     costs: UnitCosts = FULL_TUNING
     seed: int = 0
+    return_every: int = 50
 
     def __post_init__(self) -> None:
-        if type(self.micro_batches) is not int or self.micro_batches < 1:
-            raise UserError(
-                f"micro_batches={self.micro_batches!r} must be a whole number, at "
-                "least 1."
-            )
+        for name in ("micro_batches", "return_every"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"{name}={value!r} must be a whole number, at least 1.")
         for name in ("same_micro_batches", "shared_budgets"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,13 @@ from lola_flwr.errors import UserError
 from lola_flwr.wire.records import MalformedRecord
 
 # Arrays of the messages beside values and gradients of parameters: hidden states,
-# gradients of a loss with respect to such, and for each token whether there is one.
+# gradients of a loss with respect to such, for each token whether there is one; what
+# an optimizer keeps beside values, and values that devices share.
 HIDDEN = "hidden"
 SLOPES = "slopes"
 MASKS = "masks"
+MOMENTS = "moments"
+SHARED = "shared"
 
 
 def numbers_to_text(numbers: Iterable[int]) -> str:
@@ -93,6 +96,21 @@ def tensors_of(
     return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+class PartSlices(NamedTuple):
+    """What a branch's groups need of the trainable parameters.
+
+    Parameters
+    ----------
+    own
+        What no other group needs.
+    shared
+        What they share with the layer's other groups.
+    """
+
+    own: list[Slice]
+    shared: list[Slice]
+
+
 def part_slices(
     names: Mapping[int, str],
     parts: LayerParts,
@@ -100,7 +118,7 @@ def part_slices(
     first_group: int,
     last_group: int,
     trainable: Sequence[str],
-) -> list[Slice]:
+) -> PartSlices:
     """Return what a branch's groups need of the trainable parameters, in their order.
 
     Parameters
@@ -114,6 +132,16 @@ def part_slices(
     trainable
         Names of the parameters that are trained.
     """
-    slices = branch_slices(parts, branch, first_group, last_group, names, shared=True)
     trained = set(trainable)
-    return [piece for piece in slices if piece.name in trained]
+    own, needed = (
+        [
+            piece
+            for piece in branch_slices(
+                parts, branch, first_group, last_group, names, shared=shared
+            )
+            if piece.name in trained
+        ]
+        for shared in (False, True)
+    )
+    mine = {piece.name for piece in own}
+    return PartSlices(own, [piece for piece in needed if piece.name not in mine])

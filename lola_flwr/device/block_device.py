@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.memory import Levers, StepMemory
+from lola_flwr.device.asked import PartResult
 from lola_flwr.device.base_model import check_fingerprint
 from lola_flwr.device.contract import LocalUpdate
 from lola_flwr.device.encoding import encode_update
+from lola_flwr.device.keeping import Keeping
 from lola_flwr.device.memory import measured_peak
 from lola_flwr.device.out_of_memory import reports_out_of_memory
-from lola_flwr.device.part import PartResult, compute_part
+from lola_flwr.device.part import compute_part
 from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.device.steps import StepResult, step_for
 from lola_flwr.device.store import LostCopy, Residuals, complete
@@ -340,6 +342,9 @@ class BlockDevice:
                 draw=self.batch_source,
                 loss_function=self.loss_function,
                 batch_weight=self.batch_weight,
+                keeping=Keeping(
+                    self.profile.name, self.store, self.profile.memory_bytes
+                ),
             )
         return result
 

@@ -87,7 +87,7 @@ class Checkpoints:
         """
         path = self.directory / f"round-{server_round:06d}.safetensors"
         with replacing(path) as unfinished:
-            _write(unfinished, snapshot)
+            write(unfinished, snapshot)
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
         with writing(self.directory):
@@ -140,7 +140,8 @@ def read(path: Path) -> Snapshot:
     return Snapshot(arrays, json.loads(text))
 
 
-def _write(path: Path, snapshot: Snapshot) -> None:
+def write(path: Path, snapshot: Snapshot) -> None:
+    """Write one file that `read` reads."""
     text = json.dumps(snapshot.values)
     arrays = {name: np.ascontiguousarray(a) for name, a in snapshot.arrays.items()}
     # ascontiguousarray makes scalars one-dimensional.

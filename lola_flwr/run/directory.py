@@ -81,6 +81,8 @@ class RunDirectory:
         Checkpoints to keep, at least 1; older ones are removed.
     every
         Rounds from one checkpoint to the next: as many are repeated after a crash.
+    last
+        The run's last round, after which there is one as well.
 
     Raises
     ------
@@ -99,6 +101,7 @@ class RunDirectory:
         other_data: bool = False,
         keep: int = 3,
         every: int = 1,
+        last: int | None = None,
     ) -> None:
         if every < 1:
             raise UserError(f"every={every} must be at least 1.")
@@ -107,7 +110,7 @@ class RunDirectory:
         _lock(self._lock, path)
         self._resumable = resumable
         self._configuration, self._data = dict(configuration), data
-        self._every = every
+        self._every, self._last = every, last
         self._checkpoints = Checkpoints(path / "checkpoints", keep)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[Path] | None = None
@@ -157,7 +160,8 @@ class RunDirectory:
             The run can be gone on with from the last that was.
         """
         log_bytes = self.log.append(record)
-        if record.server_round % self._every == 0:
+        done = record.server_round
+        if done % self._every == 0 or done == self._last:
             self._save(log_bytes)
 
     def _save(self, log_bytes: int) -> None:

@@ -109,6 +109,36 @@ class Fleet:
         known = [device for device in device_ids if device in self.profiles]
         return sorted(known, key=lambda device: self.profiles[device].name)
 
+    def rested(self, server_round: int, device_ids: Iterable[str]) -> list[str]:
+        """Return the known ones but for those that rest after a failure.
+
+        If all do, they are all returned.
+        """
+        known = self.known(device_ids)
+        rested = [
+            device
+            for device in known
+            if self.absences.memory_limit(server_round, self.profiles[device].name) > 0
+        ]
+        return rested or known
+
+    def after(self, server_round: int, outcomes: Mapping[str, float | None]) -> Fleet:
+        """Take note of who did its part (None), and of the memory that others lacked.
+
+        Parameters
+        ----------
+        server_round
+            The round.
+        outcomes
+            By device id.
+        """
+        named = {
+            self.profiles[device].name: lacked
+            for device, lacked in outcomes.items()
+            if device in self.profiles
+        }
+        return replace(self, absences=self.absences.after(server_round, named))
+
     def draw(
         self,
         seed: int,

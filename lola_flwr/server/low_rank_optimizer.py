@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from lola_flwr.arrays import in_one
 from lola_flwr.errors import UserError
+from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.run.checkpoint import Snapshot
-from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.wire.low_rank import LowRankProjection
 
 

@@ -13,10 +13,10 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.exchange import Exchange
 from lola_flwr.model.statistics import statistics_names, within_bounds
+from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.server.assembly import BlockUpdate, average_statistics, block_mean_named
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
-from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.server.steadied import steadied
 from lola_flwr.wire.codec import WireArray
 from lola_flwr.wire.packing import pack

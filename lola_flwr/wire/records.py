@@ -304,6 +304,19 @@ class PartTask(_Record):
         micro-batches.
     wants_inputs
         For ``"backward"``: whether the gradient of the inputs is to be returned.
+    wants_moments
+        For ``"return"``: whether the optimizer's moments are to be returned, too.
+    trainer_id
+        Number of the server's trainer: what devices keep is for this one.
+    version
+        For a branch: steps of the optimizer that its values are to have taken.
+    sent_step
+        For a branch: step in which the device was sent its values, this one or before.
+    gradient_step, scale
+        For a branch: last step since then whose gradient counts, 0 without any, and
+        what it is to be multiplied by.
+    optimizer
+        Where values are sent: what steps them, and its numbers so far, as JSON.
     """
 
     kind: str
@@ -321,6 +334,13 @@ class PartTask(_Record):
     last_group: int = 0
     rows: str = ""
     wants_inputs: bool = True
+    wants_moments: bool = False
+    trainer_id: int = 0
+    version: int = 0
+    sent_step: int = 0
+    gradient_step: int = 0
+    scale: float = 1.0
+    optimizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -340,6 +360,12 @@ class PartReport(_Record):
         For losses: the mean loss of each micro-batch, float32, little-endian.
     weights
         For losses: what each of them is a mean over, examples or tokens: ``"8 8"``.
+    squares, magnitudes
+        For gradients: the sum of the squares of what each group has of its own, and of
+        the magnitudes of the values that they are of, float64, little-endian.
+    lacks
+        What the device does not have and could not do without: ``"values"`` that it
+        held, or ``"inputs"`` that it was sent on the way forward.
     """
 
     kind: str
@@ -350,6 +376,9 @@ class PartReport(_Record):
     digest: str = ""
     losses: bytes = b""
     weights: str = ""
+    squares: bytes = b""
+    magnitudes: bytes = b""
+    lacks: str = ""
 
 
 def nothing_report(assignment: Assignment) -> UpdateReport:

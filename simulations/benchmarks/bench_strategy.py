@@ -17,7 +17,7 @@ from lola_flwr.model.loading import load_classifier
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.model import ServedModel
-from lola_flwr.server.optimizer import ServerOptimizer
+from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.system.devices import simulated_device

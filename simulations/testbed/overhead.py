@@ -45,15 +45,23 @@ _ROUNDS = 6
 # Of each kind of round, after one more that loads what stays.
 _TIMED_ROUNDS = 20
 _NODES = 4
-# One device trains all blocks: a federation of one.
-_TINY = (
+# Of D2FT, by run, after one more; each kind of SuperNode has so many runs, in turn.
+_TIMED_STEPS, _STEP_RUNS = 3, 2
+_TINY_MODEL = (
     'model="random:roberta-tiny"',
-    'method="fedavg-full"',
-    "num-devices=1",
     "batch-size=4",
     "max-length=16",
     "eval-every=100",
     'interface="message"',
+)
+# One device trains all blocks: a federation of one.
+_TINY = (*_TINY_MODEL, 'method="fedavg-full"', "num-devices=1")
+_D2FT = (
+    *_TINY_MODEL,
+    'method="d2ft"',
+    'd2ft-options="micro_batches=4"',
+    f"num-devices={_NODES}",
+    f"rounds={_TIMED_STEPS + 1}",
 )
 
 
@@ -95,8 +103,23 @@ def round_seconds(node: tuple[str, ...]) -> tuple[list[float], list[float]]:
     return empty[1:], tiny[1:]
 
 
+def steps(node: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the records of D2FT's steps with one kind of SuperNode.
+
+    Parameters
+    ----------
+    node
+        The program that it is.
+    """
+    with _running(_NODES, Options(limit="none", node=node)) as running:
+        out = running.directory / "out"
+        _run(running, _GLUE, [*_D2FT, f'output-dir="{out}"'])
+        lines = (out / "rounds.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def main() -> int:
-    """Measure, and print two tables; return the exit code."""
+    """Measure, and print three tables; return the exit code."""
     reason = why_unavailable()
     if reason is not None:
         print(f"skipped: {reason}")
@@ -104,6 +127,7 @@ def main() -> int:
     # What ends this takes down what it set up.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _print_rounds()
+    _print_steps()
     _print_messages()
     return 0
 
@@ -122,6 +146,25 @@ def _print_rounds() -> None:
         strict=True,
     ):
         print(f"| {title} | {theirs_s:.2f} | {ours_s:.2f} | {ours_s / theirs_s:.3f} |")
+
+
+def _print_steps() -> None:
+    seconds: dict[tuple[str, ...], list[float]] = {FLOWERS_NODE: [], RESIDENT_NODE: []}
+    losses = set()
+    for node in [*seconds] * _STEP_RUNS:
+        records = steps(node)
+        losses.add(tuple(record["train_loss"] for record in records))
+        seconds[node] += [record["measured_s"] for record in records[1:]]
+    if len(losses) != 1:
+        raise RuntimeError(f"The losses differ: {losses}.")
+    flowers_s, ours_s = map(statistics.median, seconds.values())
+    print("| a step of D2FT | exchanges | Flower's, s | node, s | ratio |")
+    print("|---|---:|---:|---:|---:|")
+    print(
+        f"| {_NODES} nodes, tiny model, workers, median of "
+        f"{_TIMED_STEPS * _STEP_RUNS} | {records[1]['exchanges']} | {flowers_s:.2f} "
+        f"| {ours_s:.2f} | {ours_s / flowers_s:.3f} |"
+    )
 
 
 def _print_messages() -> None:

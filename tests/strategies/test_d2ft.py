@@ -299,7 +299,8 @@ def test_a_later_step_without_devices_is_skipped():
         pytest.param("forward", "hidden", 9e3, False, marks=pytest.mark.slow),
         pytest.param("forward", "hidden", 9e5, True, marks=pytest.mark.slow),
         pytest.param("backward", "slopes", 9e5, True, marks=pytest.mark.slow),
-        ("backward", "gradients", 3e38, True),
+        ("backward", "squares", 3e38, True),
+        ("backward", "magnitudes", 3e38, True),
         ("loss", "slopes", 9e3, False),
         pytest.param("loss", "gradients", 9e5, False, marks=pytest.mark.slow),
     ],
@@ -313,11 +314,13 @@ def test_finite_lies_are_their_sender_s_fault(kind, name, value, named):
 
     def lie(reply):
         arrays = reply.content.array_records.get("arrays", {})
-        if (
-            reply.metadata.src_node_id == 101
-            and reply.content.config_records.get(REPORT_KEY, {}).get("kind") == kind
-            and name in arrays
-        ):
+        report = reply.content.config_records.get(REPORT_KEY, {})
+        if reply.metadata.src_node_id != 101 or report.get("kind") != kind:
+            return reply
+        if report.get(name):
+            report[name] = np.full(len(report[name]) // 8, value).tobytes()
+            lies.append(name)
+        if name in arrays:
             size = arrays[name].numpy().size
             lied = value * signs.choice([-1, 1], size).astype(np.float32)
             arrays[name] = Array(lied)

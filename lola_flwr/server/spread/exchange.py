@@ -29,6 +29,9 @@ LARGEST_HEAD_GRADIENT = 1e6
 # states. So whoever goes on with a lie is not taken for the liar.
 LARGEST_SLOPE_GAIN = 1e4
 LARGEST_PARAMETER_GAIN = 1e9
+# Weights, and what optimizers keep beside them.
+LARGEST_VALUE = 1e3
+LARGEST_MOMENT = 1e30
 
 
 class PartFailed(Exception):
@@ -50,10 +53,21 @@ class PartFailed(Exception):
 
 @dataclass(frozen=True, eq=False)
 class PartRequest:
-    """What one device is asked in an exchange."""
+    """What one device is asked in an exchange.
+
+    Parameters
+    ----------
+    task
+        What it is asked for.
+    arrays
+        What it is sent for that.
+    fuller
+        Gives the same with what the device lacks, or None if there is no more to give.
+    """
 
     task: PartTask
     arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    fuller: Callable[[str], PartRequest | None] = lambda _: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,16 +106,42 @@ class CheckedReply:
         try:
             self._report = PartReport.from_record(reply.report)
         except MalformedRecord as error:
-            raise self._failure(str(error)) from None
+            raise self.failure(str(error)) from None
         for name in ("kind", "step", "layer_index", "branch_index"):
             said, asked = getattr(self._report, name), getattr(task, name)
             if said != asked:
-                raise self._failure(f"{name}={quoted(said)} instead of {asked!r}")
+                raise self.failure(f"{name}={quoted(said)} instead of {asked!r}")
 
     @property
     def digest(self) -> str:
         """What the device knows its micro-batches by."""
         return self._report.digest[:64]
+
+    @property
+    def lacks(self) -> str:
+        """What the device would need besides; empty if it did what it was asked."""
+        return self._report.lacks[:64]
+
+    def squares(self, count: int, largest: float) -> npt.NDArray[np.float64]:
+        """Return sums of squares, of so many groups, none larger than given."""
+        return self._sums("squares", self._report.squares, count, largest)
+
+    def magnitudes(self, count: int, largest: float) -> npt.NDArray[np.float64]:
+        """Return sums of magnitudes, likewise."""
+        return self._sums("magnitudes", self._report.magnitudes, count, largest)
+
+    def _sums(
+        self, name: str, data: bytes, count: int, largest: float
+    ) -> npt.NDArray[np.float64]:
+        sums = (
+            np.frombuffer(data[: 8 * count], "<f8") if len(data) == 8 * count else None
+        )
+        if sums is None or not ((sums >= 0) & (sums <= largest)).all():
+            raise self.failure(
+                f"{name}={quoted(data.hex())} are not {count} sums of at most "
+                f"{largest:g}"
+            )
+        return sums
 
     def sizes(
         self, count: int, batch_size: int, max_tokens: int
@@ -110,13 +150,13 @@ class CheckedReply:
         try:
             sizes = sizes_from_text(self._report.sizes)
         except MalformedRecord as error:
-            raise self._failure(str(error)) from None
+            raise self.failure(str(error)) from None
         if (
             len(sizes) != count
             or max(size[0] for size in sizes) > batch_size
             or max(size[1] for size in sizes) > max_tokens
         ):
-            raise self._failure(
+            raise self.failure(
                 f"sizes={quoted(self._report.sizes)} instead of {count} micro-batches "
                 f"of at most {batch_size} examples of {max_tokens} tokens"
             )
@@ -127,9 +167,9 @@ class CheckedReply:
         try:
             weights = numbers_from_text(self._report.weights)
         except MalformedRecord as error:
-            raise self._failure(str(error)) from None
+            raise self.failure(str(error)) from None
         if len(weights) != len(most) or any(map(operator.gt, weights, most)):
-            raise self._failure(
+            raise self.failure(
                 f"weights={quoted(self._report.weights)} are more than {most}"
             )
         return weights
@@ -138,10 +178,10 @@ class CheckedReply:
         """Return the losses of so many micro-batches."""
         data = self._report.losses
         if len(data) != 4 * count:
-            raise self._failure(f"{len(data)} bytes are not {count} losses")
+            raise self.failure(f"{len(data)} bytes are not {count} losses")
         losses = np.frombuffer(data, "<f4")
         if not (abs(losses) <= LARGEST_LOSS).all():
-            raise self._failure(f"losses={losses.tolist()} are implausible")
+            raise self.failure(f"losses={losses.tolist()} are implausible")
         return [float(loss) for loss in losses]
 
     def tensors(
@@ -166,29 +206,48 @@ class CheckedReply:
             Their type (default: float32).
         """
         if name not in self._arrays:
-            raise self._failure(f"the array {name!r} is missing")
+            raise self.failure(f"the array {name!r} is missing")
         total = sum(int(np.prod(shape)) for shape in shapes)
         wanted = np.dtype("f4") if dtype is None else dtype
         try:
             array = read_npy(self._arrays[name], shape=(total,), dtype=wanted)
         except MalformedArray as error:
-            raise self._failure(f"{name}: {error}") from None
+            raise self.failure(f"{name}: {error}") from None
         if not (abs(array) <= largest).all():
-            raise self._failure(f"{name} holds NaN, infinity, or more than {largest:g}")
+            raise self.failure(f"{name} holds NaN, infinity, or more than {largest:g}")
         return tensors_of(array, shapes)
 
-    def _failure(self, reason: str) -> PartFailed:
+    def failure(self, reason: str) -> PartFailed:
+        """Return the error that names the device."""
         return PartFailed({self._device_id: reason})
 
 
 class CountedExchange:
-    """An exchange whose messages are counted."""
+    """An exchange whose messages are counted.
 
-    def __init__(self, exchange: Exchange) -> None:
+    Parameters
+    ----------
+    exchange
+        The exchange.
+    before
+        What is counted with it.
+    """
+
+    def __init__(
+        self, exchange: Exchange, before: CountedExchange | None = None
+    ) -> None:
         self._exchange = exchange
         self.asked: set[str] = set()
-        self.exchanges = self.sent_bytes = 0
+        self.exchanges: int = 0
+        self.sent_bytes: int = 0
         self.received_bytes: Counter[str] = Counter()  # by device id
+        if before is not None:
+            self.exchanges, self.sent_bytes = before.exchanges, before.sent_bytes
+            self.received_bytes += before.received_bytes
+
+    def anew(self) -> CountedExchange:
+        """Return the same exchange, of which nothing is counted yet."""
+        return CountedExchange(self._exchange)
 
     def __call__(self, requests: Mapping[str, PartRequest]) -> Mapping[str, PartReply]:
         """Send requests, by device id, and return the replies."""

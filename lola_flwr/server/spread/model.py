@@ -10,8 +10,16 @@ from torch import nn
 
 from lola_flwr.arrays import IntArray
 from lola_flwr.d2ft.subnetworks import Subnetworks
+from lola_flwr.errors import quoted
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.server.spread.exchange import CheckedReply, Exchange, PartRequest
+from lola_flwr.server.spread.exchange import (
+    CheckedReply,
+    Exchange,
+    PartFailed,
+    PartRequest,
+)
+from lola_flwr.server.spread.held import HeldValues
+from lola_flwr.server.spread.places import Place, places_of
 from lola_flwr.wire.records import PartTask
 
 
@@ -22,7 +30,8 @@ class SpreadModel:
     Parameters
     ----------
     model
-        The server's own model; its trainable values are those to compute with.
+        The server's own model; of its trainable values the server's own are those to
+        compute with.
     partition
         Its blocks.
     subnetworks
@@ -36,6 +45,8 @@ class SpreadModel:
         How they are asked.
     task
         What all tasks of the step have in common.
+    held
+        Who holds which values.
     """
 
     model: nn.Module
@@ -45,23 +56,48 @@ class SpreadModel:
     device_ids: Sequence[str]
     exchange: Exchange
     task: PartTask
+    held: HeldValues
 
     def ask(self, requests: Mapping[str, PartRequest]) -> dict[str, CheckedReply]:
-        """Send tasks to devices; return their replies, by device id."""
-        if not requests:
-            return {}
-        replies = self.exchange(requests)
-        return {
-            device: CheckedReply(device, request.task, replies[device])
-            for device, request in requests.items()
-        }
+        """Send tasks to devices; return their replies, by device id.
+
+        A device that lacks what it was sent before is sent it once more.
+        """
+        replies = ask(self.exchange, requests)
+        again: dict[str, PartRequest] = {}
+        for device, reply in replies.items():
+            fuller = requests[device].fuller(reply.lacks) if reply.lacks else None
+            if fuller is not None:
+                again[device] = fuller
+        replies |= ask(self.exchange, again)
+        lacking = {d: reply.lacks for d, reply in replies.items() if reply.lacks}
+        if lacking:
+            raise PartFailed(
+                {
+                    device: f"it does not have the {quoted(lacks)} that it was sent in "
+                    "this step; let its process live on, or give its device a store"
+                    for device, lacks in lacking.items()
+                }
+            )
+        return replies
+
+    @cached_property
+    def places(self) -> dict[Place, str]:
+        """What each device is to hold."""
+        return places_of(self.device_of, self.device_ids, self.subnetworks)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name."""
         return dict(self.model.named_parameters())
 
-    @cached_property
-    def parameter_names(self) -> dict[int, str]:
-        """Their names, by ``id``."""
-        return {id(parameter): name for name, parameter in self.parameters.items()}
+
+def ask(
+    exchange: Exchange, requests: Mapping[str, PartRequest]
+) -> dict[str, CheckedReply]:
+    """Send tasks to devices, if any; return their replies, by device id."""
+    replies = exchange(requests) if requests else {}
+    return {
+        device: CheckedReply(device, request.task, replies[device])
+        for device, request in requests.items()
+    }

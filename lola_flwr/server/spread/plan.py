@@ -67,6 +67,8 @@ class StepPlan:
         Device of each sub-network, shape [S].
     operations
         What each sub-network does in each micro-batch, shape [S, M].
+    present
+        The ids of all devices that are there, whether they take part or not.
     """
 
     step: int
@@ -74,3 +76,22 @@ class StepPlan:
     profiles: tuple[DeviceProfile, ...]
     device_of: IntArray
     operations: IntArray
+    present: frozenset[str]
+
+    def owners(self, order: IntArray, first: int) -> dict[str, list[int]]:
+        """Return the numbers of the micro-batches that each device is to draw.
+
+        Each is from the data of another device in turn.
+
+        Parameters
+        ----------
+        order
+            The devices in turn, shape [K].
+        first
+            Number of the first micro-batch.
+        """
+        numbers: dict[str, list[int]] = {}
+        for m in range(self.operations.shape[1]):
+            owner = self.device_ids[order[m % len(order)]]
+            numbers.setdefault(owner, []).append(first + m)
+        return numbers

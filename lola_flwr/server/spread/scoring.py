@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from lola_flwr.arrays import Float64Array
 from lola_flwr.d2ft.maps import in_features, out_features
-from lola_flwr.d2ft.schedule import Scores
-from lola_flwr.d2ft.subnetworks import Branch, Subnetworks, parameter_slices
+from lola_flwr.d2ft.schedule import Scores, UnitCosts
+from lola_flwr.d2ft.steps import compute_s, uploads_s
+from lola_flwr.d2ft.subnetworks import Branch, Subnetworks
+from lola_flwr.server.spread.plan import StepPlan
 
 
 def flops_per_token(subnetworks: Subnetworks) -> float:
@@ -27,41 +28,75 @@ def flops_per_token(subnetworks: Subnetworks) -> float:
 
 
 def scores_after(
-    subnetworks: Subnetworks,
     before: Scores | None,
     *,
-    gradients: Mapping[str, Tensor],
+    squares: Float64Array,
+    magnitudes: Float64Array,
     ran_fully: npt.NDArray[np.bool_],
-    values: Mapping[str, npt.NDArray[np.float32]],
 ) -> Scores:
     """Return the S sub-networks' scores after a step, shapes [S, 1] and [S].
 
     Parameters
     ----------
-    subnetworks
-        The sub-networks.
     before
         Their scores before it, as far as they are known.
-    gradients
-        The step's gradients, by parameter name.
+    squares, magnitudes
+        What the step has found of each of them that ran fully: sums of the squares of
+        its gradient, and of the magnitudes of its values, shape [S].
     ran_fully
-        Which of them ran fully, shape [S]. The Fisher information of the others is what
-        it was before, or the mean.
-    values
-        Trainable values after the step.
+        Which of them did, shape [S]. The others are as they were before, or as the mean
+        of those that did.
     """
-    found = np.array(
-        [
-            sum(float(part.square().sum()) for part in parts)
-            for parts in parameter_slices(subnetworks, dict(gradients))
-        ]
+
+    def known(
+        found: Float64Array, earlier: Float64Array | None
+    ) -> npt.NDArray[np.float64]:
+        usual = found[ran_fully].mean() if ran_fully.any() else 1.0
+        return np.where(ran_fully, found, usual if earlier is None else earlier)
+
+    fisher = known(squares, None if before is None else before.fisher[:, 0])[:, None]
+    magnitude = known(magnitudes, None if before is None else before.magnitude)
+    return Scores(fisher, magnitude, np.zeros_like(fisher))
+
+
+def step_s(
+    plan: StepPlan,
+    subnetworks: Subnetworks,
+    *,
+    costs: UnitCosts,
+    tokens: Sequence[int],
+    sent_bytes: Mapping[str, int],
+    bandwidth_hz: float,
+    seed: int,
+) -> float:
+    """Return how long a step takes: its computation, and what devices send.
+
+    Parameters
+    ----------
+    plan
+        The step's plan.
+    subnetworks
+        The sub-networks.
+    costs
+        What operations cost.
+    tokens
+        Tokens of each micro-batch.
+    sent_bytes
+        What devices send, by device id.
+    bandwidth_hz, seed
+        The channel: its band, and what its draw follows from.
+    """
+    return compute_s(
+        plan.operations,
+        plan.device_of,
+        [profile.flops_per_s for profile in plan.profiles],
+        num_layers=subnetworks.num_layers,
+        forward_flops=np.array(tokens) * flops_per_token(subnetworks),
+        costs=costs,
+    ) + uploads_s(
+        [sent_bytes.get(device, 0) for device in plan.device_ids],
+        plan.profiles,
+        bandwidth_hz=bandwidth_hz,
+        step=plan.step,
+        seed=seed,
     )
-    usual = np.full(found.size, found[ran_fully].mean() if ran_fully.any() else 1.0)
-    known = usual if before is None else before.fisher[:, 0]
-    fisher = np.where(ran_fully, found, known)[:, None]
-    tensors = {name: torch.from_numpy(v) for name, v in values.items()}
-    magnitude = [
-        sum(float(part.abs().sum()) for part in parts)
-        for parts in parameter_slices(subnetworks, tensors)
-    ]
-    return Scores(fisher, np.array(magnitude), np.zeros_like(fisher))

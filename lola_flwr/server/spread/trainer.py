@@ -1,17 +1,17 @@
 """Train a model that is spread over devices: the server's side, apart from a transport.
 
-The server holds the trainable values and the optimizer, so that a device that leaves
-takes nothing along: from the next step on its sub-networks are on the others.
+Devices hold the values of their sub-networks, and step them. They return them now and
+then, so that a device that leaves takes no more along than what they learned since:
+from the next step on its sub-networks are on the others.
 """
 
 from __future__ import annotations
 
-import math
+import secrets
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
@@ -20,26 +20,28 @@ from lola_flwr.arrays import Float32Array
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import (
-    STATELESS_ADAPTER_TUNING,
-    STATELESS_FULL_TUNING,
+    ADAPTER_TUNING,
+    FULL_TUNING,
     Scores,
     place_subnetworks,
 )
-from lola_flwr.d2ft.steps import StepSchedules, compute_s, uploads_s
-from lola_flwr.d2ft.subnetworks import LayerNotUnderstood, layer_names
+from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import fingerprint, load_values
+from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.randomness import rng_for
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.run.records import StepRecord
 from lola_flwr.run.values import to_values
-from lola_flwr.server.optimizer import ServerOptimizer
 from lola_flwr.server.spread.exchange import CountedExchange, Exchange, PartFailed
+from lola_flwr.server.spread.held import HeldValues
 from lola_flwr.server.spread.model import SpreadModel
+from lola_flwr.server.spread.places import places_of, require_successive_layers
 from lola_flwr.server.spread.plan import MicroBatches, SpreadState, StepPlan
 from lola_flwr.server.spread.remote import SpreadGradient, spread_gradient
-from lola_flwr.server.spread.scoring import flops_per_token, scores_after
+from lola_flwr.server.spread.returns import fetch, hand_over
+from lola_flwr.server.spread.scoring import scores_after, step_s
 from lola_flwr.server.state import restored
 from lola_flwr.system.channel import Channel
 from lola_flwr.wire.records import PartTask
@@ -58,10 +60,11 @@ class SpreadTrainer:
     partition
         Its blocks.
     optimizer
-        Holds the trainable values, and steps them.
+        Holds the trainable values. It steps those that belong to a layer as a whole,
+        and devices step the others with their own, made with the same arguments.
     schedules
-        Give each step its schedule. Their costs are replaced by those of devices that
-        compute forward anew on the way back.
+        Give each step its schedule. Their costs are replaced by those of what is
+        trained.
     num_groups
         Head groups that each layer is divided into (default: one for each head).
     micro_batches
@@ -77,6 +80,8 @@ class SpreadTrainer:
     ------
     LayerNotUnderstood
         The model's layers cannot be cut into sub-networks, or do not follow each other.
+    UserError
+        The optimizer does not step each value by itself.
     """
 
     def __init__(
@@ -96,24 +101,24 @@ class SpreadTrainer:
         self.state = SpreadState()
         self._model = model
         self._subnetworks = find_subnetworks(model, partition, num_groups=num_groups)
-        numbers = [int(name.rpartition(".")[2]) for name in layer_names(partition)]
-        if numbers != [*range(numbers[0], numbers[0] + len(numbers))]:
-            raise LayerNotUnderstood(
-                f"The blocks are the layers {numbers}: only layers that follow each "
-                "other can be spread over devices."
-            )
-        self._optimizer = optimizer
-        self._schedules = replace(
-            schedules,
-            costs=STATELESS_ADAPTER_TUNING
-            if partition.layers
-            else STATELESS_FULL_TUNING,
-        )
+        require_successive_layers(partition)
+        self._held = HeldValues(optimizer, model, partition, self._subnetworks)
+        costs = ADAPTER_TUNING if partition.layers else FULL_TUNING
+        self._schedules = replace(schedules, costs=costs)
         self._micro_batches = micro_batches or MicroBatches()
         self._channel = channel or Channel()
         self._max_gradient_norm = max_gradient_norm
         self._seed = seed
         self._base_fingerprint = fingerprint(model, partition.frozen)
+        # No other trainer's devices keep anything under it, whatever the seed.
+        self._trainer_id = secrets.randbits(62)
+        # How devices were last asked, and what was since the last record.
+        self._since: CountedExchange | None = None
+
+    @property
+    def return_every(self) -> int:
+        """Steps after which devices return what they hold."""
+        return self._schedules.return_every
 
     @property
     def server_round(self) -> int:
@@ -159,7 +164,10 @@ class SpreadTrainer:
         UserError
             No device has a usable profile, or the budgets let nothing run.
         """
-        devices = self._available(server_round, device_ids)
+        present = frozenset(device_ids)
+        devices = self.state.fleet.rested(server_round, present)
+        if not devices:
+            raise UserError("No device has a usable profile.")
         profiles = tuple(self.state.fleet.profiles[device] for device in devices)
         device_of = place_subnetworks(
             self._subnetworks.count, [profile.flops_per_s for profile in profiles]
@@ -174,6 +182,7 @@ class SpreadTrainer:
             device_of=device_of,
             # What all sub-networks skip says nothing about them.
             operations=operations[:, (operations != Operation.SKIP).any(axis=0)],
+            present=present,
         )
 
     def complete_round(self, plan: StepPlan, exchange: Exchange) -> StepRecord:
@@ -188,32 +197,31 @@ class SpreadTrainer:
 
         Returns
         -------
-        The step's record. Where a device did not do its part, nothing was changed; it
-        rests in the steps that follow.
+        The step's record, with what was exchanged since the one before. Where a device
+        did not do its part, no step is taken: it rests in those that follow, and what
+        it held is as the server last knew it.
         """
-        devices, counted = plan.device_ids, CountedExchange(exchange)
-        outcomes: dict[str, float | None] = {}
-        scores = self.state.scores
+        counted = CountedExchange(exchange, self._since)
+        scores, failed = self.state.scores, dict[str, str]()
+        outcomes: dict[str, float | None]
         try:
-            record, scores = self._step(plan, counted)
-        except PartFailed as failure:
-            # Where nobody knows whose fault it is, one rests that is drawn by lot.
-            lot = rng_for(self._seed, "lot", plan.step).integers(len(devices))
-            outcomes = dict.fromkeys(failure.reasons or [devices[lot]], 0.0)
-            record = self.skip_round(plan.step, str(failure))
-        else:
+            record, scores = self._step(plan, counted, failed)
             outcomes = dict.fromkeys(counted.asked, None)
-        names = {d: p.name for d, p in zip(devices, plan.profiles, strict=True)}
-        fleet = self.state.fleet
-        absences = fleet.absences.after(
-            plan.step, {names[device]: lacked for device, lacked in outcomes.items()}
-        )
+        except PartFailed as failure:
+            self._held.lose(failure.reasons)
+            # Where nobody knows whose fault it is, one rests that is drawn by lot.
+            lot = rng_for(self._seed, "lot", plan.step).integers(len(plan.device_ids))
+            blamed = failure.reasons or [plan.device_ids[lot]]
+            outcomes = dict.fromkeys(blamed, 0.0)
+            record = self.skip_round(plan.step, str(failure))
+        outcomes |= dict.fromkeys(failed, 0.0)
         self.state = SpreadState(
             server_round=plan.step,
             wireless_s=record.wireless_s,
-            fleet=replace(fleet, absences=absences),
+            fleet=self.state.fleet.after(plan.step, outcomes),
             scores=scores,
         )
+        self._since = counted.anew()
         return replace(
             record,
             exchanges=counted.exchanges,
@@ -234,27 +242,43 @@ class SpreadTrainer:
     # --- the model -------------------------------------------------------------------
 
     def values(self) -> dict[str, Float32Array]:
-        """Return the trainable parameters' current values, as views."""
-        return self._optimizer.state()
+        """Return the trainable parameters' current values, as views.
+
+        Devices are asked for those that they have stepped since.
+        """
+        self._collect(moments=False)
+        return self._held.known()
+
+    def collect(self) -> None:
+        """Have devices return all that they hold, moments included."""
+        self._collect(moments=True)
 
     def start_from(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in the values to start from, or raise `UserError` if they do not fit."""
-        own = {name: value.shape for name, value in self.values().items()}
-        given = {name: value.shape for name, value in values.items()}
-        if own != given:
-            name = min(n for n in own | given if own.get(n) != given.get(n))
-            raise UserError(
-                f"Initial arrays: {name} has shape {given.get(name)}; expected "
-                f"{own.get(name)}. Pass those of the model that the trainer was made "
-                "for."
-            )
-        self._optimizer.load(values)
+        self._collect(moments=False)
+        if self._held.differ(values):
+            self.collect()
+            self._held.start_from(values)
+
+    def _collect(self, *, moments: bool) -> None:
+        if self._since is None:
+            return
+        failed = self._fetch(self._since, self._task(), moments=moments)
+        fleet = self.state.fleet.after(self.server_round, dict.fromkeys(failed, 0.0))
+        self.state = replace(self.state, fleet=fleet)
+
+    def _fetch(
+        self, exchange: CountedExchange, task: PartTask, *, moments: bool
+    ) -> dict[str, str]:
+        unknown = self._held.unknown(moments=moments)
+        return fetch(self._held, unknown, exchange, task, moments=moments)
 
     # --- checkpoints -----------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         """Return all that the steps to come depend on, to be saved between steps."""
-        optimizer = self._optimizer.snapshot()
+        self.collect()
+        optimizer = self._held.snapshot()
         return Snapshot(
             optimizer.arrays,
             {
@@ -279,76 +303,74 @@ class SpreadTrainer:
                 "model, revision and seed that it was made with."
             )
         state = restored(SpreadState, values.get("state", {}))
-        self._optimizer.restore(Snapshot(snapshot.arrays, values["optimizer"]))
+        self._held.restore(Snapshot(snapshot.arrays, values["optimizer"]))
         self.state = state
 
     # --- one step --------------------------------------------------------------------
 
-    def _available(self, step: int, device_ids: Iterable[str]) -> list[str]:
-        fleet = self.state.fleet
-        known = fleet.known(device_ids)
-        if not known:
-            raise UserError("No device has a usable profile.")
-        rested = [
-            device
-            for device in known
-            if fleet.absences.memory_limit(step, fleet.profiles[device].name) > 0
-        ]
-        return rested or known
+    def _task(self, step: int | None = None, seed: int = 0) -> PartTask:
+        """Return what all tasks of a step have in common."""
+        return PartTask(
+            kind="",
+            step=self.state.server_round if step is None else step,
+            base_fingerprint=self._base_fingerprint,
+            seed=seed,
+            num_groups=self._subnetworks.num_groups,
+            trainer_id=self._trainer_id,
+        )
 
     def _step(
-        self, plan: StepPlan, exchange: CountedExchange
+        self, plan: StepPlan, exchange: CountedExchange, failed: dict[str, str]
     ) -> tuple[StepRecord, Scores | None]:
-        """Take a step; return its record, and what was learned of the sub-networks."""
+        """Take a step; return its record, and what was learned of the sub-networks.
+
+        Who fails to return what it holds is added to ``failed``.
+        """
+        held, task = self._held, self._task(plan.step)
+        places = places_of(plan.device_of, plan.device_ids, self._subnetworks)
+        failed |= hand_over(held, places, plan.present, exchange, task)
         result = self._spread_gradient(plan, exchange)
-        gradients = result.gradients
-        norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
-        if not math.isfinite(norm):
-            raise PartFailed({}, "the gradient is not finite")
-        if norm > self._max_gradient_norm:
-            for gradient in gradients.values():
-                gradient *= self._max_gradient_norm / norm
-        self._optimizer.step(
-            {name: g.numpy() for name, g in gradients.items()}, plan.step
+        scale = result.scale(self._max_gradient_norm)
+        held.step(
+            {name: (g * scale).numpy() for name, g in result.gradients.items()},
+            plan.step,
+            scale,
+            result.places,
+            [p for p, device in places.items() if not held.is_held(p, device)],
         )
+        if plan.step % self.return_every == 0:
+            failed |= self._fetch(exchange, task, moments=True)
         scores = self.state.scores
         if self._schedules.shared_budgets:
             scores = scores_after(
-                self._subnetworks,
                 scores,
-                gradients=gradients,
+                squares=result.squares,
+                magnitudes=result.magnitudes,
                 ran_fully=(plan.operations == Operation.FULL).any(axis=1),
-                values=self.values(),
             )
-        seconds = compute_s(
-            plan.operations,
-            plan.device_of,
-            [profile.flops_per_s for profile in plan.profiles],
-            num_layers=self._subnetworks.num_layers,
-            forward_flops=np.array(result.tokens) * flops_per_token(self._subnetworks),
+        seconds = step_s(
+            plan,
+            self._subnetworks,
             costs=self._schedules.costs,
-        ) + uploads_s(
-            [exchange.received_bytes[device] for device in plan.device_ids],
-            plan.profiles,
+            tokens=result.tokens,
+            sent_bytes=exchange.received_bytes,
             bandwidth_hz=self._channel.bandwidth_hz,
-            step=plan.step,
             seed=self._seed,
         )
-        record = StepRecord(
+        return StepRecord(
             server_round=plan.step,
             num_devices=len(plan.device_ids),
             wireless_s=self.state.wireless_s + seconds,
             round_s=seconds,
             observed_s=seconds,
             train_loss=result.loss,
-        )
-        return record, scores
+        ), scores
 
     def _spread_gradient(
         self, plan: StepPlan, exchange: CountedExchange
     ) -> SpreadGradient:
         """Compute the gradient of a step, as the devices' parts of it come in."""
-        names, values = self.partition.trainable, self.values()
+        names, values = self._held.own_names, self._held.known()
         load_values(self._model, names, [values[name] for name in names])
         self._model.train()
         rng = rng_for(self._seed, "spread", plan.step)
@@ -359,28 +381,18 @@ class SpreadTrainer:
             device_of=plan.device_of,
             device_ids=plan.device_ids,
             exchange=exchange,
-            task=PartTask(
-                kind="",
-                step=plan.step,
-                base_fingerprint=self._base_fingerprint,
-                seed=int(rng.integers(2**62)),
-                num_groups=self._subnetworks.num_groups,
-            ),
+            task=self._task(plan.step, seed=int(rng.integers(2**62))),
+            held=self._held,
         )
-        # Each from the data of another device in turn; who begins is drawn, or some
-        # would never have one where not all micro-batches run.
-        devices = plan.device_ids
-        order = rng.permutation(len(devices))
-        first = (plan.step - 1) * self._schedules.micro_batches
-        numbers: dict[str, list[int]] = {}
-        for m in range(plan.operations.shape[1]):
-            owner = devices[order[m % len(devices)]]
-            numbers.setdefault(owner, []).append(first + m + 1)
+        # Who begins is drawn, or some would never have a micro-batch where not all of
+        # them run.
+        order = rng.permutation(len(plan.device_ids))
+        first = (plan.step - 1) * self._schedules.micro_batches + 1
         with torch.random.fork_rng():
             torch.manual_seed(int(rng.integers(2**62)))
             return spread_gradient(
                 spread,
-                numbers,
+                plan.owners(order, first),
                 self._micro_batches.micro_batch_size,
                 plan.operations,
                 max_tokens=self._micro_batches.max_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import secrets
 from dataclasses import replace
 from io import BytesIO
 
@@ -15,15 +16,19 @@ from lola_flwr.clients import BlockDevice
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import place_subnetworks
-from lola_flwr.d2ft.subnetworks import LayerNotUnderstood
+from lola_flwr.d2ft.subnetworks import Branch, LayerNotUnderstood, parameter_slices
 from lola_flwr.d2ft.training import scheduled_gradient
 from lola_flwr.device.part import compute_part
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import model_loss
 from lola_flwr.model.loading import fingerprint
-from lola_flwr.server.spread.exchange import PartFailed, PartReply
+from lola_flwr.optimizer import ServerOptimizer
+from lola_flwr.server.spread.exchange import CountedExchange, PartFailed, PartReply
+from lola_flwr.server.spread.held import HeldValues
 from lola_flwr.server.spread.model import SpreadModel
+from lola_flwr.server.spread.places import Place
 from lola_flwr.server.spread.remote import spread_gradient
+from lola_flwr.server.spread.returns import fetch
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.records import MalformedRecord, PartReport, PartTask
 from tests.d2ft.test_execution import FAMILIES, Case, make
@@ -32,6 +37,8 @@ from tests.server.test_coordinator import npy
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
 DEVICES = ["a", "b", "c"]
+# So large that what a step moves has all digits of the gradient.
+LR = 1024.0
 # The first device owns two of the micro-batches; they are of different sizes.
 DRAWS = {"a": [1, 3], "b": [2], "c": [4]}
 
@@ -81,7 +88,18 @@ class Devices:
         return self.alter(device, request.task, reply)
 
 
-def spread(case, devices, *, num_groups=None, speeds=(1, 1, 1), seed=3):
+def held_values(case, subnetworks, **options):
+    parameters = dict(case.model.named_parameters())
+    values = {name: parameters[name].detach().numpy() for name in case.trainable}
+    return HeldValues(
+        ServerOptimizer(values, **(options or {"optimizer": "SGD", "lr": LR})),
+        case.model,
+        case.partition,
+        subnetworks,
+    )
+
+
+def spread(case, devices, *, num_groups=None, speeds=(1, 1, 1), seed=3, held=None):
     subnetworks = find_subnetworks(case.model, case.partition, num_groups=num_groups)
     return SpreadModel(
         model=case.model,
@@ -96,8 +114,33 @@ def spread(case, devices, *, num_groups=None, speeds=(1, 1, 1), seed=3):
             base_fingerprint="f",
             seed=seed,
             num_groups=subnetworks.num_groups,
+            trainer_id=secrets.randbits(62),
         ),
+        held=held or held_values(case, subnetworks),
     )
+
+
+def gradient_of(model, *arguments, **options):
+    """Loss and whole gradient of a step, by how far it moves what devices hold."""
+    found = spread_gradient(model, *arguments, **options)
+    held, step = model.held, model.task.step
+    before = {name: values.copy() for name, values in held.known().items()}
+    own = {name: gradient.numpy() for name, gradient in found.gradients.items()}
+    held.step(own, step, 1.0, found.places)
+    exchange = CountedExchange(model.exchange)
+    unknown = held.unknown(moments=True)
+    assert not fetch(held, unknown, exchange, model.task, moments=True)
+    moved = {
+        name: (torch.from_numpy(before[name] - values) / LR)
+        for name, values in held.known().items()
+    }
+    squares = sum(
+        float(part.square().sum())
+        for parts in parameter_slices(model.subnetworks, moved)
+        for part in parts
+    )
+    assert float(found.squares.sum()) == pytest.approx(squares, rel=1e-3)
+    return replace(found, gradients=moved)
 
 
 def in_one_process(case, operations, num_groups=None):
@@ -144,7 +187,7 @@ def test_the_gradient_is_that_of_one_process(case, rng, num_groups):
     ):
         devices = Devices(case)
         model = spread(case, devices, num_groups=num_groups, speeds=(1, 2, 3))
-        found = spread_gradient(model, DRAWS, 6, operations, example_weight=10)
+        found = gradient_of(model, DRAWS, 6, operations, example_weight=10)
         assert_alike(found, in_one_process(case, operations, num_groups))
 
 
@@ -194,7 +237,7 @@ def test_only_those_are_asked_to_go_back_who_train_or_pass_on():
     operations = np.full((3 * 4, 4), FULL)
     subnetworks = find_subnetworks(case.model, case.partition)
     operations = operations[: subnetworks.count]
-    found = spread_gradient(spread(case, devices), DRAWS, 6, operations)
+    found = gradient_of(spread(case, devices), DRAWS, 6, operations)
     expected = scheduled_gradient(
         case.model, subnetworks, case.trainable, micro_batches(case), operations
     )
@@ -220,11 +263,14 @@ def test_owners_are_asked_for_their_own_and_send_no_labels(case):
         expected = {
             "inputs": {"hidden", "masks"},
             "forward": {"hidden"},
-            "backward": {"slopes", "gradients"},
+            "backward": {"slopes"} if task.wants_inputs else set(),
             "loss": {"slopes", "gradients"},
         }[task.kind]
-        if task.kind == "backward" and not task.wants_inputs:
-            expected = {"gradients"}
+        if task.kind == "backward":
+            place = (task.layer_index, Branch(task.branch_index))
+            groups = task.first_group, task.last_group
+            if model.held.slices(Place(*place, *groups)).shared:
+                expected = {*expected, "gradients"}  # of what is not cut
         assert {*reply.arrays} == expected
     for kind in ("inputs", "loss"):
         numbers = {device: t.numbers for device, t, _ in seen if t.kind == kind}
@@ -246,7 +292,7 @@ def test_dropout_is_the_same_on_both_ways():
 
     def loss_and_gradients():
         torch.manual_seed(4)
-        return spread_gradient(
+        return gradient_of(
             spread(case, Devices(case, training=True)), DRAWS, 6, operations
         )
 
@@ -281,7 +327,7 @@ def test_what_runs_forward_only_changes_no_dropout_of_the_others():
         operations = np.full((12, 4), FULL)
         operations[:, :2] = operation
         model = spread(case, Devices(case, training=True))
-        return spread_gradient(model, DRAWS, 6, operations).gradients
+        return gradient_of(model, DRAWS, 6, operations).gradients
 
     skipped, forward = gradients(SKIP), gradients(FORWARD)
     # The head learns from what ran forward only; what is behind it is weighted alike.
@@ -432,9 +478,10 @@ def test_what_has_no_label_weighs_nothing():
     case.batch["labels"] = labels
     operations = np.full((12, 4), FULL)
     model = spread(case, Devices(case))
-    found = spread_gradient(model, DRAWS, 6, operations, example_weight=10)
+    found = gradient_of(model, DRAWS, 6, operations, example_weight=10)
     assert_alike(found, in_one_process(case, operations))
     case.batch["labels"] = torch.full_like(labels, -100)
+    model = spread(case, Devices(case))
     with pytest.raises(PartFailed, match="no token of these micro-batches"):
         spread_gradient(model, DRAWS, 6, operations, example_weight=10)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lola_flwr.errors import UserError
-from lola_flwr.server.optimizer import ServerOptimizer, ServerStep
+from lola_flwr.optimizer import ServerOptimizer, ServerStep
 
 
 def test_missing_gradients_leave_values_alone():
@@ -182,7 +182,7 @@ def test_values_are_in_one_storage_by_their_names():
 def test_the_compiler_of_pytorch_stays_out_of_memory():
     program = (
         "import sys, numpy as np\n"
-        "from lola_flwr.server.optimizer import ServerOptimizer\n"
+        "from lola_flwr.optimizer import ServerOptimizer\n"
         "one = np.ones(2, np.float32)\n"
         "optimizer = ServerOptimizer({'a': one}, optimizer='AdamW', lr=0.1)\n"
         "optimizer.step({'a': one})\n"

@@ -1,11 +1,15 @@
-"""The server's step: an optimizer of torch.optim over the assembled gradient."""
+"""A training step: an optimizer of torch.optim, and the values that it steps.
+
+The server steps the model with it, or where the model is spread over devices, each of
+these what it holds of it.
+"""
 
 from __future__ import annotations
 
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,7 +19,7 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lola_flwr.arrays import in_one
+from lola_flwr.arrays import Float32Arrays, in_one
 from lola_flwr.errors import UserError
 from lola_flwr.run.checkpoint import Snapshot
 
@@ -151,6 +155,22 @@ class ServerOptimizer:
             # Nor can all schedules that can be made be stepped.
             _schedule_named(schedule, trial, given, steps=1)
             self._schedule = _schedule_named(schedule, self._optimizer, given)
+        self.arguments: dict[str, Any] = {
+            "optimizer": optimizer,
+            "linear_decay_steps": linear_decay_steps,
+            "schedule": schedule,
+            "schedule_options": dict(schedule_options or {}),
+            **options,
+        }
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return int(self._schedule.last_epoch)
+
+    def like(self, state: Mapping[str, npt.NDArray[np.float32]]) -> ServerOptimizer:
+        """Return an optimizer of other values, made with the same arguments."""
+        return ServerOptimizer(state, **self.arguments)
 
     def step(
         self, gradient: Mapping[str, npt.NDArray[np.float32]], server_round: int = 1
@@ -246,9 +266,102 @@ class ServerOptimizer:
             {"state": state, "param_groups": snapshot.values["groups"]}
         )
 
+    def moments(self, names: Iterable[str]) -> dict[str, Float32Arrays]:
+        """Return what is kept beside values, one number for each of them, as views.
+
+        Of a parameter that was never stepped it is what a step without gradient leaves.
+
+        Parameters
+        ----------
+        names
+            The parameters.
+
+        Returns
+        -------
+        The moments by the parameter's name, and by their own.
+        """
+        known = self._optimizer.state
+        wanted = {name: self._parameters[name] for name in names}
+        new = {n: p for n, p in wanted.items() if p not in known}
+        if new:
+            fresh = self.like({n: p.detach().numpy() for n, p in new.items()})
+            fresh.step({n: np.zeros(p.shape, np.float32) for n, p in new.items()})
+            for name, parameter in new.items():
+                known[parameter] = fresh._optimizer.state[fresh._parameters[name]]
+        return {
+            name: {
+                key: value.numpy()
+                for key, value in sorted(known[parameter].items())
+                if value.dim()
+            }
+            for name, parameter in wanted.items()
+        }
+
+    def counts(self, name: str) -> dict[str, float]:
+        """Return the single numbers that are kept beside a parameter's values."""
+        entries = self._optimizer.state[self._parameters[name]]
+        return {key: float(v) for key, v in entries.items() if not v.dim()}
+
+    def set_counts(self, names: Iterable[str], counts: Mapping[str, float]) -> None:
+        """Set those numbers of some parameters that have been stepped."""
+        for name in names:
+            entries = self._optimizer.state[self._parameters[name]]
+            for key, value in counts.items():
+                entries[key].fill_(value)
+
+    def go_on(
+        self,
+        steps: int,
+        moments: Mapping[str, Float32Arrays],
+        counts: Mapping[str, float],
+    ) -> None:
+        """Go on as after some steps, with the moments that they left.
+
+        Parameters
+        ----------
+        steps
+            Steps that the schedule has taken.
+        moments
+            By parameter, as `moments` returns them.
+        counts
+            As `counts` returns them: the same for all of these parameters.
+        """
+        _take_steps(self._schedule, steps - self.steps)
+        held = self._optimizer.state_dict()
+        numbers = {name: index for index, name in enumerate(self._parameters)}
+        for name, entries in moments.items():
+            held["state"][numbers[name]] = {
+                key: torch.tensor(value) for key, value in {**entries, **counts}.items()
+            }
+        self._optimizer.load_state_dict(held)
+
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the current values by name, as views: the next step changes them."""
         return {name: values[...] for name, values in self._values.items()}
+
+
+def require_elementwise(optimizer: ServerOptimizer) -> None:
+    """Refuse an optimizer that does not step each value by itself.
+
+    Raises
+    ------
+    UserError
+        Stepped in two parts a matrix comes out otherwise than in one.
+    """
+    rng = np.random.default_rng(0)
+    start, *gradients = rng.normal(size=(4, 6, 8)).astype(np.float32)
+    whole = optimizer.like({"both": start})
+    parts = optimizer.like({"left": start[:, :3], "right": start[:, 3:]})
+    for gradient in gradients:
+        whole.step({"both": gradient.copy()})
+        parts.step({"left": gradient[:, :3].copy(), "right": gradient[:, 3:].copy()})
+    together = np.concatenate([parts.state()["left"], parts.state()["right"]], axis=1)
+    if not np.allclose(together, whole.state()["both"], rtol=1e-4, atol=1e-7):
+        raise UserError(
+            f"optimizer={optimizer.arguments['optimizer']!r} steps matrices as a "
+            "whole, and devices hold parts of them; choose one that steps each value "
+            "by itself, such as 'AdamW' or 'SGD'."
+        )
 
 
 def _without_compiler(

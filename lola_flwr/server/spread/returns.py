@@ -1,0 +1,135 @@
+"""Have devices return what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from lola_flwr.d2ft.wire import MOMENTS
+from lola_flwr.server.spread.exchange import (
+    LARGEST_MOMENT,
+    LARGEST_VALUE,
+    CheckedReply,
+    CountedExchange,
+    PartFailed,
+    PartRequest,
+)
+from lola_flwr.server.spread.held import HeldValues
+from lola_flwr.server.spread.model import ask
+from lola_flwr.server.spread.places import Place
+from lola_flwr.wire.packing import VALUES
+from lola_flwr.wire.records import PartTask
+
+
+def fetch(
+    held: HeldValues,
+    places: Mapping[Place, str],
+    exchange: CountedExchange,
+    task: PartTask,
+    *,
+    moments: bool,
+) -> dict[str, str]:
+    """Have devices return the values of places, those of one branch a message.
+
+    What a device does not return is as the server last knew it.
+
+    Parameters
+    ----------
+    held
+        Who holds what; the values are taken in there.
+    places
+        The places, and their devices.
+    exchange
+        How devices are asked.
+    task
+        What all tasks have in common.
+    moments
+        Whether the optimizer's moments are wanted, too.
+
+    Returns
+    -------
+    Why devices failed, by device id.
+    """
+    failed: dict[str, str] = {}
+    queues: dict[str, list[Place]] = {}
+    for place, device in places.items():
+        queues.setdefault(device, []).append(place)
+    while queues:
+        asked = {
+            device: PartRequest(
+                replace(
+                    task,
+                    kind="return",
+                    wants_moments=moments,
+                    **held.fields(queue[0]),
+                )
+            )
+            for device, queue in queues.items()
+        }
+        try:
+            replies = ask(exchange, asked)
+            for device, reply in replies.items():
+                _take_in(held, queues[device][0], reply, moments=moments)
+        except PartFailed as failure:
+            # The others are asked once more: their replies were dropped.
+            failed |= failure.reasons
+            held.lose(failure.reasons)
+            queues = {d: q for d, q in queues.items() if d not in failure.reasons}
+            continue
+        queues = {device: queue[1:] for device, queue in queues.items() if queue[1:]}
+    return failed
+
+
+def hand_over(
+    held: HeldValues,
+    places: Mapping[Place, str],
+    present: Collection[str],
+    exchange: CountedExchange,
+    task: PartTask,
+) -> dict[str, str]:
+    """Have devices return what others are to hold from now on.
+
+    Parameters
+    ----------
+    held, exchange, task
+        As for `fetch`.
+    places
+        What each device is to hold.
+    present
+        The devices that are there.
+
+    Returns
+    -------
+    Why devices failed, by device id.
+    """
+    held.lose(held.holders - {*present})
+    moved = held.moved(places)
+    unknown = held.unknown(moved, moments=True)
+    failed = fetch(held, unknown, exchange, task, moments=True)
+    held.release(moved)
+    return failed
+
+
+def _take_in(
+    held: HeldValues, place: Place, reply: CheckedReply, *, moments: bool
+) -> None:
+    if reply.lacks:
+        held.release([place])
+        return
+    values = held.known()
+    shapes = [
+        tuple(
+            piece.length if dim == piece.dim else size
+            for dim, size in enumerate(values[piece.name].shape)
+        )
+        for piece in held.slices(place).own
+    ]
+    found = reply.tensors(VALUES, shapes, largest=LARGEST_VALUE)
+    beside = None
+    if moments:
+        each = [shape for shape in shapes for _ in held.moment_names]
+        beside = reply.tensors(MOMENTS, each, largest=LARGEST_MOMENT)
+    try:
+        held.take_in(place, found, beside)
+    except ValueError as error:
+        raise reply.failure(str(error)) from None
