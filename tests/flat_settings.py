@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass, replace
 
 from lola_flwr.build import RoundSettings, ServerStep
+from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.server.model import ServedModel
-from lola_flwr.optimizer import ServerOptimizer
 
 # What two groups call the same, and what says too little by itself.
 _OTHER_NAMES = {"max_gradient_norm": "max_norm", "norm_factor": "factor"}

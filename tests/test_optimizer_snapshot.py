@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lola_flwr.errors import UserError
-from lola_flwr.run.checkpoint import Checkpoints, Snapshot
 from lola_flwr.optimizer import ServerOptimizer
+from lola_flwr.run.checkpoint import Checkpoints, Snapshot
 
 START = {
     "w": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),

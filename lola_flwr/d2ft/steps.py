@@ -68,7 +68,7 @@ class StepSchedules:
     solver: str = "knapsack"
     costs: UnitCosts = FULL_TUNING
     seed: int = 0
-    return_every: int = 50
+    return_every: int = 100
 
     def __post_init__(self) -> None:
         for name in ("micro_batches", "return_every"):

@@ -90,7 +90,8 @@ class BlockDevice:
         Directory of this run (`lola_flwr.device.store.run_store` makes it) in which the
         device keeps its copy of the model and what its codecs leave out; devices on one
         host may share it. None: it keeps nothing, is sent all values in every round,
-        and can use no codec that leaves something out.
+        and can use no codec that leaves something out; of a model that is spread over
+        devices it keeps its part in memory alone, for as long as its process lives.
     costs
         Gives what the blocks cost. By them a device whose profile says that it splits
         its batches, streams the layers below the block, or runs the others twice, does

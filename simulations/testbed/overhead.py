@@ -46,7 +46,7 @@ _ROUNDS = 6
 _TIMED_ROUNDS = 20
 _NODES = 4
 # Of D2FT, by run, after one more; each kind of SuperNode has so many runs, in turn.
-_TIMED_STEPS, _STEP_RUNS = 3, 2
+_TIMED_STEPS, _STEP_RUNS = 2, 2
 _TINY_MODEL = (
     'model="random:roberta-tiny"',
     "batch-size=4",

@@ -9,11 +9,11 @@ import pytest
 
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import (
+    ADAPTER_TUNING,
     FULL_TUNING,
-    STATELESS_ADAPTER_TUNING,
-    STATELESS_FULL_TUNING,
     Budgets,
     Scores,
+    UnitCosts,
     place_subnetworks,
 )
 from lola_flwr.d2ft.steps import (
@@ -26,7 +26,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.system.devices import DeviceProfile
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
-COSTS = [FULL_TUNING, STATELESS_FULL_TUNING, STATELESS_ADAPTER_TUNING]
+COSTS = [FULL_TUNING, ADAPTER_TUNING, UnitCosts(compute=(0, 1, 4))]
 
 
 @pytest.mark.parametrize("costs", COSTS)

@@ -23,6 +23,7 @@ from lola_flwr.run import directory
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.run.digest import data_digest
 from lola_flwr.run.directory import RunDirectory, describe_run
+from lola_flwr.run.records import RoundRecord
 from lola_flwr.simulation import run_app
 from tests.marks import rest_slow
 from tests.reliability.tiny_run import run
@@ -172,6 +173,15 @@ class Rounds:
 
     def restore(self, snapshot):
         pass
+
+
+def test_there_is_a_checkpoint_after_the_last_round(tmp_path):
+    rounds = Rounds()
+    with RunDirectory(tmp_path, rounds, configuration={}, every=2, last=3) as files:
+        for rounds.server_round in range(1, 4):
+            files.on_round(RoundRecord(rounds.server_round, 1, 0.0))
+    names = sorted(path.stem for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"round-00000{number}" for number in (0, 2, 3)]
 
 
 def test_checkpoints_every_zero_rounds_are_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -431,6 +432,34 @@ def test_evaluations_are_part_of_the_records():
     assert [r.metrics for r in records] == [{"accuracy": 0.1}, {"accuracy": 0.2}]
     assert [r.start_metrics for r in records] == [{"accuracy": 0.0}, {}]
     assert result.evaluate_metrics_serverapp[2]["accuracy"] == 0.2
+
+
+def test_devices_return_what_they_hold_when_it_is_looked_at():
+    seen, records = [], []
+    strategy, grid = federation(evaluate_every=2, on_round=records.append)
+
+    def evaluate(step, arrays):
+        returned = sum(m.content["config"]["kind"] == "return" for m in parts(grid))
+        array = next(iter(arrays.values()))
+        seen.append((step, returned, array.numpy().copy()))
+        return MetricRecord({"accuracy": 0.5})
+
+    result = run(strategy, grid, 5, evaluate_fn=evaluate)
+    steps, returned, values = zip(*seen, strict=True)
+    assert steps == (0, 2, 4, 5)
+    assert returned[0] == 0
+    assert np.diff(returned).all()
+    for one, other in pairwise(values):
+        assert not np.array_equal(one, other)
+    assert [r.server_round for r in records if r.metrics] == [2, 4, 5]
+    # What was returned for an evaluation is on the next record.
+    assert [r.server_round for r in records if r.exchanges > EXCHANGES] == [3, 5]
+    for name, array in strategy.trainer.values().items():
+        np.testing.assert_array_equal(result.arrays[name].numpy(), array)
+
+
+def parts(grid):
+    return [m for m in grid.sent if m.metadata.message_type == "train.lola_part"]
 
 
 def test_errors_come_before_the_first_step():

@@ -18,9 +18,9 @@ from lola_flwr.device.encoding import encode_update
 from lola_flwr.device.store import Residuals
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
-from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.low_rank import LowRankProjection
