@@ -269,16 +269,8 @@ class ServerOptimizer:
     def moments(self, names: Iterable[str]) -> dict[str, Float32Arrays]:
         """Return what is kept beside values, one number for each of them, as views.
 
-        Of a parameter that was never stepped it is what a step without gradient leaves.
-
-        Parameters
-        ----------
-        names
-            The parameters.
-
-        Returns
-        -------
-        The moments by the parameter's name, and by their own.
+        By the parameter's name, and their own. Of one that was never stepped it is what
+        a step without gradient leaves.
         """
         known = self._optimizer.state
         wanted = {name: self._parameters[name] for name in names}

@@ -278,7 +278,7 @@ class PartTask(_Record):
         ``"inputs"``: draw micro-batches, and return what the first layer is given.
         ``"forward"``: return what some of a layer's sub-networks contribute to one of
         its branches. ``"backward"``: return the gradients of that. ``"loss"``: turn
-        what the last layer gave into the micro-batches' losses.
+        what the last layer gave into losses. ``"return"``: return the values it holds.
     step
         Step of the training run, from 1.
     base_fingerprint
@@ -297,26 +297,23 @@ class PartTask(_Record):
     digest
         For losses: what the device said it knows its micro-batches by.
     layer_index, branch_index, first_group, last_group
-        For a branch: which layer, which of its two branches, and which groups, the last
-        one excluded, the message has values of.
+        For a branch: which layer, which of its two branches, and which of its groups,
+        the last one excluded.
     rows
         For a branch: what each of these groups does, a letter each, in each of the
         micro-batches.
-    wants_inputs
-        For ``"backward"``: whether the gradient of the inputs is to be returned.
-    wants_moments
-        For ``"return"``: whether the optimizer's moments are to be returned, too.
+    wants_inputs, wants_moments
+        Whether to return the gradient of the inputs, too, or the optimizer's moments.
     trainer_id
         Number of the server's trainer: what devices keep is for this one.
-    version
-        For a branch: steps of the optimizer that its values are to have taken.
-    sent_step
-        For a branch: step in which the device was sent its values, this one or before.
+    version, sent_step
+        For a branch: steps of the optimizer that its values are to have taken, and step
+        in which the device was sent them, this one or before.
     gradient_step, scale
         For a branch: last step since then whose gradient counts, 0 without any, and
         what it is to be multiplied by.
     optimizer
-        Where values are sent: what steps them, and its numbers so far, as JSON.
+        Where values are sent: what steps them, and its counts so far, as JSON.
     """
 
     kind: str
