@@ -14,10 +14,10 @@ import pytest
 from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
+from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.model import ServedModel
-from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.system.devices import simulated_device

@@ -20,8 +20,8 @@ from lola_flwr.d2ft.subnetworks import hidden_size
 from lola_flwr.d2ft.training import scheduled_gradient
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.loading import load_values
-from lola_flwr.randomness import rng_for
 from lola_flwr.optimizer import ServerOptimizer
+from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import simulated_device
 from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, Point, Report, RunSettings

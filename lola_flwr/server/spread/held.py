@@ -126,7 +126,9 @@ class HeldValues:
     @cached_property
     def moment_names(self) -> list[str]:
         """What the optimizer keeps beside each value."""
-        return [*self._clock.moments([_CLOCK])[_CLOCK]]
+        # The clock itself is not to be ahead.
+        fresh = self._optimizer.like({_CLOCK: np.zeros(1, np.float32)})
+        return [*fresh.moments([_CLOCK])[_CLOCK]]
 
     # --- who holds what --------------------------------------------------------------
 

@@ -210,6 +210,25 @@ def test_steps_are_those_of_one_process(family):
     assert snapshot.values["optimizer"] == expected.values
 
 
+def test_what_nobody_was_sent_yet_is_stepped_too():
+    """Weight decay, and moments, go on without a gradient."""
+    case, trainer = federation()
+    devices = Devices(case)
+
+    def some(steps):
+        for plan in plans(trainer, steps):
+            if plan.step in (1, 2, 4):
+                plan.operations[4:8] = Operation.SKIP  # all of layer 1
+            yield plan
+
+    for plan in some(range(1, 6)):
+        trainer.complete_round(plan, devices)
+    _, optimizer = in_one_process(case, some(range(1, 6)))
+    assert_alike(trainer.values(), optimizer.state(), case)
+    asked = {one.task.step for _, one in devices.requests if one.task.layer_index == 1}
+    assert {1, 2, 4} & asked == {4}, "what it is about to hand over"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", usable_optimizers())
 def test_optimizers_step_on_devices_as_in_one_process_or_are_refused(optimizer):
