@@ -77,16 +77,12 @@ class Part:
     @cached_property
     def slices(self) -> PartSlices:
         """What the branch's groups need of which trained parameters."""
-        return self.slices_of(self.task.first_group, self.task.last_group)
-
-    def slices_of(self, first_group: int, last_group: int) -> PartSlices:
-        """Return that of some of the groups."""
         return part_slices(
             self.names,
             self.subnetworks.layers[self.task.layer_index],
             self.branch,
-            first_group,
-            last_group,
+            self.task.first_group,
+            self.task.last_group,
             self.partition.trainable,
         )
 
@@ -117,7 +113,12 @@ class Part:
         if task.kind in ("forward", "backward"):
             place = (task.layer_index, task.branch_index, task.first_group)
         rng = rng_for(task.seed, "part", *place, "micro-batch", number)
-        torch.manual_seed(int(rng.integers(2**63)))
+        seed = int(rng.integers(2**63))
+        if self.device.type == "cpu":
+            # It would look for GPUs, which takes longer than a small model's layer.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     def report(self, **fields: Any) -> PartReport:
         """Say what goes back."""

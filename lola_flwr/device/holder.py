@@ -254,12 +254,16 @@ def _of_groups(
     part: Part, tensors: Mapping[str, Tensor], measure: Callable[[Tensor], Tensor]
 ) -> bytes:
     """Return the sum of a measure over what each group has of its own."""
+    task, subnetworks = part.task, part.subnetworks
+    mine = {piece.name for piece in part.slices.own}
+    first = task.layer_index * subnetworks.num_groups
     sums = [
         sum(
             float(measure(piece.of(tensors[piece.name]).detach().double()).sum())
-            for piece in part.slices_of(group, group + 1).own
+            for piece in pieces
+            if piece.name in mine
         )
-        for group in range(part.task.first_group, part.task.last_group)
+        for pieces in subnetworks.slices[first:][task.first_group : task.last_group]
     ]
     return np.array(sums, "<f8").tobytes()
 

@@ -12,10 +12,13 @@ when they change hands, and returns them when it is asked to.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from lola_flwr.d2ft.find import find_subnetworks
+from lola_flwr.d2ft.subnetworks import Subnetworks
 from lola_flwr.device.asked import Arrays, Part, PartResult
 from lola_flwr.device.holder import backward, forward, give_back
 from lola_flwr.device.keeping import Keeping
@@ -85,7 +88,7 @@ def compute_part(
     part = Part(
         model,
         partition,
-        find_subnetworks(model, partition, num_groups=task.num_groups),
+        _subnetworks_of(model, partition, task.num_groups),
         task,
         arrays,
         draw,
@@ -94,3 +97,31 @@ def compute_part(
         Keeping() if keeping is None else keeping,
     )
     return compute(part)
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A model's sub-networks, and the parameters that they are of."""
+
+    parameters: tuple[int, ...]
+    partition: BlockPartition
+    subnetworks: Subnetworks
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def _subnetworks_of(
+    model: nn.Module, partition: BlockPartition, num_groups: int
+) -> Subnetworks:
+    """Find a model's sub-networks, unless they are those of the message before."""
+    parameters = tuple(map(id, model.parameters()))
+    known = _known.get(model)
+    if (
+        known is None
+        or (known.parameters, known.partition) != (parameters, partition)
+        or known.subnetworks.num_groups != num_groups
+    ):
+        subnetworks = find_subnetworks(model, partition, num_groups=num_groups)
+        known = _known[model] = _Known(parameters, partition, subnetworks)
+    return known.subnetworks
