@@ -30,7 +30,7 @@ from lola_flwr.model.plain_input import is_plain
 from lola_flwr.model.stacks import sample_of
 from lola_flwr.model.stored_base import in_full
 from lola_flwr.model.trace import Example
-from lola_flwr.optimizer import ServerOptimizer, ServerStep
+from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
@@ -40,6 +40,7 @@ from lola_flwr.server.selection import Selection
 from lola_flwr.server.settings import DeviceOptions, RoundSettings, Transfer
 from lola_flwr.server.spread.plan import MicroBatches
 from lola_flwr.server.spread.trainer import SpreadTrainer
+from lola_flwr.server.step import ServerStep
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile
 

@@ -10,7 +10,6 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -22,61 +21,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from lola_flwr.arrays import Float32Arrays, in_one
 from lola_flwr.errors import UserError
 from lola_flwr.run.checkpoint import Snapshot
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerStep:
-    """How the server steps, by the names of `torch.optim`.
-
-    Parameters
-    ----------
-    optimizer
-        Name of a class of ``torch.optim``.
-    lr
-        Its learning rate.
-    options
-        Its other keyword arguments: ``{"momentum": 0.9}``.
-    linear_decay_steps, schedule, schedule_options
-        As in `ServerOptimizer`.
-    block_mean
-        How updates are put together, as in `lola_flwr.server.model.ServedModel`.
-    steady
-        Whether what few devices have moved is steadied, as there. (Where a strategy is
-        given a project's model and no step, it is.)
-    """
-
-    optimizer: str = "AdamW"
-    lr: float = 3e-4
-    options: Mapping[str, Any] = field(default_factory=dict)
-    linear_decay_steps: int | None = None
-    schedule: str | None = None
-    schedule_options: Mapping[str, Any] = field(default_factory=dict)
-    block_mean: str = "mean"
-    steady: bool = False
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of a `ServerOptimizer`.
-
-        Raises
-        ------
-        UserError
-            An option is one that has a field of its own.
-        """
-        own = {f.name for f in fields(self)} & {*self.options}
-        if own:
-            name = min(own)
-            raise UserError(
-                f"options={{{name!r}: ...}}: {name} is an argument of its own; give it "
-                "as that."
-            )
-        return {
-            "optimizer": self.optimizer,
-            "lr": self.lr,
-            "linear_decay_steps": self.linear_decay_steps,
-            "schedule": self.schedule,
-            "schedule_options": self.schedule_options,
-            **self.options,
-        }
 
 
 class ServerOptimizer:
@@ -129,6 +73,13 @@ class ServerOptimizer:
                 f"optimizer={optimizer!r} is not an optimizer of torch.optim; try "
                 "'AdamW' or 'SGD'."
             )
+        self.arguments: dict[str, Any] = {
+            "optimizer": optimizer,
+            "linear_decay_steps": linear_decay_steps,
+            "schedule": schedule,
+            "schedule_options": dict(schedule_options or {}),
+            **options,
+        }
         self.flat, self._values = in_one(state)
         self._parameters = {
             name: torch.nn.Parameter(torch.from_numpy(values))
@@ -155,13 +106,6 @@ class ServerOptimizer:
             # Nor can all schedules that can be made be stepped.
             _schedule_named(schedule, trial, given, steps=1)
             self._schedule = _schedule_named(schedule, self._optimizer, given)
-        self.arguments: dict[str, Any] = {
-            "optimizer": optimizer,
-            "linear_decay_steps": linear_decay_steps,
-            "schedule": schedule,
-            "schedule_options": dict(schedule_options or {}),
-            **options,
-        }
 
     @property
     def steps(self) -> int:

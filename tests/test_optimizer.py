@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lola_flwr.errors import UserError
-from lola_flwr.optimizer import ServerOptimizer, ServerStep
+from lola_flwr.optimizer import ServerOptimizer
+from lola_flwr.server.step import ServerStep
 
 
 def test_missing_gradients_leave_values_alone():
