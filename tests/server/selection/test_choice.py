@@ -101,10 +101,13 @@ def test_a_latency_target_keeps_rounds_short_and_still_reaches_every_block():
 
 
 def test_a_choice_that_was_cut_short_is_in_the_round_s_record(monkeypatch):
-    at_once = partial(latency_target.choose_blocks, time_limit_s=0.0)
+    to_the_end, at_once = (
+        partial(latency_target.choose_blocks, time_limit_s=limit_s)
+        for limit_s in (60.0, 0.0)
+    )
     longest_s = make_coordinator().plan_round(1, IDS).allocation.round_s
     gaps = []
-    for choose in (latency_target.choose_blocks, at_once):
+    for choose in (to_the_end, at_once):
         monkeypatch.setattr(statement, "choose_blocks", choose)
         target = Selection(latency_target_s=0.9 * longest_s)
         coordinator = make_coordinator(selection=target)
