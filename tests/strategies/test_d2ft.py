@@ -434,6 +434,7 @@ def test_evaluations_are_part_of_the_records():
     assert result.evaluate_metrics_serverapp[2]["accuracy"] == 0.2
 
 
+@pytest.mark.slow
 def test_devices_return_what_they_hold_when_it_is_looked_at():
     seen, records = [], []
     strategy, grid = federation(evaluate_every=2, on_round=records.append)

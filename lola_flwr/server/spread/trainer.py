@@ -304,7 +304,7 @@ class SpreadTrainer:
             )
         state = restored(SpreadState, values.get("state", {}))
         self._held.restore(Snapshot(snapshot.arrays, values["optimizer"]))
-        self.state = state
+        self.state, self._trainer_id = state, secrets.randbits(62)
 
     # --- one step --------------------------------------------------------------------
 

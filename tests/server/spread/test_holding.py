@@ -197,19 +197,20 @@ FAMILIES = ["roberta", "roberta-lora", "llama", "gpt2-lora", "vit", "modernbert"
 @pytest.mark.parametrize("family", rest_slow(FAMILIES, 1))
 def test_steps_are_those_of_one_process(family):
     case, trainer = federation(family)
-    records = take(trainer, Devices(case), range(1, 7))
-    assert [record.skipped for record in records] == [None] * 6
-    losses, optimizer = in_one_process(case, plans(trainer, range(1, 7)))
+    records = take(trainer, Devices(case), range(1, 5))
+    assert [record.skipped for record in records] == [None] * 4
+    losses, optimizer = in_one_process(case, plans(trainer, range(1, 5)))
     assert [r.train_loss for r in records] == pytest.approx(losses, rel=1e-4)
     assert_alike(trainer.values(), optimizer.state(), case)
     snapshot, expected = trainer.snapshot(), optimizer.snapshot()
     assert snapshot.arrays.keys() == expected.arrays.keys()
     for name, array in expected.arrays.items():
         if name.endswith("/step"):
-            assert snapshot.arrays[name] == array == 6
+            assert snapshot.arrays[name] == array == 4
     assert snapshot.values["optimizer"] == expected.values
 
 
+@pytest.mark.slow
 def test_what_nobody_was_sent_yet_is_stepped_too():
     """Weight decay, and moments, go on without a gradient."""
     case, trainer = federation()
@@ -248,7 +249,7 @@ def test_optimizers_step_on_devices_as_in_one_process_or_are_refused(optimizer):
 def test_values_are_sent_once_and_hidden_states_on_one_way():
     case, trainer = federation()
     devices = Devices(case)
-    take(trainer, devices, range(1, 5), moving=False)
+    take(trainer, devices, range(1, 3), moving=False)
     sent = [
         (device, one.task.layer_index, one.task.branch_index)
         for device, one in devices.asked("forward")
@@ -265,6 +266,7 @@ def test_values_are_sent_once_and_hidden_states_on_one_way():
     assert len(devices.asked("return")) == 6, "what is known is not asked for again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_bytes", [float("inf"), 0.0])
 def test_a_forward_pass_is_computed_anew_only_without_the_memory(
     memory_bytes, monkeypatch
@@ -291,6 +293,7 @@ def without_restarts(**options):
     return values_of(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["inputs", "forward", "backward", "return"])
 def test_a_device_with_a_store_can_be_restarted_at_any_time(kind, tmp_path):
     case, trainer = federation()
@@ -303,6 +306,7 @@ def test_a_device_with_a_store_can_be_restarted_at_any_time(kind, tmp_path):
     assert_alike(trainer.values(), without_restarts(), case, far=1e-5)
 
 
+@pytest.mark.slow
 def test_one_without_loses_what_it_learned_since_it_was_asked(caplog):
     case, trainer = federation()
     devices = Devices(case)
@@ -330,6 +334,7 @@ def test_one_without_loses_what_it_learned_since_it_was_asked(caplog):
     assert sent[6:] == ["b", "b"]
 
 
+@pytest.mark.slow
 def test_one_without_that_is_restarted_within_a_step_costs_the_step():
     case, trainer = federation()
     devices = Devices(case)
@@ -344,6 +349,7 @@ def test_one_without_that_is_restarted_within_a_step_costs_the_step():
     assert_same(trainer.values(), before)
 
 
+@pytest.mark.slow
 def test_a_device_that_is_gone_leaves_what_it_returned_to_the_others():
     case, trainer = federation(return_every=2)
     devices = Devices(case)
@@ -382,6 +388,7 @@ def test_a_device_that_is_gone_leaves_what_it_returned_to_the_others():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["forward", "backward", "loss"])
 def test_a_step_that_is_given_up_leaves_no_trace(kind):
     case, trainer = federation()
@@ -408,7 +415,8 @@ def test_a_step_that_is_given_up_leaves_no_trace(kind):
     assert_alike(trainer.values(), optimizer.state(), case)
 
 
-@pytest.mark.parametrize("family", rest_slow(["roberta", "roberta-lora"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["roberta", "roberta-lora"])
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(family, tmp_path):
     case, whole = federation(family)
     take(whole, Devices(case), range(1, 7))
@@ -427,14 +435,14 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(family, tmp_path):
 
 
 LIES = {
+    "moments": lambda name, array: -abs(array) - 1 if name == "moments" else array,
     "values": lambda name, array: np.full_like(array, 1e6),
     "not a number": lambda name, array: np.full_like(array, np.nan),
     "short": lambda name, array: array[:-1],
-    "moments": lambda name, array: -abs(array) - 1 if name == "moments" else array,
 }
 
 
-@pytest.mark.parametrize("how", LIES)
+@pytest.mark.parametrize("how", rest_slow(LIES, 1))
 def test_what_is_returned_is_not_believed(how):
     case, trainer = federation()
     devices = Devices(case)
