@@ -32,11 +32,15 @@ from flwr.common.logger import log
 from lola_flwr.deployment.app_code import app_root, load_device_function
 from lola_flwr.deployment.processes import supernode
 from lola_flwr.deployment.worker_link import (
+    HANGS_S,
     Frame,
     LinkError,
+    Silent,
     connect,
-    receive_frame,
+    end_hanging,
+    receive_answer,
     send_frame,
+    token_path,
 )
 from lola_flwr.device.contract import Device, LocalUpdate, OutOfMemory
 from lola_flwr.errors import UserError
@@ -45,6 +49,9 @@ from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.records import Assignment, PartReport, PartTask, UpdateReport
 
 _START_S = 20.0
+# A worker that was killed leaves its token behind, and is started again: RestartSec of
+# clients/linux/lola-worker.service, and the start itself.
+_SUCCESSOR_S = 10.0
 
 
 class WorkerFailed(RuntimeError):
@@ -159,7 +166,14 @@ class WorkerDevice:
         try:
             with connect(self._socket_path) as connection:
                 send_frame(connection, asked)
-                answer = receive_frame(connection)
+                try:
+                    answer = receive_answer(connection, hangs_s=HANGS_S)
+                except Silent:
+                    # What started it starts the next.
+                    end_hanging(connection)
+                    raise
+        except Silent as error:
+            raise WorkerFailed(f"The worker hangs and was ended: {error}") from None
         except LinkError as error:
             # Training anew in this process would take the memory a second time.
             raise WorkerFailed(
@@ -183,11 +197,8 @@ def _running_worker(context: Context) -> Path:
         It cannot be started.
     """
     path = local_path(str(context.node_config["worker"]))
-    try:
-        connect(path).close()
+    if _answers(path, within_s=_SUCCESSOR_S if token_path(path).exists() else 0.0):
         return path
-    except LinkError:
-        pass
     # Its own session: it outlives this process, and ends when the SuperNode does.
     process = subprocess.Popen(
         [
@@ -201,14 +212,26 @@ def _running_worker(context: Context) -> Path:
         cwd="/",
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    deadline = time.monotonic() + _START_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            connect(path).close()
-            return path
-        except LinkError:
-            time.sleep(0.05)
+    if _answers(path, within_s=_START_S, of=process):
+        return path
     raise LinkError(
         f"none runs at {path}, and starting one failed "
         f"(exit code {process.poll()}; its reason is in the SuperNode's log)."
     )
+
+
+def _answers(
+    path: Path, *, within_s: float, of: subprocess.Popen[bytes] | None = None
+) -> bool:
+    """Tell whether a worker answers in time, if the process that is to be it runs."""
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            connect(path).close()
+            return True
+        except LinkError:
+            if time.monotonic() >= deadline or (
+                of is not None and of.poll() is not None
+            ):
+                return False
+            time.sleep(0.05)

@@ -38,7 +38,9 @@ from lola_flwr.deployment.worker_link import (
     Frame,
     LinkError,
     admits,
+    at_it,
     connect,
+    receive_answer,
     receive_frame,
     send_frame,
     token_path,
@@ -174,7 +176,8 @@ class Worker:
                 return  # who leaves now only looked whether a worker is there
             self._in_hand.add(threading.current_thread())
             try:
-                answer = self._reply_or_error(asked)
+                with at_it(connection):
+                    answer = self._reply_or_error(asked)
                 connection.settimeout(_SEND_S)
                 send_frame(connection, answer)
             except LinkError as error:
@@ -319,7 +322,7 @@ def ask_worker(socket_path: Path, kind: str) -> dict[str, Any]:
     """
     with connect(socket_path) as connection:
         send_frame(connection, Frame(kind))
-        return dict(receive_frame(connection).header)
+        return dict(receive_answer(connection).header)
 
 
 def run_worker(worker: Worker) -> None:

@@ -12,12 +12,15 @@ import hmac
 import json
 import math
 import os
+import signal
 import socket
 import stat
 import struct
+import threading
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from lola_flwr.machine.files import replacing
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 # Both ends are of one release, but a worker can outlive an upgrade.
-VERSION = 2
+VERSION = 3
 _PREFIX = struct.Struct("!4sHI")  # magic, version, bytes of the header
 _MAGIC = b"LOLA"
 _LARGEST_HEADER_BYTES = 16 << 20
@@ -42,10 +45,17 @@ _DTYPE_KINDS = "fiub"
 # What bytes are in JSON: an object with this key.
 _BASE64 = "base64"
 _BUSY_S = 0.05
+# Who is asked says so often that it is at it; who says nothing for as long hangs.
+_AT_IT = "at-it"
+_BEAT_S, HANGS_S = 2.0, 30.0
 
 
 class LinkError(ConnectionError):
     """The other end is gone, or does not speak this protocol."""
+
+
+class Silent(LinkError):
+    """The other end is there, and says nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +170,64 @@ def receive_frame(
     return Frame(kind, header, arrays)
 
 
+@contextmanager
+def at_it(connection: socket.socket) -> Iterator[None]:
+    """Tell who asked, again and again, that the answer is being worked at."""
+    done = threading.Event()
+
+    def beat() -> None:
+        # Who has gone is noticed when the answer is sent.
+        with suppress(LinkError):
+            while not done.wait(_BEAT_S):
+                send_frame(connection, Frame(_AT_IT))
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beating.join()
+
+
+def receive_answer(connection: socket.socket, *, hangs_s: float = HANGS_S) -> Frame:
+    """Wait for the answer of who says that it is at it.
+
+    Parameters
+    ----------
+    connection
+        Where from.
+    hangs_s
+        For how long nothing may be said.
+
+    Raises
+    ------
+    Silent
+        Nothing was said for so long.
+    LinkError
+        As for `receive_frame`.
+    """
+    connection.settimeout(hangs_s)
+    while (frame := receive_frame(connection)).kind == _AT_IT:
+        pass
+    return frame
+
+
+def end_hanging(connection: socket.socket) -> None:
+    """Kill the process at the other end, where the system tells which that is."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return
+    credentials = struct.Struct("3i")
+    found = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size
+    )
+    pid, _, _ = credentials.unpack(found)
+    # 0: it is in a container that this process does not see into.
+    if pid > 0:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def token_path(socket_path: Path) -> Path:
     """Return where the token of a worker is, by its socket."""
     return socket_path.with_name(f"{socket_path.name}.token")
@@ -256,6 +324,9 @@ def _receive_into(connection: socket.socket, view: memoryview) -> None:
     while view:
         try:
             received = connection.recv_into(view)
+        except TimeoutError:
+            waited_s = connection.gettimeout()
+            raise Silent(f"The other end says nothing for {waited_s:g} s.") from None
         except OSError as error:
             raise LinkError(f"The other end is gone ({error}).") from None
         if not received:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from lola_flwr.cli.main import main
+from lola_flwr.deployment import shim
 from lola_flwr.deployment.app_code import forget_app, put_on_path
 from lola_flwr.deployment.processes import ProcessId, _stat, this_process
 from lola_flwr.deployment.serve_worker import start_worker
@@ -323,6 +324,33 @@ def test_first_use_starts_a_worker_and_sigterm_ends_it(path):
     assert ask_worker(path, "status")["pid"] == pid
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not path.exists())
+
+
+def test_a_worker_that_hangs_is_ended_and_its_successor_waited_for(path, monkeypatch):
+    node_config = {"worker": str(path), "worker-python": sys.executable}
+    flower = SimpleNamespace(
+        run_id=1, node_id=7, node_config=node_config, run_config={}
+    )
+    device = resident(TOY)
+    pid = device(flower).train(assignment(), {}).num_examples
+    os.kill(pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(shim, "HANGS_S", 0.2)
+        with pytest.raises(WorkerFailed, match="hangs and was ended"):
+            device(flower).train(assignment(), {})
+    wait_until(lambda: not _stat(pid)[1])
+    workers = []
+
+    def follow():
+        workers.append(Worker(path))
+        workers[0].serve()
+
+    following = threading.Timer(0.5, follow)
+    following.start()
+    # One that the client started would be another process.
+    assert device(flower).train(assignment(), {}).num_examples == os.getpid()
+    workers[0].stop()
+    following.join()
 
 
 def test_sigterm_lets_a_large_answer_be_read(path):

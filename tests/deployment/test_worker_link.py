@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 
+from lola_flwr.deployment import worker_link
 from lola_flwr.deployment.worker_link import (
     VERSION,
     Frame,
     LinkError,
+    Silent,
     admits,
+    at_it,
     connect,
+    receive_answer,
     receive_frame,
     send_frame,
     token_path,
@@ -93,6 +98,22 @@ def test_another_version_is_refused(pair):
     pair[0].sendall(struct.pack("!4sHI", b"LOLA", VERSION + 1, 2) + b"{}")
     with pytest.raises(LinkError, match="restart the worker"):
         receive_frame(pair[1])
+
+
+def test_who_is_at_it_may_take_longer_than_who_hangs(pair, monkeypatch):
+    monkeypatch.setattr(worker_link, "_BEAT_S", 0.05)
+
+    def answer():
+        with at_it(pair[0]):
+            time.sleep(1.0)
+        send_frame(pair[0], Frame("update", {"a": 1}))
+
+    with ThreadPoolExecutor() as pool:
+        answered = pool.submit(answer)
+        assert receive_answer(pair[1], hangs_s=0.5).header == {"a": 1}
+        answered.result()
+    with pytest.raises(Silent, match=r"says nothing for 0\.1 s"):
+        receive_answer(pair[1], hangs_s=0.1)
 
 
 def test_only_the_token_admits(pair):
