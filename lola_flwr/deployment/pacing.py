@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import Future
@@ -34,6 +35,8 @@ _LARGEST_PIECE_BYTES = 64 * 1024
 _BUFFER_BYTES = 64 * 1024
 _TCP_NOTSENT_LOWAT = 25  # Linux; Python names it from 3.12 on
 _CONNECT_S = 30.0
+# Of SO_LINGER: what is closed is reset, and waits for nothing.
+_AT_ONCE = struct.pack("ii", 1, 0)
 # A SuperNode has a few connections at a time, and looks for messages at least every
 # minute. Each takes two of the files that a process may have open, and one of the
 # SuperLink's.
@@ -211,7 +214,7 @@ class PacedRelay:
         task = asyncio.current_task()
         assert task is not None
         if len(self._connections) >= _MOST_CONNECTIONS:
-            writer.transport.abort()
+            _reset(writer)
             return
         self._connections.add(task)
         streams = [writer]
@@ -244,7 +247,7 @@ class PacedRelay:
         finally:
             self._connections.discard(task)
             for stream in streams:
-                stream.transport.abort()
+                _reset(stream)
 
     async def _pump(
         self,
@@ -292,6 +295,17 @@ def _small_buffers(writer: asyncio.StreamWriter) -> None:
     with suppress(OSError):
         connection.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _BUFFER_BYTES)
     writer.transport.set_write_buffer_limits(high=_BUFFER_BYTES)
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection as one that broke: TLS takes a mere end for an attack.
+
+    Flower connects again after the first, and gives up after the second.
+    """
+    connection = writer.get_extra_info("socket")
+    with suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+    writer.transport.abort()
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
