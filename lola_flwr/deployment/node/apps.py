@@ -34,7 +34,7 @@ class Apps:
     def __init__(
         self, node_id: int, node_config: Mapping[str, bool | float | int | str]
     ) -> None:
-        self._node_id, self._node_config = node_id, dict(node_config)
+        self.node_id, self._node_config = node_id, dict(node_config)
         self._contexts: dict[int, Context] = {}
         self._run_id: int | None = None
         self._app: ClientApp | None = None
@@ -46,7 +46,7 @@ class Apps:
         if known is None or known.run_id != run.run_id:
             known = Context(
                 run_id=run.run_id,
-                node_id=self._node_id,
+                node_id=self.node_id,
                 node_config=self._node_config,
                 state=RecordDict() if known is None else known.state,
                 run_config=get_fused_config_from_fab(fab_file=fab.content, run=run),

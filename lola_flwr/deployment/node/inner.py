@@ -24,6 +24,7 @@ INNER: Mapping[str, Mapping[str, tuple[str, ...] | None]] = {
         "get_project_dir": ("fab_id", "fab_version", "fab_hash"),
     },
     "flwr.common.constant": {"ErrorCode": None},
+    "flwr.proto.fleet_pb2": {"DeactivateNodeRequest": None},
     "flwr.proto.message_pb2": {"ObjectTree": None},
     "flwr.supercore": {"log": None},
     "flwr.supercore.address": {"parse_address": ("address",)},
@@ -43,8 +44,13 @@ INNER: Mapping[str, Mapping[str, tuple[str, ...] | None]] = {
             "initial_backoff",
             "backoff_cap",
         ),
+        "ObjectPushError": None,
         "push_objects": ("objects", "push_object_fn", "object_ids_to_push"),
     },
+    "flwr.supercore.interceptors.http.runtime_version": {
+        "RuntimeVersionHttpInterceptor": ("component_name",),
+    },
+    "flwr.supercore.primitives.asymmetric": {"public_key_to_bytes": ("public_key",)},
     "flwr.supercore.run": {"Run": None, "RunNotRunningException": None},
     "flwr.supercore.task_identity": {"TaskIdentity": None},
     "flwr.supernode.cli.flower_supernode": {"_parse_supernode_lifespan_config": ()},
@@ -57,6 +63,10 @@ INNER: Mapping[str, Mapping[str, tuple[str, ...] | None]] = {
             "max_retries",
             "max_wait_time",
         ),
+    },
+    "flwr.supernode.fleet_http_client": {"FleetHttpClient": None},
+    "flwr.supernode.node_auth_http_interceptor": {
+        "NodeAuthHttpInterceptor": ("private_key", "public_key"),
     },
     "flwr.supernode.start_client_internal": {
         "FAB_VERIFICATION_ERROR": None,

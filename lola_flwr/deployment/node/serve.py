@@ -27,6 +27,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPushError,
     pull_and_inflate_object_from_tree,
     push_objects,
 )
@@ -36,6 +37,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.start_client_internal import FAB_VERIFICATION_ERROR, _verify_fab
 
 from lola_flwr.deployment.node.apps import Apps
+from lola_flwr.deployment.node.place import Place, place_of
 from lola_flwr.deployment.node.stopping import Stop, Stopped
 from lola_flwr.deployment.node.waiting import Silences, wait_s
 from lola_flwr.deployment.processes import be_supernode
@@ -81,21 +83,38 @@ def serve(options: SuperNodeLifespanConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop.on_signal)
     try:
-        while not stop.is_asked:
-            with http_request_response(
-                server_address=options.server_address,
-                insecure=options.insecure,
-                root_certificates=options.root_certificates,
-                authentication_keys=options.authentication_keys,
-                max_retries=options.max_retries,
-                max_wait_time=options.max_wait_time,
-            ) as connection:
-                Node(Link(*connection), options, stop).answer_messages()
-            if not stop.is_asked:
-                log(WARNING, "The connection is lost; connecting anew.")
-                stop.sleep(_RECONNECT_S)
+        with place_of(options) as place:
+            _serve(options, stop, place)
     except Stopped:
         pass
+
+
+def _serve(options: SuperNodeLifespanConfig, stop: Stop, place: Place | None) -> None:
+    apps: Apps | None = None
+    while not stop.is_asked:
+        if place is not None:
+            place.vacate(stop)
+        with http_request_response(
+            server_address=options.server_address,
+            insecure=options.insecure,
+            root_certificates=options.root_certificates,
+            authentication_keys=options.authentication_keys,
+            max_retries=options.max_retries,
+            max_wait_time=options.max_wait_time,
+        ) as connection:
+            link = Link(*connection)
+            if place is not None:
+                place.take(link.node_id)
+            # What a run's app keeps outlasts a connection.
+            if apps is None or apps.node_id != link.node_id:
+                apps = Apps(link.node_id, options.node_config)
+            Node(link, apps, options, stop).answer_messages()
+        if not stop.is_asked:
+            log(WARNING, "The connection is lost; connecting anew.")
+            stop.sleep(_RECONNECT_S)
+    # Flower has told the SuperLink, if it is there.
+    if place is not None:
+        place.leave()
 
 
 @dataclass(frozen=True)
@@ -114,6 +133,8 @@ class Node:
     ----------
     link
         Its connection.
+    apps
+        Its apps.
     options
         Its command line.
     stop
@@ -121,11 +142,10 @@ class Node:
     """
 
     def __init__(
-        self, link: Link, options: SuperNodeLifespanConfig, stop: Stop
+        self, link: Link, apps: Apps, options: SuperNodeLifespanConfig, stop: Stop
     ) -> None:
-        self._link, self._stop = link, stop
+        self._link, self._apps, self._stop = link, apps, stop
         self._trusted = options.trusted_entities
-        self._apps = Apps(link.node_id, options.node_config)
         self._runs: dict[int, _KnownRun] = {}
         self._silences = Silences()
         self._task_ids = count(1)
@@ -249,11 +269,26 @@ class Node:
             wanted, session_id = self._link.send(
                 reply, get_object_tree(obj=reply), runtime_s
             )
+            objects = get_all_nested_objects(obj=reply)
+            # The message itself is wanted at least. If nothing is, an earlier try has
+            # announced it, and its answer was lost, which Flower takes for a reply that
+            # is there; the SuperLink finds the session that waits if none is named.
+            if not wanted:
+                wanted, session_id = {*objects}, ""
+            refused = []
+
+            def push(object_id: str, contents: bytes) -> None:
+                try:
+                    self._link.push_object(run_id, session_id, object_id, contents)
+                # So is an object that an earlier try has brought.
+                except ObjectPushError as error:
+                    refused.append(error)
+
             push_objects(
-                objects=get_all_nested_objects(obj=reply),
-                push_object_fn=partial(self._link.push_object, run_id, session_id),
-                object_ids_to_push=wanted,
+                objects=objects, push_object_fn=push, object_ids_to_push=wanted
             )
+            if len(refused) == len(wanted):
+                raise refused[0]
 
     def _say(self, what: str, message: Message) -> None:
         metadata = message.metadata

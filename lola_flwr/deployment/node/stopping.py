@@ -36,6 +36,10 @@ class Stop:
         )
         if self.is_asked or unanswered:
             raise Stopped
+        self.ask()
+
+    def ask(self) -> None:
+        """Ask the node to end after the message in hand."""
         self.is_asked = True
         self._woken.set()
 
