@@ -29,9 +29,10 @@ from lola_flwr.model.statistics import statistics_names
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.strategies.arrival_grid import ArrivalGrid, seconds_of
+from lola_flwr.strategies.block_rounds import BlockRounds
 from lola_flwr.strategies.metrics import capped_weights, usable_metrics
 from lola_flwr.strategies.presence import ask_clients
-from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
+from lola_flwr.strategies.rounds import OnRound, Waits
 from lola_flwr.strategies.served import (
     Served,
     arguments_of,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from logging import INFO, WARNING
 from typing import Any
 
@@ -24,10 +24,11 @@ from lola_flwr.device.own_training import Model
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.strategies.arrival_grid import seconds_of
+from lola_flwr.strategies.block_rounds import BlockRounds
 from lola_flwr.strategies.deadline_grid import DeadlineGrid
 from lola_flwr.strategies.metrics import only_arrays, only_metrics, usable_contents
 from lola_flwr.strategies.presence import ask_profiles, without_errors
-from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
+from lola_flwr.strategies.rounds import OnRound, Waits
 from lola_flwr.strategies.served import Served, arguments_of, divided
 from lola_flwr.strategies.wrappers import refuse_clipping_on_server
 from lola_flwr.wire.records import REPORT_KEY
@@ -217,7 +218,7 @@ class LoLaDeft(FedAvg):
                 MessageType.TRAIN,
                 device,
                 server_round,
-                ArrayRecord(sent),
+                _sharing(sent),
                 ConfigRecord(plan.assignments[device].beside(config)),
             )
             for device, sent in self._rounds.contents(plan, arrays, Array)
@@ -286,7 +287,7 @@ class LoLaDeft(FedAvg):
                 MessageType.EVALUATE,
                 device,
                 server_round,
-                arrays if len(sent) == len(arrays) else ArrayRecord(sent),
+                arrays if len(sent) == len(arrays) else _sharing(sent),
                 ConfigRecord({**config, **words, "server-round": server_round}),
             )
             for device, sent, words in contents
@@ -337,6 +338,18 @@ class LoLaDeft(FedAvg):
             dst_node_id=int(device),
             group_id=str(server_round),
         )
+
+
+def _sharing(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """Return a record of these arrays themselves.
+
+    Flower's constructor copies them, and each copy would be hashed for itself: as many
+    times as there are devices that are sent the same.
+    """
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = array
+    return record
 
 
 def _values(arrays: ArrayRecord) -> dict[str, npt.NDArray[Any]]:

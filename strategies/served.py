@@ -29,7 +29,8 @@ from lola_flwr.device.own_training import Model
 from lola_flwr.errors import UserError, brief
 from lola_flwr.model.exchange import names_of_list, usual_names
 from lola_flwr.server.coordinator import Coordinator
-from lola_flwr.strategies.rounds import BlockRounds, OnRound, Waits
+from lola_flwr.strategies.block_rounds import BlockRounds
+from lola_flwr.strategies.rounds import OnRound, Waits
 from lola_flwr.system.devices import DeviceProfile
 
 Encoded = TypeVar("Encoded")

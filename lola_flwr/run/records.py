@@ -26,7 +26,8 @@ class BlockRecord:
     Memory is what the block needs by the cost model, what the device offers, and at its
     peak what the device measured, None if it did not. ``further_blocks`` are those that
     the device trains besides, behind ``block_index``. ``unexplained_s`` is how long it
-    kept the round waiting for no known reason, None if it did not.
+    kept the round waiting for no known reason, None if it did not. ``downlink_s`` is
+    how long it takes to have its message and begin, 0 where nothing tells.
     """
 
     block_index: int
@@ -51,6 +52,8 @@ class BlockRecord:
     peak_memory_bytes: float | None = None
     further_blocks: tuple[int, ...] = ()
     unexplained_s: float | None = None
+    downlink_s: float = 0.0
+    measured_downlink_s: float | None = None
 
     def __post_init__(self) -> None:
         """JSON knows no tuples."""
@@ -86,7 +89,7 @@ class BlockRecord:
     @property
     def latency_s(self) -> float:
         """Planned seconds from the assignment to the received gradient."""
-        return self.compute_s + self.upload_s
+        return self.downlink_s + self.compute_s + self.upload_s
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,9 @@ class RoundRecord(Record):
         Each active device's part.
     measured_strategy_s
         Seconds that the server itself took to plan the round and to step the model.
+    deadline_s
+        How long it waited for replies at most, by what rounds take; None: as long as
+        Flower waits.
     """
 
     num_excluded: int = 0
@@ -200,6 +206,7 @@ class RoundRecord(Record):
     refused: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockRecord, ...] = ()
     measured_strategy_s: float = 0.0
+    deadline_s: float | None = None
 
     def _lines(self) -> list[str]:
         bound = "" if math.isnan(self.bound_s) else f", bound {self.bound_s:.3f} s"
@@ -226,9 +233,10 @@ class RoundRecord(Record):
                 f"{block.uplink_limit or 'advice'})"
             )
             status = "" if block.status == "accepted" else f" [{block.status}]"
+            downlink = f"downlink {block.downlink_s:.3f} s + " * (block.downlink_s > 0)
             lines.append(
                 f"  block {block.numbers:>2s} depth {block.depth:2d} "
-                f"{block.device}: share {block.share:.4f}, compute "
+                f"{block.device}: share {block.share:.4f}, {downlink}compute "
                 f"{block.compute_s:.3f} s{reported} + upload {block.upload_s:.3f} s"
                 f"{measured} = {block.latency_s:.3f} s{mark}{status}"
             )

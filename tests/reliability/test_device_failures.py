@@ -14,8 +14,9 @@ from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.device.out_of_memory import usable_memory_bytes
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint
+from lola_flwr.strategies.block_rounds import BlockRounds
 from lola_flwr.strategies.deadline import RoundDeadline
-from lola_flwr.strategies.rounds import BlockRounds, Waits
+from lola_flwr.strategies.rounds import Waits
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.packing import pack
 from lola_flwr.wire.records import Assignment

@@ -106,6 +106,21 @@ def train_messages(grid):
     return [m for m in grid.sent if m.metadata.message_type == "train"]
 
 
+def test_what_devices_are_sent_alike_is_one_array(federation):
+    """Flower hashes each array that it is given: a copy for each device, each copy."""
+    strategy, grid = federation(fraction_evaluate=1.0)
+    run(strategy, grid)
+    for message_type in ("train", "evaluate"):
+        records = [
+            message.content["arrays"]
+            for message in grid.sent
+            if message.metadata.message_type == message_type
+        ]
+        assert len(records) > 1
+        for name, array in records[0].items():
+            assert all(record[name] is array for record in records)
+
+
 def test_rounds_lower_the_loss_and_cost_one_message_each(federation):
     records = []
     strategy, grid = federation(on_round=records.append)
