@@ -17,7 +17,16 @@ from tests.recordings.runs import FAST, SLOW
 
 # Fields of a round, and of a device's part in it, that the recordings do not have yet,
 # and those that later records of a configuration lack: they said nothing.
-ADDED = frozenset({"start_metrics", "further_blocks", "unexplained_s", "worth_gap"})
+ADDED = frozenset(
+    {
+        "start_metrics",
+        "further_blocks",
+        "unexplained_s",
+        "worth_gap",
+        "downlink_s",
+        "measured_downlink_s",
+    }
+)
 DROPPED: dict[str, frozenset[str]] = {}
 
 # Another machine may sum in another order: losses and metrics follow from sums over

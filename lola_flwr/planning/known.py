@@ -14,7 +14,11 @@ from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.errors import UserError
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.system.estimation import ComputeEstimate, RateEstimate
+from lola_flwr.system.estimation import (
+    ComputeEstimate,
+    DownlinkEstimate,
+    RateEstimate,
+)
 from lola_flwr.wire.payload import Payloads, UpdateSizes
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 
@@ -148,6 +152,8 @@ class Known:
         What the devices say of themselves.
     estimate, rates
         Correct what they claim of their processors and links.
+    downlinks
+        How long they take to have their message.
     memory_limit_bytes
         Below how much memory each device's blocks had better stay, for it failed
         lately, shape [K]; infinite for devices without failures, 0 for those that rest
@@ -171,6 +177,7 @@ class Known:
     profiles: tuple[DeviceProfile, ...]
     estimate: ComputeEstimate = field(default_factory=ComputeEstimate)
     rates: RateEstimate = field(default_factory=RateEstimate)
+    downlinks: DownlinkEstimate = field(default_factory=DownlinkEstimate)
     memory_limit_bytes: Float64Array
     failures: tuple[int, ...]
     meetings: IntArray

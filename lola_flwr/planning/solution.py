@@ -138,7 +138,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
     upload_s = allocation.upload_s(solved.problem)
     records = []
     for row, block in solved.active():
-        level = solved.codec_level[row]
+        level, downlink_s = solved.codec_level[row], float(stated.downlink_s[row])
         codec = stated.payloads.codecs[level]
         payload_bits = stated.payloads.bits[level, block]
         if run.zeroth_order is not None and stated.without_backward[row]:
@@ -150,7 +150,8 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
                 depth=run.num_blocks - block,
                 device=stated.profiles[row].name,
                 share=float(allocation.share[row]),
-                compute_s=float(solved.problem.compute_s[row, block]),
+                downlink_s=downlink_s,
+                compute_s=float(solved.problem.compute_s[row, block]) - downlink_s,
                 upload_s=float(upload_s[row]),
                 reported_compute_s=None,
                 compute_clock="",

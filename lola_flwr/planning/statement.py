@@ -48,6 +48,9 @@ class RoundProblem:
     claimed_s
         Time that each device takes to compute each block by its profile alone, which
         ``problem`` has corrected, shape [k, N].
+    downlink_s
+        Time that each device takes to have its message, which the times to compute in
+        ``problem`` begin with in the end, shape [k].
     required_bytes
         Memory that each device takes for each block, shape [k, N].
     memory_limit_bytes
@@ -75,6 +78,7 @@ class RoundProblem:
     profiles: tuple[DeviceProfile, ...]
     rate_bps: Float64Array
     claimed_s: Float64Array
+    downlink_s: Float64Array
     required_bytes: Float64Array
     memory_limit_bytes: Float64Array
     without_backward: BoolArray
@@ -113,6 +117,7 @@ class RoundProblem:
             profiles=tuple(self.profiles[row] for row in rows),
             rate_bps=self.rate_bps[rows],
             claimed_s=self.claimed_s[rows],
+            downlink_s=self.downlink_s[rows],
             required_bytes=self.required_bytes[rows],
             memory_limit_bytes=self.memory_limit_bytes[rows],
             without_backward=self.without_backward[rows],
@@ -146,6 +151,7 @@ def stated_round(run: RunStatement, known: Known) -> RoundProblem:
     stated = reduced(run, stated)
     stated = without_backward(run, known, stated)
     stated = charged(run, stated)
+    stated = received(stated)
     stated = in_time(run, known, stated)
     stated = uploading(run, known, stated)
     stated = asked(run, known, stated)
@@ -187,6 +193,7 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
         profiles=profiles,
         rate_bps=rate_bps,
         claimed_s=claimed_s,
+        downlink_s=known.downlinks.of(names),
         required_bytes=required_bytes,
         memory_limit_bytes=known.memory_limit_bytes,
         without_backward=np.zeros(len(profiles), bool),
@@ -304,6 +311,12 @@ def charged(run: RunStatement, stated: RoundProblem) -> RoundProblem:
         claimed_s[rows] = costs.flops[None, :] / speed[rows, None]
         required_bytes[rows] = costs.memory_bytes
     return replace(stated, claimed_s=claimed_s, required_bytes=required_bytes)
+
+
+def received(stated: RoundProblem) -> RoundProblem:
+    """Let devices begin when they have their message."""
+    compute_s = stated.problem.compute_s + stated.downlink_s[:, None]
+    return replace(stated, problem=replace(stated.problem, compute_s=compute_s))
 
 
 def in_time(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:

@@ -14,7 +14,11 @@ from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.fleet import Fleet
 from lola_flwr.server.norm_limits import NormHistory
 from lola_flwr.server.selection.history import BlockHistory
-from lola_flwr.system.estimation import ComputeEstimate, RateEstimate
+from lola_flwr.system.estimation import (
+    ComputeEstimate,
+    DownlinkEstimate,
+    RateEstimate,
+)
 from lola_flwr.wire.versions import HeldVersions
 
 if TYPE_CHECKING:
@@ -44,6 +48,8 @@ class RunState:
         Correction of the compute times that devices claim by what was observed.
     rates
         The same for the rates of their uplinks.
+    downlinks
+        How long the devices took to have their messages.
     meetings
         How often a device's update of each of the N blocks was accepted, [N] by the
         device's name.
@@ -60,6 +66,7 @@ class RunState:
     fleet: Fleet = field(default_factory=Fleet)
     estimate: ComputeEstimate = field(default_factory=ComputeEstimate)
     rates: RateEstimate = field(default_factory=RateEstimate)
+    downlinks: DownlinkEstimate = field(default_factory=DownlinkEstimate)
     meetings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     history: BlockHistory
     norms: NormHistory = field(default_factory=NormHistory)
@@ -90,6 +97,8 @@ class RunState:
         """
         if "last_round" in values:
             values = _of_first_layout(values)
+        # Earlier versions did not measure it.
+        values = {"downlinks": to_values(DownlinkEstimate()), **values}
         state = restored(cls, values)
         # A run that goes on has another id, and devices keep their copies by run.
         return replace(state, held=HeldVersions())

@@ -7,13 +7,15 @@ slower) and one per block, common to all devices (the depth curve is steeper tha
 cost model says). Both are tracked on a logarithmic scale.
 
 The rate of a device's uplink is a belief, too, and its uploads correct it in the same
-way, by one factor per device.
+way, by one factor per device. How long a device takes to have its message, nobody
+claims: it is as it was lately.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median_low
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,8 @@ _RECOVERY = 1.05
 # No observation may move a prediction further than this factor: a device that reports
 # nonsense can make itself unattractive, but cannot break the arithmetic.
 _LARGEST_FACTOR = 1e3
+# Of so many messages the one in the middle counts: the first one loads a program.
+_LATEST_DOWNLINKS = 5
 
 
 @dataclass(frozen=True)
@@ -199,3 +203,30 @@ class RateEstimate:
         """
         late_s = [o.upload_s - self._limited_s(o) for o in observations if o.held]
         return max(float(np.median(late_s)), 0.0) if len(late_s) > 2 else 0.0
+
+
+@dataclass(frozen=True)
+class DownlinkEstimate:
+    """How long devices take until they have their message and begin to compute.
+
+    Parameters
+    ----------
+    latest_s
+        Seconds of the latest messages, by device name.
+    """
+
+    latest_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def of(self, devices: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Return the seconds to expect, shape [K]; 0 of a device not seen yet."""
+        return np.array(
+            [median_low(self.latest_s.get(device, (0.0,))) for device in devices]
+        )
+
+    def update(self, observed_s: Mapping[str, float]) -> DownlinkEstimate:
+        """Return the estimate after one round, given the seconds that were observed."""
+        latest_s = dict(self.latest_s)
+        for device, seconds in observed_s.items():
+            known = (*latest_s.get(device, ()), seconds)
+            latest_s[device] = known[-_LATEST_DOWNLINKS:]
+        return DownlinkEstimate(latest_s)

@@ -70,6 +70,7 @@ def test_schedules_stay_with_their_devices_where_others_are_left_out():
         profiles=tuple(simulated_device(index, seed=0) for index in range(3)),
         rate_bps=np.ones(3),
         claimed_s=ones,
+        downlink_s=np.zeros(3),
         required_bytes=ones,
         memory_limit_bytes=np.ones(3),
         payloads=Payloads(("",), ones[:1], np.ones(2, bool)),

@@ -40,6 +40,21 @@ class AcceptedReply:
     upload: Upload
     answered_s: float | None = None
 
+    @property
+    def explained_s(self) -> float | None:
+        """Seconds in which it computed, as it reported, and sent; None if none tell."""
+        if self.answered_s is None or self.upload.upload_s is None:
+            return None
+        is_real = self.report.compute_clock == "measured"
+        return self.upload.upload_s + (self.report.compute_s or 0.0) * is_real
+
+    @property
+    def downlink_s(self) -> float | None:
+        """Seconds before those, in which it waited for its message, and took it in."""
+        if self.answered_s is None or self.explained_s is None:
+            return None
+        return max(self.answered_s - self.explained_s, 0.0)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoundReplies:
@@ -165,11 +180,9 @@ def _unexplained_s(accepted: Mapping[str, AcceptedReply]) -> dict[str, float]:
     """Return how long devices kept the round waiting, where uploads were timed."""
     answered_s, explained_s = {}, {}
     for device, reply in accepted.items():
-        upload_s, report = reply.upload.upload_s, reply.report
-        if reply.answered_s is not None and upload_s is not None:
-            is_real = report.compute_clock == "measured"
+        if reply.answered_s is not None and reply.explained_s is not None:
             answered_s[device] = reply.answered_s
-            explained_s[device] = upload_s + (report.compute_s or 0.0) * is_real
+            explained_s[device] = reply.explained_s
     return unexplained_waits(answered_s, explained_s)
 
 

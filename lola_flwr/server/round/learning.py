@@ -77,7 +77,7 @@ def _acknowledged(state: RunState, plan: RoundPlan, replies: RoundReplies) -> Ru
 
 
 def _corrected(state: RunState, plan: RoundPlan, replies: RoundReplies) -> RunState:
-    """Take in how long the devices computed and sent."""
+    """Take in how long the devices waited, computed and sent."""
     computed = [
         Observation(
             plan.profiles[device].name,
@@ -97,6 +97,13 @@ def _corrected(state: RunState, plan: RoundPlan, replies: RoundReplies) -> RunSt
         state,
         estimate=state.estimate.update(computed),
         rates=state.rates.update(sent),
+        downlinks=state.downlinks.update(
+            {
+                plan.profiles[device].name: accepted.downlink_s
+                for device, accepted in replies.accepted.items()
+                if accepted.downlink_s is not None
+            }
+        ),
     )
 
 

@@ -126,6 +126,7 @@ class RoundPlanner:
             profiles=tuple(profiles),
             estimate=state.estimate,
             rates=state.rates,
+            downlinks=state.downlinks,
             memory_limit_bytes=np.array(
                 [absences.memory_limit(server_round, name) for name in names]
             ),

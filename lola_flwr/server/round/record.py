@@ -64,10 +64,12 @@ def round_record(
 
 def _observed_s(block: BlockRecord) -> float:
     """Return a device's latency, as measured where it was, else as planned."""
-    measured_s, reported_s = block.measured_upload_s, block.reported_compute_s
-    return (block.upload_s if measured_s is None else measured_s) + (
-        block.compute_s if reported_s is None else reported_s
+    parts = (
+        (block.measured_downlink_s, block.downlink_s),
+        (block.reported_compute_s, block.compute_s),
+        (block.measured_upload_s, block.upload_s),
     )
+    return sum(planned if seen is None else seen for seen, planned in parts)
 
 
 def _with_reply(
@@ -94,6 +96,7 @@ def _with_reply(
         uplink_limit=report.uplink_limit,
         ignored_arrays=upload.ignored_arrays,
         measured_upload_s=upload.upload_s,
+        measured_downlink_s=accepted.downlink_s,
         unexplained_s=replies.unexplained_s.get(device),
         received_bytes=int(upload.payload_bits) // 8,
     )
