@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import median_low
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -20,6 +22,10 @@ from lola_flwr.wire.packing import VALUES
 from lola_flwr.wire.records import MANIFEST_KEY, holds_nothing
 
 Encoded = TypeVar("Encoded")
+
+# Of so many rounds the one in the middle tells what the server takes itself: the first
+# waits for devices, and others evaluate.
+_LATEST_ROUNDS = 5
 
 
 class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
@@ -61,6 +67,9 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         self._sent_at = 0.0
         # What the present round's replies may take, as it was asked for last.
         self._longest_s = math.inf
+        # Seconds to the present round's last reply, and what rounds took beside theirs.
+        self._answered_s: float | None = None
+        self._beside_s: deque[float] = deque(maxlen=_LATEST_ROUNDS)
         # Devices whose updates the last round could use.
         self.accepted: frozenset[str] = frozenset()
         # Devices that said they complete messages of evaluation, too.
@@ -141,6 +150,8 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
     def complete(self, answers: Iterable[DeviceReply]) -> dict[str, float] | None:
         """Take the round's replies in; return its figures, or None if skipped."""
         replies, plan = list(answers), self._plan
+        answered_s = [r.answered_s for r in replies if r.answered_s is not None]
+        self._answered_s = max(answered_s, default=None)
         if plan is not None and self._deadline is not None:
             now_s = time.monotonic() - self._sent_at
             failed = {r.device_id for r in replies if holds_nothing(r.report)}
@@ -151,8 +162,12 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         self.accepted = frozenset()
         figures = super().complete(replies)
         if plan is not None and isinstance(self._record, RoundRecord):
-            if math.isfinite(self._longest_s):
-                self._record = replace(self._record, deadline_s=self._longest_s)
+            has_end = math.isfinite(self._longest_s)
+            self._record = replace(
+                self._record,
+                deadline_s=self._longest_s if has_end else None,
+                server_s=median_low(self._beside_s or (0.0,)),
+            )
             used = {b.device for b in self._record.blocks if b.status == "accepted"}
             self.accepted = frozenset(
                 device for device, p in plan.profiles.items() if p.name in used
@@ -163,3 +178,10 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
                 reply.device_id
             )
         return figures
+
+    def report(self, server_round: int, metrics: Mapping[str, object]) -> None:
+        """Hand on the round's record, as `Rounds` does, and learn what it took here."""
+        super().report(server_round, metrics)
+        answered_s, self._answered_s = self._answered_s, None
+        if answered_s is not None:
+            self._beside_s.append(time.perf_counter() - self._began - answered_s)

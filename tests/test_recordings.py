@@ -25,6 +25,7 @@ ADDED = frozenset(
         "worth_gap",
         "downlink_s",
         "measured_downlink_s",
+        "server_s",
     }
 )
 DROPPED: dict[str, frozenset[str]] = {}

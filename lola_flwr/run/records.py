@@ -198,6 +198,10 @@ class RoundRecord(Record):
     deadline_s
         How long it waited for replies at most, by what rounds take; None: as long as
         Flower waits.
+    server_s
+        How long the server itself should take beside ``round_s``, to plan, to send, to
+        step the model and to keep it: as long as lately. 0 where nothing tells, as in a
+        simulation.
     """
 
     num_excluded: int = 0
@@ -207,6 +211,7 @@ class RoundRecord(Record):
     blocks: tuple[BlockRecord, ...] = ()
     measured_strategy_s: float = 0.0
     deadline_s: float | None = None
+    server_s: float = 0.0
 
     def _lines(self) -> list[str]:
         bound = "" if math.isnan(self.bound_s) else f", bound {self.bound_s:.3f} s"
