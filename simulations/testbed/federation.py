@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lola_flwr.deployment.pacing import chunk_bytes
 from simulations.testbed.network import SERVER_ADDRESS, Network, inside
 
@@ -24,10 +26,12 @@ _SUPERLINK = f"{SERVER_ADDRESS}:{_PORT}"
 _RELAY = "127.0.0.1:9095"
 # A SuperNode as Flower has it, and one that stays from message to message.
 FLOWERS_NODE, RESIDENT_NODE = ("flower-supernode",), ("lola-flwr", "node")
+# A rough guess: what devices report of their times corrects it.
+_CLAIMED = "flops-per-s=1e10 memory-bytes=4e9 snr-db=10.0"
 _START_S = 60.0
 _STOP_S = 20.0
-# RestartSec of clients/linux/lola-supernode.service.
-_RESTART_S = 5.0
+# RestartSec of clients/linux/lola-supernode.service and lola-worker.service.
+_RESTART_S, _WORKER_RESTART_S = 5.0, 2.0
 
 
 class TestbedError(RuntimeError):
@@ -46,15 +50,22 @@ class Options:
         What holds uploads to their shares: ``"pacing"``, ``"tc"`` or ``"none"``.
     worker
         Whether a resident worker trains, or the process that runs the client.
+    measured
+        Whether nodes state a profile, and devices tell how long they compute here;
+        otherwise both are simulated.
     node
         The program that is a SuperNode, and the words that make it one.
+    keeps_state
+        Whether the SuperLink keeps what it knows in a file, which the next one reads.
     environment
         Further environment of all programs.
     """
 
     limit: str = "pacing"
     worker: bool = True
+    measured: bool = False
     node: tuple[str, ...] = FLOWERS_NODE
+    keeps_state: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -81,7 +92,7 @@ class Federation:
         """Make keys, and start the SuperLink, the workers and the SuperNodes."""
         names = [f"node-{index}" for index in range(len(self.network.devices))]
         make_keys(self.directory / "keys", names)
-        self._start_superlink()
+        self.start_superlink()
         for name in names:
             self.flwr("supernode", "register", str(self._key(name)) + ".pub", "testbed")
         for index in range(len(names)):
@@ -90,7 +101,7 @@ class Federation:
     def start_device(self, index: int) -> None:
         """Start a device's worker and its SuperNode."""
         if self.options.worker:
-            self._start_worker(index)
+            self.start_worker(index)
         self.start_supernode(index)
 
     def start_supernode(self, index: int) -> None:
@@ -99,8 +110,10 @@ class Federation:
         node_config = f"partition-id={index} num-partitions={len(self.network.devices)}"
         if self.options.worker:
             node_config += f' worker="{home / "worker.sock"}"'
+        if self.options.measured:
+            node_config += f' name="device-{index:04d}" {_CLAIMED}'
         command = [
-            *(_program(self.options.node[0]), *self.options.node[1:], "--superlink"),
+            *(program(self.options.node[0]), *self.options.node[1:], "--superlink"),
             _RELAY if relayed and self.options.worker else _SUPERLINK,
             *("--root-certificates", str(self.directory / "keys" / "ca.crt")),
             *("--auth-supernode-private-key", str(self._key(f"node-{index}"))),
@@ -117,12 +130,84 @@ class Federation:
             FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.1",
         )
 
+    def start_worker(self, index: int) -> None:
+        """Start a device's worker."""
+        home, name = self._home(index), f"worker-{index}"
+        command = [
+            *(sys.executable, "-m", "lola_flwr.deployment.serve_worker"),
+            *("--socket", str(home / "worker.sock"), "--superlink", _SUPERLINK),
+            # One run follows the other at once.
+            *("--hold-s", "0"),
+            *{
+                "pacing": ("--relay", _RELAY),
+                "tc": ("--tc", "uplink"),
+                "none": (),
+            }[self.options.limit],
+        ]
+        self._start(name, self.network.devices[index], command, home)
+        _wait_for((home / "worker.sock").exists, name, self.directory)
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink."""
+        keys, home = self.directory / "keys", self.directory / "server"
+        home.mkdir(exist_ok=True)
+        (home / "config.toml").write_text(
+            '[superlink]\ndefault = "testbed"\n\n[superlink.testbed]\n'
+            f'address = "{_SUPERLINK}"\n'
+            f'root-certificates = "{keys / "ca.crt"}"\n',
+            encoding="utf-8",
+        )
+        command = [
+            *(program("flower-superlink"), "--host", "0.0.0.0", "--port", str(_PORT)),
+            *("--ssl-ca-certfile", str(keys / "ca.crt")),
+            *("--ssl-certfile", str(keys / "server.crt")),
+            *("--ssl-keyfile", str(keys / "server.key")),
+            "--enable-supernode-auth",
+        ]
+        if self.options.keeps_state:
+            command += ["--database", str(home / "state.db")]
+        self._start("superlink", self.network.server, command, home)
+        probe = inside(
+            self.network.server,
+            [sys.executable, "-c", _PROBE, SERVER_ADDRESS, str(_PORT)],
+        )
+        _wait_for(
+            lambda: subprocess.run(probe, capture_output=True).returncode == 0,
+            "superlink",
+            self.directory,
+        )
+
     def kill(self, name: str) -> None:
-        """Kill a program and what it started without warning."""
-        process = self._processes.pop(name)
-        # What is left of its session, as systemd does with a unit's control group.
-        os.killpg(process.pid, signal.SIGKILL)
+        """Kill a program and what it started, without warning."""
+        process = self._processes[name]
+        # As systemd does with a unit's control group, whatever sessions are in it.
+        with suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+    def follow_worker(self, index: int) -> None:
+        """Start a device's worker again once it has ended, as its unit does.
+
+        Raises
+        ------
+        TestbedError
+            It did not end.
+        """
+        name = f"worker-{index}"
+        try:
+            self._processes[name].wait(timeout=_START_S)
+        except subprocess.TimeoutExpired:
+            raise TestbedError(f"{name} did not end.") from None
+        time.sleep(_WORKER_RESTART_S)
+        self.start_worker(index)
+
+    def freeze(self, name: str) -> None:
+        """Stop a program where it is, without its knowledge."""
+        os.killpg(self._processes[name].pid, signal.SIGSTOP)
 
     def restart_supernode(self, index: int) -> int:
         """Start a killed SuperNode again and again, as its unit does, until it stays.
@@ -136,15 +221,14 @@ class Federation:
         """
         name, refused = f"supernode-{index}", 0
         while True:
+            time.sleep(_RESTART_S)
             self.start_supernode(index)
             try:
                 self._processes[name].wait(timeout=_START_S / 2)
             except subprocess.TimeoutExpired:
                 return refused
             refused += 1
-            with suppress(ProcessLookupError):
-                self.kill(name)
-            time.sleep(_RESTART_S)
+            self.kill(name)  # what it has started stays
 
     def flwr(self, *arguments: str) -> str:
         """Run a command of ``flwr`` on the server; return what it prints.
@@ -155,7 +239,7 @@ class Federation:
             It failed.
         """
         done = subprocess.run(
-            inside(self.network.server, [_program("flwr"), *arguments]),
+            inside(self.network.server, [program("flwr"), *arguments]),
             env=self.environment(self.directory / "server"),
             capture_output=True,
             text=True,
@@ -185,7 +269,7 @@ class Federation:
         echo
             Called with each line of output as it comes.
         """
-        command = [_program("flwr"), "run", str(app), "testbed", "--stream"]
+        command = [program("flwr"), "run", str(app), "testbed", "--stream"]
         for override in overrides:
             command += ["--run-config", override]
         process = subprocess.Popen(
@@ -210,13 +294,23 @@ class Federation:
         return self.listed(found[1])
 
     def listed(self, run_id: str) -> dict[str, Any]:
-        """Return what ``flwr list`` says of a run, once it has ended."""
+        """Return what ``flwr list`` says of a run, once it has ended.
+
+        Raises
+        ------
+        TestbedError
+            The SuperLink does not know, or is not there.
+        """
         deadline = time.monotonic() + _START_S
         while True:
             printed = self.flwr(
                 "list", "testbed", "--run-id", run_id, "--format", "json"
             )
-            run: dict[str, Any] = json.loads(printed)["runs"][0]
+            runs = json.loads(printed).get("runs")
+            # It exits with 0 where the SuperLink does not answer, too.
+            if not runs:
+                raise TestbedError(f"flwr list: {' '.join(printed.split())[-500:]}")
+            run: dict[str, Any] = runs[0]
             if run["status"].startswith("finished") or time.monotonic() > deadline:
                 return run
             time.sleep(0.5)
@@ -231,49 +325,6 @@ class Federation:
         self._processes.clear()
 
     # --- parts -----------------------------------------------------------------------
-
-    def _start_worker(self, index: int) -> None:
-        home, name = self._home(index), f"worker-{index}"
-        command = [
-            *(sys.executable, "-m", "lola_flwr.deployment.serve_worker"),
-            *("--socket", str(home / "worker.sock"), "--superlink", _SUPERLINK),
-            # One run follows the other at once.
-            *("--hold-s", "0"),
-            *{
-                "pacing": ("--relay", _RELAY),
-                "tc": ("--tc", "uplink"),
-                "none": (),
-            }[self.options.limit],
-        ]
-        self._start(name, self.network.devices[index], command, home)
-        _wait_for((home / "worker.sock").exists, name, self.directory)
-
-    def _start_superlink(self) -> None:
-        keys, home = self.directory / "keys", self.directory / "server"
-        home.mkdir(exist_ok=True)
-        (home / "config.toml").write_text(
-            '[superlink]\ndefault = "testbed"\n\n[superlink.testbed]\n'
-            f'address = "{_SUPERLINK}"\n'
-            f'root-certificates = "{keys / "ca.crt"}"\n',
-            encoding="utf-8",
-        )
-        command = [
-            *(_program("flower-superlink"), "--host", "0.0.0.0", "--port", str(_PORT)),
-            *("--ssl-ca-certfile", str(keys / "ca.crt")),
-            *("--ssl-certfile", str(keys / "server.crt")),
-            *("--ssl-keyfile", str(keys / "server.key")),
-            "--enable-supernode-auth",
-        ]
-        self._start("superlink", self.network.server, command, home)
-        probe = inside(
-            self.network.server,
-            [sys.executable, "-c", _PROBE, SERVER_ADDRESS, str(_PORT)],
-        )
-        _wait_for(
-            lambda: subprocess.run(probe, capture_output=True).returncode == 0,
-            "superlink",
-            self.directory,
-        )
 
     def _start(
         self,
@@ -302,18 +353,7 @@ class Federation:
 
     def environment(self, home: Path) -> dict[str, str]:
         """Return the environment of a program whose state is in a directory."""
-        return {
-            **os.environ,
-            "FLWR_HOME": str(home),
-            "LOLA_STATE_DIR": str(home),
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "NO_PROXY": "*",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            **self.options.environment,
-        }
+        return {**environment_of(home), **self.options.environment}
 
 
 _PROBE = (
@@ -349,7 +389,23 @@ def make_keys(directory: Path, nodes: Sequence[str]) -> None:
             raise TestbedError(done.stderr.strip())
 
 
-def _program(name: str) -> str:
+def environment_of(home: Path) -> dict[str, str]:
+    """Return the environment of a program whose state is in a directory."""
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "LOLA_STATE_DIR": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "NO_PROXY": "*",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+def program(name: str) -> str:
+    """Return one of the programs beside this Python."""
     return str(Path(sys.executable).with_name(name))
 
 

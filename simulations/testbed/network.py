@@ -93,6 +93,18 @@ def network(rates_bps: Sequence[float]) -> Iterator[Network]:
         _take_down([*made.devices, made.server])
 
 
+@contextmanager
+def cut(made: Network, index: int) -> Iterator[None]:
+    """Let nothing pass between a device and the server."""
+    # Of the server's end, which keeps the device's routes.
+    end = ("ip", "-n", made.server, "link", "set", f"d{index}")
+    _run(*end, "down")
+    try:
+        yield
+    finally:
+        _run(*end, "up")
+
+
 def sweep() -> None:
     """Take down what testbeds left behind that were killed."""
     listed = _run("ip", "netns", "list").split()
