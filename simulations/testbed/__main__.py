@@ -1,6 +1,8 @@
-"""Run LoLa-DEFT on the testbed under several allocators, and compare with the plan.
+"""Run LoLa-DEFT on the testbed, and compare what is measured with what was planned.
 
-python -m simulations.testbed --out runs/testbed
+    python -m simulations.testbed --out runs/testbed
+
+Under several allocators (``--allocators``), and with either kind of node (``--nodes``).
 """
 
 from __future__ import annotations
@@ -8,34 +10,43 @@ from __future__ import annotations
 import argparse
 import csv
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, fields
 from pathlib import Path
 
 from lola_flwr.machine.files import local_path
 from simulations.testbed.federation import (
+    FLOWERS_NODE,
+    RESIDENT_NODE,
     Federation,
     Options,
     TestbedError,
     federation,
 )
-from simulations.testbed.measurement import Outcome, outcome, read_samples
+from simulations.testbed.measurement import Outcome, Parts, outcome, read_samples
 from simulations.testbed.network import Network, inside, network, why_unavailable
 
 _ROOT = Path(__file__).parents[2]
 _SAMPLE_S = 0.1
 # A layer of 512 wide and its head, in 16 bits.
 _PAYLOAD_BYTES = 6.3e6
+_NODES = {"lola-flwr": RESIDENT_NODE, "flower": FLOWERS_NODE}
 
 
 def run_allocator(
-    running: Federation, allocator: str, arguments: argparse.Namespace, directory: Path
+    running: Federation,
+    allocator: str,
+    node: str,
+    arguments: argparse.Namespace,
+    directory: Path,
 ) -> Outcome:
-    """Run some rounds under one allocator, and watch the links.
+    """Run some rounds under one allocator with one kind of node; watch the links.
 
     Raises
     ------
@@ -65,11 +76,29 @@ def run_allocator(
     if ended["status"] != "finished:completed":
         raise TestbedError(f"The run under {allocator} is {ended['status']}.")
     return outcome(
-        allocator,
+        f"{allocator}, {node}",
         directory / "rounds.jsonl",
         read_samples(log.read_text(encoding="ascii")),
         _PAYLOAD_BYTES,
     )
+
+
+def run_node(
+    node: str, arguments: argparse.Namespace, directory: Path
+) -> list[Outcome]:
+    """Run all allocators with one kind of node."""
+    directory.mkdir()
+    options = Options(limit=arguments.limit, measured=True, node=_NODES[node])
+    outcomes = []
+    with (
+        network([1e6 * rate for rate in arguments.rates]) as links,
+        federation(links, directory, options) as running,
+    ):
+        for allocator in arguments.allocators:
+            print(f"{allocator}, {node}:", flush=True)
+            own = directory / allocator
+            outcomes.append(run_allocator(running, allocator, node, arguments, own))
+    return outcomes
 
 
 @contextmanager
@@ -108,7 +137,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
         lines += [
             f"  rounds from last byte to last byte: {rounds}",
             f"  median error of the predictions: {100 * result.median_error:.1f} %",
+            f"  rounds: {statistics.median(result.wall_s.values()):.1f} s, planned "
+            f"{100 * result.median_round_error:+.1f} % (medians of "
+            f"{len(result.wall_s)})",
         ]
+    lines += where_time_goes(outcomes)
     first = outcomes[0]
     for other in outcomes[1:]:
         ratio = first.mean_wall_s / other.mean_wall_s
@@ -117,6 +150,24 @@ def table(outcomes: Sequence[Outcome]) -> str:
             f"{other.allocator}"
         )
     return "\n".join(lines)
+
+
+def where_time_goes(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return what a round's seconds went to, medians, as a table."""
+    names = [field.name.removesuffix("_s") for field in fields(Parts)]
+    lines = [
+        f"| a round | {' s | '.join(names)} s | all s | planned s |",
+        f"|---|{'---:|' * (len(names) + 2)}",
+    ]
+    for result in outcomes:
+        columns = [
+            *zip(*map(astuple, result.parts.values()), strict=True),
+            result.wall_s.values(),
+            [result.planned_s[number] for number in result.wall_s],
+        ]
+        medians = [f"{statistics.median(column):.1f}" for column in columns]
+        lines.append(f"| {result.allocator} | {' | '.join(medians)} |")
+    return lines
 
 
 def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -182,8 +233,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--rates", type=float, nargs="+", default=[40.0, 20.0, 10.0, 5.0])
-    add("--allocators", nargs="+", default=["exact", "crunch", "random"])
-    add("--rounds", type=int, default=3)
+    add("--allocators", nargs="+", default=["exact"])
+    add("--nodes", nargs="+", choices=[*_NODES], default=["lola-flwr"])
+    add("--rounds", type=int, default=11, help="the first is not timed")
     add("--limit", choices=("pacing", "tc", "none"), default="pacing")
     add("--seed", type=int, default=0)
     add("--out", type=local_path, default=Path("runs/testbed"))
@@ -199,15 +251,8 @@ def main() -> int:
     print(f"logs and results: {directory}", flush=True)
     outcomes = []
     try:
-        with (
-            network([1e6 * rate for rate in arguments.rates]) as links,
-            federation(links, directory, Options(limit=arguments.limit)) as running,
-        ):
-            for allocator in arguments.allocators:
-                print(f"{allocator}:", flush=True)
-                outcomes.append(
-                    run_allocator(running, allocator, arguments, directory / allocator)
-                )
+        for node in arguments.nodes:
+            outcomes += run_node(node, arguments, directory / node)
     except (TestbedError, ValueError, subprocess.SubprocessError) as error:
         print(f"error: {error}")
         return 1

@@ -51,26 +51,59 @@ class Upload:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a round's time goes to: the way of its last device, and the server's own.
+
+    Parameters
+    ----------
+    downlink_s
+        Until the device has its message and begins.
+    compute_s
+        Until it has trained.
+    upload_s
+        Until its update is with the server.
+    server_s
+        All else: the step, the plan, and the sending of messages.
+    """
+
+    downlink_s: float
+    compute_s: float
+    upload_s: float
+    server_s: float
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What one allocator came to.
+    """What one allocator came to with one kind of node.
 
     Parameters
     ----------
     allocator
-        Its name.
+        Their names.
     uploads
         All uploads.
     planned_s
-        Latency of each round by the server's plan.
+        Latency of each round by the server's plan, and what it takes itself.
     wall_s
         Time from one round's last byte to the next one's; the first round, which loads
         the model, has none.
+    parts
+        What that went to, as the server measured it, where it did.
     """
 
     allocator: str
     uploads: Sequence[Upload]
     planned_s: Mapping[int, float]
     wall_s: Mapping[int, float]
+    parts: Mapping[int, Parts]
+
+    @property
+    def median_round_error(self) -> float:
+        """Median of how much shorter rounds were planned than they took, relative."""
+        return statistics.median(
+            self.planned_s[number] / wall_s - 1
+            for number, wall_s in self.wall_s.items()
+        )
 
     @property
     def median_error(self) -> float:
@@ -144,12 +177,37 @@ def outcome(
         )
         for record in records
     }
+    wall_s = {n: end - ends[n - 1] for n, end in ends.items() if n - 1 in ends}
+    parts = {
+        record["server_round"]: found
+        for record in records
+        if (wall := wall_s.get(record["server_round"])) is not None
+        and (found := _parts(record, wall)) is not None
+    }
     return Outcome(
         allocator,
         uploads,
-        {record["server_round"]: record["round_s"] for record in records},
-        {n: end - ends[n - 1] for n, end in ends.items() if n - 1 in ends},
+        {
+            record["server_round"]: record["round_s"] + record.get("server_s", 0.0)
+            for record in records
+        },
+        wall_s,
+        parts,
     )
+
+
+def _parts(record: Mapping[str, Any], wall_s: float) -> Parts | None:
+    """Return what a round's time went to; None if the server did not measure it."""
+    names = ("measured_downlink_s", "reported_compute_s", "measured_upload_s")
+    ways = [
+        times
+        for block in record["blocks"]
+        if None not in (times := [block.get(name) for name in names])
+    ]
+    if not ways:
+        return None
+    longest = max(ways, key=sum)
+    return Parts(*longest, server_s=wall_s - sum(longest))
 
 
 def _index(name: str) -> int:

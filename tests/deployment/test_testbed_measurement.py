@@ -70,7 +70,9 @@ def record(server_round, devices):
                 "share": 0.5,
                 "status": status,
                 "upload_s": 10.0,
-                "measured_upload_s": None,
+                "measured_upload_s": 10.0,
+                "measured_downlink_s": 3.0 + index,
+                "reported_compute_s": None if server_round == 1 else 2.0,
             }
             for index, status in devices
         ],
@@ -98,6 +100,10 @@ def test_bursts_are_matched_with_rounds_in_order(tmp_path):
     ]
     assert result.uploads[1].error == pytest.approx(0.25, abs=0.05)
     assert result.wall_s == {2: pytest.approx(48 - 15, abs=0.3)}
+    assert result.median_round_error == pytest.approx(10 / 33 - 1, abs=0.05)
+    (parts,) = result.parts.values()
+    assert (parts.downlink_s, parts.compute_s, parts.upload_s) == (4.0, 2.0, 10.0)
+    assert parts.server_s == pytest.approx(33 - 16, abs=0.3)
     rounds.write_text(json.dumps(record(3, [(1, "accepted"), (1, "accepted")])) + "\n")
     with pytest.raises(ValueError, match="no upload of device-0001 in round 3"):
         outcome("exact", rounds, (times, received), 1e7)
