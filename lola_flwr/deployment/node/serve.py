@@ -155,17 +155,20 @@ class Node:
         """Answer one message after the other, until the node is to end."""
         silent_since_s = time.monotonic()
         while not self._stop.is_asked:
+            asked_s = time.monotonic()
             try:
                 with self._stop.asking():
                     received = self._link.receive()
             except RunNotRunningException:
                 log(INFO, "The run ended while a message of it was received.")
                 received = None
-            silent_s = time.monotonic() - silent_since_s
+            now_s = time.monotonic()
+            silent_s = now_s - silent_since_s
             if received is None:
                 if silent_s > _HOLD_S:
                     self._apps.forget()
-                self._stop.sleep(wait_s(silent_s, self._silences.usual_s))
+                usual_s = self._silences.usual_s
+                self._stop.sleep(wait_s(silent_s, usual_s, now_s - asked_s))
                 continue
             self._silences = self._silences.after(silent_s)
             self._answer(*received)

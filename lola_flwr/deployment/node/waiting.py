@@ -5,7 +5,8 @@ again and again. Flower's asks every 3 s. This one asks often where a message is
 and seldom where none is: a fixed part of the time that it has waited already, so that
 a message is never noticed later than by that part, and a finer one around the moment at
 which it usually comes. In a silence the number of questions grows with the logarithm of
-its length, until they come every ``LONGEST_S``.
+its length, until they come every ``LONGEST_S``. A SuperLink that has many nodes answers
+late, and is asked less: a node spends a part of its time on questions, and no more.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from dataclasses import dataclass
 SHORTEST_S, LONGEST_S = 0.02, 10.0
 # Of the time waited so far, and of the distance to the usual moment.
 _OF_WAITED, _OF_DISTANCE = 0.1, 0.25
+# Of the time that the last question took, unless its connection was lost.
+_OF_QUESTION, _LOST_S = 4.0, 5.0
 # Weight of the last silence in what is usual.
 _WEIGHT = 0.5
 
 
-def wait_s(silent_s: float, usual_s: float | None = None) -> float:
+def wait_s(
+    silent_s: float, usual_s: float | None = None, question_s: float = 0.0
+) -> float:
     """Return for how long to wait before the next question.
 
     Parameters
@@ -28,11 +33,14 @@ def wait_s(silent_s: float, usual_s: float | None = None) -> float:
         Seconds since the node's last answer was sent.
     usual_s
         Seconds after which a message usually comes; None if that is not known.
+    question_s
+        Seconds that the last question took.
     """
     wait = _OF_WAITED * silent_s
     if usual_s is not None:
         wait = min(wait, _OF_DISTANCE * abs(usual_s - silent_s))
-    return min(max(wait, SHORTEST_S), LONGEST_S)
+    busy_s = _OF_QUESTION * question_s if question_s < _LOST_S else 0.0
+    return min(max(wait, busy_s, SHORTEST_S), LONGEST_S)
 
 
 @dataclass(frozen=True)
