@@ -1,7 +1,7 @@
 """Many nodes against one SuperLink: no message is lost, and how often they ask it.
 
     python -m simulations.testbed.many --nodes 200 --rounds 20
-    python -m simulations.testbed.many --nodes 1000 --rounds 1 --idle-s 180
+    python -m simulations.testbed.many --nodes 1000 --rounds 0 --idle-s 180
 
 Each node is the loop of ``lola-flwr node``, with a connection, a key and contexts of
 its own. As many programs would not fit on one machine; here some hundred are threads
@@ -32,8 +32,8 @@ from typing import Any
 from simulations.testbed.federation import environment_of, program
 
 _EMPTY = Path(__file__).parent / "empty"
-_PER_PROCESS = 250
-_START_S, _SAMPLE_S = 300.0, 10.0
+_PER_PROCESS, _APART_S = 250, 0.2
+_START_S, _SAMPLE_S = 600.0, 10.0
 
 Counts = MutableSequence[int]
 
@@ -94,6 +94,8 @@ def be_nodes(
     nodes = [threading.Thread(target=be_node, args=(n,)) for n in range(count)]
     for node in nodes:
         node.start()
+        # Devices are not switched on at one moment, either.
+        time.sleep(_APART_S)
     for node in nodes:
         node.join()
 
@@ -219,17 +221,22 @@ def main() -> int:
         nodes(address, count, directory) as (polls, answers),
     ):
         print(f"{count} nodes are there", flush=True)
-        before, begun_s = _total(polls), time.monotonic()
-        seconds = round_seconds(environment, rounds, directory / "seconds.json")
-        took_s = time.monotonic() - begun_s
-        print(
-            f"{rounds} rounds: {count * rounds} messages sent, {_total(answers)} "
-            f"answered; a round takes {statistics.median(seconds):.2f} s (median), "
-            f"{max(seconds):.2f} s at most; {_total(polls) - before} questions, "
-            f"{(_total(polls) - before) / took_s:.0f} a second"
-        )
+        if rounds:
+            before, begun_s = _total(polls), time.monotonic()
+            seconds = round_seconds(environment, rounds, directory / "seconds.json")
+            took_s = time.monotonic() - begun_s
+            print(
+                f"{rounds} rounds: {count * rounds} messages sent, {_total(answers)} "
+                f"answered; a round takes {statistics.median(seconds):.2f} s (median), "
+                f"{max(seconds):.2f} s at most; {_total(polls) - before} questions, "
+                f"{(_total(polls) - before) / took_s:.0f} a second",
+                flush=True,
+            )
         for number, rate in enumerate(polls_per_s(polls, arguments.idle_s), 1):
-            print(f"idle for {number * _SAMPLE_S:.0f} s: {rate:.0f} questions a second")
+            print(
+                f"idle for {number * _SAMPLE_S:.0f} s: {rate:.0f} questions a second",
+                flush=True,
+            )
         return int(_total(answers) != count * rounds)
 
 

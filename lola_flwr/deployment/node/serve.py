@@ -153,7 +153,7 @@ class Node:
 
     def answer_messages(self) -> None:
         """Answer one message after the other, until the node is to end."""
-        silent_since_s = time.monotonic()
+        silent_since_s, question_s = time.monotonic(), 0.0
         while not self._stop.is_asked:
             asked_s = time.monotonic()
             try:
@@ -163,12 +163,14 @@ class Node:
                 log(INFO, "The run ended while a message of it was received.")
                 received = None
             now_s = time.monotonic()
-            silent_s = now_s - silent_since_s
+            silent_s, before_s = now_s - silent_since_s, question_s
+            question_s = now_s - asked_s
             if received is None:
                 if silent_s > _HOLD_S:
                     self._apps.forget()
+                quicker_s = min(before_s, question_s)
                 usual_s = self._silences.usual_s
-                self._stop.sleep(wait_s(silent_s, usual_s, now_s - asked_s))
+                self._stop.sleep(wait_s(silent_s, usual_s, quicker_s))
                 continue
             self._silences = self._silences.after(silent_s)
             self._answer(*received)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 SHORTEST_S, LONGEST_S = 0.02, 10.0
 # Of the time waited so far, and of the distance to the usual moment.
 _OF_WAITED, _OF_DISTANCE = 0.1, 0.25
-# Of the time that the last question took, unless its connection was lost.
-_OF_QUESTION, _LOST_S = 4.0, 5.0
+# Of the time that a question took, and at most.
+_OF_QUESTION, _LONGEST_BUSY_S = 4.0, 60.0
 # Weight of the last silence in what is usual.
 _WEIGHT = 0.5
 
@@ -34,13 +34,14 @@ def wait_s(
     usual_s
         Seconds after which a message usually comes; None if that is not known.
     question_s
-        Seconds that the last question took.
+        Seconds that questions take: the quicker one of the last two, since the one
+        during which the network was gone tells nothing of the SuperLink.
     """
     wait = _OF_WAITED * silent_s
     if usual_s is not None:
         wait = min(wait, _OF_DISTANCE * abs(usual_s - silent_s))
-    busy_s = _OF_QUESTION * question_s if question_s < _LOST_S else 0.0
-    return min(max(wait, busy_s, SHORTEST_S), LONGEST_S)
+    busy_s = min(_OF_QUESTION * question_s, _LONGEST_BUSY_S)
+    return max(min(max(wait, SHORTEST_S), LONGEST_S), busy_s)
 
 
 @dataclass(frozen=True)

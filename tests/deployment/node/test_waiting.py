@@ -26,13 +26,11 @@ def test_a_message_waits_for_a_tenth_of_the_silence_at_most(silent_s, usual_s):
     assert SHORTEST_S <= wait <= max(SHORTEST_S, min(0.1 * silent_s, LONGEST_S))
 
 
-@given(seconds, st.none() | seconds, st.floats(0, 2))
+@given(seconds, st.none() | seconds, st.floats(0, 60))
 def test_a_busy_superlink_is_asked_less(silent_s, usual_s, question_s):
     wait = wait_s(silent_s, usual_s, question_s)
-    assert wait >= min(4 * question_s, LONGEST_S)
-    assert wait == pytest.approx(max(wait_s(silent_s, usual_s), 4 * question_s))
-    # A connection that was lost is no load.
-    assert wait_s(silent_s, usual_s, 30.0) == wait_s(silent_s, usual_s)
+    busy_s = min(4 * question_s, 60.0)
+    assert wait == pytest.approx(max(wait_s(silent_s, usual_s), busy_s))
 
 
 def test_a_message_that_comes_as_usual_waits_less():
