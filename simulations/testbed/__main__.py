@@ -26,11 +26,11 @@ from simulations.testbed.federation import (
     RESIDENT_NODE,
     Federation,
     Options,
-    TestbedError,
     federation,
 )
 from simulations.testbed.measurement import Outcome, Parts, outcome, read_samples
 from simulations.testbed.network import Network, inside, network, why_unavailable
+from simulations.testbed.programs import TestbedError
 
 _ROOT = Path(__file__).parents[2]
 _SAMPLE_S = 0.1

@@ -19,8 +19,16 @@ import psutil
 
 from lola_flwr.deployment.pacing import chunk_bytes
 from simulations.testbed.network import SERVER_ADDRESS, Network, inside
+from simulations.testbed.programs import (
+    START_S,
+    TestbedError,
+    environment_of,
+    make_keys,
+    program,
+    stop,
+    wait_for,
+)
 
-_ROOT = Path(__file__).parents[2]
 _PORT = 8000
 _SUPERLINK = f"{SERVER_ADDRESS}:{_PORT}"
 _RELAY = "127.0.0.1:9095"
@@ -28,16 +36,8 @@ _RELAY = "127.0.0.1:9095"
 FLOWERS_NODE, RESIDENT_NODE = ("flower-supernode",), ("lola-flwr", "node")
 # A rough guess: what devices report of their times corrects it.
 _CLAIMED = "flops-per-s=1e10 memory-bytes=4e9 snr-db=10.0"
-_START_S = 60.0
-_STOP_S = 20.0
 # RestartSec of clients/linux/lola-supernode.service and lola-worker.service.
 _RESTART_S, _WORKER_RESTART_S = 5.0, 2.0
-
-
-class TestbedError(RuntimeError):
-    """Something on the testbed did not come up; the message names its log."""
-
-    __test__ = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Federation:
             }[self.options.limit],
         ]
         self._start(name, self.network.devices[index], command, home)
-        _wait_for((home / "worker.sock").exists, name, self.directory)
+        wait_for((home / "worker.sock").exists, name, self.directory)
 
     def start_superlink(self) -> None:
         """Start the SuperLink."""
@@ -171,7 +171,7 @@ class Federation:
             self.network.server,
             [sys.executable, "-c", _PROBE, SERVER_ADDRESS, str(_PORT)],
         )
-        _wait_for(
+        wait_for(
             lambda: subprocess.run(probe, capture_output=True).returncode == 0,
             "superlink",
             self.directory,
@@ -199,7 +199,7 @@ class Federation:
         """
         name = f"worker-{index}"
         try:
-            self._processes[name].wait(timeout=_START_S)
+            self._processes[name].wait(timeout=START_S)
         except subprocess.TimeoutExpired:
             raise TestbedError(f"{name} did not end.") from None
         time.sleep(_WORKER_RESTART_S)
@@ -224,7 +224,7 @@ class Federation:
             time.sleep(_RESTART_S)
             self.start_supernode(index)
             try:
-                self._processes[name].wait(timeout=_START_S / 2)
+                self._processes[name].wait(timeout=START_S / 2)
             except subprocess.TimeoutExpired:
                 return refused
             refused += 1
@@ -243,7 +243,7 @@ class Federation:
             env=self.environment(self.directory / "server"),
             capture_output=True,
             text=True,
-            timeout=_START_S,
+            timeout=START_S,
             check=False,
         )
         if done.returncode:
@@ -301,7 +301,7 @@ class Federation:
         TestbedError
             The SuperLink does not know, or is not there.
         """
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + START_S
         while True:
             printed = self.flwr(
                 "list", "testbed", "--run-id", run_id, "--format", "json"
@@ -321,7 +321,7 @@ class Federation:
         for kind in order:
             for name, process in self._processes.items():
                 if name.partition("-")[0] == kind:
-                    _stop(process)
+                    stop(process)
         self._processes.clear()
 
     # --- parts -----------------------------------------------------------------------
@@ -373,56 +373,3 @@ def federation(
         yield started
     finally:
         started.stop()
-
-
-def make_keys(directory: Path, nodes: Sequence[str]) -> None:
-    """Make an authority, the SuperLink's certificate and a key for each node."""
-    script = str(_ROOT / "clients" / "linux" / "make-keys.sh")
-    for arguments in (("server", SERVER_ADDRESS), ("node", *nodes)):
-        done = subprocess.run(
-            [script, str(directory), *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise TestbedError(done.stderr.strip())
-
-
-def environment_of(home: Path) -> dict[str, str]:
-    """Return the environment of a program whose state is in a directory."""
-    return {
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "LOLA_STATE_DIR": str(home),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "NO_PROXY": "*",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-
-
-def program(name: str) -> str:
-    """Return one of the programs beside this Python."""
-    return str(Path(sys.executable).with_name(name))
-
-
-def _wait_for(ready: Callable[[], bool], name: str, directory: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while not ready():
-        if time.monotonic() > deadline:
-            log = directory / f"{name}.log"
-            raise TestbedError(f"{name} did not start; {log} says why.")
-        time.sleep(0.2)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

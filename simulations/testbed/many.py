@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from simulations.testbed.federation import environment_of, program
+from simulations.testbed.programs import environment_of, program
 
 _EMPTY = Path(__file__).parent / "empty"
 _PER_PROCESS, _APART_S = 250, 0.2

@@ -9,13 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from simulations.testbed.federation import (
-    RESIDENT_NODE,
-    Options,
-    TestbedError,
-    federation,
-)
+from simulations.testbed.federation import RESIDENT_NODE, Options, federation
 from simulations.testbed.network import cut, network, why_unavailable
+from simulations.testbed.programs import TestbedError
 
 pytestmark = [pytest.mark.testbed, pytest.mark.timeout(600)]
 
