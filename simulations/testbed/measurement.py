@@ -206,8 +206,9 @@ def _parts(record: Mapping[str, Any], wall_s: float) -> Parts | None:
     ]
     if not ways:
         return None
-    longest = max(ways, key=sum)
-    return Parts(*longest, server_s=wall_s - sum(longest))
+    downlink_s, compute_s, upload_s = max(ways, key=sum)
+    server_s = wall_s - downlink_s - compute_s - upload_s
+    return Parts(downlink_s, compute_s, upload_s, server_s)
 
 
 def _index(name: str) -> int:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import INFO, WARNING
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore import log
@@ -40,14 +40,18 @@ class Place:
     Parameters
     ----------
     options
-        Flower's own reading of the command line, with a key.
+        Flower's own reading of the command line.
+    keys
+        The key's private and its public half.
     note
         File, locked for this process, with the number of the node that was active last;
         empty if that one has left.
     """
 
-    def __init__(self, options: SuperNodeLifespanConfig, note: IO[str]) -> None:
-        self._options, self._note = options, note
+    def __init__(
+        self, options: SuperNodeLifespanConfig, keys: tuple[Any, Any], note: IO[str]
+    ) -> None:
+        self._options, self._keys, self._note = options, keys, note
 
     def vacate(self, stop: Stop) -> None:
         """Say that the node that was active last has left, if it could not.
@@ -77,7 +81,7 @@ class Place:
             stop.sleep(_AGAIN_S)
 
     def _deactivate(self, node_id: int) -> None:
-        private_key, public_key = self._options.authentication_keys
+        private_key, public_key = self._keys
         with FleetHttpClient.from_server_address(
             self._options.server_address,
             self._options.insecure,
@@ -136,4 +140,4 @@ def place_of(options: SuperNodeLifespanConfig) -> Iterator[Place | None]:
         except OSError:
             yield None
             return
-        yield Place(options, note)
+        yield Place(options, options.authentication_keys, note)
