@@ -5,7 +5,8 @@
 First rounds, from the messages' sending to the last reply's last byte, on the server's
 clock: of empty messages to one device, and of the GLUE app's tiny model on four, with
 Flower's SuperNode and workers, and with `lola-flwr node`. A tiny model and fast links,
-so that neither training nor the links count.
+so that neither training nor the links count. Then steps of D2FT of that model, whose
+exchanges follow each other, with either in turn; it fails if their losses differ.
 
 Then messages, in Flower's own count (``flwr list``, compute-time): from the moment
 that the client's process asks for a message to that in which its reply is with the
