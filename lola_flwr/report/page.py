@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lola_flwr.errors import UserError, si
 from lola_flwr.machine.files import replacing
-from lola_flwr.report.runs import Run
+from lola_flwr.report.runs import MOST_PARTS, MOST_ROUNDS, Run
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -69,8 +69,10 @@ class Report:
     def html(self) -> str:
         """Return the page."""
         names = _different([run.name for run in self.runs])
+        # What a page can hold is divided among its runs.
+        most = (MOST_ROUNDS // len(names), MOST_PARTS // len(names))
         columns = [
-            {**run.columns(), "name": name}
+            {**run.columns(*most), "name": name}
             for run, name in zip(self.runs, names, strict=True)
         ]
         return _template().render(
@@ -78,6 +80,7 @@ class Report:
             runs=list(zip(names, self.runs, strict=True)),
             facts=_side_by_side([_facts(run) for run in self.runs]),
             metrics=_union(run.metric_names for run in self.runs),
+            left_out=[words for run in columns if (words := _left_out(run))],
             is_plan=self.is_plan,
             learns=any(run.learns for run in self.runs),
             config=_side_by_side([run.config for run in self.runs]),
@@ -145,6 +148,24 @@ def _number(value: float | None) -> str:
 
 def _size(value: int | None) -> str:
     return "–" if value is None else si(value, "B")
+
+
+def _left_out(columns: Mapping[str, Any]) -> str:
+    """Say what of a run's rounds a page does not show; nothing if it shows all."""
+    there, shown = columns["num_rounds"], len(columns["round"])
+    detailed = len(columns["detailed"])
+    if detailed == there:
+        return ""
+    said = f"{columns['name']}: of {there:,} rounds "
+    if shown < there:
+        said += f"the charts show {shown:,}, every peak and trough among them, and "
+    said += (
+        f"{detailed:,} are shown device by device, of every {2 * there // detailed:,} "
+        "the slowest and the fastest"
+        if detailed
+        else "none is shown device by device: there are too many devices"
+    )
+    return f"{said}. All are in rounds.jsonl in the run's directory."
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -7,15 +7,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lola_flwr.errors import UserError
-from lola_flwr.run.records import BlockRecord, Record, RoundRecord, StepRecord
-from lola_flwr.run.round_log import read_rounds
+from lola_flwr.report.tally import COUNTS, Tally, count_of, extremes, parts_of
+from lola_flwr.run.records import Record, RoundRecord
+from lola_flwr.run.round_log import LoggedRounds
 
-# Bytes up as the allocation counted on them, as received, and bytes down.
-_COUNTS = ("payload_bytes", "received_bytes", "sent_bytes")
+# What a page holds at most, which keeps it below 5 MB: rounds in its charts, parts of
+# devices in those rounds that it shows in detail, and devices (rows of its maps).
+MOST_ROUNDS = 5_000
+MOST_PARTS = 25_000
+MOST_DEVICES = 5_000
+# The first, the last, the fastest and the slowest.
+_FEWEST_IN_DETAIL = 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,8 @@ class Run:
     name
         What the report calls it.
     rounds
-        Its rounds.
+        Its rounds. They are gone over once, and few are asked for again, so that they
+        may be read as they are needed.
     description
         What `lola_flwr.run.directory.describe_run` writes; empty if it is not known.
     """
@@ -55,8 +63,8 @@ class Run:
                 f"{path} has no rounds.jsonl; give the directory of a run, which "
                 "`lola-flwr simulate` names at its end."
             )
-        rounds = read_rounds(rounds_path)
-        if not rounds:
+        rounds = LoggedRounds(rounds_path)
+        if not len(rounds):
             raise UserError(f"{rounds_path} holds no round yet.")
         return cls(
             name=name or directory.resolve().name,
@@ -70,16 +78,20 @@ class Run:
         config: Mapping[str, Any] = self.description.get("config", {})
         return config
 
+    @cached_property
+    def tally(self) -> Tally:
+        """What its rounds come to."""
+        return Tally.of(self.rounds)
+
     @property
     def is_plan(self) -> bool:
         """Whether its rounds were only planned."""
-        statuses = {block.status for record in self.rounds for block in _blocks(record)}
-        return statuses == {"planned"}
+        return self.tally.statuses == {"planned"}
 
     @property
     def metric_names(self) -> list[str]:
         """Names of the metrics that any round has, in their order."""
-        found = (n for r in self.rounds for n in (*r.start_metrics, *r.metrics))
+        found = (n for r in self.tally.rounds for n in (*r.start_metrics, *r.metrics))
         return list(dict.fromkeys(found))
 
     @property
@@ -91,7 +103,7 @@ class Run:
     @property
     def duration_s(self) -> float:
         """How long the rounds took here; 0 if the log does not tell."""
-        return sum(record.measured_round_s for record in self.rounds)
+        return sum(record.measured_round_s for record in self.tally.rounds)
 
     @property
     def latency_target_s(self) -> float | None:
@@ -103,14 +115,16 @@ class Run:
     def num_within_target(self) -> int:
         """Rounds that took place and no longer than the target."""
         target_s = (self.latency_target_s or math.inf) * (1 + 1e-9)
-        return sum(r.skipped is None and r.observed_s <= target_s for r in self.rounds)
+        return sum(
+            r.skipped is None and r.observed_s <= target_s for r in self.tally.rounds
+        )
 
     @property
     def learns(self) -> bool:
         """Whether it has any metric or loss to show."""
         figures = (
             value
-            for r in self.rounds
+            for r in self.tally.rounds
             for value in (r.train_loss, *r.start_metrics.values(), *r.metrics.values())
         )
         return any(value is not None and math.isfinite(value) for value in figures)
@@ -118,110 +132,150 @@ class Run:
     @property
     def start(self) -> Mapping[str, float]:
         """Evaluation of the model that the run started from."""
-        return self.rounds[0].start_metrics
+        return self.tally.rounds[0].start_metrics
 
     @property
     def refused(self) -> Mapping[str, int]:
         """Refused updates of all rounds, counted by reason."""
         total: Counter[str] = Counter()
-        for record in self.rounds:
+        for record in self.tally.rounds:
             total.update(_refused(record))
         return total
 
     def total_bytes(self, name: str) -> int | None:
         """Sum a count of bytes over all rounds; None if the log does not hold it."""
-        known = [count for count in self._bytes(name) if count is not None]
+        known = [count for count in self.tally.bytes[name] if count is not None]
         return round(sum(known)) if known else None
-
-    def _bytes(self, name: str) -> list[float | None]:
-        """Return a count of bytes of each round; None where it is not known."""
-        counts = []
-        for record in self.rounds:
-            # A model that is spread over devices has no blocks of theirs.
-            parts = [record] if isinstance(record, StepRecord) else _blocks(record)
-            known = [count for part in parts if (count := _count(part, name))]
-            counts.append(sum(known) if known else None)
-        return counts
 
     def last(self, metric: str) -> float | None:
         """Return the last value of a metric; None if the run has none."""
-        values = [r.metrics[metric] for r in self.rounds if metric in r.metrics]
+        values = [r.metrics[metric] for r in self.tally.rounds if metric in r.metrics]
         return values[-1] if values else None
 
     def mean_observed_s(self) -> float | None:
         """Return the mean latency of the rounds that took place."""
-        latencies = [r.observed_s for r in self.rounds if r.skipped is None]
+        latencies = [r.observed_s for r in self.tally.rounds if r.skipped is None]
         return sum(latencies) / len(latencies) if latencies else None
 
-    def columns(self) -> dict[str, Any]:
+    def columns(
+        self, most_rounds: int = MOST_ROUNDS, most_parts: int = MOST_PARTS
+    ) -> dict[str, Any]:
         """Return the run as columns of numbers, rounded to six digits.
 
         The active devices' parts of all rounds stand one after the other; ``first``
-        tells with which of them a round begins.
+        tells with which of them a round begins, and ``detailed`` which rounds have any.
+        Of a long run those rounds are there with which no line misses a peak or a
+        trough, and in detail the fastest and the slowest. ``meetings`` and ``memory``
+        count all rounds.
+
+        Parameters
+        ----------
+        most_rounds
+            Rounds at most.
+        most_parts
+            Parts of devices at most.
         """
-        blocks = [block for record in self.rounds for block in _blocks(record)]
-        devices = sorted({block.device for block in blocks})
-        row_of = {device: row for row, device in enumerate(devices)}
-        statuses = sorted({block.status for block in blocks})
+        tally = self.tally
+        lines = {
+            "planned_s": _latencies(tally.rounds, "round_s"),
+            "observed_s": _latencies(tally.rounds, "observed_s"),
+            "bound_s": _latencies(tally.rounds, "bound_s"),
+        }
+        metrics = {
+            "train loss": [record.train_loss for record in tally.rounds],
+            **{
+                name: [record.metrics.get(name) for record in tally.rounds]
+                for name in self.metric_names
+            },
+        }
+        shown = extremes(
+            [*lines.values(), *metrics.values(), *tally.bytes.values()],
+            len(tally.rounds),
+            most_rounds,
+        )
+        detailed = self._in_detail(lines["observed_s"], shown, most_parts)
+        of_round = {place: self.rounds[place] for place in detailed}
         first = [0]
-        for record in self.rounds:
-            first.append(first[-1] + len(_blocks(record)))
+        for place in shown:
+            active = tally.num_parts[place] if place in of_round else 0
+            first.append(first[-1] + active)
+        parts = [part for place in detailed for part in parts_of(of_round[place])]
+        devices = sorted(tally.memory) if parts else []
+        row_of = {device: row for row, device in enumerate(devices)}
+        statuses = sorted(tally.statuses)
+        rounds = [tally.rounds[place] for place in shown]
+
+        def of_shown(values: Sequence[float | None]) -> list[float | None]:
+            return _rounded(values[place] for place in shown)
+
         return {
             "name": self.name,
             "is_plan": self.is_plan,
-            "round": [record.server_round for record in self.rounds],
-            "wireless_s": _rounded(record.wireless_s for record in self.rounds),
-            "planned_s": _latencies(self.rounds, "round_s"),
-            "observed_s": _latencies(self.rounds, "observed_s"),
-            "bound_s": _latencies(self.rounds, "bound_s"),
-            "skipped": [record.skipped for record in self.rounds],
-            "metrics": {
-                "train loss": _rounded(record.train_loss for record in self.rounds),
-                **{
-                    name: _rounded(r.metrics.get(name) for r in self.rounds)
-                    for name in self.metric_names
-                },
-            },
+            "num_rounds": len(tally.rounds),
+            "round": [record.server_round for record in rounds],
+            "detailed": [n for n, place in enumerate(shown) if place in of_round],
+            "wireless_s": _rounded(record.wireless_s for record in rounds),
+            **{name: of_shown(values) for name, values in lines.items()},
+            "skipped": [record.skipped for record in rounds],
+            "metrics": {name: of_shown(values) for name, values in metrics.items()},
             "start_metrics": dict(
                 zip(self.start, _rounded(self.start.values()), strict=True)
             ),
-            "refused": [sum(_refused(record).values()) for record in self.rounds],
-            "bytes": {name: _rounded(self._bytes(name)) for name in _COUNTS},
+            "refused": [sum(_refused(record).values()) for record in rounds],
+            "bytes": {name: of_shown(tally.bytes[name]) for name in COUNTS},
             "devices": devices,
             "statuses": statuses,
-            "num_blocks": max((b.block_index + b.depth for b in blocks), default=0),
+            "num_blocks": tally.num_blocks,
+            "meetings": [
+                [row_of[device], block, count]
+                for (device, block), count in tally.meetings.items()
+                if parts
+            ],
+            "memory": [
+                [
+                    row_of[device],
+                    *_rounded((known.needed_bytes, known.offered_bytes)),
+                    known.numbers,
+                    *_rounded((known.peak_bytes,)),
+                ]
+                for device, known in tally.memory.items()
+                if parts and known.needed_bytes is not None
+            ],
             "first": first,
-            "device": [row_of[block.device] for block in blocks],
-            "block": [block.block_index for block in blocks],
-            "blocks": [list(block.blocks) for block in blocks],
-            "numbers": [block.numbers for block in blocks],
-            "share": _rounded(block.share for block in blocks),
-            "compute_s": _rounded(block.compute_s for block in blocks),
-            "upload_s": _rounded(block.upload_s for block in blocks),
-            "reported_s": _rounded(block.reported_compute_s for block in blocks),
-            "status": [statuses.index(block.status) for block in blocks],
-            "needed_bytes": _rounded(b.required_memory_bytes for b in blocks),
-            "memory_bytes": _rounded(b.memory_bytes for b in blocks),
-            "peak_bytes": _rounded(b.peak_memory_bytes for b in blocks),
-            "measured_upload_s": _rounded(block.measured_upload_s for block in blocks),
+            "device": [row_of[part.device] for part in parts],
+            "block": [part.block_index for part in parts],
+            "numbers": [part.numbers for part in parts],
+            "share": _rounded(part.share for part in parts),
+            "compute_s": _rounded(part.compute_s for part in parts),
+            "upload_s": _rounded(part.upload_s for part in parts),
+            "reported_s": _rounded(part.reported_compute_s for part in parts),
+            "status": [statuses.index(part.status) for part in parts],
+            "measured_upload_s": _rounded(part.measured_upload_s for part in parts),
             **{
-                name: _rounded(_count(block, name) for block in blocks)
-                for name in _COUNTS
+                name: _rounded(count_of(part, name) for part in parts)
+                for name in COUNTS
             },
         }
 
-
-def _blocks(record: Record) -> Sequence[BlockRecord]:
-    return record.blocks if isinstance(record, RoundRecord) else ()
+    def _in_detail(
+        self, observed_s: Sequence[float | None], shown: Sequence[int], most_parts: int
+    ) -> list[int]:
+        """Choose from rounds that are shown those that are shown in detail."""
+        num_parts = [self.tally.num_parts[place] for place in shown]
+        if len(self.tally.memory) > MOST_DEVICES:
+            return []
+        if sum(num_parts) <= most_parts:
+            return list(shown)
+        # As many of the largest as there is room for: then there is room for any.
+        most = most_parts // max(num_parts)
+        if most < _FEWEST_IN_DETAIL:
+            return []
+        chosen = extremes([[observed_s[n] for n in shown]], len(shown), most)
+        return [shown[n] for n in chosen]
 
 
 def _refused(record: Record) -> Mapping[str, int]:
     return record.refused if isinstance(record, RoundRecord) else {}
-
-
-def _count(block: BlockRecord | StepRecord, name: str) -> float | None:
-    """Return a count of bytes; None where the record holds none."""
-    return getattr(block, name, 0) or None
 
 
 def _latencies(rounds: Iterable[Record], name: str) -> list[float | None]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, overload
+
+from pydantic_core import from_json
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import writing
 from lola_flwr.run.records import BlockRecord, Record, RoundRecord, StepRecord
 
 _Known = TypeVar("_Known", BlockRecord, RoundRecord, StepRecord)
+_NAMES = {
+    record: frozenset(f.name for f in fields(record))
+    for record in (BlockRecord, RoundRecord, StepRecord)
+}
 
 
 def read_rounds(path: Path) -> list[Record]:
@@ -25,14 +32,67 @@ def read_rounds(path: Path) -> list[Record]:
     UserError
         The file cannot be read, or a line of it is no record.
     """
+    return list(LoggedRounds(path))
+
+
+class LoggedRounds(Sequence[Record]):
+    """The records of a file, each read when it is asked for: as few are in memory.
+
+    Parameters
+    ----------
+    path
+        File that a `RoundLog` wrote, or is still writing: what is added later is not
+        seen.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or (when it is asked for) a line of it is no record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _reading(path), path.open("rb") as file:
+            # A line without an end is still being written.
+            ends = accumulate(len(line) for line in file if line.endswith(b"\n"))
+            self._starts = [0, *ends]
+
+    def __len__(self) -> int:
+        """Return how many rounds there are."""
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Record]: ...
+
+    def __getitem__(self, place: int | slice) -> Record | Sequence[Record]:
+        """Read one record, or several."""
+        if isinstance(place, slice):
+            return [self[n] for n in range(*place.indices(len(self)))]
+        n = range(len(self))[place]
+        with _reading(self._path), self._path.open("rb") as file:
+            file.seek(self._starts[n])
+            return self._record(file, n)
+
+    def __iter__(self) -> Iterator[Record]:
+        """Read them one after the other."""
+        with _reading(self._path), self._path.open("rb") as file:
+            for n in range(len(self)):
+                yield self._record(file, n)
+
+    def _record(self, file: IO[bytes], n: int) -> Record:
+        line = file.read(self._starts[n + 1] - self._starts[n])
+        return _read_record(line, f"{self._path}, line {n + 1}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"{path} cannot be read: {reason}.") from None
-    # A line without an end is still being written.
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [_read_record(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def require_training(records: Sequence[Record]) -> None:
@@ -64,9 +124,9 @@ def _has_trained(record: Record) -> bool:
     return record.skipped is None
 
 
-def _read_record(line: str, where: str) -> Record:
+def _read_record(line: bytes, where: str) -> Record:
     try:
-        values = json.loads(line)
+        values = from_json(line)
         blocks = tuple(_known(BlockRecord, block) for block in values.pop("blocks", ()))
         values["bound_s"] = _or_nan(values.get("bound_s"))
         for name in ("metrics", "start_metrics"):
@@ -81,7 +141,9 @@ def _read_record(line: str, where: str) -> Record:
 
 def _known(record: type[_Known], values: Mapping[str, Any]) -> _Known:
     """Make a record of those values that it has fields for."""
-    names = {f.name for f in fields(record)}
+    names = _NAMES[record]
+    if values.keys() <= names:
+        return record(**values)
     return record(**{name: v for name, v in values.items() if name in names})
 
 

@@ -287,6 +287,39 @@ def test_a_model_that_is_spread_has_no_sections_of_blocks(browser, tmp_path):
     assert find(browser, "#bytes-chart .u-series:nth-child(2) .u-value").text == "7"
 
 
+def test_a_long_run_is_shown_in_part(browser, tmp_path, monkeypatch):
+    run = sample_run("long", num_devices=8, num_rounds=120)
+    slow = replace(run.rounds[77], observed_s=1e4)
+    run = replace(run, rounds=[*run.rounds[:77], slow, *run.rounds[78:]])
+    monkeypatch.setattr("lola_flwr.report.page.MOST_ROUNDS", 60)
+    monkeypatch.setattr("lola_flwr.report.page.MOST_PARTS", 100)
+    browser.get(Report([run]).save(tmp_path / "report.html").as_uri())
+    assert "of 120 rounds" in find(browser, ".left-out").text
+    (shown,) = browser.execute_script(
+        "return JSON.parse(document.querySelector('#data').textContent)"
+    )
+    # The slider has the rounds in detail, the slowest among them.
+    detailed = [shown["round"][index] for index in shown["detailed"]]
+    for place, number in enumerate(detailed):
+        choose_round(browser, place)
+        assert find(browser, "#round-title").text.startswith(f"Round {number}:")
+        assert number_of(browser, "#timeline .track") > 0 or number == 3
+    assert 78 in detailed
+    # A point of the chart that is none of these says where its devices are.
+    other = next(n for n in shown["round"] if n not in detailed)
+    chart = find(browser, "#latency-chart")
+    from selenium.webdriver.common.keys import Keys
+
+    for _ in range(shown["round"].index(other)):
+        chart.send_keys(Keys.ARROW_RIGHT)
+    assert "rounds.jsonl" in find(browser, "#round-title").text
+    assert number_of(browser, "#timeline .track") == 0
+    for canvas in CANVASES:
+        assert colors(browser, canvas) > 3, canvas
+    assert number_of(browser, "#memory-bars .track") == len(shown["memory"])
+    assert browser.get_log("browser") == []
+
+
 def test_a_plan_is_called_a_plan(browser, tmp_path):
     records = plan_rounds(generate_fleet(8), named_model_costs("minilm-l6"), rounds=1)
     path = Report([Run("plan", records)]).save(tmp_path / "plan.html")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -106,10 +109,72 @@ def test_data_are_the_rounds(page, runs):
             assert [shown["statuses"][shown["status"][p]] == LOST for p in parts] == [
                 block.status == LOST for block in record.blocks
             ]
-            assert [shown["needed_bytes"][p] for p in parts] == [
-                pytest.approx(block.required_memory_bytes, rel=1e-5)
-                for block in record.blocks
-            ]
+        parts = [block for record in run.rounds for block in record.blocks]
+        used = [part for part in parts if part.status == "accepted"]
+        assert {
+            (shown["devices"][d], b): n for d, b, n in shown["meetings"]
+        } == Counter((part.device, block) for part in used for block in part.blocks)
+        assert {shown["devices"][d]: needed for d, needed, *_ in shown["memory"]} == {
+            device: pytest.approx(
+                max(p.required_memory_bytes for p in parts if p.device == device),
+                rel=1e-5,
+            )
+            for device in {part.device for part in parts}
+        }
+
+
+def test_a_long_run_keeps_its_peaks(monkeypatch):
+    run = sample_run("long", num_devices=8, num_rounds=120)
+    slow = replace(run.rounds[77], observed_s=1e4)
+    run = replace(run, rounds=[*run.rounds[:77], slow, *run.rounds[78:]])
+    monkeypatch.setattr("lola_flwr.report.page.MOST_ROUNDS", 60)
+    monkeypatch.setattr("lola_flwr.report.page.MOST_PARTS", 100)
+    text = Report([run]).html()
+    (shown,) = json.loads(Page(text).scripts[0])
+    all_of_it = run.columns()
+    assert shown["num_rounds"] == 120
+    assert len(shown["round"]) <= 60
+    assert len(shown["device"]) <= 100
+    for name in ("planned_s", "observed_s"):
+        known = [[v for v in of[name] if v is not None] for of in (shown, all_of_it)]
+        assert len({(min(values), max(values)) for values in known}) == 1
+    peak = shown["observed_s"].index(1e4)
+    assert peak in shown["detailed"]
+    assert shown["first"][peak + 1] - shown["first"][peak] == len(slow.blocks)
+    # What is counted is counted over all rounds.
+    for name in ("meetings", "memory", "devices"):
+        assert shown[name] == all_of_it[name]
+    said = f"of 120 rounds the charts show {len(shown['round'])}, "
+    assert said in text
+    assert f"{len(shown['detailed'])} are shown device by device" in text
+    assert "rounds.jsonl" in text
+
+
+def test_of_too_many_devices_none_is_shown(monkeypatch):
+    monkeypatch.setattr("lola_flwr.report.runs.MOST_DEVICES", 3)
+    text = Report([sample_run("wide", num_rounds=2)]).html()
+    (shown,) = json.loads(Page(text).scripts[0])
+    assert not any(shown[name] for name in ("device", "devices", "meetings", "memory"))
+    assert "too many devices" in text
+
+
+@pytest.mark.slow
+def test_five_thousand_rounds_of_a_hundred_devices(tmp_path):
+    everyone = RoundMode(participation="all")
+    run = sample_run("big", num_devices=100, num_rounds=12, mode=everyone)
+    with (tmp_path / "rounds.jsonl").open("w") as file:
+        for number in range(1, 5001):
+            record = run.rounds[-(number % 8) - 1]
+            file.write(replace(record, server_round=number).to_json() + "\n")
+    code = (
+        "import resource, sys; from lola_flwr.cli.main import main; "
+        "assert main(['report', sys.argv[1]]) == 0; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) * 1024 < 500e6
+    assert (tmp_path / "report.html").stat().st_size < 5e6
 
 
 def test_tables_can_be_read_without_charts(page, runs):

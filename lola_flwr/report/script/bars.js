@@ -2,7 +2,8 @@
 
 function showRound(index) {
   state.round = index;
-  byId("slider").value = index;
+  const { detailed } = runs[state.run];
+  byId("slider").value = Math.max(detailed.findLastIndex((shown) => shown <= index), 0);
   drawRound();
 }
 
@@ -16,6 +17,12 @@ function drawRound() {
   const place = byId("timeline");
   if (run.skipped[index] !== null) {
     byId("round-title").textContent = `${title}: skipped, ${run.skipped[index]}`;
+    place.replaceChildren();
+    return;
+  }
+  if (!run.detailed.includes(index)) {
+    byId("round-title").textContent = `${title}: ${format(planned, "s")} planned` +
+      (run.is_plan ? "" : `, ${format(run.observed_s[index], "s")} observed`) + "; what each device did is in rounds.jsonl";
     place.replaceChildren();
     return;
   }
@@ -75,30 +82,18 @@ function row(kind, name, second, third, track, value) {
 
 function drawMemory() {
   const run = runs[state.run];
-  const most = new Map();
-  const peaks = new Map();
-  run.device.forEach((device, part) => {
-    const peak = run.peak_bytes[part];
-    if (peak !== null) peaks.set(device, Math.max(peak, peaks.get(device) || 0));
-    const needed = run.needed_bytes[part];
-    if (needed === null || run.memory_bytes[part] === null) return;
-    const known = most.get(device);
-    if (!known || needed > known.needed) most.set(device, { needed, part });
-  });
   const place = byId("memory-bars");
-  if (!most.size) { place.replaceChildren("This run's log holds no memory figures."); return; }
-  const largest = Math.max(...[...most.values()].map(({ part, needed }) => Math.max(run.memory_bytes[part], needed)));
+  if (!run.memory.length) { place.replaceChildren("This run's log holds no memory figures."); return; }
+  const largest = Math.max(...run.memory.map(([, needed, offered]) => Math.max(needed, offered)));
   // Those nearest to their limit come first.
-  const used = ({ needed, part }) => needed / run.memory_bytes[part];
-  const rows = [...most].sort((a, b) => used(b[1]) - used(a[1])).map(([device, { needed, part }]) => {
-    const offered = run.memory_bytes[part];
+  const used = ([, needed, offered]) => needed / offered;
+  const rows = [...run.memory].sort((a, b) => used(b) - used(a)).map(([device, needed, offered, numbers, peak]) => {
     const track = element("span", { class: "track" });
     track.style.width = `${(100 * offered) / largest}%`;
     const over = needed > offered;
     track.append(element("span", { class: over ? "lost" : "upload", style: `left:0;width:${(100 * needed) / offered}%` }));
-    track.title = `block ${run.numbers[part]} needs ${bytes(needed)}; the device offers ${bytes(offered)}`;
-    const peak = peaks.get(device);
-    if (peak !== undefined) {
+    track.title = `block ${numbers} needs ${bytes(needed)}; the device offers ${bytes(offered)}`;
+    if (peak !== null) {
       track.append(mark("reported", `${Math.min((100 * peak) / offered, 100)}%`));
       track.title += `; measured peak ${bytes(peak)}`;
     }

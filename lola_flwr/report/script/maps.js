@@ -6,24 +6,28 @@ const meetings = heatMap("meetings", "Accepted updates by device and block");
 function drawMaps() {
   const run = runs[state.run];
   const cells = [];
-  const said = new Map();
-  const counts = new Map();
-  run.round.forEach((round, index) => {
+  const partAt = new Map();
+  const fills = Array.from({ length: run.num_blocks }, (_, block) => blockColor(run, block));
+  const counts = new Map(run.meetings.map(([row, block, count]) => [`${row} ${block}`, count]));
+  run.detailed.forEach((index, column) => {
     for (const part of parts(run, index)) {
       const [row, block] = [run.device[part], run.block[part]];
       const lost = !accepted(run, part);
-      cells.push({ row, column: index, fill: blockColor(run, block), lost });
-      said.set(`${row} ${index}`, `${run.devices[row]}, round ${round}: block ${run.numbers[part]}, depth ${run.num_blocks - block}` +
-        (lost ? ` (${run.statuses[run.status[part]]})` : ""));
-      if (lost) continue;
-      for (const trained of run.blocks[part]) counts.set(`${row} ${trained}`, (counts.get(`${row} ${trained}`) || 0) + 1);
+      cells.push({ row, column, fill: fills[block], lost });
+      partAt.set(row * run.detailed.length + column, part);
     }
   });
   byDevice.draw({
-    rows: run.devices, columns: run.round.map(String), cells,
-    summary: `${run.devices.length} devices over ${run.round.length} rounds`,
-    describe: (row, column) => said.get(`${row} ${column}`) || `${run.devices[row]}, round ${run.round[column]}: not asked`,
-    choose: (_, column) => { showRound(column); byId("round").scrollIntoView(); },
+    rows: run.devices, columns: run.detailed.map((index) => String(run.round[index])), cells,
+    summary: `${run.devices.length} devices over ${run.detailed.length} rounds`,
+    describe: (row, column) => {
+      const part = partAt.get(row * run.detailed.length + column);
+      const where = `${run.devices[row]}, round ${run.round[run.detailed[column]]}`;
+      return part === undefined ? `${where}: not asked` :
+        `${where}: block ${run.numbers[part]}, depth ${run.num_blocks - run.block[part]}` +
+        (accepted(run, part) ? "" : ` (${run.statuses[run.status[part]]})`);
+    },
+    choose: (_, column) => { showRound(run.detailed[column]); byId("round").scrollIntoView(); },
   });
   const most = Math.max(1, ...counts.values());
   const blocks = Array.from({ length: run.num_blocks }, (_, i) => i);

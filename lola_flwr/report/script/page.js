@@ -5,7 +5,7 @@ function drawRun() {
   for (const place of document.querySelectorAll(".of")) {
     place.textContent = runs.length > 1 ? `of ${run.name}` : "";
   }
-  byId("slider").max = run.round.length - 1;
+  byId("slider").max = run.detailed.length - 1;
   state.round = Math.min(state.round, run.round.length - 1);
   // A model that is spread over the devices has no blocks of theirs.
   for (const id of ["round", "who", "memory"]) {
@@ -52,10 +52,11 @@ if (metrics.length) {
 for (const radio of document.querySelectorAll('input[name="run"]')) {
   radio.addEventListener("change", () => { state.run = Number(radio.value); drawRun(); });
 }
-byId("slider").addEventListener("input", () => showRound(Number(byId("slider").value)));
+byId("slider").addEventListener("input", () => showRound(runs[state.run].detailed[Number(byId("slider").value)]));
 const step = (by) => () => {
-  const last = runs[state.run].round.length - 1;
-  showRound(Math.min(Math.max(state.round + by, 0), last));
+  const { detailed } = runs[state.run];
+  const shown = Number(byId("slider").value) + by;
+  showRound(detailed[Math.min(Math.max(shown, 0), detailed.length - 1)]);
 };
 byId("previous").addEventListener("click", step(-1));
 byId("next").addEventListener("click", step(1));
