@@ -165,7 +165,7 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
             has_end = math.isfinite(self._longest_s)
             self._record = replace(
                 self._record,
-                deadline_s=self._longest_s if has_end else None,
+                measured_deadline_s=self._longest_s if has_end else None,
                 server_s=median_low(self._beside_s or (0.0,)),
             )
             used = {b.device for b in self._record.blocks if b.status == "accepted"}

@@ -195,7 +195,7 @@ class RoundRecord(Record):
         Each active device's part.
     measured_strategy_s
         Seconds that the server itself took to plan the round and to step the model.
-    deadline_s
+    measured_deadline_s
         How long it waited for replies at most, by what rounds take; None: as long as
         Flower waits.
     server_s
@@ -210,7 +210,7 @@ class RoundRecord(Record):
     refused: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockRecord, ...] = ()
     measured_strategy_s: float = 0.0
-    deadline_s: float | None = None
+    measured_deadline_s: float | None = None
     server_s: float = 0.0
 
     def _lines(self) -> list[str]:

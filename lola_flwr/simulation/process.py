@@ -58,7 +58,8 @@ def run_in_this_process(
     home
         FLWR_HOME of this process from now on.
     device_threads
-        PyTorch's threads while a device computes.
+        PyTorch's threads while a device computes, unless OMP_NUM_THREADS says how many
+        any process has.
     echo
         Called with each line that Flower's logger says.
 
@@ -68,6 +69,8 @@ def run_in_this_process(
         The app has no ServerApp, or no ClientApp.
     """
     os.environ.update(environment(home.absolute()))
+    # As Ray does with the processes of its devices.
+    threads = None if "OMP_NUM_THREADS" in os.environ else device_threads
     sys.path.insert(0, str(app.directory.resolve()))
     server_app = _component(app, "serverapp", ServerApp)
     client_app = _component(app, "clientapp", ClientApp)
@@ -86,7 +89,7 @@ def run_in_this_process(
         },
         run,
         config,
-        device_threads,
+        threads,
     )
     context = Context(
         run_id=run.run_id,

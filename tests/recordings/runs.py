@@ -28,7 +28,7 @@ CHECKOUT = DIRECTORY.parent.parent
 # Times of the machine that the server runs on, and so not recorded: to plan a round and
 # step the model, and to take a step of D2FT.
 MACHINE_TIMES = frozenset(
-    {"measured_strategy_s", "measured_s", "measured_round_s", "deadline_s"}
+    {"measured_strategy_s", "measured_s", "measured_round_s", "measured_deadline_s"}
 )
 
 # Large steps, so that a wrong one shows; devices that are not what they say.
