@@ -13,7 +13,7 @@ from typing import Any
 
 from lola_flwr.errors import UserError
 from lola_flwr.report.tally import COUNTS, Tally, count_of, extremes, parts_of
-from lola_flwr.run.records import Record, RoundRecord
+from lola_flwr.run.records import BlockRecord, Record, RoundRecord
 from lola_flwr.run.round_log import LoggedRounds
 
 # What a page holds at most, which keeps it below 5 MB: rounds in its charts, parts of
@@ -242,19 +242,7 @@ class Run:
                 if parts and known.needed_bytes is not None
             ],
             "first": first,
-            "device": [row_of[part.device] for part in parts],
-            "block": [part.block_index for part in parts],
-            "numbers": [part.numbers for part in parts],
-            "share": _rounded(part.share for part in parts),
-            "compute_s": _rounded(part.compute_s for part in parts),
-            "upload_s": _rounded(part.upload_s for part in parts),
-            "reported_s": _rounded(part.reported_compute_s for part in parts),
-            "status": [statuses.index(part.status) for part in parts],
-            "measured_upload_s": _rounded(part.measured_upload_s for part in parts),
-            **{
-                name: _rounded(count_of(part, name) for part in parts)
-                for name in COUNTS
-            },
+            **_part_columns(parts, row_of, statuses),
         }
 
     def _in_detail(
@@ -272,6 +260,24 @@ class Run:
             return []
         chosen = extremes([[observed_s[n] for n in shown]], len(shown), most)
         return [shown[n] for n in chosen]
+
+
+def _part_columns(
+    parts: Sequence[BlockRecord], row_of: Mapping[str, int], statuses: Sequence[str]
+) -> dict[str, Any]:
+    """Return devices' parts as columns, one after the other."""
+    return {
+        "device": [row_of[part.device] for part in parts],
+        "block": [part.block_index for part in parts],
+        "numbers": [part.numbers for part in parts],
+        "share": _rounded(part.share for part in parts),
+        "compute_s": _rounded(part.compute_s for part in parts),
+        "upload_s": _rounded(part.upload_s for part in parts),
+        "reported_s": _rounded(part.reported_compute_s for part in parts),
+        "status": [statuses.index(part.status) for part in parts],
+        "measured_upload_s": _rounded(part.measured_upload_s for part in parts),
+        **{name: _rounded(count_of(part, name) for part in parts) for name in COUNTS},
+    }
 
 
 def _refused(record: Record) -> Mapping[str, int]:
@@ -299,7 +305,8 @@ def _read_description(path: Path) -> Mapping[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}.") from None
     if not isinstance(description, dict):
         raise UserError(f"{path} describes no run.")
     return description
