@@ -39,6 +39,7 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m tests.audit
 
 # What of the core its own tests do not notice being changed. MUTANTS=--again: of those.
 mutants: venv
