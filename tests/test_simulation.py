@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lola_flwr.errors import UserError
 from lola_flwr.simulation import FinishedRun, programs, ray_directory, run_app, runs
+from lola_flwr.simulation.watch import how_it_ended
 from tests.marks import rest_slow
 
 ROOT = Path(__file__).parent.parent
@@ -299,6 +300,47 @@ class TestRaysDirectory:
         )
         run_app(APP, num_devices=2, home=flower / "home")
         assert str(note.readlink()).startswith("/tmp/lola-")
+
+
+class TestWatch:
+    @pytest.mark.parametrize(
+        ("killed", "said"),
+        rest_slow(
+            [
+                ("simulation", "process of ServerApp and devices was ended by SIGKILL"),
+                ("superlink", "flower-superlink was ended by SIGKILL"),
+                ("flwr", "flwr run was ended by SIGKILL"),
+            ]
+        ),
+    )
+    def test_what_is_killed_is_named(self, flower, killed, said):
+        def echo(line):
+            if line == "waiting\n":
+                os.kill(noted(flower, killed), signal.SIGKILL)
+
+        finished = run_app(
+            APP, num_devices=2, run_config=["wait=1"], home=flower / "home", echo=echo
+        )
+        assert not finished.completed
+        assert said in finished.error
+
+    @pytest.mark.parametrize(
+        ("code", "said"),
+        [
+            (3, "ended with exit code 3"),
+            (0, "ended with exit code 0"),
+            (-9, "was ended by SIGKILL, as by a system short of memory"),
+            (256 - 15, "was ended by SIGTERM"),
+            (-60, "was ended by signal 60"),
+        ],
+    )
+    def test_how_a_program_ended(self, code, said):
+        assert how_it_ended(code) == said
+
+    def test_what_the_app_says_counts_first(self):
+        finished = FinishedRun("failed", f"{ERROR}error: no\n", "it was killed")
+        assert finished.error == "no"
+        assert FinishedRun("failed", "", "it was killed").error == "it was killed"
 
 
 class TestStop:

@@ -24,10 +24,13 @@ class FinishedRun:
         Flower's word for it: ``"finished:completed"`` is success.
     output
         What the run printed.
+    cause
+        What ended it, in a line, where the output does not say; None if nothing did.
     """
 
     status: str
     output: str
+    cause: str | None = None
 
     @property
     def completed(self) -> bool:
@@ -49,7 +52,7 @@ class FinishedRun:
         if logged is not None:
             return logged.removeprefix("error: ")
         raised = _RAISED.findall(plain(self.output))
-        return raised[-1] if raised else None
+        return raised[-1] if raised else self.cause
 
     def _last_logged(self, level: str, start: str) -> str | None:
         # Other lines hold what devices call themselves, which could be anything.

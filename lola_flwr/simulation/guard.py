@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 # How long what is told to end may take before it is killed, seconds.
 GRACE_S = 3.0
 
+# Where a process's exit code stands behind its name in /proc/PID/stat.
+_EXIT_CODE = 49
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -86,7 +88,7 @@ def _end_all(process: subprocess.Popen[bytes]) -> None:
 
 def _reap(own: int) -> None:
     """Take note of the end of what was adopted."""
-    for pid in _children().get(os.getpid(), ()):
+    for pid in children().get(os.getpid(), ()):
         if pid != own:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
@@ -94,23 +96,35 @@ def _reap(own: int) -> None:
 
 def _descendants(pid: int) -> Iterator[int]:
     """Give the processes under a process that have not ended."""
-    children = _children()
+    table = children()
     waiting = [pid]
     while waiting:
-        for child in children.get(waiting.pop(), ()):
+        for child in table.get(waiting.pop(), ()):
             waiting.append(child)
             if _state(child) not in ("Z", ""):
                 yield child
 
 
-def _children() -> dict[int, list[int]]:
+def children() -> dict[int, list[int]]:
     """Return the children of every process (Linux; elsewhere of none)."""
-    children: dict[int, list[int]] = {}
+    table: dict[int, list[int]] = {}
     with contextlib.suppress(OSError):
         for entry in os.listdir("/proc"):
             if entry.isdigit() and (stat := _stat(int(entry))):
-                children.setdefault(int(stat[1]), []).append(int(entry))
-    return children
+                table.setdefault(int(stat[1]), []).append(int(entry))
+    return table
+
+
+def status_of(pid: int) -> int | None:
+    """Return how a process that nobody has asked ended (a signal is negative).
+
+    None while it lives, or where the system does not tell.
+    """
+    stat = _stat(pid)
+    # The last field of /proc/PID/stat, as wait() gives it.
+    if not stat or stat[0] != "Z":
+        return None
+    return os.waitstatus_to_exitcode(int(stat[_EXIT_CODE]))
 
 
 def _state(pid: int) -> str:

@@ -8,11 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import IO
 
 from lola_flwr.errors import UserError
 from lola_flwr.simulation import guard
+
+# How often what a program depends on is looked at, seconds.
+_LOOK_S = 0.5
 
 
 def program(name: str) -> str:
@@ -84,18 +89,67 @@ def running(
         process.wait()
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """What a program printed, and how it ended.
+
+    Parameters
+    ----------
+    output
+        What it printed.
+    exit_code
+        Its guard's exit code.
+    cause
+        Why it was ended; None if it ended by itself.
+    """
+
+    output: str
+    exit_code: int
+    cause: str | None
+
+
 def stream(
     command: Sequence[str],
     environment: dict[str, str],
     echo: Callable[[str], object] | None,
-) -> str:
-    """Return what a program prints, and hand on each line as it comes."""
-    lines = []
+    cause: Callable[[], str | None] = lambda: None,
+) -> Streamed:
+    """Run a program and hand on each line that it prints, as it comes.
+
+    Parameters
+    ----------
+    command, environment
+        As for `running`.
+    echo
+        Called with each line.
+    cause
+        Asked every half second, in a thread of its own: why the program is to be
+        ended; None if it is not.
+    """
+    lines: list[str] = []
+    causes: list[str] = []
+    done = Event()
+
+    def watch(process: subprocess.Popen[str]) -> None:
+        while not done.wait(_LOOK_S):
+            if (found := cause()) is not None:
+                causes.append(found)
+                assert process.stdin is not None
+                # Its guard ends it.
+                process.stdin.close()
+                return
+
     with running(command, environment, subprocess.PIPE) as process:
         assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                lines.append(line)
-                if echo is not None:
-                    echo(line)
-    return "".join(lines)
+        watcher = Thread(target=watch, args=(process,), daemon=True)
+        watcher.start()
+        try:
+            with process.stdout:
+                for line in process.stdout:
+                    lines.append(line)
+                    if echo is not None:
+                        echo(line)
+        finally:
+            done.set()
+            watcher.join()
+    return Streamed("".join(lines), process.returncode, next(iter(causes), None))

@@ -29,6 +29,7 @@ from lola_flwr.simulation.programs import (
     stream,
 )
 from lola_flwr.simulation.ray_directory import ray_environment
+from lola_flwr.simulation.watch import Watch, how_it_ended, is_signal
 
 _START_S = 60.0
 _STATUS_S = 30.0
@@ -84,10 +85,23 @@ def run_app(
             run_command += ["--run-config", override]
         with (
             link.log.open("ab") as log_file,
-            running(superexec_command, {**link.environment, **for_ray}, log_file),
+            running(
+                superexec_command, {**link.environment, **for_ray}, log_file
+            ) as guard,
         ):
-            output = stream(run_command, link.environment, echo)
-            return FinishedRun(_status(flwr, output, link.environment), output)
+            watch = Watch(
+                {"flower-superlink": link.guard, "flower-superexec": guard},
+                superexec="flower-superexec",
+                log=link.log,
+            )
+            ran = stream(run_command, link.environment, echo, watch.cause)
+            cause = ran.cause or watch.cause()
+            if cause is None and is_signal(ran.exit_code):
+                cause = f"flwr run {how_it_ended(ran.exit_code)} before the run did."
+            if cause is not None:
+                return FinishedRun("failed", ran.output, cause)
+            status = _status(flwr, ran.output, link.environment)
+            return FinishedRun(status, ran.output)
 
 
 @dataclass(frozen=True)
@@ -102,11 +116,14 @@ class SuperLink:
         Environment of programs that are to use it; they call it ``own``.
     log
         What it says.
+    guard
+        Its guard, which ends with it.
     """
 
     address: str
     environment: dict[str, str]
     log: Path
+    guard: subprocess.Popen[str]
 
 
 @contextmanager
@@ -135,17 +152,17 @@ def own_superlink(home: Path) -> Iterator[SuperLink]:
             f'address = "{address}"\ninsecure = true\n',
             encoding="utf-8",
         )
-    link = SuperLink(address, environment(flwr_home), flwr_home / "superlink.log")
+    own, log = environment(flwr_home), flwr_home / "superlink.log"
     command = [
         *(superlink, "--insecure", "--simulation", "--isolation", "process"),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
     with (
-        link.log.open("ab") as log_file,
-        running(command, link.environment, log_file) as process,
+        log.open("ab") as log_file,
+        running(command, own, log_file) as guard,
     ):
-        _wait_for_port(process, port, link.log)
-        yield link
+        _wait_for_port(guard, port, log)
+        yield SuperLink(address, own, log, guard)
 
 
 def _status(flwr: str, output: str, environment: dict[str, str]) -> str:
