@@ -12,6 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from lola_flwr.errors import UserError
+from lola_flwr.simulation import process
 from lola_flwr.simulation.grid import ProcessGrid
 
 
@@ -150,3 +152,16 @@ def test_devices_have_threads_of_their_own():
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "traceback"),
+    [(UserError("too few"), "too few", False), (KeyError("x"), None, True)],
+)
+def test_only_what_is_no_users_mistake_has_a_traceback(error, cause, traceback, caplog):
+    def server_app(grid, context):
+        raise error
+
+    with caplog.at_level("ERROR", logger="flwr"):
+        assert process._status(server_app, None, None) == ("finished:failed", cause)
+    assert any(record.exc_info for record in caplog.records) == traceback

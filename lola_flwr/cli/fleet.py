@@ -10,6 +10,7 @@ import typer
 from lola_flwr.cli.console import console, print_json, table
 from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError, si
+from lola_flwr.machine.files import writing
 
 if TYPE_CHECKING:
     from lola_flwr.system.fleet_file import Fleet
@@ -47,13 +48,18 @@ def generate(
     if out is None:
         print(text, end="")
         return
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UserError(f"{out} exists already; give another --out.") from None
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}.") from None
+    with writing(out):
+        try:
+            file = out.open("x", encoding="utf-8")
+        except FileExistsError:
+            raise UserError(f"{out} exists already; give another --out.") from None
+        try:
+            with file:
+                file.write(text)
+        except OSError:
+            # Half a fleet is none, and would be in the way of the next try.
+            out.unlink()
+            raise
     print(f"{devices} devices written to {out}")
 
 

@@ -49,7 +49,7 @@ def profile(
     from lola_flwr.deployment.measurement import measure_device, write_profile
 
     # Known before minutes are spent on measuring.
-    if not os.access(out.absolute().parent, os.W_OK):
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise UserError(
             f"--out {out}: nothing can be written there; name another file."
         )

@@ -199,9 +199,13 @@ def configured_model_costs(
     """
     import transformers
 
+    path = config_file(model)
+    if path is None or not path.is_file():
+        # transformers would look for a model of that name on the hub.
+        raise UserError(f"model={model!r} has no config.json.")
     try:
         config = transformers.AutoConfig.from_pretrained(
-            str(config_file(model)), trust_remote_code=False
+            str(path), trust_remote_code=False
         )
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised: load it, and use model_costs")

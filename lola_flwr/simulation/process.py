@@ -100,19 +100,26 @@ def run_in_this_process(
     )
     with _logged(echo) as lines:
         log(INFO, "%s devices in one process (--engine process)", num_devices)
-        status = _status(server_app, grid, context)
-    return FinishedRun(status, "".join(lines))
+        status, cause = _status(server_app, grid, context)
+    return FinishedRun(status, "".join(lines), cause)
 
 
-def _status(server_app: ServerApp, grid: Grid, context: Context) -> str:
-    """Run the server; return how that ended, in the words of Flower's engine."""
+def _status(
+    server_app: ServerApp, grid: Grid, context: Context
+) -> tuple[str, str | None]:
+    """Run the server; return how that ended, in the words of Flower's engine, and why.
+
+    A user's mistake is one line; the rest has a traceback.
+    """
     try:
         server_app(grid, context)
+    except UserError as error:
+        return "finished:failed", str(error)
     # Whatever an app raises ends its run.
     except Exception as error:
         log(ERROR, "Simulation raised an exception", exc_info=error)
-        return "finished:failed"
-    return "finished:completed"
+        return "finished:failed", None
+    return "finished:completed", None
 
 
 def _component(app: FlowerApp, key: str, kind: type[_Component]) -> _Component:

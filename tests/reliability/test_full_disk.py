@@ -18,6 +18,7 @@ import transformers
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
+from lola_flwr.cli.main import main
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import filling, replacing, writing
 from lola_flwr.model.saved_adapters import save_model
@@ -134,6 +135,19 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
         unfinished.write_text("half")
         raise KeyError
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(path.name, "old")]
+
+
+def test_half_a_fleet_is_not_left(tmp_path, capsys):
+    out = tmp_path / "fleet.toml"
+    with full_disk(100):
+        assert main(["fleet", "generate", "9", "--out", str(out)]) == 1
+    assert (
+        f"{out} cannot be written: File too large; make room" in capsys.readouterr().err
+    )
+    assert not out.exists()
+    out.write_text("mine")
+    assert main(["fleet", "generate", "9", "--out", str(out)]) == 1
+    assert out.read_text() == "mine"
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
