@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _HERE = files("lola_flwr.report")
 _NOTEBOOK_HEIGHT = 900
 # The rest is under the configuration.
 _TOLD_VERSIONS = ("lola-flwr", "flwr", "torch", "python")
+# Of a path from the root on, also behind "random:".
+_DIRECTORIES = re.compile(r"(?<![^:])(?:~/|/(?!/))(?:[^/]+/)*")
 # Later ones use what earlier ones define.
 _SCRIPT = (
     *("helpers", "files", "line_chart", "heat_map"),
@@ -83,7 +86,12 @@ class Report:
             left_out=[words for run in columns if (words := _left_out(run))],
             is_plan=self.is_plan,
             learns=any(run.learns for run in self.runs),
-            config=_side_by_side([run.config for run in self.runs]),
+            config=_side_by_side(
+                [
+                    {key: _mailable(value) for key, value in run.config.items()}
+                    for run in self.runs
+                ]
+            ),
             versions=_side_by_side(
                 [run.description.get("versions", {}) for run in self.runs]
             ),
@@ -148,6 +156,14 @@ def _number(value: float | None) -> str:
 
 def _size(value: int | None) -> str:
     return "–" if value is None else si(value, "B")
+
+
+def _mailable(value: object) -> object:
+    """Return a value of a configuration without the directories that a path is in.
+
+    They tell who ran it and where; a report is sent by mail. run.json has them.
+    """
+    return _DIRECTORIES.sub("…/", value) if isinstance(value, str) else value
 
 
 def _left_out(columns: Mapping[str, Any]) -> str:

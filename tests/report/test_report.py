@@ -192,6 +192,22 @@ def test_configurations_stand_side_by_side(text):
     assert before_rounds.endswith("<tr>")
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/ada/runs/first", "…/first"),
+        ("~/models/mine", "…/mine"),
+        ("random:/home/ada/model", "random:…/model"),
+        ("sentence-transformers/all/x", "sentence-transformers/all/x"),
+        ("runs/first", "runs/first"),
+        (0.5, 0.5),
+    ],
+)
+def test_a_path_does_not_tell_whose_it_is(value, shown):
+    run = replace(sample_run("a", num_rounds=1), description={"config": {"x": value}})
+    assert f'<th scope="row">x</th><td>{shown}</td>' in Report([run]).html()
+
+
 def test_runs_of_one_name_are_numbered(runs):
     page = Page(Report([runs[0], runs[0]]).html())
     assert [run["name"] for run in json.loads(page.scripts[0])] == [
