@@ -18,7 +18,7 @@ from pathlib import Path
 _IDLE_BYTES = 20_000
 # A busy device pauses in the middle of an upload, and a quick one soon begins another:
 # the longest of these silences that tells as many uploads apart as there were.
-_GAPS_S = (4.0, 2.0, 1.0)
+_GAPS_S = (4.0, 2.0, 1.0, 0.5)
 
 
 @dataclass(frozen=True)
