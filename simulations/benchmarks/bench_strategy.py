@@ -6,7 +6,6 @@ Run with ``pytest simulations/benchmarks/bench_strategy.py``.
 from __future__ import annotations
 
 import math
-from io import BytesIO
 
 import numpy as np
 import pytest
@@ -18,10 +17,9 @@ from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.model import ServedModel
-from lola_flwr.server.replies import DeviceReply
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.system.devices import simulated_device
-from lola_flwr.wire.records import UpdateReport
+from simulations.benchmarks.server_replies import replies_to, update_of
 
 
 @pytest.mark.parametrize("num_devices", [200, 2_000])
@@ -43,32 +41,14 @@ def test_round_of_a_tiny_model(benchmark, num_devices):
     updates = []
     for block in range(partition.num_blocks):
         size = sum(math.prod(shapes[n]) for n in partition.update_names(block))
-        stream = BytesIO()
-        np.save(stream, np.full(size, 1e-3, np.float32), allow_pickle=False)
-        updates.append(stream.getvalue())
+        updates.append(update_of(np.full(size, 1e-3, np.float32)))
     rounds = iter(range(1, 10**6))
 
     def one_round():
         server_round = next(rounds)
         coordinator.meet_devices(server_round, ids)
         plan = coordinator.plan_round(server_round, ids)
-        replies = [
-            DeviceReply(
-                device_id=device,
-                tensors=[updates[task.block_index]],
-                num_examples=32,
-                report=UpdateReport(
-                    server_round=server_round,
-                    block_index=task.block_index,
-                    update_kind="gradient",
-                    loss=0.7,
-                    compute_s=1.0,
-                    compute_clock="simulated",
-                ).to_record(),
-            )
-            for device, task in plan.assignments.items()
-        ]
-        return coordinator.complete_round(plan, replies)
+        return coordinator.complete_round(plan, replies_to(plan, updates))
 
     record = benchmark.pedantic(one_round, rounds=20, warmup_rounds=2)
     assert not record.refused

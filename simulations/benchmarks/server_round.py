@@ -12,7 +12,6 @@ import math
 import sys
 import tempfile
 import time
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 
@@ -26,9 +25,8 @@ from lola_flwr.machine.heap import give_back_freed_memory
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
 from lola_flwr.run.directory import RunDirectory
-from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import simulated_device
-from lola_flwr.wire.records import UpdateReport
+from simulations.benchmarks.server_replies import replies_to, update_of
 
 NUM_DEVICES, ROUNDS = 12, 6
 
@@ -77,32 +75,13 @@ def _server():
 
 
 def _update(size):
-    stream = BytesIO()
-    values = np.random.default_rng(0).standard_normal(size, np.float32) * np.float32(
-        1e-3
-    )
-    np.save(stream, values, allow_pickle=False)
-    return stream.getvalue()
+    values = np.random.default_rng(0).standard_normal(size, np.float32)
+    return update_of(values * np.float32(1e-3))
 
 
 def _round(coordinator, ids, updates, server_round, files):
     plan = coordinator.plan_round(server_round, ids)
-    replies = [
-        DeviceReply(
-            device_id=device,
-            tensors=[updates[task.block_index]],
-            num_examples=32,
-            report=UpdateReport(
-                server_round=server_round,
-                block_index=task.block_index,
-                update_kind="gradient",
-                loss=0.7,
-                compute_s=1.0,
-                compute_clock="simulated",
-            ).to_record(),
-        )
-        for device, task in plan.assignments.items()
-    ]
+    replies = replies_to(plan, updates)
     values = coordinator.values()
     source = np.ones(sum(v.size for v in values.values()), np.float32)
     there = np.ones_like(source)
