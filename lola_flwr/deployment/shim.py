@@ -32,14 +32,11 @@ from flwr.common.logger import log
 from lola_flwr.deployment.app_code import app_root, load_device_function
 from lola_flwr.deployment.processes import supernode
 from lola_flwr.deployment.worker_link import (
-    HANGS_S,
     Frame,
     LinkError,
     Silent,
+    ask,
     connect,
-    end_hanging,
-    receive_answer,
-    send_frame,
     token_path,
 )
 from lola_flwr.device.contract import Device, LocalUpdate, OutOfMemory
@@ -164,14 +161,7 @@ class WorkerDevice:
     ) -> Frame:
         asked = Frame(kind, {**self._header, **(header or {})}, arrays or {})
         try:
-            with connect(self._socket_path) as connection:
-                send_frame(connection, asked)
-                try:
-                    answer = receive_answer(connection, hangs_s=HANGS_S)
-                except Silent:
-                    # What started it starts the next.
-                    end_hanging(connection)
-                    raise
+            answer = ask(self._socket_path, asked)
         except Silent as error:
             raise WorkerFailed(f"The worker hangs and was ended: {error}") from None
         except LinkError as error:

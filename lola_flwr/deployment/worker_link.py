@@ -48,6 +48,8 @@ _BUSY_S = 0.05
 # Who is asked says so often that it is at it; who says nothing for as long hangs.
 _AT_IT = "at-it"
 _BEAT_S, HANGS_S = 2.0, 30.0
+# A killed process ends within it, unless the system itself is stuck.
+_GONE_S = 5.0
 
 
 class LinkError(ConnectionError):
@@ -213,7 +215,38 @@ def receive_answer(connection: socket.socket, *, hangs_s: float = HANGS_S) -> Fr
     return frame
 
 
-def end_hanging(connection: socket.socket) -> None:
+def ask(socket_path: Path, asked: Frame, *, hangs_s: float = HANGS_S) -> Frame:
+    """Ask the worker at a socket, and wait for its answer; end it if it hangs.
+
+    Parameters
+    ----------
+    socket_path
+        Where it listens.
+    asked
+        What it is asked.
+    hangs_s
+        A worker that says nothing for as long is killed: what started it starts the
+        next one.
+
+    Raises
+    ------
+    Silent
+        It hung, and is ended.
+    LinkError
+        None answers there, or it ended meanwhile.
+    UserError
+        As for `connect`.
+    """
+    with connect(socket_path) as connection:
+        send_frame(connection, asked)
+        try:
+            return receive_answer(connection, hangs_s=hangs_s)
+        except Silent:
+            _end(connection)
+            raise
+
+
+def _end(connection: socket.socket) -> None:
     """Kill the process at the other end, where the system tells which that is."""
     if not hasattr(socket, "SO_PEERCRED"):
         return
@@ -226,6 +259,12 @@ def end_hanging(connection: socket.socket) -> None:
     if pid > 0:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+        # Until its last thread has gone it listens still, and would take the next
+        # question with it. Its sockets end together.
+        connection.settimeout(_GONE_S)
+        with suppress(OSError):
+            while connection.recv(_PREFIX.size):
+                pass
 
 
 def token_path(socket_path: Path) -> Path:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from lola_flwr.deployment.shim import WorkerDevice, WorkerFailed, resident
 from lola_flwr.deployment.worker import Worker, ask_worker
 from lola_flwr.deployment.worker_link import (
     Frame,
+    ask,
     connect,
     receive_frame,
     send_frame,
@@ -335,7 +337,7 @@ def test_a_worker_that_hangs_is_ended_and_its_successor_waited_for(path, monkeyp
     pid = device(flower).train(assignment(), {}).num_examples
     os.kill(pid, signal.SIGSTOP)
     with monkeypatch.context() as patch:
-        patch.setattr(shim, "HANGS_S", 0.2)
+        patch.setattr(shim, "ask", partial(ask, hangs_s=0.2))
         with pytest.raises(WorkerFailed, match="hangs and was ended"):
             device(flower).train(assignment(), {})
     wait_until(lambda: not _stat(pid)[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -39,8 +40,10 @@ from flwr.supernode.start_client_internal import FAB_VERIFICATION_ERROR, _verify
 from lola_flwr.deployment.node.apps import Apps
 from lola_flwr.deployment.node.place import Place, place_of
 from lola_flwr.deployment.node.stopping import Stop, Stopped
+from lola_flwr.deployment.node.tending import tended
 from lola_flwr.deployment.node.waiting import Silences, wait_s
 from lola_flwr.deployment.processes import be_supernode
+from lola_flwr.machine.files import local_path
 
 if TYPE_CHECKING:
     from flwr.supernode.cli.flower_supernode import SuperNodeLifespanConfig
@@ -82,8 +85,12 @@ def serve(options: SuperNodeLifespanConfig) -> None:
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop.on_signal)
+    worker = options.node_config.get("worker")
     try:
-        with place_of(options) as place:
+        with (
+            place_of(options) as place,
+            tended(local_path(str(worker))) if worker else nullcontext(),
+        ):
             _serve(options, stop, place)
     except Stopped:
         pass
