@@ -15,6 +15,7 @@ from lola_flwr.app.interface import Interface, interface_of
 from lola_flwr.errors import UserError
 from lola_flwr.model.bases import Base
 from lola_flwr.run.config import RunConfig
+from lola_flwr.run.target import Target
 from lola_flwr.run.tracking import TRACKERS, check_trackers
 from lola_flwr.server.assembly import BLOCK_MEANS
 from lola_flwr.server.selection import SELECTORS
@@ -97,6 +98,12 @@ def _known_trackers(text: str) -> str:
     return text
 
 
+def _known_target(text: str) -> str:
+    if text:
+        Target.parse(text)
+    return text
+
+
 # Not all that is allowed; what is shown and completed.
 Trackers = Annotated[str, AfterValidator(_known_trackers), Field(examples=[*TRACKERS])]
 Allocator = Annotated[
@@ -118,6 +125,7 @@ _FREE = frozenset(
         "save_merged",
         "trackers",
         "eval_every",
+        "target",
         "keep_checkpoints",
         "checkpoint_every",
         "other_data",
@@ -162,6 +170,7 @@ class AppConfig(RunConfig):
     uplink_mbps: Annotated[str, AfterValidator(_checked_rates)]
     seed: int = Field(ge=0)
     eval_every: int = Field(ge=1)
+    target: Annotated[str, AfterValidator(_known_target)] = ""
     round_timeout_s: float = Field(gt=0)
     output_dir: str
     checkpoint_every: int = Field(ge=1)

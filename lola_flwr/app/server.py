@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -17,6 +18,12 @@ from numpy.typing import NDArray
 
 from lola_flwr.app.config import AppConfig
 from lola_flwr.app.rounds import OnRound, run_d2ft, run_legacy, run_message
+from lola_flwr.app.target import (
+    TargetReached,
+    check_target,
+    spent_words,
+    was_reached,
+)
 from lola_flwr.device.store import run_store
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import filling
@@ -28,6 +35,7 @@ from lola_flwr.model.saved_adapters import merge, save_model
 from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import read_rounds, require_training
+from lola_flwr.run.target import Target
 from lola_flwr.run.tracking import tracking
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.spread.trainer import SpreadTrainer
@@ -124,6 +132,7 @@ def train(
 ) -> None:
     """Run the rounds and keep what comes of them, the model included if asked for."""
     model, partition = subject.model, subject.partition
+    target = Target.parse(config.target) if config.target else None
 
     def evaluate(
         server_round: int, values: Sequence[NDArray[np.floating]]
@@ -131,7 +140,9 @@ def train(
         if server_round % config.eval_every and server_round != config.rounds:
             return None
         load_values(model, partition.trainable, values)
-        return subject.evaluate()
+        metrics = subject.evaluate()
+        check_target(target, server_round, metrics)
+        return metrics
 
     directory = run_directory(config.output_dir, context.run_id)
     trackers = config.trackers.split()
@@ -160,8 +171,11 @@ def train(
         )
 
         def on_round(record: Record) -> None:
-            files.on_round(record)
+            is_last = was_reached(target, [record])
+            files.on_round(record, is_last=is_last)
             track(record)
+            if is_last:
+                raise TargetReached
 
         run: Callable[..., None] = run_message
         if isinstance(trained, SpreadTrainer):
@@ -169,10 +183,14 @@ def train(
         elif config.interface == "legacy":
             run = run_legacy
         each: OnRound = on_round
-        run(grid, context, config, trained, evaluate, each)
+        if was_reached(target, read_rounds(files.log.path)):
+            log(INFO, "target %s was reached before", target)
+        else:
+            with suppress(TargetReached):
+                run(grid, context, config, trained, evaluate, each)
     records = read_rounds(files.log.path)
     require_training(records)
-    log(INFO, "%s", records[-1].final_line())
+    log(INFO, "%s%s", records[-1].final_line(), spent_words(target, records))
     if config.save_model or config.save_merged:
         values = trained.values()
         load_values(

@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from lola_flwr.run.records import BlockRecord, Record, RoundRecord, StepRecord
+from lola_flwr.run.target import Spent
 
 # Bytes up as the allocation counted on them, as received, and bytes down.
 COUNTS = ("payload_bytes", "received_bytes", "sent_bytes")
@@ -104,6 +105,29 @@ class Tally:
             meetings=meetings,
             memory=memory,
         )
+
+    def course(self, metric: str) -> list[Spent]:
+        """Return what was spent until each evaluation of a metric.
+
+        The model that the run started from is the first, where it was evaluated.
+        """
+        up_bytes, down_bytes = (
+            _sums(self.bytes[name]) for name in ("received_bytes", "sent_bytes")
+        )
+        start = self.rounds[0].start_metrics if self.rounds else {}
+        points = [Spent(0, start[metric], 0.0, 0, 0)] if metric in start else []
+        return points + [
+            Spent(record.server_round, record.metrics[metric], record.wireless_s, *sent)
+            for record, *sent in zip(self.rounds, up_bytes, down_bytes, strict=True)
+            if metric in record.metrics
+        ]
+
+
+def _sums(counts: Sequence[float | None]) -> Sequence[float | None]:
+    """Return sums up to each count; None everywhere where no count is known."""
+    if all(count is None for count in counts):
+        return counts
+    return [*accumulate(count or 0 for count in counts)]
 
 
 def parts_of(record: Record) -> Sequence[BlockRecord]:

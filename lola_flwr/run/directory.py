@@ -150,8 +150,15 @@ class RunDirectory:
             self._lock.close()
             say_where(self.log.path)
 
-    def on_round(self, record: Record) -> None:
+    def on_round(self, record: Record, *, is_last: bool = False) -> None:
         """Write a round's record, and begin a checkpoint if it is time for one.
+
+        Parameters
+        ----------
+        record
+            The record.
+        is_last
+            Whether the run ends here, before its last round.
 
         Raises
         ------
@@ -161,7 +168,7 @@ class RunDirectory:
         """
         log_bytes = self.log.append(record)
         done = record.server_round
-        if done % self._every == 0 or done == self._last:
+        if is_last or done % self._every == 0 or done == self._last:
             self._save(log_bytes)
 
     def _save(self, log_bytes: int) -> None:
