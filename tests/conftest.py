@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from typing import TYPE_CHECKING
+
+# Two cores, several test processes, and programs that these start: one thread each.
+# PyTorch and NumPy read it when they are loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import numpy as np
@@ -27,12 +33,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     if config.getoption("numprocesses", 0) and not hasattr(config, "workerinput"):
         return
+    gc.disable()
     import torch
     import transformers
 
-    # Two cores, several test processes: one thread each.
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+
+
+def pytest_collection_finish() -> None:
+    """Leave a million objects of libraries out of every later garbage collection."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
