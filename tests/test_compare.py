@@ -7,6 +7,7 @@ import csv
 import pytest
 import torch
 
+from lola_flwr.run.target import Target
 from simulations.compare.__main__ import METHODS, main, read_methods
 from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, RunSettings
@@ -181,6 +182,29 @@ def test_a_row_tells_where_all_blocks_was_at_that_time():
     assert comparison_rows(curves[-1:])[0]["all_blocks_then"] == ""
 
 
+def test_a_row_tells_what_a_target_cost_where_all_runs_got_there():
+    def point(seed, server_round, value):
+        spent = {"wireless_s": 10.0 * server_round, "payload_bytes": 1e6 * server_round}
+        return {
+            **{"task": "t", "method": "m", "seed": seed, "metric": "accuracy"},
+            **{"server_round": server_round, "value": value, "flops": 1.0},
+            **{"memory_bytes": 1.0, **spent},
+        }
+
+    curves = [point(0, n, 0.1 * n) for n in range(1, 10)]
+    curves += [point(1, n, 0.05 * n) for n in range(1, 10)]
+    (row,) = comparison_rows(curves, Target("accuracy", 0.4))
+    assert (row["target"], row["reached"]) == ("accuracy>=0.4", "2 of 2")
+    assert (row["rounds_to_target"], row["s_to_target"], row["mb_to_target"]) == (
+        *(6.0, 60.0),
+        6.0,
+    )
+    (row,) = comparison_rows(curves, Target("accuracy", 0.5))
+    assert (row["reached"], row["s_to_target"]) == ("1 of 2", "")
+    (row,) = comparison_rows(curves, Target("accuracy", 5.0))
+    assert (row["reached"], row["s_to_target"]) == ("0 of 2", "")
+
+
 @pytest.mark.slow
 def test_the_command_writes_table_and_figure_and_reuses_finished_runs(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--tasks", "textures", "--rounds", "1"]
@@ -197,6 +221,10 @@ def test_the_command_writes_table_and_figure_and_reuses_finished_runs(tmp_path, 
         "accuracy",
     )
     assert (tmp_path / "comparison.png").stat().st_size > 1000
+    assert main([*arguments, "--target", "f1>=0.1"]) == 1
+    assert "no 'f1'; it has accuracy" in capsys.readouterr().out
+    assert main([*arguments, "--target", "accuracy>=0.01"]) == 0
+    assert "s_to_target" in capsys.readouterr().out
     assert main([*arguments[:-1], "lissa"]) == 1
     assert "Unknown method 'lissa'" in capsys.readouterr().out
 

@@ -29,6 +29,13 @@ def report(
             help="File to write [default: report.html in the first run].",
         ),
     ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compare by what it cost to get there, as 'accuracy>=0.83'; may be "
+            "given several times [default: the runs' own, or what all came to]."
+        ),
+    ] = None,
     open_: Annotated[
         bool, typer.Option("--open", help="Show it in the browser.")
     ] = False,
@@ -37,14 +44,16 @@ def report(
 
     Example: `lola-flwr report --open`
 
-    Another: `lola-flwr report runs/exact runs/crunch --out comparison.html`
+    Another: `lola-flwr report runs/exact runs/crunch --target 'accuracy>=0.8'`
     """
     from lola_flwr.report import Report, Run
+    from lola_flwr.run.target import Target
 
     directories = runs or [latest_run(_RUNS)]
     found = [Run.read(directory) for directory in directories]
     first = directories[0] if directories[0].is_dir() else directories[0].parent
-    path = Report(found).save(out or first / "report.html")
+    targets = [Target.parse(text) for text in target or ()]
+    path = Report(found, targets=targets).save(out or first / "report.html")
     print(f"report: {path}")
     if open_ and not webbrowser.open(path.resolve().as_uri()):
         raise UserError(f"No browser could be started; open {path.resolve()} in one.")

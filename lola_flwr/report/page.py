@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from lola_flwr.errors import UserError, si
 from lola_flwr.machine.files import replacing
 from lola_flwr.report.runs import MOST_PARTS, MOST_ROUNDS, Run
+from lola_flwr.report.targets import cost_columns, target_rows
+from lola_flwr.run.target import Target
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -44,20 +46,25 @@ class Report:
         The runs; their names are made different.
     title
         Heading of the page (default: whether it is about runs or a plan).
+    targets
+        What runs are compared by: what it cost each to get there (default: what their
+        configurations say, or else the best that all have come to).
 
     Raises
     ------
     UserError
-        There is no run.
+        There is no run, or none has the metric of a target.
     """
 
     runs: Sequence[Run]
     title: str = ""
+    targets: Sequence[Target] = ()
 
     def __post_init__(self) -> None:
         """Check that there is something to report."""
         if not self.runs:
             raise UserError("A report needs at least one run.")
+        target_rows(self.runs, [run.name for run in self.runs], self.targets)
 
     @property
     def is_plan(self) -> bool:
@@ -75,7 +82,7 @@ class Report:
         # What a page can hold is divided among its runs.
         most = (MOST_ROUNDS // len(names), MOST_PARTS // len(names))
         columns = [
-            {**run.columns(*most), "name": name}
+            {**run.columns(*most), "name": name, "costs": cost_columns(run)}
             for run, name in zip(self.runs, names, strict=True)
         ]
         return _template().render(
@@ -83,6 +90,7 @@ class Report:
             runs=list(zip(names, self.runs, strict=True)),
             facts=_side_by_side([_facts(run) for run in self.runs]),
             metrics=_union(run.metric_names for run in self.runs),
+            targets=target_rows(self.runs, names, self.targets),
             left_out=[words for run in columns if (words := _left_out(run))],
             is_plan=self.is_plan,
             learns=any(run.learns for run in self.runs),
@@ -194,6 +202,8 @@ def _facts(run: Run) -> dict[str, str]:
     if not run.is_plan:
         done, asked = len(run.rounds), run.num_planned_rounds
         facts["finished"] = "yes" if done >= asked else f"no: {done} of {asked} rounds"
+        if run.ended_at_target:
+            facts["finished"] = f"yes, at its target: {done} of {asked} rounds"
     target_s = run.latency_target_s
     if target_s:
         within = run.num_within_target

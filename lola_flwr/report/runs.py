@@ -15,6 +15,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.report.tally import COUNTS, Tally, count_of, extremes, parts_of
 from lola_flwr.run.records import BlockRecord, Record, RoundRecord
 from lola_flwr.run.round_log import LoggedRounds
+from lola_flwr.run.target import Target
 
 # What a page holds at most, which keeps it below 5 MB: rounds in its charts, parts of
 # devices in those rounds that it shows in detail, and devices (rows of its maps).
@@ -112,6 +113,20 @@ class Run:
         return float(target) if isinstance(target, (int, float)) else None
 
     @property
+    def ended_at_target(self) -> bool:
+        """Whether its last round has reached what the configuration says."""
+        target = self.target
+        return target is not None and target.holds(self.tally.rounds[-1].metrics)
+
+    @property
+    def target(self) -> Target | None:
+        """What an evaluation was to reach; None if nothing, or not known."""
+        try:
+            return Target.parse(str(self.config.get("target", "")))
+        except UserError:
+            return None
+
+    @property
     def num_within_target(self) -> int:
         """Rounds that took place and no longer than the target."""
         target_s = (self.latency_target_s or math.inf) * (1 + 1e-9)
@@ -206,7 +221,7 @@ class Run:
         rounds = [tally.rounds[place] for place in shown]
 
         def of_shown(values: Sequence[float | None]) -> list[float | None]:
-            return _rounded(values[place] for place in shown)
+            return rounded(values[place] for place in shown)
 
         return {
             "name": self.name,
@@ -214,12 +229,12 @@ class Run:
             "num_rounds": len(tally.rounds),
             "round": [record.server_round for record in rounds],
             "detailed": [n for n, place in enumerate(shown) if place in of_round],
-            "wireless_s": _rounded(record.wireless_s for record in rounds),
+            "wireless_s": rounded(record.wireless_s for record in rounds),
             **{name: of_shown(values) for name, values in lines.items()},
             "skipped": [record.skipped for record in rounds],
             "metrics": {name: of_shown(values) for name, values in metrics.items()},
             "start_metrics": dict(
-                zip(self.start, _rounded(self.start.values()), strict=True)
+                zip(self.start, rounded(self.start.values()), strict=True)
             ),
             "refused": [sum(_refused(record).values()) for record in rounds],
             "bytes": {name: of_shown(tally.bytes[name]) for name in COUNTS},
@@ -234,9 +249,9 @@ class Run:
             "memory": [
                 [
                     row_of[device],
-                    *_rounded((known.needed_bytes, known.offered_bytes)),
+                    *rounded((known.needed_bytes, known.offered_bytes)),
                     known.numbers,
-                    *_rounded((known.peak_bytes,)),
+                    *rounded((known.peak_bytes,)),
                 ]
                 for device, known in tally.memory.items()
                 if parts and known.needed_bytes is not None
@@ -270,13 +285,13 @@ def _part_columns(
         "device": [row_of[part.device] for part in parts],
         "block": [part.block_index for part in parts],
         "numbers": [part.numbers for part in parts],
-        "share": _rounded(part.share for part in parts),
-        "compute_s": _rounded(part.compute_s for part in parts),
-        "upload_s": _rounded(part.upload_s for part in parts),
-        "reported_s": _rounded(part.reported_compute_s for part in parts),
+        "share": rounded(part.share for part in parts),
+        "compute_s": rounded(part.compute_s for part in parts),
+        "upload_s": rounded(part.upload_s for part in parts),
+        "reported_s": rounded(part.reported_compute_s for part in parts),
         "status": [statuses.index(part.status) for part in parts],
-        "measured_upload_s": _rounded(part.measured_upload_s for part in parts),
-        **{name: _rounded(count_of(part, name) for part in parts) for name in COUNTS},
+        "measured_upload_s": rounded(part.measured_upload_s for part in parts),
+        **{name: rounded(count_of(part, name) for part in parts) for name in COUNTS},
     }
 
 
@@ -286,13 +301,14 @@ def _refused(record: Record) -> Mapping[str, int]:
 
 def _latencies(rounds: Iterable[Record], name: str) -> list[float | None]:
     """Return a latency of each round; None where it was skipped."""
-    return _rounded(
+    return rounded(
         None if record.skipped is not None else getattr(record, name, None)
         for record in rounds
     )
 
 
-def _rounded(values: Iterable[float | None]) -> list[float | None]:
+def rounded(values: Iterable[float | None]) -> list[float | None]:
+    """Return numbers to six digits; None where one is not finite or not known."""
     return [
         None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
         for value in values

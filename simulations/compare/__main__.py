@@ -13,6 +13,7 @@ import torch
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import local_path
+from lola_flwr.run.target import Target
 from simulations.compare.methods import Method, Point, RunSettings
 from simulations.compare.report import comparison_figure, comparison_rows
 from simulations.compare.runs import run_method
@@ -44,6 +45,7 @@ def compare(options: argparse.Namespace) -> None:
         raise UserError(
             f"Unknown method {unknown[0]!r}; {options.config} has {', '.join(methods)}."
         )
+    target = Target.parse(options.target) if options.target else None
     settings = RunSettings(
         rounds=options.rounds,
         eval_every=options.eval_every,
@@ -82,7 +84,9 @@ def compare(options: argparse.Namespace) -> None:
                     for point in points
                 ]
     write_csv(out / "curves.csv", curves)
-    rows = comparison_rows(curves)
+    if target is not None:
+        target.require_in({str(point["metric"]): 0.0 for point in curves})
+    rows = comparison_rows(curves, target)
     write_csv(out / "comparison.csv", rows)
     save(comparison_figure(curves), out / "comparison.png")
     print(markdown_table(rows))
@@ -179,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--decay", action="store_true", help="let the learning rate fall to zero")
     add("--train-examples", type=int, default=0, help="of a text task; 0: all")
     add("--held-out", type=int, default=0, help="examples to judge by; 0: all")
+    add("--target", help="what rows say the cost of, as 'accuracy>=0.8'")
     add("--threads", type=int, default=1, help="threads of PyTorch")
     return parser
 

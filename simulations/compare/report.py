@@ -8,6 +8,7 @@ from itertools import groupby
 import numpy as np
 from matplotlib.figure import Figure
 
+from lola_flwr.run.target import Target
 from simulations.figures.tables import Row, numbers
 
 # What other methods are compared with at equal wireless time.
@@ -20,7 +21,7 @@ _PANELS = (
 )
 
 
-def comparison_rows(curves: Sequence[Row]) -> list[Row]:
+def comparison_rows(curves: Sequence[Row], target: Target | None = None) -> list[Row]:
     """Return one row for each task and method: means over seeds after the last round.
 
     Parameters
@@ -28,6 +29,9 @@ def comparison_rows(curves: Sequence[Row]) -> list[Row]:
     curves
         Points of all runs: task, method, seed, server_round, metric, value and what
         was spent until then.
+    target
+        What rows say the cost of: how many runs an evaluation found there, and what
+        these had spent then, means.
 
     Returns
     -------
@@ -55,9 +59,35 @@ def comparison_rows(curves: Sequence[Row]) -> list[Row]:
                     float(np.mean(numbers(last, "payload_bytes"))) / 1e6, 3
                 ),
                 "memory_mib": round(max(numbers(last, "memory_bytes")) / 2**20, 1),
+                **({} if target is None else _cost_to(target, points)),
             }
         )
     return rows
+
+
+def _cost_to(target: Target, points: Sequence[Row]) -> Row:
+    """Return what a target cost a method's runs; no means unless all of them got there.
+
+    Means over some of the runs alone would be those of the lucky ones.
+    """
+    firsts, runs = [], _by(points, "seed")
+    for _, course in runs:
+        there = [
+            p for p in course if target.holds({str(p["metric"]): float(p["value"])})
+        ]
+        firsts += there[:1]
+    row: dict[str, str | float] = {
+        "target": str(target),
+        "reached": f"{len(firsts)} of {len(runs)}",
+    }
+    for name, key, unit in (
+        ("rounds_to_target", "server_round", 1.0),
+        ("s_to_target", "wireless_s", 1.0),
+        ("mb_to_target", "payload_bytes", 1e6),
+    ):
+        mean = np.mean(numbers(firsts, key)) / unit if firsts else np.nan
+        row[name] = float(f"{mean:.4g}") if len(firsts) == len(runs) else ""
+    return row
 
 
 def _all_blocks_then(curves: Sequence[Row], ends: Sequence[Row]) -> float | str:

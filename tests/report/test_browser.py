@@ -392,3 +392,21 @@ def test_rounds_can_be_saved(page, saves):
     assert len(rows) == len(run["device"])
     assert float(rows[-1]["upload_s"]) == run["upload_s"][-1]
     assert {row["device"] for row in rows} == set(run["devices"])
+
+
+def test_costs_follow_the_metric_and_the_choice(page):
+    from selenium.webdriver.support.ui import Select
+
+    def drawn():
+        table = page.execute_script(
+            "return document.querySelector('#cost-chart').getAttribute('aria-label')"
+        )
+        return table, colors(page, "#cost-chart canvas")
+
+    label, shades = drawn()
+    assert label == "value. wireless time (s) until accuracy came to a value"
+    assert shades > 5
+    Select(find(page, "#metric")).select_by_value("loss")
+    assert drawn()[0].endswith("until loss came to a value")
+    Select(find(page, "#cost")).select_by_value("down_bytes")
+    assert drawn()[0].startswith("value. MB down until loss")

@@ -17,9 +17,11 @@ from lola_flwr.allocation import RoundMode
 from lola_flwr.cli.main import main
 from lola_flwr.errors import UserError
 from lola_flwr.report import Report, Run
+from lola_flwr.report.targets import cost_columns
 from lola_flwr.run.directory import describe_run
 from lola_flwr.run.records import StepRecord
 from lola_flwr.run.round_log import RoundLog
+from lola_flwr.run.target import Target
 from tests.report.sample_runs import HOSTILE, LOST, sample_run
 
 
@@ -364,3 +366,60 @@ class TestCommand:
         (tmp_path / "run.json").write_text("{")
         with pytest.raises(UserError, match=r"run\.json cannot be read"):
             Run.read(tmp_path)
+
+
+def costs_table(report):
+    (table,) = re.findall(r'<section id="target">.*?<tbody>(.*?)</tbody>', report, re.S)
+    return [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)
+        for row in re.findall(r"<tr>(.*?)</tr>", table, re.S)
+    ]
+
+
+def test_targets_are_compared_by_what_they_cost(runs):
+    goal = Target("accuracy", 0.6)
+    (one, other) = costs_table(Report(runs, targets=[goal]).html())
+    assert one[:2] == ["accuracy&gt;=0.6", "exact"] and other[1] == "crunch"
+    for run, row in zip(runs, (one, other), strict=True):
+        # Evaluated every second round, and 0.5 + 0.4 n / 12 by then.
+        assert row[2] == "4"
+        assert row[3] == f"{run.rounds[3].wireless_s:.4g} s"
+        assert row[4:] == ["–", "–"]
+
+
+def test_a_target_that_was_missed_says_what_the_best_was(runs):
+    goal = Target("accuracy", 0.95)
+    for row in costs_table(Report(runs, targets=[goal]).html()):
+        assert row[2] == "not reached; its best is 0.9"
+
+
+def test_without_a_target_runs_are_compared_by_what_all_came_to(runs):
+    short = replace(runs[1], rounds=runs[1].rounds[:6])
+    rows = costs_table(Report([runs[0], short]).html())
+    assert [row[0] for row in rows] == ["accuracy&gt;=0.7"] * 2
+    assert [row[2] for row in rows] == ["6", "6"]
+    own = replace(runs[0], description={"config": {"target": "loss<=0.6"}})
+    rows = costs_table(Report([own, runs[1]]).html())
+    assert [row[0] for row in rows] == ["loss&lt;=0.6"] * 2
+
+
+def test_a_target_of_no_run_is_refused(runs):
+    with pytest.raises(UserError, match=r"no 'f1'; it has loss, accuracy\."):
+        Report(runs, targets=[Target("f1", 0.5)])
+
+
+def test_the_curve_of_costs_has_what_is_better_than_all_before(runs):
+    (accuracy, loss) = (cost_columns(runs[0])[m] for m in ("accuracy", "loss"))
+    assert accuracy["value"][0] == 0.5 and accuracy["wireless_s"][0] == 0.0
+    assert accuracy["value"] == sorted(accuracy["value"])
+    assert loss["value"] == sorted(loss["value"], reverse=True)
+    assert accuracy["wireless_s"] == loss["wireless_s"]
+    assert accuracy["up_bytes"] == [0, *[None] * 6]
+
+
+def test_a_run_that_ended_at_its_target_is_finished(runs):
+    config = {"rounds": 40, "target": "accuracy>=0.9"}
+    said = "yes, at its target: 12 of 40 rounds"
+    assert said in Report([replace(runs[0], description={"config": config})]).html()
+    config["target"] = "accuracy>=0.91"
+    assert said not in Report([replace(runs[0], description={"config": config})]).html()

@@ -3,6 +3,7 @@
 const learns = byId("learning") !== null;
 const byTime = learns && lineChart("by-time", "wireless time (s)");
 const byRound = learns && lineChart("by-round", "round");
+const costs = byId("target") !== null && lineChart("cost-chart", "value");
 const latency = lineChart("latency-chart", "round");
 const byteCount = lineChart("bytes-chart", "round");
 
@@ -27,6 +28,22 @@ function drawLearning() {
   byRound.draw(rounds, series, { summary });
   const same = coinciding(runs.map((run, i) => [run.name, rounds[i + 1]]), 1e-3);
   byId("alike").textContent = same.map((names) => `Round by round ${together(names)}.`).join(" ");
+}
+
+// Where a metric falls the points come from its last one: a chart's numbers rise.
+function drawCosts() {
+  const metric = byId("metric").value;
+  const cost = byId("cost").value;
+  const unit = cost === "wireless_s" ? 1 : 1e6;
+  const tables = runs.map((run) => {
+    const found = run.costs[metric] || { value: [], [cost]: [] };
+    const known = found.value.map((_, i) => i).filter((i) => found[cost][i] !== null);
+    known.sort((i, k) => found.value[i] - found.value[k]);
+    return [known.map((i) => found.value[i]), known.map((i) => found[cost][i] / unit)];
+  });
+  const series = runs.map((run, i) => ({ label: run.name, color: `run${i % 8}`, dash: DASHES[i % 3] }));
+  const label = byId("cost").selectedOptions[0].textContent;
+  costs.draw(uPlot.join(tables), series, { summary: `${label} until ${metric} came to a value` });
 }
 
 function increasing([x, y]) {

@@ -20,8 +20,13 @@ function drawRun() {
 
 function repaint() {
   paintTheme();
-  if (metrics.length) drawLearning();
+  drawMetric();
   drawRun();
+}
+
+function drawMetric() {
+  if (metrics.length) drawLearning();
+  if (metrics.length && costs) drawCosts();
 }
 
 const themes = { auto: "◐ auto", light: "☀ light", dark: "☾ dark" };
@@ -47,8 +52,9 @@ const metrics = [...new Set(runs.flatMap((run) =>
 metrics.sort((a, b) => a.includes("loss") - b.includes("loss"));
 if (metrics.length) {
   byId("metric").replaceChildren(...metrics.map((name) => element("option", { value: name }, name)));
-  byId("metric").addEventListener("change", drawLearning);
+  byId("metric").addEventListener("change", drawMetric);
 }
+if (costs) byId("cost").addEventListener("change", drawCosts);
 for (const radio of document.querySelectorAll('input[name="run"]')) {
   radio.addEventListener("change", () => { state.run = Number(radio.value); drawRun(); });
 }
@@ -77,6 +83,6 @@ byId("table").addEventListener("click", () => {
   const run = runs[state.run];
   saveText(`${run.name}.csv`, "text/csv", asTable(roundsOf(run)));
 });
-if (metrics.length) drawLearning();
+drawMetric();
 drawRun();
 document.documentElement.dataset.ready = "yes";
