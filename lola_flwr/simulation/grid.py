@@ -1,26 +1,33 @@
-"""A Grid whose devices are in this process."""
+"""A Grid whose devices are in this process, and in others beside it."""
 
 from __future__ import annotations
 
 import copy
-import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from logging import ERROR
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+
+from lola_flwr.simulation.answering import answer
+from lola_flwr.simulation.device_processes import DeviceProcess
+
+# Gives a device's reply, and its context after it if its app did not raise.
+_Answer = Callable[[Message, Context], tuple[Message, Context | None]]
 
 
 class ProcessGrid(Grid):
     """Delivers messages to ClientApps in this process, one device after the other.
+
+    Where there are further processes, each takes the next device that is left, too, and
+    several compute at a time; one device's messages are computed one after the other.
 
     A device is given copies of its message and its context, as it is where processes
     lie between, and what it leaves in the context is kept if it answers. An exception
@@ -38,6 +45,8 @@ class ProcessGrid(Grid):
         Its configuration.
     device_threads
         PyTorch's threads while a device computes; None: as many as it has anyway.
+    processes
+        Further processes in which the same ClientApp computes, of all devices.
     """
 
     def __init__(
@@ -47,12 +56,17 @@ class ProcessGrid(Grid):
         run: Run,
         run_config: Mapping[str, Any],
         device_threads: int | None = None,
+        processes: Sequence[DeviceProcess] = (),
     ) -> None:
         self.apps = apps
         self.node_configs = node_configs
         self._run = run
         self._run_config = run_config
         self._device_threads = device_threads
+        self._processes = processes
+        self._threads = ThreadPoolExecutor(max(1, len(processes)))
+        # Held by who has a device compute in this process.
+        self._turn = Lock()
         # Of devices that have answered, by node id.
         self._contexts: dict[int, Context] = {}
         # Sent, and not yet delivered, by message id.
@@ -91,7 +105,7 @@ class ProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Have the devices compute, and return their replies."""
         waiting = (self._waiting.pop(message_id, None) for message_id in message_ids)
-        return [self._deliver(message) for message in waiting if message is not None]
+        return self._replies([m for m in waiting if m is not None], lambda: False)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -102,35 +116,67 @@ class ProcessGrid(Grid):
         the timeout are not asked.
         """
         begun_s = time.monotonic()
-        replies = []
-        for message in messages:
-            if _is_over(begun_s, timeout):
-                break
-            reply = self._deliver(message)
-            if not _is_over(begun_s, timeout):
-                replies.append(reply)
-        return replies
+        return self._replies([*messages], lambda: _is_over(begun_s, timeout))
 
-    def _deliver(self, message: Message) -> Message:
+    def _replies(
+        self, messages: Sequence[Message], is_over: Callable[[], bool]
+    ) -> list[Message]:
+        """Return the replies that are there before the time is over."""
+        by_node: dict[int, list[tuple[int, Message]]] = {}
+        for place, message in enumerate(messages):
+            node = message.metadata.dst_node_id
+            by_node.setdefault(node, []).append((place, message))
+        left = deque(by_node.values())
+        replies: dict[int, Message] = {}
+
+        def work(turn: Lock, compute: _Answer) -> None:
+            # A strategy may ask in several threads.
+            with turn:
+                while left and not is_over():
+                    try:
+                        own = left.popleft()
+                    except IndexError:
+                        return
+                    for place, message in own:
+                        reply = None if is_over() else self._deliver(compute, message)
+                        if reply is not None and not is_over():
+                            replies[place] = reply
+
+        def work_there(process: DeviceProcess) -> None:
+            try:
+                work(process.turn, process.answer)
+                process.forget()
+            except BaseException:
+                # Without it the run ends, and no further device computes.
+                left.clear()
+                raise
+
+        # The first device is for this process.
+        beside = self._processes[: max(0, len(left) - 1)]
+        working = [self._threads.submit(work_there, process) for process in beside]
+        work(self._turn, self._answer_here)
+        for worker in working:
+            worker.result()
+        return [replies[place] for place in sorted(replies)]
+
+    def _deliver(self, compute: _Answer, message: Message) -> Message:
         """Return a device's reply to a message."""
         _named(message)
         node = message.metadata.dst_node_id
-        # The bytes of arrays are shared, since nobody can change them.
-        given, context = copy.deepcopy((message, self._context(node)))
-        try:
-            with _threads(self._device_threads):
-                reply = self.apps[node](given, context)
-        # It is the app's code; Flower's engine answers for it in the same words.
-        except Exception as error:
-            log(ERROR, "device %s: its ClientApp raised", node, exc_info=error)
-            reply = Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _reason(error)),
-                reply_to=message,
-            )
-        else:
+        reply, context = compute(message, self._context(node))
+        if context is not None:
             self._contexts[node] = context
         _named(reply)
-        return copy.deepcopy(reply)
+        return reply
+
+    def _answer_here(
+        self, message: Message, context: Context
+    ) -> tuple[Message, Context | None]:
+        # The bytes of arrays are shared, since nobody can change them.
+        given = copy.deepcopy((message, context))
+        app = self.apps[message.metadata.dst_node_id]
+        reply, left = answer(app, *given, self._device_threads)
+        return copy.deepcopy(reply), left
 
     def _context(self, node: int) -> Context:
         """Return what a device left, or the context of one that begins."""
@@ -152,22 +198,3 @@ def _named(message: Message) -> str:
 
 def _is_over(begun_s: float, timeout_s: float | None) -> bool:
     return timeout_s is not None and time.monotonic() - begun_s >= timeout_s
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error)}:<'{error}'>"
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Let PyTorch compute with so many threads, if it is loaded at all."""
-    torch = sys.modules.get("torch")
-    if number is None or torch is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

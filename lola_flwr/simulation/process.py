@@ -1,4 +1,4 @@
-"""Run a Flower app's server and devices in this process."""
+"""Run a Flower app's server and devices in this process, and in others beside it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import keep_no_freed_memory
+from lola_flwr.simulation.device_processes import device_processes, num_places
 from lola_flwr.simulation.finished import FinishedRun
 from lola_flwr.simulation.flower_app import FlowerApp
 from lola_flwr.simulation.grid import ProcessGrid
@@ -44,8 +45,9 @@ def run_in_this_process(
 ) -> FinishedRun:
     """Run an app's ServerApp, and its ClientApp for each message that it sends.
 
-    Devices compute one after the other; neither a SuperLink nor Ray is started. Records
-    of this package's apps are those of Flower's engine.
+    As many devices compute at a time as there are CPUs for, one in this process and the
+    others in processes beside it; neither a SuperLink nor Ray is started. Records of
+    this package's apps are those of Flower's engine.
 
     Parameters
     ----------
@@ -58,8 +60,8 @@ def run_in_this_process(
     home
         FLWR_HOME of this process from now on.
     device_threads
-        PyTorch's threads while a device computes, unless OMP_NUM_THREADS says how many
-        any process has.
+        CPUs that a device takes, and PyTorch's threads while it computes, unless
+        OMP_NUM_THREADS says how many any process has.
     echo
         Called with each line that Flower's logger says.
 
@@ -72,7 +74,9 @@ def run_in_this_process(
     # As Ray does with the processes of its devices.
     threads = None if "OMP_NUM_THREADS" in os.environ else device_threads
     sys.path.insert(0, str(app.directory.resolve()))
-    server_app = _component(app, "serverapp", ServerApp)
+    for key in ("serverapp", "clientapp"):
+        if key not in app.components:
+            raise UserError(f"{app.name} names no {key} in [tool.flwr.app.components].")
     client_app = _component(app, "clientapp", ClientApp)
     keep_no_freed_memory()
     run = Run.create_empty(run_id=secrets.randbits(63))
@@ -81,16 +85,6 @@ def run_in_this_process(
     TaskIdentity.node_id = _SERVER_NODE_ID
     first = _SERVER_NODE_ID + 1
     nodes = range(first, first + num_devices)
-    grid = ProcessGrid(
-        dict.fromkeys(nodes, client_app),
-        {
-            node: {"partition-id": node - first, "num-partitions": num_devices}
-            for node in nodes
-        },
-        run,
-        config,
-        threads,
-    )
     context = Context(
         run_id=run.run_id,
         node_id=_SERVER_NODE_ID,
@@ -98,10 +92,36 @@ def run_in_this_process(
         state=RecordDict(),
         run_config=dict(config),
     )
-    with _logged(echo) as lines:
-        log(INFO, "%s devices in one process (--engine process)", num_devices)
+    places = num_places(num_devices, device_threads)
+    with (
+        _logged(echo) as lines,
+        device_processes(
+            places - 1,
+            directory=app.directory,
+            clientapp=app.components["clientapp"],
+            threads=threads,
+        ) as processes,
+    ):
+        log(INFO, "%s devices in %s (--engine process)", num_devices, _counted(places))
+        grid = ProcessGrid(
+            dict.fromkeys(nodes, client_app),
+            {
+                node: {"partition-id": node - first, "num-partitions": num_devices}
+                for node in nodes
+            },
+            run,
+            config,
+            threads,
+            processes,
+        )
+        # The other processes start meanwhile.
+        server_app = _component(app, "serverapp", ServerApp)
         status, cause = _status(server_app, grid, context)
     return FinishedRun(status, "".join(lines), cause)
+
+
+def _counted(places: int) -> str:
+    return "one process" if places == 1 else f"{places} processes"
 
 
 def _status(
@@ -124,9 +144,7 @@ def _status(
 
 def _component(app: FlowerApp, key: str, kind: type[_Component]) -> _Component:
     """Import what an app names in ``[tool.flwr.app.components]``."""
-    name = app.components.get(key)
-    if name is None:
-        raise UserError(f"{app.name} names no {key} in [tool.flwr.app.components].")
+    name = app.components[key]
     component = resolve_name(name)
     if not isinstance(component, kind):
         raise UserError(f"{key} = {name!r} of {app.name} is no {kind.__name__}.")

@@ -1,0 +1,169 @@
+"""The processes in which devices compute, as the server's process sees them."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from logging import ERROR
+from pathlib import Path
+from threading import Lock
+
+from flwr.app import Context, Message
+from flwr.common.logger import log
+from flwr.supercore.task_identity import TaskIdentity
+
+from lola_flwr.errors import UserError
+from lola_flwr.simulation import device_process
+from lola_flwr.simulation.link import ASK, LOG, START, Inbox, Link, Outbox
+from lola_flwr.simulation.watch import how_it_ended
+
+# How often a process is looked at that says nothing, and how long one may take to end.
+_LOOK_S, _END_S = 0.5, 3.0
+
+
+class DeviceProcess:
+    """One of them.
+
+    Parameters
+    ----------
+    process
+        The process.
+    link
+        Leads to it.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], link: Link) -> None:
+        self.turn = Lock()
+        self._process = process
+        self._link = link
+        self._outbox = Outbox()
+
+    def answer(
+        self, message: Message, context: Context
+    ) -> tuple[Message, Context | None]:
+        """Have a device compute; return as `answering.answer` does.
+
+        Raises
+        ------
+        UserError
+            The process has ended.
+        """
+        with self._named():
+            self._link.send(ASK, *self._outbox.parts(message, context))
+            while True:
+                self._wait()
+                kind, parts = self._link.receive()
+                if kind != LOG:
+                    return Inbox().message(parts)
+                level, said = parts
+                log(int(level), "%s", said.decode())
+
+    def forget(self) -> None:
+        """Hold no longer what was sent last."""
+        self._outbox.forget()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say how the process has ended, if that is what goes wrong."""
+        try:
+            yield
+        except (EOFError, OSError):
+            self._process.kill()
+            ended = how_it_ended(self._process.wait())
+            said = (
+                f"A process of devices ({self._process.pid}) {ended}; start again "
+                "with the same output directory to go on from its last checkpoint."
+            )
+            # This process may be computing, and says it itself only after that.
+            log(ERROR, "%s", said)
+            raise UserError(said) from None
+
+    def _wait(self) -> None:
+        """Wait until the process says something.
+
+        Raises
+        ------
+        EOFError
+            It has ended: what it has started may still hold its end of the link.
+        """
+        while not select.select([self._link.connection], [], [], _LOOK_S)[0]:
+            if self._process.poll() is not None:
+                raise EOFError
+
+
+@contextmanager
+def device_processes(
+    number: int, *, directory: Path, clientapp: str, threads: int | None
+) -> Iterator[Sequence[DeviceProcess]]:
+    """Start processes in which devices of an app compute, and end them at last.
+
+    Parameters
+    ----------
+    number
+        How many.
+    directory
+        The app's.
+    clientapp
+        Its ClientApp, ``"package.module:app"``.
+    threads
+        PyTorch's threads while a device computes; None: as many as a process has.
+    """
+    identity = (TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id)
+    told = {
+        "directory": str(directory.resolve()),
+        "clientapp": clientapp,
+        "identity": identity,
+        "threads": threads,
+    }
+    with ExitStack() as stack:
+        processes = [stack.enter_context(_started()) for _ in range(number)]
+        for _, link in processes:
+            # One that has ended already is named when it is asked for something.
+            with suppress(OSError):
+                link.send(START, json.dumps(told).encode())
+        yield [DeviceProcess(process, link) for process, link in processes]
+
+
+@contextmanager
+def _started() -> Iterator[tuple[subprocess.Popen[bytes], Link]]:
+    own, other = socket.socketpair()
+    with own, other:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", device_process.__name__, str(other.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[other.fileno()],
+            # What a terminal sends to a group of processes is not for this one.
+            start_new_session=True,
+        )
+        other.close()
+        try:
+            yield process, Link(own)
+        finally:
+            # It ends by itself when the other end of its link does.
+            own.close()
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def num_places(num_devices: int, cpus_per_device: int) -> int:
+    """Return how many devices compute at a time: as many as there are CPUs for.
+
+    One where processes cannot be handed a socket.
+    """
+    if os.name != "posix":
+        return 1
+    cpus = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
+    return max(1, min(num_devices, cpus // cpus_per_device))
