@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 _MOST_IN_PROCESS = 16
 
 _Echo = Callable[[str], object]
+# Runs the app, and calls what it is given with each line that it prints.
+_Run = Callable[[_Echo | None], "FinishedRun"]
 
 
 class Engine(StrEnum):
@@ -105,18 +106,18 @@ def simulate(
     Another: `lola-flwr simulate simulations/glue --fleet fleet.toml task=sst-2
     data-dir=path/to/glue`
     """
+    from lola_flwr.simulation.flower_app import check_start
+
     try:
-        # Seen on a terminal alone: it takes seconds where the model has to be loaded.
-        with console().status("checking data, model and devices ..."):
-            prepared = _prepare(app, overrides or [], devices, fleet, out)
+        prepared = _prepare(app, overrides or [], devices, fleet, out)
         in_process = engine.is_process(prepared.num_devices)
-        run = partial(
-            _run_in_process if in_process else _run_in_ray,
-            prepared,
-            home,
-            cpus_per_client,
-        )
-        finished = _followed(run, prepared, plain=plain, silent=as_json)
+        engine_of = _in_process if in_process else _in_ray
+        with engine_of(prepared, home, cpus_per_client) as run:
+            # Seen on a terminal alone: it takes seconds where the model has to be
+            # loaded.
+            with console().status("checking data, model and devices ..."):
+                check_start(prepared.app, prepared.config, prepared.num_devices)
+            finished = _followed(run, prepared, plain=plain, silent=as_json)
     except UserError as error:
         if as_json:
             print_outcome("not started", error=str(error))
@@ -157,7 +158,7 @@ def _prepare(
     out: Path | None,
 ) -> _Prepared:
     from lola_flwr.cli.app_config import read_overrides
-    from lola_flwr.simulation.flower_app import check_config, check_start, read_app
+    from lola_flwr.simulation.flower_app import check_config, read_app
 
     found = read_app(app)
     changes = read_overrides(found, overrides)
@@ -179,12 +180,11 @@ def _prepare(
         raise UserError(f"{found.name} has no {_OUTPUT_KEY} key, so leave --out out.")
     config = {**found.config, **changes}
     check_config(found, config)
-    check_start(found, config, num_devices)
     return _Prepared(found, config, changes, num_devices, directory)
 
 
 def _followed(
-    run: Callable[[_Echo | None], FinishedRun],
+    run: _Run,
     prepared: _Prepared,
     *,
     plain: bool,
@@ -197,35 +197,37 @@ def _followed(
         return run(echo)
 
 
-def _run_in_process(
-    prepared: _Prepared, home: Path, cpus_per_client: int, echo: _Echo | None
-) -> FinishedRun:
-    from lola_flwr.simulation.process import run_in_this_process
+def _in_process(
+    prepared: _Prepared, home: Path, cpus_per_client: int
+) -> AbstractContextManager[_Run]:
+    from lola_flwr.simulation.process import own_processes
 
-    return run_in_this_process(
+    return own_processes(
         prepared.app,
         num_devices=prepared.num_devices,
         config=prepared.config,
         home=home,
-        device_threads=cpus_per_client,
-        echo=echo,
+        cpus_per_device=cpus_per_client,
     )
 
 
-def _run_in_ray(
-    prepared: _Prepared, home: Path, cpus_per_client: int, echo: _Echo | None
-) -> FinishedRun:
+def _in_ray(
+    prepared: _Prepared, home: Path, cpus_per_client: int
+) -> AbstractContextManager[_Run]:
     from lola_flwr.cli.app_config import as_run_config
     from lola_flwr.simulation import run_app
 
-    return run_app(
-        prepared.app.directory,
-        num_devices=prepared.num_devices,
-        run_config=as_run_config(prepared.changes),
-        home=home,
-        cpus_per_client=cpus_per_client,
-        echo=echo,
-    )
+    def run(echo: _Echo | None) -> FinishedRun:
+        return run_app(
+            prepared.app.directory,
+            num_devices=prepared.num_devices,
+            run_config=as_run_config(prepared.changes),
+            home=home,
+            cpus_per_client=cpus_per_client,
+            echo=echo,
+        )
+
+    return nullcontext(run)
 
 
 def _fleet_changes(config: Mapping[str, Any], fleet: Path | None) -> dict[str, Any]:

@@ -12,14 +12,15 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pkgutil import resolve_name
 from queue import SimpleQueue
 
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.machine.heap import keep_no_freed_memory
 from lola_flwr.simulation.answering import answer
+from lola_flwr.simulation.flower_app import quiet
 from lola_flwr.simulation.link import ANSWER, LOG, Inbox, Link, Outbox, Parts
 
 
@@ -33,8 +34,11 @@ def main() -> None:
     start = json.loads(told)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = start["identity"]
     sys.path.insert(0, start["directory"])
-    keep_no_freed_memory()
     app = resolve_name(start["clientapp"])
+    if start["prepare"] is not None:
+        # What fails here fails again in a device, which says so.
+        with suppress(Exception), quiet():
+            resolve_name(start["prepare"])(start["config"])
     inbox = Inbox()
     while True:
         message, context = inbox.message(asked.get())

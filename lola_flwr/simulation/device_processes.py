@@ -8,11 +8,11 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from logging import ERROR
-from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.common.logger import log
@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
 from lola_flwr.simulation import device_process
+from lola_flwr.simulation.flower_app import FlowerApp
 from lola_flwr.simulation.link import ASK, LOG, START, Inbox, Link, Outbox
 from lola_flwr.simulation.watch import how_it_ended
 
@@ -99,7 +100,7 @@ class DeviceProcess:
 
 @contextmanager
 def device_processes(
-    number: int, *, directory: Path, clientapp: str, threads: int | None
+    number: int, app: FlowerApp, config: Mapping[str, Any], threads: int | None
 ) -> Iterator[Sequence[DeviceProcess]]:
     """Start processes in which devices of an app compute, and end them at last.
 
@@ -107,18 +108,19 @@ def device_processes(
     ----------
     number
         How many.
-    directory
-        The app's.
-    clientapp
-        Its ClientApp, ``"package.module:app"``.
+    app
+        The app.
+    config
+        Its run configuration.
     threads
         PyTorch's threads while a device computes; None: as many as a process has.
     """
-    identity = (TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id)
     told = {
-        "directory": str(directory.resolve()),
-        "clientapp": clientapp,
-        "identity": identity,
+        "directory": str(app.directory.resolve()),
+        "clientapp": app.components["clientapp"],
+        "prepare": app.prepare,
+        "config": dict(config),
+        "identity": [TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id],
         "threads": threads,
     }
     with ExitStack() as stack:
@@ -145,8 +147,9 @@ def _started() -> Iterator[tuple[subprocess.Popen[bytes], Link]]:
         try:
             yield process, Link(own)
         finally:
-            # It ends by itself when the other end of its link does.
+            # Of this process's end it learns by that of its link; here it need not wait.
             own.close()
+            process.terminate()
             try:
                 process.wait(_END_S)
             except subprocess.TimeoutExpired:

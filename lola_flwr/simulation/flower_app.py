@@ -37,6 +37,10 @@ class FlowerApp:
     check
         ``"package.module:check"``, called with the configuration and the number of
         devices before anything starts: ``check`` of ``[tool.lola-flwr]``.
+    prepare
+        ``"package.module:prepare"``, called with the configuration in each further
+        process of devices while the server starts, so that it loads what its devices
+        share: ``prepare`` of ``[tool.lola-flwr]``.
     """
 
     directory: Path
@@ -45,6 +49,7 @@ class FlowerApp:
     components: Mapping[str, str] = field(default_factory=dict)
     schema: str | None = None
     check: str | None = None
+    prepare: str | None = None
 
 
 def read_app(directory: Path) -> FlowerApp:
@@ -80,6 +85,7 @@ def read_app(directory: Path) -> FlowerApp:
         components=app.get("components", {}),
         schema=own.get("run-config"),
         check=own.get("check"),
+        prepare=own.get("prepare"),
     )
 
 
@@ -117,7 +123,7 @@ def check_start(app: FlowerApp, config: Mapping[str, Any], num_devices: int) -> 
     if check is None:
         return
     try:
-        with importable(app.directory), _quiet():
+        with importable(app.directory), quiet():
             check(config, num_devices)
     except UserError:
         raise
@@ -173,7 +179,7 @@ def importable(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold warnings back: the run itself will warn of the same."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

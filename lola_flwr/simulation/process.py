@@ -6,8 +6,9 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from logging import ERROR, INFO
 from pathlib import Path
 from pkgutil import resolve_name
@@ -21,8 +22,11 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
-from lola_flwr.machine.heap import keep_no_freed_memory
-from lola_flwr.simulation.device_processes import device_processes, num_places
+from lola_flwr.simulation.device_processes import (
+    DeviceProcess,
+    device_processes,
+    num_places,
+)
 from lola_flwr.simulation.finished import FinishedRun
 from lola_flwr.simulation.flower_app import FlowerApp
 from lola_flwr.simulation.grid import ProcessGrid
@@ -34,20 +38,20 @@ _SERVER_NODE_ID = 1
 _Component = TypeVar("_Component", ServerApp, ClientApp)
 
 
-def run_in_this_process(
+@contextmanager
+def own_processes(
     app: FlowerApp,
     *,
     num_devices: int,
     config: Mapping[str, Any],
     home: Path,
-    device_threads: int = 1,
-    echo: Callable[[str], object] | None = None,
-) -> FinishedRun:
-    """Run an app's ServerApp, and its ClientApp for each message that it sends.
+    cpus_per_device: int = 1,
+) -> Iterator[Callable[[Callable[[str], object] | None], FinishedRun]]:
+    """Start the processes in which an app's devices compute, beside this one.
 
-    As many devices compute at a time as there are CPUs for, one in this process and the
-    others in processes beside it; neither a SuperLink nor Ray is started. Records of
-    this package's apps are those of Flower's engine.
+    As many devices compute at a time as there are CPUs for, one of them in this
+    process; neither a SuperLink nor Ray is started. Records of this package's apps are
+    those of Flower's engine.
 
     Parameters
     ----------
@@ -59,69 +63,71 @@ def run_in_this_process(
         The app's run configuration, complete.
     home
         FLWR_HOME of this process from now on.
-    device_threads
+    cpus_per_device
         CPUs that a device takes, and PyTorch's threads while it computes, unless
         OMP_NUM_THREADS says how many any process has.
-    echo
-        Called with each line that Flower's logger says.
+
+    Yields
+    ------
+    What runs the app's ServerApp, and its ClientApp for each message that it sends. It
+    is told what to call with each line that Flower's logger says.
 
     Raises
     ------
     UserError
         The app has no ServerApp, or no ClientApp.
     """
-    os.environ.update(environment(home.absolute()))
-    # As Ray does with the processes of its devices.
-    threads = None if "OMP_NUM_THREADS" in os.environ else device_threads
-    sys.path.insert(0, str(app.directory.resolve()))
     for key in ("serverapp", "clientapp"):
         if key not in app.components:
             raise UserError(f"{app.name} names no {key} in [tool.flwr.app.components].")
-    client_app = _component(app, "clientapp", ClientApp)
-    keep_no_freed_memory()
-    run = Run.create_empty(run_id=secrets.randbits(63))
+    os.environ.update(environment(home.absolute()))
+    sys.path.insert(0, str(app.directory.resolve()))
     TaskIdentity.task_id = 1
-    TaskIdentity.run_id = run.run_id
+    TaskIdentity.run_id = secrets.randbits(63)
     TaskIdentity.node_id = _SERVER_NODE_ID
+    # As Ray does with the processes of its devices.
+    threads = None if "OMP_NUM_THREADS" in os.environ else cpus_per_device
+    places = num_places(num_devices, cpus_per_device)
+    with device_processes(places - 1, app, config, threads) as processes:
+        yield partial(_run, app, num_devices, config, threads, processes)
+
+
+def _run(
+    app: FlowerApp,
+    num_devices: int,
+    config: Mapping[str, Any],
+    threads: int | None,
+    processes: Sequence[DeviceProcess],
+    echo: Callable[[str], object] | None,
+) -> FinishedRun:
+    client_app = _component(app, "clientapp", ClientApp)
+    server_app = _component(app, "serverapp", ServerApp)
     first = _SERVER_NODE_ID + 1
     nodes = range(first, first + num_devices)
+    run_id = TaskIdentity.run_id
+    grid = ProcessGrid(
+        dict.fromkeys(nodes, client_app),
+        {
+            node: {"partition-id": node - first, "num-partitions": num_devices}
+            for node in nodes
+        },
+        Run.create_empty(run_id=run_id),
+        config,
+        threads,
+        processes,
+    )
     context = Context(
-        run_id=run.run_id,
+        run_id=run_id,
         node_id=_SERVER_NODE_ID,
         node_config={},
         state=RecordDict(),
         run_config=dict(config),
     )
-    places = num_places(num_devices, device_threads)
-    with (
-        _logged(echo) as lines,
-        device_processes(
-            places - 1,
-            directory=app.directory,
-            clientapp=app.components["clientapp"],
-            threads=threads,
-        ) as processes,
-    ):
-        log(INFO, "%s devices in %s (--engine process)", num_devices, _counted(places))
-        grid = ProcessGrid(
-            dict.fromkeys(nodes, client_app),
-            {
-                node: {"partition-id": node - first, "num-partitions": num_devices}
-                for node in nodes
-            },
-            run,
-            config,
-            threads,
-            processes,
-        )
-        # The other processes start meanwhile.
-        server_app = _component(app, "serverapp", ServerApp)
+    count = f"{1 + len(processes)} processes" if processes else "one process"
+    with _logged(echo) as lines:
+        log(INFO, "%s devices in %s (--engine process)", num_devices, count)
         status, cause = _status(server_app, grid, context)
     return FinishedRun(status, "".join(lines), cause)
-
-
-def _counted(places: int) -> str:
-    return "one process" if places == 1 else f"{places} processes"
 
 
 def _status(

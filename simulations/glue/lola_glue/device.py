@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -51,6 +52,14 @@ def _worker_costs(config: SampledConfig) -> KnownCosts:
 def _training_data(config: GlueConfig) -> tuple[Task, Examples]:
     task, train, _ = load_task(config.task, config.data_dir, seed=config.seed)
     return task, train
+
+
+def prepare(run_config: Mapping[str, object]) -> None:
+    """Load what the devices of a process share."""
+    config = GlueConfig.from_run_config(run_config)
+    _worker_model(config)
+    if isinstance(config, SampledConfig):
+        _worker_costs(config)
 
 
 def split(
