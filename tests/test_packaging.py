@@ -66,6 +66,8 @@ def test_the_wheel_holds_the_tree_and_nothing_else(wheel):
     assert installed_files(wheel) == expected_files()
 
 
+# In the fast suite the wheel holds the tree, whose modules tests import.
+@pytest.mark.slow
 def test_every_module_of_the_tree_can_be_imported_from_the_wheel(wheel, tmp_path):
     target = tmp_path / "installed"
     pip("install", "--no-deps", "--target", target, wheel, cwd=tmp_path)

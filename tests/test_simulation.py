@@ -70,7 +70,7 @@ def flower(tmp_path, monkeypatch):
 
 def stopped(pid):
     """Whether a process ends soon; one that only waits to be reaped has."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         state = subprocess.run(
             ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True

@@ -19,6 +19,7 @@ import pytest
 
 from lola_flwr.cli.main import main
 from lola_flwr.deployment import shim
+from lola_flwr.deployment import worker as worker_module
 from lola_flwr.deployment.app_code import forget_app, put_on_path
 from lola_flwr.deployment.processes import ProcessId, _stat, this_process
 from lola_flwr.deployment.serve_worker import start_worker
@@ -47,6 +48,8 @@ def toy_app(tmp_path_factory, monkeypatch):
     (root / "toy_app" / "__init__.py").touch()
     shutil.copy(Path(__file__).with_name("toy_device.py"), root / "toy_app/device.py")
     monkeypatch.syspath_prepend(root)
+    # On a busy machine a client may be long between two lines.
+    monkeypatch.setattr(worker_module, "_HELLO_S", 60.0)
 
 
 def context(run_id=1, **run_config):
@@ -99,14 +102,14 @@ def served(path):
     thread.start()
     yield limit
     worker.stop()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     assert limit.held[-1] == "closed"
     assert not path.exists()
     assert not token_path(path).exists()
 
 
-def wait_until(condition, seconds=10):
+def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -152,7 +155,7 @@ def test_without_the_token_nothing_is_answered(served, path):
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
         send_frame(connection, Frame("hello", {"token": "guess"}))
-        connection.settimeout(5)
+        connection.settimeout(60)
         assert connection.recv(1) == b""
 
 
@@ -174,7 +177,7 @@ def test_a_run_that_is_silent_makes_way(path):
             assert ask_worker(path, "status")["run_id"] == run_id
     finally:
         ask_worker(path, "stop")
-        thread.join(timeout=10)
+        thread.join(timeout=60)
     assert not thread.is_alive()
 
 
@@ -218,13 +221,15 @@ def test_only_a_path_that_was_added_is_taken_away(tmp_path):
     assert str(tmp_path) not in sys.path
 
 
-def test_a_client_that_is_killed_costs_its_message_only(served, path):
-    device = WorkerDevice(TOY, context(**{"train-s": 0.5}), path)
+def test_a_client_that_is_killed_costs_its_message_only(served, path, tmp_path):
+    end = tmp_path / "end"
+    device = WorkerDevice(TOY, context(**{"train-until": str(end)}), path)
     with connect(path) as connection:
         header = {**device._header, "assignment": assignment().to_record()}
         send_frame(connection, Frame("train", header))
         wait_until(lambda: ask_worker(path, "status")["training"])
     # Gone in the middle of it; the next message of the run waits for its end.
+    threading.Timer(0.5, end.touch).start()
     assert device.train(assignment(server_round=4), {}).report.server_round == 4
 
 
@@ -243,10 +248,10 @@ def test_a_worker_takes_away_what_it_bound_itself(path):
     for thread in threads:
         thread.start()
     old.stop()
-    threads[0].join(timeout=10)
+    threads[0].join(timeout=60)
     assert ask_worker(path, "status")["messages"] == 0
     new.stop()
-    threads[1].join(timeout=10)
+    threads[1].join(timeout=60)
     assert not path.exists()
     assert not token_path(path).exists()
 
@@ -282,7 +287,7 @@ def test_a_worker_whose_first_message_failed_ends_with_its_supernode(path):
         with pytest.raises(UserError, match="no function nothing"):
             device.train(assignment(), {})
         assert thread.is_alive()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     if thread.is_alive():
         worker.stop()
         pytest.fail("the worker outlived its SuperNode")
@@ -297,7 +302,7 @@ def test_the_command_asks_and_stops_a_worker(path, capsys):
     assert main(["worker", "--socket", str(path)]) == 1
     assert "Another worker answers" in capsys.readouterr().err
     assert main(["worker", "--socket", str(path), "--stop"]) == 0
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     assert main(["worker", "--socket", str(path), "--status"]) == 1
     assert "No worker runs" in capsys.readouterr().err
@@ -375,11 +380,12 @@ def test_sigterm_lets_a_large_answer_be_read(path):
         assert receive_frame(connection).arrays["w"].nbytes == 60 << 20
 
 
-def test_a_message_that_waits_when_the_worker_stops_is_told_so(path):
+def test_a_message_that_waits_when_the_worker_stops_is_told_so(path, tmp_path):
     worker = Worker(path)
     thread = threading.Thread(target=worker.serve)
     thread.start()
-    device = WorkerDevice(TOY, context(**{"train-s": 0.5}), path)
+    end = tmp_path / "end"
+    device = WorkerDevice(TOY, context(**{"train-until": str(end)}), path)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(device.train, assignment(), {})
         wait_until(lambda: ask_worker(path, "status")["training"])
@@ -387,10 +393,11 @@ def test_a_message_that_waits_when_the_worker_stops_is_told_so(path):
         second = pool.submit(device.train, assignment(), {})
         wait_until(lambda: len(worker._in_hand) == 2)
         worker.stop()
+        end.touch()
         assert first.result().report.server_round == 3
         with pytest.raises(UserError, match="is stopping"):
             second.result()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
 
 

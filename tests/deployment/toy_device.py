@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -29,7 +30,10 @@ class ToyDevice:
             raise UserError("The toy is broken.")
         if self._config.get("fail") == "app":
             raise KeyError("toy")
-        time.sleep(float(self._config.get("train-s", 0)))
+        # Trains until a file is there.
+        until = Path(self._config.get("train-until", "."))
+        while not until.exists():
+            time.sleep(0.01)
         report = UpdateReport(
             server_round=assignment.server_round,
             block_index=assignment.block_index,
