@@ -13,6 +13,12 @@ from lola_flwr.allocation.allocators import (
     find_allocator,
 )
 from lola_flwr.allocation.band import PowerLimitedUplink
+from lola_flwr.allocation.broadcast import (
+    Broadcast,
+    Heard,
+    allocate_broadcast,
+    settled,
+)
 from lola_flwr.allocation.codec_levels import refine_payloads
 from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
 from lola_flwr.allocation.rotation import rotate
@@ -26,6 +32,8 @@ __all__ = [
     "Allocation",
     "AllocationProblem",
     "Allocator",
+    "Broadcast",
+    "Heard",
     "InfeasibleAllocation",
     "Participation",
     "PowerLimitedUplink",
@@ -33,9 +41,11 @@ __all__ = [
     "SpanCover",
     "SpanProblem",
     "allocate",
+    "allocate_broadcast",
     "find_allocator",
     "refine_payloads",
     "rotate",
+    "settled",
     "share_blocks",
     "solve_spans",
 ]
