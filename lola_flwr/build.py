@@ -41,13 +41,14 @@ from lola_flwr.server.settings import DeviceOptions, RoundSettings, Transfer
 from lola_flwr.server.spread.plan import MicroBatches
 from lola_flwr.server.spread.trainer import SpreadTrainer
 from lola_flwr.server.step import ServerStep
-from lola_flwr.system.channel import Channel
+from lola_flwr.system.channel import Channel, DownlinkChannel
 from lola_flwr.system.devices import DeviceProfile
 
 __all__ = [
     "AllocationOptions",
     "Channel",
     "DeviceOptions",
+    "DownlinkChannel",
     "MicroBatches",
     "NormLimits",
     "RoundMode",

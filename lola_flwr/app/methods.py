@@ -18,6 +18,7 @@ from lola_flwr.build import (
     AllocationOptions,
     Channel,
     DeviceOptions,
+    DownlinkChannel,
     NormLimits,
     RoundMode,
     RoundSettings,
@@ -96,7 +97,14 @@ def settings_of(
 ) -> RoundSettings:
     """Return how the run's rounds go; where blocks differ, by what a response tells."""
     settings = RoundSettings(
-        channel=Channel(bandwidth_hz=config.bandwidth_hz),
+        channel=Channel(
+            bandwidth_hz=config.bandwidth_hz,
+            downlink_channel=DownlinkChannel(
+                mode=config.downlink_channel,
+                bandwidth_hz=config.downlink_bandwidth_hz,
+                gain_db=config.downlink_gain_db,
+            ),
+        ),
         transfer=Transfer(
             codec=config.codec,
             head=config.head,

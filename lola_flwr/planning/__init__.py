@@ -13,13 +13,14 @@ from lola_flwr.planning.fleet_plans import (
 )
 from lola_flwr.planning.known import AllocationOptions, Known, RunStatement
 from lola_flwr.planning.latency_target import most_valuable_blocks
+from lola_flwr.planning.round_problem import RoundProblem
 from lola_flwr.planning.solution import (
     SolvedRound,
     matching_seed,
     planned_blocks,
     solve_round,
 )
-from lola_flwr.planning.statement import RoundProblem, stated_round
+from lola_flwr.planning.statement import stated_round
 
 __all__ = [
     "AllocationOptions",

@@ -26,6 +26,7 @@ def spared(
     longest_s: float,
     required_bytes: Float64Array,
     memory_limit_bytes: Float64Array,
+    wait_s: Float64Array | None = None,
 ) -> BoolArray:
     """Tell which pairs of device and block had better not be asked, shape [K, N].
 
@@ -42,8 +43,14 @@ def spared(
     memory_limit_bytes
         Below how much memory each device's blocks must stay, shape [K]; infinite for
         devices without failures, 0 for those that rest altogether.
+    wait_s
+        How long each device would wait before it could begin, shape [K] (default: not
+        at all).
     """
-    late = problem.compute_s + problem.full_band_upload_s > longest_s
+    latency_s = problem.compute_s + problem.full_band_upload_s
+    if wait_s is not None:
+        latency_s = latency_s + wait_s[:, None]
+    late = latency_s > longest_s
     return np.asarray(late | (required_bytes >= memory_limit_bytes[:, None]))
 
 
@@ -77,12 +84,13 @@ def narrowed(
     failures: Sequence[int],
     block_updates: Sequence[int] | IntArray,
     partial: bool,
+    wait_s: Float64Array | None = None,
 ) -> tuple[IntArray, AllocationProblem]:
     """Return the problem without what had better not be asked.
 
     Parameters
     ----------
-    problem, longest_s, required_bytes, memory_limit_bytes
+    problem, longest_s, required_bytes, memory_limit_bytes, wait_s
         As for `spared`.
     failures
         As for `lifted`: those that failed least are taken back first.
@@ -104,6 +112,7 @@ def narrowed(
             longest_s=longest_s,
             required_bytes=required_bytes,
             memory_limit_bytes=lifted(memory_limit_bytes, failures, count),
+            wait_s=wait_s,
         )
         return _only(problem, problem.feasible & ~unasked)
 

@@ -154,6 +154,8 @@ class Known:
         Correct what they claim of their processors and links.
     downlinks
         How long they take to have their message.
+    downlink_bits
+        What each device is to be sent, shape [K]; None: it takes no time.
     memory_limit_bytes
         Below how much memory each device's blocks had better stay, for it failed
         lately, shape [K]; infinite for devices without failures, 0 for those that rest
@@ -185,6 +187,7 @@ class Known:
     worth: Float64Array | None = None
     block_updates: IntArray
     partial: bool = False
+    downlink_bits: Float64Array | None = None
 
     @classmethod
     def at_first(

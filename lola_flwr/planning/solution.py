@@ -10,14 +10,18 @@ from lola_flwr.allocation import (
     RANDOM_ALLOCATORS,
     Allocation,
     AllocationProblem,
+    Heard,
     allocate,
+    allocate_broadcast,
     refine_payloads,
     rotate,
+    settled,
     share_blocks,
 )
-from lola_flwr.arrays import IntArray
+from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.planning.known import Known, RunStatement
-from lola_flwr.planning.statement import RoundProblem, stated_round
+from lola_flwr.planning.round_problem import RoundProblem
+from lola_flwr.planning.statement import stated_round
 from lola_flwr.randomness import rng_for
 from lola_flwr.run.records import BlockRecord
 
@@ -38,6 +42,9 @@ class SolvedRound:
         The solution.
     codec_level
         Codec of each device, an index into ``stated.payloads.codecs``, shape [k].
+    downlink_s
+        Time that each device takes to have its message, which its time to compute in
+        ``problem`` begins with, shape [k].
     num_excluded
         Devices that were left out where all others take part: they have not the memory
         for a block, or rest after failures.
@@ -48,6 +55,7 @@ class SolvedRound:
     problem: AllocationProblem
     allocation: Allocation
     codec_level: IntArray
+    downlink_s: Float64Array
     num_excluded: int
 
     def active(self) -> Iterator[tuple[int, int]]:
@@ -76,11 +84,12 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
         The devices cannot compute the blocks.
     """
     stated = stated_round(run, known)
-    allocation = _rotated(run, known, stated, _allocated(run, known, stated))
+    heard = _rotated(run, known, stated, _allocated(run, known, stated))
+    problem, allocation, wait_s = heard
     if stated.bound_s < allocation.bound_s:
         # The best matching for these spans; others were not ruled out.
         allocation = replace(allocation, bound_s=stated.bound_s)
-    problem, allocation = _shared(run, stated.problem, allocation)
+    problem, allocation = _shared(run, problem, allocation)
     problem, allocation, codec_level = refine_payloads(
         problem,
         allocation,
@@ -89,12 +98,14 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
         fixed=stated.without_backward,
     )
     allocation.check(problem)
+    waits = 0.0 if stated.broadcast is None else stated.broadcast.waits
     return SolvedRound(
         server_round=known.server_round,
         stated=stated,
         problem=problem,
         allocation=allocation,
         codec_level=codec_level,
+        downlink_s=stated.downlink_s + wait_s * waits,
         num_excluded=len(known.profiles) - len(stated.profiles),
     )
 
@@ -104,21 +115,26 @@ def matching_seed(seed: int, server_round: int) -> int:
     return int(rng_for(seed, "matching", server_round).integers(2**31))
 
 
-def _allocated(run: RunStatement, known: Known, stated: RoundProblem) -> Allocation:
+def _allocated(run: RunStatement, known: Known, stated: RoundProblem) -> Heard:
     options: dict[str, Any] = {}
     if run.allocation.allocator in RANDOM_ALLOCATORS:
         options["seed"] = matching_seed(run.seed, known.server_round)
-    return allocate(stated.problem, run.allocation.allocator, **options)
+    problem, allocator = stated.problem, run.allocation.allocator
+    if stated.broadcast is None:
+        return Heard(problem, allocate(problem, allocator, **options), 0.0)
+    return allocate_broadcast(problem, stated.broadcast, allocator, **options)
 
 
 def _rotated(
-    run: RunStatement, known: Known, stated: RoundProblem, allocation: Allocation
-) -> Allocation:
+    run: RunStatement, known: Known, stated: RoundProblem, heard: Heard
+) -> Heard:
     """Let blocks meet other devices' data, where that costs little."""
     eps = run.allocation.rotation_eps
-    if eps <= 0:
-        return allocation
-    return rotate(stated.problem, allocation, known.meetings[stated.rows], eps=eps)
+    if eps > 0:
+        meetings = known.meetings[stated.rows]
+        rotated = rotate(heard.problem, heard.allocation, meetings, eps=eps)
+        heard = heard._replace(allocation=rotated)
+    return heard if stated.broadcast is None else settled(heard, stated.broadcast)
 
 
 def _shared(
@@ -138,7 +154,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
     upload_s = allocation.upload_s(solved.problem)
     records = []
     for row, block in solved.active():
-        level, downlink_s = solved.codec_level[row], float(stated.downlink_s[row])
+        level, downlink_s = solved.codec_level[row], float(solved.downlink_s[row])
         codec = stated.payloads.codecs[level]
         payload_bits = stated.payloads.bits[level, block]
         if run.zeroth_order is not None and stated.without_backward[row]:

@@ -9,125 +9,23 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
-from lola_flwr.allocation import (
-    AllocationProblem,
-)
-from lola_flwr.arrays import BoolArray, Float64Array, IntArray
-from lola_flwr.d2ft.operations import to_text
+from lola_flwr.allocation import AllocationProblem
+from lola_flwr.arrays import BoolArray, Float64Array
 from lola_flwr.d2ft.reduced import reduced_costs
-from lola_flwr.d2ft.rescue import Schedules, with_reduced_schedules
+from lola_flwr.d2ft.rescue import with_reduced_schedules
 from lola_flwr.planning.candidates import lifted, narrowed, spared
+from lola_flwr.planning.downlink import alone_s, heard_by_some, received
 from lola_flwr.planning.known import Known, RunStatement
 from lola_flwr.planning.latency_target import choose_blocks, fits_any_block
-from lola_flwr.planning.spans import Spans, chosen_spans, rotates
+from lola_flwr.planning.round_problem import RoundProblem
+from lola_flwr.planning.spans import chosen_spans, rotates
 from lola_flwr.planning.windows import chosen_windows, window_costs
 from lola_flwr.system.channel import uplink_rates_bps
-from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.wire.payload import Payloads
 from lola_flwr.zeroth_order.mixing import mix
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RoundProblem:
-    """A round's problem, and what it assumes of the devices that are left of it.
-
-    Parameters
-    ----------
-    problem
-        What there is to solve, for k devices and N blocks.
-    rows
-        Which of the devices that are known these are, rising, shape [k].
-    profiles
-        Their profiles.
-    rate_bps
-        Rate of each device over the whole band, bit/s, shape [k].
-    claimed_s
-        Time that each device takes to compute each block by its profile alone, which
-        ``problem`` has corrected, shape [k, N].
-    downlink_s
-        Time that each device takes to have its message, which the times to compute in
-        ``problem`` begin with in the end, shape [k].
-    required_bytes
-        Memory that each device takes for each block, shape [k, N].
-    memory_limit_bytes
-        As in `Known`, of these devices, and without those that have to be asked.
-    without_backward
-        Who is to train by forward passes alone, shape [k].
-    schedules
-        What the layers are to do, where a device is to do less than all.
-    payloads
-        What devices may be told to upload.
-    trains_all
-        Who trains all blocks, whichever it returns, shape [k].
-    spans
-        Blocks that one device trains together, by the first of them: where there are
-        fewer devices than blocks, or several are to return each. All else has their
-        costs at the first.
-    bound_s
-        No other spans allow a shorter round than this.
-    worth_gap
-        As ``gap`` in `lola_flwr.planning.latency_target.ChosenBlocks`.
-    """
-
-    problem: AllocationProblem
-    rows: IntArray
-    profiles: tuple[DeviceProfile, ...]
-    rate_bps: Float64Array
-    claimed_s: Float64Array
-    downlink_s: Float64Array
-    required_bytes: Float64Array
-    memory_limit_bytes: Float64Array
-    without_backward: BoolArray
-    schedules: Schedules
-    payloads: Payloads
-    trains_all: BoolArray
-    spans: Spans = field(default_factory=dict)
-    bound_s: float = math.inf
-    worth_gap: float | None = None
-
-    def blocks(self, first: int) -> tuple[int, ...]:
-        """Return the blocks that a device trains that is given one: itself, mostly."""
-        return self.spans.get(first, (first,))
-
-    @property
-    def trained(self) -> BoolArray:
-        """Tell which blocks the round trains, shape [N]."""
-        trained = self.problem.demand > 0
-        for first in np.flatnonzero(trained):
-            trained[list(self.blocks(int(first)))] = True
-        return trained
-
-    def operations(self, row: int, block: int) -> str | None:
-        """Return what an assignment says about the layers; None: all run."""
-        if self.without_backward[row] or (row, block) not in self.schedules:
-            return None
-        return to_text(self.schedules[row, block])
-
-    def of_rows(self, rows: IntArray, problem: AllocationProblem) -> RoundProblem:
-        """Return what is assumed of some of the devices, with the problem for these."""
-        place = {int(row): n for n, row in enumerate(rows)}
-        return replace(
-            self,
-            problem=problem,
-            rows=self.rows[rows],
-            profiles=tuple(self.profiles[row] for row in rows),
-            rate_bps=self.rate_bps[rows],
-            claimed_s=self.claimed_s[rows],
-            downlink_s=self.downlink_s[rows],
-            required_bytes=self.required_bytes[rows],
-            memory_limit_bytes=self.memory_limit_bytes[rows],
-            without_backward=self.without_backward[rows],
-            schedules={
-                (place[row], block): operations
-                for (row, block), operations in self.schedules.items()
-                if row in place
-            },
-            trains_all=self.trains_all[rows],
-        )
 
 
 def stated_round(run: RunStatement, known: Known) -> RoundProblem:
@@ -151,7 +49,7 @@ def stated_round(run: RunStatement, known: Known) -> RoundProblem:
     stated = reduced(run, stated)
     stated = without_backward(run, known, stated)
     stated = charged(run, stated)
-    stated = received(stated)
+    stated = received(run, known, stated)
     stated = in_time(run, known, stated)
     stated = uploading(run, known, stated)
     stated = asked(run, known, stated)
@@ -313,12 +211,6 @@ def charged(run: RunStatement, stated: RoundProblem) -> RoundProblem:
     return replace(stated, claimed_s=claimed_s, required_bytes=required_bytes)
 
 
-def received(stated: RoundProblem) -> RoundProblem:
-    """Let devices begin when they have their message."""
-    compute_s = stated.problem.compute_s + stated.downlink_s[:, None]
-    return replace(stated, problem=replace(stated.problem, compute_s=compute_s))
-
-
 def in_time(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:
     """Keep the most valuable blocks that a round can finish within the target.
 
@@ -333,22 +225,29 @@ def in_time(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProbl
     if worth is None:
         return stated
 
-    def counted_on(count: int) -> AllocationProblem:
-        """Return the problem in which so many of those who rest are back."""
+    def counted_on(count: int) -> list[AllocationProblem]:
+        """Return the problems in which so many of those who rest are back."""
         limit = lifted(stated.memory_limit_bytes, known.failures, count)
         able = stated.problem.feasible & ~_spared(run, stated, limit)
-        return replace(stated.problem, feasible=able)
+        return heard_by_some(replace(stated.problem, feasible=able), stated.broadcast)
 
     def suffice(count: int) -> bool:
-        return fits_any_block(counted_on(count), run.latency_target_s)
+        return any(fits_any_block(p, run.latency_target_s) for p in counted_on(count))
 
     resting = int(np.isfinite(stated.memory_limit_bytes).sum())
     back = bisect_left(range(resting), True, key=suffice)
-    chosen = choose_blocks(
-        counted_on(back) if suffice(back) else stated.problem,
-        worth,
-        latency_target_s=run.latency_target_s,
+    problems = (
+        counted_on(back)
+        if suffice(back)
+        else heard_by_some(stated.problem, stated.broadcast)
     )
+    fitting = [p for p in problems if fits_any_block(p, run.latency_target_s)]
+    choices = [
+        choose_blocks(p, worth, latency_target_s=run.latency_target_s)
+        # Where none fits, the error says why.
+        for p in fitting or problems[-1:]
+    ]
+    chosen = max(choices, key=lambda choice: worth[list(choice.blocks)].sum())
     return replace(
         stated,
         problem=replace(
@@ -382,6 +281,7 @@ def asked(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem
         failures=known.failures,
         block_updates=known.block_updates,
         partial=known.partial or rotates(stated.problem),
+        wait_s=alone_s(stated.broadcast),
     )
     return stated.of_rows(rows, problem)
 
@@ -393,4 +293,5 @@ def _spared(run: RunStatement, stated: RoundProblem, limit: Float64Array) -> Boo
         longest_s=run.allocation.longest_round_s,
         required_bytes=stated.required_bytes,
         memory_limit_bytes=limit,
+        wait_s=alone_s(stated.broadcast),
     )

@@ -286,6 +286,7 @@ def _part_columns(
         "block": [part.block_index for part in parts],
         "numbers": [part.numbers for part in parts],
         "share": rounded(part.share for part in parts),
+        "downlink_s": rounded(part.downlink_s for part in parts),
         "compute_s": rounded(part.compute_s for part in parts),
         "upload_s": rounded(part.upload_s for part in parts),
         "reported_s": rounded(part.reported_compute_s for part in parts),

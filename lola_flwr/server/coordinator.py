@@ -98,6 +98,7 @@ class Coordinator:
             batch_size=batch_size,
             base_fingerprint=model.base_fingerprint,
             is_sent_whole=model.is_sent_whole,
+            sent_nbytes=model.nbytes(),
             exchange=model.exchange,
         )
         is_tracked = settings.transfer.downlink == "changed"

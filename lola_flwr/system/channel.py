@@ -1,4 +1,4 @@
-"""Uplink of one cell: Rayleigh block fading and OFDMA rates.
+"""One cell, both ways: Rayleigh block fading and OFDMA rates.
 
 Notation: K devices, bandwidth in Hz, ``snr`` linear (``snr_db`` only at the border).
 """
@@ -8,16 +8,61 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.arrays import Float64Array
+from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
 
 if TYPE_CHECKING:
     from lola_flwr.system.devices import DeviceProfile
+
+
+DownlinkMode = Literal["free", "broadcast", "unicast"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownlinkChannel:
+    """How the model comes to the devices.
+
+    Parameters
+    ----------
+    mode
+        ``"free"``: in no time. ``"broadcast"``: it is sent once, over the whole band,
+        at the rate of the worst device that takes part; all begin then. ``"unicast"``:
+        the band is divided evenly among as many devices as a round may have, and each
+        begins when it has the model.
+    bandwidth_hz
+        Total downlink bandwidth.
+    gain_db
+        By how much the base station's transmit power exceeds a device's, dB: both ways
+        fade alike, so a device receives with the SNR of its uplink and so much more.
+
+    Raises
+    ------
+    UserError
+        There is no such mode, or a number is not finite, or the bandwidth not positive.
+    """
+
+    mode: DownlinkMode = "free"
+    bandwidth_hz: float = 20e6
+    gain_db: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Check now what would else be an error in round 1."""
+        if self.mode not in get_args(DownlinkMode):
+            raise UserError(
+                f"mode={self.mode!r} of the downlink must be one of "
+                f"{', '.join(get_args(DownlinkMode))}."
+            )
+        if not 0 < self.bandwidth_hz < math.inf or not math.isfinite(self.gain_db):
+            raise UserError(
+                f"bandwidth_hz={self.bandwidth_hz} of the downlink must be positive, "
+                f"and gain_db={self.gain_db} finite."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +76,16 @@ class Channel:
     fading
         Whether the channel fades (Rayleigh), or every device has its mean SNR.
     broadcast_s, server_s
-        Constant parts of every round: downlink and server time.
+        Constant parts of every round: a downlink whose time is known, and server time.
+    downlink_channel
+        How the model comes to the devices, where that is to be modelled.
     """
 
     bandwidth_hz: float = 20e6
     fading: bool = True
     broadcast_s: float = 0.0
     server_s: float = 0.0
+    downlink_channel: DownlinkChannel = DownlinkChannel()
 
     @property
     def constant_s(self) -> float:
@@ -102,6 +150,7 @@ def uplink_rates_bps(
     server_round: int,
     seed: int,
     fading: bool = True,
+    gain_db: float = 0.0,
 ) -> Float64Array:
     """Return each device's rate when it has the whole uplink, bit/s, shape [K].
 
@@ -116,8 +165,10 @@ def uplink_rates_bps(
         As for ``full_band_rate_bps`` and ``rayleigh_snr``.
     fading
         Whether the channel fades, or every device has its mean SNR.
+    gain_db
+        What is added to the devices' SNR, dB.
     """
-    snr_db = [profile.snr_db for profile in profiles]
+    snr_db = [profile.snr_db + gain_db for profile in profiles]
     snr = (
         rayleigh_snr(
             snr_db,
@@ -134,3 +185,33 @@ def uplink_rates_bps(
     ]
     drawn = full_band_rate_bps(bandwidth_hz, snr)
     return np.where(np.isnan(stated), drawn, stated)
+
+
+def downlink_rates_bps(
+    profiles: Sequence[DeviceProfile],
+    channel: Channel,
+    *,
+    server_round: int,
+    seed: int,
+) -> Float64Array:
+    """Return each device's rate when it has the whole downlink, bit/s, shape [K].
+
+    A link whose rate is known up is as fast down.
+
+    Parameters
+    ----------
+    profiles
+        The K devices.
+    channel
+        What they share.
+    server_round, seed
+        As for ``rayleigh_snr``: the round's fading is that of the uplink.
+    """
+    return uplink_rates_bps(
+        profiles,
+        bandwidth_hz=channel.downlink_channel.bandwidth_hz,
+        server_round=server_round,
+        seed=seed,
+        fading=channel.fading,
+        gain_db=channel.downlink_channel.gain_db,
+    )

@@ -20,7 +20,7 @@ from statistics import median_low
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.arrays import Float64Array
+from lola_flwr.arrays import BoolArray, Float64Array
 
 # Weight of a new observation: a device that gets four times slower is believed to be
 # 2.5 times slower after one round, and 3.4 times after two.
@@ -222,6 +222,10 @@ class DownlinkEstimate:
         return np.array(
             [median_low(self.latest_s.get(device, (0.0,))) for device in devices]
         )
+
+    def are_known(self, devices: Sequence[str]) -> BoolArray:
+        """Tell which devices were seen, shape [K]."""
+        return np.array([device in self.latest_s for device in devices], bool)
 
     def update(self, observed_s: Mapping[str, float]) -> DownlinkEstimate:
         """Return the estimate after one round, given the seconds that were observed."""

@@ -18,7 +18,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.wire.codec import Codec, codec_ladder, codec_named
 from lola_flwr.wire.npy import NPY_HEADER_BYTES
-from lola_flwr.wire.packing import GRADIENTS, packed_type
+from lola_flwr.wire.packing import GRADIENTS, VALUES, packed_type
 from lola_flwr.wire.records import PROJECTION_TYPE
 
 Shapes = Mapping[str, Sequence[int]]
@@ -41,6 +41,22 @@ def array_bytes(name: str, nbytes: int) -> int:
 def projections_bytes(num_directions: int) -> int:
     """Bytes of the message in which a device sends a gradient's projections."""
     return _MESSAGE_BYTES + PROJECTION_TYPE.itemsize * num_directions
+
+
+def download_bytes(sent_nbytes: Mapping[str, int], *, by_name: bool = False) -> int:
+    """Bytes of the message in which a device is sent some of the model's arrays.
+
+    Parameters
+    ----------
+    sent_nbytes
+        Bytes of each of them.
+    by_name
+        Whether each is an array of its own; else all are in one.
+    """
+    if not by_name:
+        total = sum(sent_nbytes.values())
+        return _MESSAGE_BYTES + (array_bytes(VALUES, total) if sent_nbytes else 0)
+    return _MESSAGE_BYTES + sum(array_bytes(n, size) for n, size in sent_nbytes.items())
 
 
 def update_bytes(

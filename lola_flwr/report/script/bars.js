@@ -26,8 +26,8 @@ function drawRound() {
     place.replaceChildren();
     return;
   }
-  const total = (part) => run.compute_s[part] + run.upload_s[part];
-  const longest = Math.max(...active.map(total), ...active.map((p) => (run.reported_s[p] || 0) + run.upload_s[p]));
+  const total = (part) => run.downlink_s[part] + run.compute_s[part] + run.upload_s[part];
+  const longest = Math.max(...active.map(total), ...active.map((p) => run.downlink_s[p] + (run.reported_s[p] || 0) + run.upload_s[p]));
   const slowest = active.filter((part) => total(part) > Math.max(...active.map(total)) * (1 - 1e-5));
   const balanced = slowest.length > 1 && slowest.length === active.length;
   byId("round-title").textContent =
@@ -43,11 +43,13 @@ function drawRound() {
       const track = element("span", { class: "track" });
       const bar = (name, from, width) =>
         track.append(element("span", { class: name, style: `left:${percent(from)};width:${percent(width)}` }));
-      bar(used ? "compute" : "lost", 0, run.compute_s[part]);
-      bar(used ? "upload" : "lost", run.compute_s[part], run.upload_s[part]);
-      if (run.reported_s[part] !== null) track.append(mark("reported", percent(run.reported_s[part])));
+      const began = run.downlink_s[part];
+      if (began) bar(used ? "downlink" : "lost", 0, began);
+      bar(used ? "compute" : "lost", began, run.compute_s[part]);
+      bar(used ? "upload" : "lost", began + run.compute_s[part], run.upload_s[part]);
+      if (run.reported_s[part] !== null) track.append(mark("reported", percent(began + run.reported_s[part])));
       if (bound !== null) track.append(mark("bound", percent(bound)));
-      track.title = `compute ${format(run.compute_s[part], "s")}` +
+      track.title = (began ? `downlink ${format(began, "s")}, ` : "") + `compute ${format(run.compute_s[part], "s")}` +
         (run.reported_s[part] === null ? "" : ` (reported ${format(run.reported_s[part], "s")})`) +
         `, upload ${format(run.upload_s[part], "s")}` +
         (run.measured_upload_s[part] === null ? "" : ` (measured ${format(run.measured_upload_s[part], "s")})`);

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lola_flwr.allocation import InfeasibleAllocation
+from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.exchange import Exchange
@@ -16,7 +17,7 @@ from lola_flwr.planning import Known, RunStatement, SolvedRound, solve_round
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.server.state import RunState
-from lola_flwr.wire.payload import UpdateSizes
+from lola_flwr.wire.payload import UpdateSizes, download_bytes
 from lola_flwr.wire.records import Assignment
 from lola_flwr.wire.versions import Manifest, ModelVersion
 
@@ -41,6 +42,8 @@ class RoundPlanner:
         Digest of the frozen weights, which every device must hold.
     is_sent_whole
         Whether devices are sent the whole model by name, and return weights.
+    sent_nbytes
+        Bytes of each array that devices are sent, by name in the order of sending.
     exchange
         What devices call these arrays, and what they keep to themselves; None: they
         call them as the server does, and keep nothing.
@@ -53,6 +56,7 @@ class RoundPlanner:
     batch_size: int
     base_fingerprint: str
     is_sent_whole: bool
+    sent_nbytes: Mapping[str, int]
     exchange: Exchange | None = None
 
     @property
@@ -102,7 +106,8 @@ class RoundPlanner:
             raise InfeasibleAllocation(
                 "No device has reported a usable profile; see the warnings above."
             )
-        solved = solve_round(self.statement, self._known(state, server_round, ids))
+        known = self._known(state, server_round, ids, version)
+        solved = solve_round(self.statement, known)
         left = tuple(ids[row] for row in solved.stated.rows)
         manifests = {
             left[row]: state.held.manifest(left[row], version)
@@ -116,7 +121,30 @@ class RoundPlanner:
             manifests=manifests,
         )
 
-    def _known(self, state: RunState, server_round: int, ids: Sequence[str]) -> Known:
+    def _download_bits(
+        self, state: RunState, ids: Sequence[str], version: ModelVersion | None
+    ) -> Float64Array | None:
+        """Return what devices are to be sent, [K]; None where that takes no time."""
+        if self.settings.channel.downlink_channel.mode == "free":
+            return None
+
+        def bits(sent_nbytes: Mapping[str, int]) -> float:
+            return 8.0 * download_bytes(sent_nbytes, by_name=self.is_sent_whole)
+
+        nbytes = self.sent_nbytes
+        if version is None:
+            return np.full(len(ids), bits(nbytes))
+        manifests = (state.held.manifest(device, version) for device in ids)
+        sent = (manifest.sent_names([*nbytes]) for manifest in manifests)
+        return np.array([bits({n: nbytes[n] for n in names}) for names in sent])
+
+    def _known(
+        self,
+        state: RunState,
+        server_round: int,
+        ids: Sequence[str],
+        version: ModelVersion | None,
+    ) -> Known:
         """Return what is known of some devices, in this order, and of all blocks."""
         profiles = [state.fleet.profiles[device] for device in ids]
         names = [profile.name for profile in profiles]
@@ -142,6 +170,7 @@ class RoundPlanner:
             worth=settings.selection.worth(state.history, server_round),
             block_updates=state.block_updates(),
             partial=settings.allocation.partial or state.server_round > 0,
+            downlink_bits=self._download_bits(state, ids, version),
         )
 
     def _assignments(
