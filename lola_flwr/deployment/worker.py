@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import selectors
 import signal
 import socket
 import sys
@@ -125,6 +126,8 @@ class Worker:
     def serve(self) -> None:
         """Serve until ``stop`` is called; then let the message in hand be answered."""
         self._socket.settimeout(_TICK_S)
+        callers = selectors.DefaultSelector()
+        callers.register(self._socket, selectors.EVENT_READ)
         next_look = 0.0
         try:
             while not self._stopping.is_set():
@@ -132,6 +135,10 @@ class Worker:
                     self._watch_supernode()
                     next_look = time.monotonic() + _TICK_S
                 try:
+                    # Not by accept's own timeout: on a socket that is shut down it
+                    # tries again and again until the time is over.
+                    if not callers.select(_TICK_S) or self._stopping.is_set():
+                        continue
                     connection, _ = self._socket.accept()
                 except TimeoutError:
                     continue
@@ -143,6 +150,7 @@ class Worker:
                     target=self._answer, args=(connection,), daemon=True
                 ).start()
         finally:
+            callers.close()
             self._socket.close()
             # A successor may have bound the path anew.
             if _identity(self._path) == self._bound:

@@ -181,6 +181,28 @@ def test_a_run_that_is_silent_makes_way(path):
     assert not thread.is_alive()
 
 
+def test_a_worker_that_is_stopped_computes_nothing_until_it_ends(path):
+    """As a socket that is shut down does in accept, on which Python waits for it."""
+    worker = Worker(path, hold_s=60)
+    accepted = []
+    listening = worker._socket
+
+    class Counted(socket.socket):
+        def accept(self):
+            accepted.append(worker._stopping.is_set())
+            return super().accept()
+
+    worker._socket = Counted(fileno=listening.detach())
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    ask_worker(path, "status")
+    worker.stop()
+    thread.join(timeout=60)
+    # For the one who asked, and not to wait for others.
+    assert accepted == [False]
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "text"),
     [
