@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_args
@@ -14,7 +13,7 @@ from lola_flwr.allocation import ALLOCATORS, find_allocator
 from lola_flwr.app.interface import Interface, interface_of
 from lola_flwr.errors import UserError
 from lola_flwr.model.bases import Base
-from lola_flwr.run.config import RunConfig
+from lola_flwr.run.config import RunConfig, keyword_arguments
 from lola_flwr.run.target import Target
 from lola_flwr.run.tracking import TRACKERS, check_trackers
 from lola_flwr.server.assembly import BLOCK_MEANS
@@ -26,26 +25,6 @@ from lola_flwr.wire.payload import HeadPolicy
 if TYPE_CHECKING:
     # As in `lola_flwr.run.config`.
     from typing import Self
-
-if sys.version_info >= (3, 11):  # noqa: UP036
-    import tomllib
-else:  # the worker of a device whose system has Python 3.10
-    import tomli as tomllib
-
-
-def keyword_arguments(text: str) -> dict[str, Any]:
-    """Read keyword arguments in TOML's notation: ``"betas=[0.9, 0.99], eps=1e-3"``.
-
-    Raises
-    ------
-    UserError
-        The text is none.
-    """
-    try:
-        options: dict[str, Any] = tomllib.loads(f"_ = {{{text}}}")["_"]
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"Write options as 'a=1, b=[2, 3]' ({error}).") from None
-    return options
 
 
 def _checked(text: str) -> str:

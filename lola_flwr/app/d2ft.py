@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lola_flwr.app.config import D2ftConfig, keyword_arguments
+from lola_flwr.app.config import D2ftConfig
 from lola_flwr.app.methods import server_step_of
 from lola_flwr.build import Channel, MicroBatches, trainer_for
 from lola_flwr.d2ft.schedule import Budgets
 from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.run.config import keyword_arguments
 from lola_flwr.server.spread.trainer import SpreadTrainer
 
 

@@ -11,7 +11,6 @@ from lola_flwr.app.config import (
     AppConfig,
     LolaDeftConfig,
     UpdatesConfig,
-    keyword_arguments,
 )
 from lola_flwr.arrays import Float32Arrays, IntArray
 from lola_flwr.build import (
@@ -33,6 +32,7 @@ from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
 from lola_flwr.model.stored_base import stored_values
 from lola_flwr.randomness import rng_for
+from lola_flwr.run.config import keyword_arguments
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.server.selection.importance import Response

@@ -10,7 +10,6 @@ from lola_flwr.app.config import (
     AppConfig,
     FedAvgFullConfig,
     UpdatesConfig,
-    keyword_arguments,
 )
 from lola_flwr.costs import of_model
 from lola_flwr.costs.estimated import BlockCosts
@@ -18,6 +17,7 @@ from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.trace import Example
+from lola_flwr.run.config import keyword_arguments
 
 
 def adapted(config: AppConfig, model: nn.Module) -> Any:

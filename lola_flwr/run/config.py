@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,11 @@ from lola_flwr.errors import UserError, nearest
 if TYPE_CHECKING:
     # A worker may live in Python 3.10, whose typing lacks it.
     from typing import Self
+
+if sys.version_info >= (3, 11):  # noqa: UP036
+    import tomllib
+else:  # the worker of a device whose system has Python 3.10
+    import tomli as tomllib
 
 
 class RunConfig(BaseModel):
@@ -77,3 +83,18 @@ def _fault_line(fault: Mapping[str, Any], known: Collection[str]) -> str:
     if not key or (own and repr(fault["input"]) in says):
         return says
     return f"{key}={fault['input']!r}: {says}"
+
+
+def keyword_arguments(text: str) -> dict[str, Any]:
+    """Read keyword arguments in TOML's notation: ``"betas=[0.9, 0.99], eps=1e-3"``.
+
+    Raises
+    ------
+    UserError
+        The text is none.
+    """
+    try:
+        options: dict[str, Any] = tomllib.loads(f"_ = {{{text}}}")["_"]
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"Write options as 'a=1, b=[2, 3]' ({error}).") from None
+    return options
