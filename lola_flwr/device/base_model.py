@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from lola_flwr.errors import UserError
-from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.model.loading import fingerprint
 from lola_flwr.wire.records import Assignment, PartTask
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lola_flwr.model.blocks import BlockPartition
 
 
 def check_base(
@@ -20,6 +23,9 @@ def check_base(
     UserError
         They are not.
     """
+    # A device that trains by programs has no PyTorch.
+    from lola_flwr.model.loading import fingerprint
+
     check_fingerprint(fingerprint(model, partition.frozen), assignment)
 
 

@@ -19,14 +19,14 @@ from lola_flwr.costs.memory import Levers, StepMemory
 from lola_flwr.device.asked import PartResult
 from lola_flwr.device.base_model import check_fingerprint
 from lola_flwr.device.contract import LocalUpdate
-from lola_flwr.device.encoding import encode_update
+from lola_flwr.device.encoding import encoded_gradients
 from lola_flwr.device.keeping import Keeping
 from lola_flwr.device.memory import measured_peak
 from lola_flwr.device.out_of_memory import reports_out_of_memory
 from lola_flwr.device.part import compute_part
 from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.device.steps import StepResult, step_for
-from lola_flwr.device.store import LostCopy, Residuals, complete
+from lola_flwr.device.store import LostCopy, take_in
 from lola_flwr.device.tokens import ALL_TOKENS, Tokens, Trial, tokens_for
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import keep_no_freed_memory
@@ -43,8 +43,7 @@ from lola_flwr.model.precision import Accelerator, Precision, autocast, find_dev
 from lola_flwr.model.recompute import recomputed_suffix
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.wire.low_rank import projection_of
-from lola_flwr.wire.packing import GRADIENTS, received_values
+from lola_flwr.wire.packing import GRADIENTS
 from lola_flwr.wire.records import (
     PROJECTION_TYPE,
     Assignment,
@@ -52,7 +51,6 @@ from lola_flwr.wire.records import (
     UpdateReport,
     nothing_report,
 )
-from lola_flwr.wire.versions import Manifest
 
 # Gives a mini-batch: (number, batch_size) -> arguments of the model. The number is that
 # of the round, or of a micro-batch where the model is spread over devices; there it has
@@ -268,15 +266,9 @@ class BlockDevice:
     ) -> str | None:
         """Load what the server sent; return the version that is now held, if any."""
         names = local.partition.trainable
-        manifest = None
-        if assignment.manifest is not None:
-            manifest = Manifest.from_text(assignment.manifest)
-            names = manifest.sent_names(names)
-        received = [*received_values(values, local.shapes(names)).values()]
-        if manifest is not None:
-            received = complete(received, manifest, self.store)
-        local.load(local.partition.trainable, received)
-        return manifest.version if manifest is not None and self.store else None
+        received, held = take_in(values, local.shapes(names), assignment, self.store)
+        local.load(names, received)
+        return held
 
     def _report(
         self, assignment: Assignment, result: StepResult, start: float
@@ -360,16 +352,13 @@ class BlockDevice:
             name: np.asarray(gradient.numpy(force=True), order="C")
             for name, gradient in found.items()
         }
-        projection = projection_of(assignment)
-        if projection is not None:
-            gradients = {
-                name: projection.project(assignment.server_round, name, gradient)
-                for name, gradient in gradients.items()
-            }
-        residuals = None
-        if self.store is not None:
-            residuals = Residuals(self.store, self.profile.name)
-        return encode_update(gradients, partition, assignment, residuals)
+        return encoded_gradients(
+            gradients,
+            partition,
+            assignment,
+            store=self.store,
+            device=self.profile.name,
+        )
 
     def _levers(
         self, assignment: Assignment, *, streams: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from lola_flwr.arrays import Float32Array
 from lola_flwr.device.store import Residuals
@@ -12,6 +13,41 @@ from lola_flwr.wire.codec import WireArray, codec_named, encode_with_feedback
 from lola_flwr.wire.low_rank import projection_of
 from lola_flwr.wire.packing import pack
 from lola_flwr.wire.records import Assignment
+
+
+def encoded_gradients(
+    gradients: Mapping[str, Float32Array],
+    partition: BlockPartition,
+    assignment: Assignment,
+    *,
+    store: Path | None,
+    device: str,
+) -> WireArray:
+    """Return gradients as they travel: projected, if asked for, and encoded.
+
+    Parameters
+    ----------
+    gradients, partition, assignment
+        As for `encode_update`.
+    store
+        Directory in which the device keeps what its codecs leave out; None if it keeps
+        nothing.
+    device
+        The device's name.
+
+    Raises
+    ------
+    UserError
+        As for `encode_update`.
+    """
+    projection = projection_of(assignment)
+    if projection is not None:
+        gradients = {
+            name: projection.project(assignment.server_round, name, gradient)
+            for name, gradient in gradients.items()
+        }
+    residuals = None if store is None else Residuals(store, device)
+    return encode_update(gradients, partition, assignment, residuals)
 
 
 def encode_update(

@@ -26,6 +26,8 @@ from safetensors.numpy import load_file, save_file
 
 from lola_flwr.arrays import Float32Array
 from lola_flwr.machine.files import local_path, replacing, writing
+from lola_flwr.wire.packing import received_values
+from lola_flwr.wire.records import Assignment
 from lola_flwr.wire.versions import Manifest, digest
 
 _DAY_S = 86_400
@@ -183,6 +185,48 @@ def complete(
     if store is not None:
         store.keep_only({piece.digest for piece in manifest.pieces})
     return [arrays[position] for position in range(manifest.num_arrays)]
+
+
+def take_in(
+    values: Mapping[str, npt.NDArray[Any]],
+    shapes: Mapping[str, Sequence[int]],
+    assignment: Assignment,
+    directory: Path | None,
+) -> tuple[list[npt.NDArray[Any]], str | None]:
+    """Return the model's trainable values, whole, from what a message holds of them.
+
+    Parameters
+    ----------
+    values
+        What the message holds, by name or packed.
+    shapes
+        Shapes of all that is trained, by name, in order.
+    assignment
+        Says what the message left out.
+    directory
+        Where the device keeps its copies; None if it keeps none.
+
+    Returns
+    -------
+    values
+        One array for each of ``shapes``.
+    held
+        The version that is now held, if any.
+
+    Raises
+    ------
+    UserError
+        These are the values of another model.
+    MalformedManifest, LostCopy
+        As for `complete`.
+    """
+    if assignment.manifest is None:
+        return [*received_values(values, shapes).values()], None
+    manifest = Manifest.from_text(assignment.manifest)
+    sent = {name: shapes[name] for name in manifest.sent_names(tuple(shapes))}
+    received = [*received_values(values, sent).values()]
+    version = None if directory is None else manifest.version
+    return complete(received, manifest, directory), version
 
 
 @dataclass(frozen=True)
