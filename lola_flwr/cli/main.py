@@ -17,6 +17,7 @@ import typer
 
 from lola_flwr.cli import (
     doctor,
+    export,
     fleet,
     keys,
     node,
@@ -39,6 +40,7 @@ def _add_commands(app: typer.Typer) -> None:
     app.command()(profile.profile)
     app.command()(simulate.simulate)
     app.command()(keys.keys)
+    app.command()(export.export)
     app.command()(report.report)
     app.command()(doctor.doctor)
     app.command()(worker.worker)

@@ -1,0 +1,1 @@
+"""Training steps as programs for devices without PyTorch, and what runs them."""

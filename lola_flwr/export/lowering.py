@@ -1,0 +1,133 @@
+"""A step's graph as a program of ExecuTorch, with the frozen weights beside it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lola_flwr.errors import UserError, reason_of
+from lola_flwr.export.graph import FROZEN
+
+# How messages of ExecuTorch and PyTorch write operators.
+_OPERATOR = re.compile(r"\baten(?:\.|::)[a-z_0-9]\w*(?:\.\w+)?")
+
+
+@dataclass(frozen=True, eq=False)
+class StepProgram:
+    """A program, as bytes.
+
+    Parameters
+    ----------
+    code
+        The program.
+    frozen
+        Its frozen weights, under their names in the model.
+    arena_bytes
+        What it sets aside for all that it computes.
+    """
+
+    code: bytes
+    frozen: bytes
+    arena_bytes: int
+
+
+def runtime_version() -> str:
+    """Return what programs are made with."""
+    return f"executorch {version('executorch')}"
+
+
+def lowered(step: ExportedProgram, *, what: str) -> StepProgram:
+    """Turn a step into a program.
+
+    Parameters
+    ----------
+    step
+        The step, as `lola_flwr.export.graph.block_step` gives it.
+    what
+        What messages call it: ``"block 2 of 'minilm-l6'"``.
+
+    Raises
+    ------
+    UserError
+        ExecuTorch has no kernel for an operator of the step, which is named.
+    """
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+    from executorch.exir.passes import MemoryPlanningPass
+
+    config = ExecutorchBackendConfig(
+        external_constants=_place,
+        # Inputs stay where the device has them: no second copy of the values.
+        memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+    )
+    with _named_operators(what), warnings.catch_warnings():
+        # Of ExecuTorch's own use of PyTorch.
+        warnings.simplefilter("ignore", FutureWarning)
+        edge = to_edge(step, compile_config=EdgeCompileConfig(_check_ir_validity=False))
+        made = edge.to_executorch(config)
+    (plan,) = made.executorch_program.execution_plan
+    refuse_operators(
+        (".".join(filter(None, (o.name, o.overload))) for o in plan.operators), what
+    )
+    (frozen,) = made._tensor_data.values()
+    return StepProgram(
+        code=bytes(made.buffer),
+        frozen=bytes(frozen),
+        arena_bytes=sum(plan.non_const_buffer_sizes),
+    )
+
+
+def refuse_operators(operators: Iterable[str], what: str) -> None:
+    """Refuse operators for which the runtime has no kernel.
+
+    Parameters
+    ----------
+    operators
+        Names as ``"aten::add.out"``.
+    what
+        What they are of.
+
+    Raises
+    ------
+    UserError
+        One of them has none.
+    """
+    from executorch.runtime import Runtime
+
+    known: Collection[str] = Runtime.get().operator_registry.operator_names
+    for operator in operators:
+        if operator not in known:
+            raise _no_kernel(operator, what)
+
+
+def _place(node: Node) -> str | None:
+    """Put what the model calls frozen into a file of its own; other constants stay."""
+    return FROZEN if node.name.startswith(f"b_{FROZEN}_") else None
+
+
+@contextmanager
+def _named_operators(what: str) -> Iterator[None]:
+    """Turn what ExecuTorch raises into a line that names the operator."""
+    try:
+        yield
+    # Its passes raise errors of all types.
+    except Exception as error:
+        found = _OPERATOR.search(str(error))
+        if found is None:
+            raise UserError(
+                f"{what} cannot be made a program of ExecuTorch ({reason_of(error)})."
+            ) from error
+        raise _no_kernel(found[0], what) from error
+
+
+def _no_kernel(operator: str, what: str) -> UserError:
+    return UserError(
+        f"{what} uses {operator}, for which ExecuTorch has no kernel; use a model "
+        "without it."
+    )
