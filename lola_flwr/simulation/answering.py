@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import ERROR
 
 from flwr.app import Context, Error, Message
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 
 
 def answer(
-    app: ClientApp, message: Message, context: Context, threads: int | None
+    app: Callable[[Message, Context], Message],
+    message: Message,
+    context: Context,
+    threads: int | None,
 ) -> tuple[Message, Context | None]:
     """Return a device's reply, and its context after it; None if its app raised.
 

@@ -174,7 +174,11 @@ class ProcessGrid(Grid):
     ) -> tuple[Message, Context | None]:
         # The bytes of arrays are shared, since nobody can change them.
         given = copy.deepcopy((message, context))
-        app = self.apps[message.metadata.dst_node_id]
+
+        def app(message: Message, context: Context) -> Message:
+            # A node that has left since it was asked answers with an error, too.
+            return self.apps[context.node_id](message, context)
+
         reply, left = answer(app, *given, self._device_threads)
         return copy.deepcopy(reply), left
 
