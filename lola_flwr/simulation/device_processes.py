@@ -147,7 +147,7 @@ def _started() -> Iterator[tuple[subprocess.Popen[bytes], Link]]:
         try:
             yield process, Link(own)
         finally:
-            # Of this process's end it learns by that of its link; here it need not wait.
+            # Of this process's end it learns by that of its link, if by nothing else.
             own.close()
             process.terminate()
             try:

@@ -119,7 +119,7 @@ def check_start(app: FlowerApp, config: Mapping[str, Any], num_devices: int) -> 
     UserError
         What the check says; or it cannot be imported, or fails itself.
     """
-    check = _named(app, "check", app.check)
+    check = named(app, "check", app.check)
     if check is None:
         return
     try:
@@ -142,11 +142,26 @@ def schema_of(app: FlowerApp) -> Any:
     UserError
         It cannot be imported.
     """
-    return _named(app, "run-config", app.schema)
+    return named(app, "run-config", app.schema)
 
 
-def _named(app: FlowerApp, key: str, name: str | None) -> Any:
-    """Import what an app names in ``[tool.lola-flwr]``; None if it names nothing."""
+def named(app: FlowerApp, key: str, name: str | None) -> Any:
+    """Import what an app names in ``[tool.lola-flwr]``; None if it names nothing.
+
+    Parameters
+    ----------
+    app
+        The app.
+    key
+        Its key there.
+    name
+        What it says: ``"package.module:name"``.
+
+    Raises
+    ------
+    UserError
+        It cannot be imported.
+    """
     if name is None:
         return None
     with importable(app.directory):

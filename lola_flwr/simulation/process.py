@@ -28,7 +28,7 @@ from lola_flwr.simulation.device_processes import (
     num_places,
 )
 from lola_flwr.simulation.finished import FinishedRun
-from lola_flwr.simulation.flower_app import FlowerApp
+from lola_flwr.simulation.flower_app import FlowerApp, named
 from lola_flwr.simulation.grid import ProcessGrid
 from lola_flwr.simulation.programs import environment
 
@@ -102,6 +102,8 @@ def _run(
 ) -> FinishedRun:
     client_app = _component(app, "clientapp", ClientApp)
     server_app = _component(app, "serverapp", ServerApp)
+    # The other processes leave out what they cannot find.
+    named(app, "prepare", app.prepare)
     first = _SERVER_NODE_ID + 1
     nodes = range(first, first + num_devices)
     run_id = TaskIdentity.run_id

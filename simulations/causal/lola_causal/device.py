@@ -54,6 +54,14 @@ def _worker_costs(config: CausalConfig) -> KnownCosts:
     return KnownCosts.of(config, worker.model, worker.partition, costs)
 
 
+def prepare(run_config: Mapping[str, object]) -> None:
+    """Load what the devices of a process share."""
+    config = CausalConfig.from_run_config(run_config)
+    _worker(config)
+    if isinstance(config, UpdatesConfig):
+        _worker_costs(config)
+
+
 def split(num_sequences: int, num_partitions: int, seed: int) -> list[IntArray]:
     """Return which sequences each device has: equal parts, at random.
 
