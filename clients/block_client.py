@@ -7,8 +7,9 @@ from flwr.common import NDArrays, Scalar
 
 from lola_flwr.device.contract import Device, OutOfMemory
 from lola_flwr.errors import UserError
-from lola_flwr.wire.packing import VALUES
+from lola_flwr.wire.packing import MOVES, VALUES
 from lola_flwr.wire.records import Assignment
+from lola_flwr.wire.versions import Manifest
 
 
 class BlockClient(NumPyClient):
@@ -35,8 +36,8 @@ class BlockClient(NumPyClient):
         Parameters
         ----------
         parameters
-            The model's trainable values that were sent, packed in one array; nothing,
-            if the device holds them all.
+            The model's trainable values that were sent, packed in one array, and
+            changes of values in another; nothing, if the device holds them all.
         config
             The ``Assignment`` as a flat record.
 
@@ -54,16 +55,27 @@ class BlockClient(NumPyClient):
             Server and device do not hold the same model, or the server's devices are
             to return weights.
         """
-        if len(parameters) > 1:
+        assignment = Assignment.from_record(config)
+        names = _names_of(assignment)
+        if len(parameters) > len(names):
             raise UserError(
-                f"{len(parameters)} arrays received instead of one: the server's "
-                "coordinator is for devices that return weights, and this client "
-                "returns gradients. Make it with Coordinator, or wrap your own "
+                f"{len(parameters)} arrays received instead of {len(names)}: the "
+                "server's coordinator is for devices that return weights, and this "
+                "client returns gradients. Make it with Coordinator, or wrap your own "
                 "training code with AssignedBlock."
             )
-        values = {VALUES: parameters[0]} if parameters else {}
+        values = dict(zip(names, parameters, strict=False))
         try:
-            update = self._device.train(Assignment.from_record(config), values)
+            update = self._device.train(assignment, values)
         except OutOfMemory as failure:
             return [], 0, failure.to_record()
         return [*update.arrays.values()], update.num_examples, update.report.to_record()
+
+
+def _names_of(assignment: Assignment) -> tuple[str, ...]:
+    """Return what the arrays of a message are, which has no names for them."""
+    if assignment.manifest is None:
+        return (VALUES,)
+    manifest = Manifest.from_text(assignment.manifest)
+    kinds = ((VALUES, manifest.sent_positions), (MOVES, manifest.moved_positions))
+    return tuple(name for name, positions in kinds if positions)

@@ -18,7 +18,7 @@ from lola_flwr.server.replies import DeviceReply
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.strategies.deadline import RoundDeadline
 from lola_flwr.strategies.rounds import OnRound, Rounds, Waits
-from lola_flwr.wire.packing import VALUES
+from lola_flwr.wire.packing import MOVES, VALUES
 from lola_flwr.wire.records import MANIFEST_KEY, holds_nothing
 
 Encoded = TypeVar("Encoded")
@@ -89,21 +89,30 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
             The round's plan.
         encoded
             All arrays of the coordinator, encoded for the wire. Devices that return
-            weights are sent these, all others values in one array: of what their
-            manifest says, or all trainable ones.
+            weights are sent these, all others values in one array, and changes in
+            another: of what their manifest says, or all trainable values.
         encode
             Encodes an array. Devices that are sent the same share what it returns.
         """
         self._sent_at, self._longest_s = time.monotonic(), math.inf
-        packed: dict[tuple[str, ...], Encoded] = {}
+        packed: dict[tuple[str, tuple[str, ...]], Encoded] = {}
+        pack = {
+            VALUES: self._coordinator.packed,
+            MOVES: self._coordinator.packed_moves,
+        }
         for device in plan.assignments:
             names = plan.sent_names(device, [*encoded])
-            if self._coordinator.sends_by_name or not names:
+            if self._coordinator.sends_by_name:
                 yield device, {name: encoded[name] for name in names}
                 continue
-            if names not in packed:
-                packed[names] = encode(self._coordinator.packed(names))
-            yield device, {VALUES: packed[names]}
+            moved = plan.moved_names(device, [*encoded])
+            sent = {}
+            for key, of in ((VALUES, names), (MOVES, moved)):
+                if of and (key, of) not in packed:
+                    packed[key, of] = encode(pack[key](of))
+                if of:
+                    sent[key] = packed[key, of]
+            yield device, sent
 
     def evaluation_contents(
         self, devices: Sequence[str], encoded: Mapping[str, Encoded]

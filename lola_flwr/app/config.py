@@ -18,6 +18,7 @@ from lola_flwr.run.target import Target
 from lola_flwr.run.tracking import TRACKERS, check_trackers
 from lola_flwr.server.assembly import BLOCK_MEANS
 from lola_flwr.server.selection import SELECTORS
+from lola_flwr.server.settings import DownlinkCodec
 from lola_flwr.system.channel import DownlinkMode
 from lola_flwr.wire.codec import AUTO, CODECS, codec_ladder
 from lola_flwr.wire.payload import HeadPolicy
@@ -273,11 +274,20 @@ class UpdatesConfig(AppConfig):
     codec_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
     head: HeadPolicy = "every"
     downlink: Literal["all", "changed"] = "all"
+    downlink_codec: DownlinkCodec = "fp32"
     downlink_channel: DownlinkMode = "free"
     downlink_bandwidth_hz: float = Field(20e6, gt=0, allow_inf_nan=False)
     downlink_gain_db: float = Field(10.0, ge=-60, le=80)
     profile_error: float = Field(0.0, ge=0, le=3)
     compute_jitter: float = Field(0.0, ge=0, le=3)
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.downlink_codec != "fp32" and self.downlink != "changed":
+            yield (
+                f"downlink-codec={self.downlink_codec!r} is for devices that keep "
+                'copies; use downlink="changed" with it'
+            )
+        yield from super()._contradictions()
 
 
 class LolaDeftConfig(UpdatesConfig):

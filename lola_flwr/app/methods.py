@@ -110,6 +110,7 @@ def settings_of(
             head=config.head,
             low_rank=low_rank_of(config),
             downlink=config.downlink,
+            downlink_codec=config.downlink_codec,
         ),
         allocation=AllocationOptions(
             allocator=config.allocator,

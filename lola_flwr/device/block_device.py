@@ -25,8 +25,9 @@ from lola_flwr.device.memory import measured_peak
 from lola_flwr.device.out_of_memory import reports_out_of_memory
 from lola_flwr.device.part import compute_part
 from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
+from lola_flwr.device.sent_model import sent_model
 from lola_flwr.device.steps import StepResult, step_for
-from lola_flwr.device.store import LostCopy, take_in
+from lola_flwr.device.store import LostCopy
 from lola_flwr.device.tokens import ALL_TOKENS, Tokens, Trial, tokens_for
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import keep_no_freed_memory
@@ -266,7 +267,9 @@ class BlockDevice:
     ) -> str | None:
         """Load what the server sent; return the version that is now held, if any."""
         names = local.partition.trainable
-        received, held = take_in(values, local.shapes(names), assignment, self.store)
+        received, held = sent_model(
+            values, assignment.manifest, local.shapes(names), self.store
+        )
         local.load(names, received)
         return held
 

@@ -26,8 +26,6 @@ from safetensors.numpy import load_file, save_file
 
 from lola_flwr.arrays import Float32Array
 from lola_flwr.machine.files import local_path, replacing, writing
-from lola_flwr.wire.packing import received_values
-from lola_flwr.wire.records import Assignment
 from lola_flwr.wire.versions import Manifest, digest
 
 _DAY_S = 86_400
@@ -136,7 +134,10 @@ class PieceStore:
 
 
 def complete(
-    received: Sequence[npt.NDArray[Any]], manifest: Manifest, directory: Path | None
+    received: Sequence[npt.NDArray[Any]],
+    manifest: Manifest,
+    directory: Path | None,
+    moves: Sequence[npt.NDArray[Any]] = (),
 ) -> list[npt.NDArray[Any]]:
     """Put a model together from what a message holds and what it left out.
 
@@ -149,6 +150,8 @@ def complete(
     directory
         Where the device keeps its copies, which afterwards are of this model; None if
         it keeps none.
+    moves
+        The changes that the message holds, in its order.
 
     Returns
     -------
@@ -159,23 +162,33 @@ def complete(
     MalformedManifest
         The arrays are not those that the manifest says were sent.
     LostCopy
-        The device lacks a piece that was left out.
+        The device lacks a piece that was left out, or that one has changed from; or
+        the change does not lead to what the manifest says.
     """
     sent = manifest.sent_arrays(received)
+    moved = dict(zip(manifest.moved_positions, moves, strict=True))
     store = None if directory is None else PieceStore(directory)
     arrays: dict[int, npt.NDArray[Any]] = {}
     missing = []
     for piece in manifest.pieces:
-        if piece.sent:
+        if piece.sent and piece.base is None:
             values = [sent[position] for position in piece.positions]
             if store is not None:
                 store.write(piece.digest, values)
         else:
-            held = None if store is None else store.read(piece.digest)
+            content = piece.base or piece.digest
+            held = None if store is None else store.read(content)
             if held is None or len(held) != len(piece.positions):
-                missing.append(piece.digest)
+                missing.append(content)
                 continue
             values = held
+            if piece.base is not None and store is not None:
+                steps = [moved[position] for position in piece.positions]
+                values = [a + b for a, b in zip(held, steps, strict=True)]
+                if digest(values) != piece.digest:
+                    missing.append(piece.digest)
+                    continue
+                store.write(piece.digest, values)
         arrays |= zip(piece.positions, values, strict=True)
     if missing:
         raise LostCopy(
@@ -185,48 +198,6 @@ def complete(
     if store is not None:
         store.keep_only({piece.digest for piece in manifest.pieces})
     return [arrays[position] for position in range(manifest.num_arrays)]
-
-
-def take_in(
-    values: Mapping[str, npt.NDArray[Any]],
-    shapes: Mapping[str, Sequence[int]],
-    assignment: Assignment,
-    directory: Path | None,
-) -> tuple[list[npt.NDArray[Any]], str | None]:
-    """Return the model's trainable values, whole, from what a message holds of them.
-
-    Parameters
-    ----------
-    values
-        What the message holds, by name or packed.
-    shapes
-        Shapes of all that is trained, by name, in order.
-    assignment
-        Says what the message left out.
-    directory
-        Where the device keeps its copies; None if it keeps none.
-
-    Returns
-    -------
-    values
-        One array for each of ``shapes``.
-    held
-        The version that is now held, if any.
-
-    Raises
-    ------
-    UserError
-        These are the values of another model.
-    MalformedManifest, LostCopy
-        As for `complete`.
-    """
-    if assignment.manifest is None:
-        return [*received_values(values, shapes).values()], None
-    manifest = Manifest.from_text(assignment.manifest)
-    sent = {name: shapes[name] for name in manifest.sent_names(tuple(shapes))}
-    received = [*received_values(values, sent).values()]
-    version = None if directory is None else manifest.version
-    return complete(received, manifest, directory), version
 
 
 @dataclass(frozen=True)

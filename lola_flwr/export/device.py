@@ -14,7 +14,8 @@ import numpy.typing as npt
 from lola_flwr.device.base_model import check_fingerprint
 from lola_flwr.device.contract import LocalUpdate, OutOfMemory
 from lola_flwr.device.encoding import encoded_gradients
-from lola_flwr.device.store import LostCopy, take_in
+from lola_flwr.device.sent_model import sent_model
+from lola_flwr.device.store import LostCopy
 from lola_flwr.errors import UserError
 from lola_flwr.export.batches import ArrayBatch, fitted, num_examples
 from lola_flwr.export.manifest import ExportManifest, ProgramSpec
@@ -98,7 +99,7 @@ class ExportedDevice:
         program = self.manifest.program(assignment.block_index)
         shapes = {value.name: value.shape for value in self.manifest.values}
         try:
-            received, held = take_in(values, shapes, assignment, self.store)
+            received, held = sent_model(values, assignment.manifest, shapes, self.store)
         except LostCopy:
             return LocalUpdate({}, 0, nothing_report(assignment))
         taken = _checked(received, self.manifest)

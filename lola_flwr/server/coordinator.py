@@ -20,6 +20,7 @@ from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.run.records import RoundRecord
 from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.model import ServedModel
+from lola_flwr.server.reference import Reference
 from lola_flwr.server.replies import DeviceReply, UpdateReader
 from lola_flwr.server.round.intake import read_replies
 from lola_flwr.server.round.learning import learned
@@ -32,7 +33,7 @@ from lola_flwr.server.selection.importance import measure_importance
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.server.state import RunState
 from lola_flwr.wire.codec import WireArray
-from lola_flwr.wire.payload import UpdateSizes
+from lola_flwr.wire.payload import SizesDown, UpdateSizes
 from lola_flwr.wire.versions import Manifest
 
 
@@ -98,11 +99,19 @@ class Coordinator:
             batch_size=batch_size,
             base_fingerprint=model.base_fingerprint,
             is_sent_whole=model.is_sent_whole,
-            sent_nbytes=model.nbytes(),
+            sizes_down=SizesDown.of(
+                model.arrays(),
+                settings.transfer.downlink_codec,
+                by_name=model.is_sent_whole,
+            ),
             exchange=model.exchange,
         )
         is_tracked = settings.transfer.downlink == "changed"
         self._versions = model.versions() if is_tracked else None
+        self._reference: Reference | None = None
+        if settings.transfer.downlink_codec != "fp32":
+            codec = settings.transfer.downlink_codec
+            self._reference = Reference(codec, model.versions())
         self._reader = UpdateReader(
             partition,
             tuple(model.nbytes()),
@@ -186,9 +195,11 @@ class Coordinator:
         """
         if self._settings.selection.measures_in(server_round):
             self.state = self._with_importance(server_round)
-        version = None
-        if self._versions is not None:
-            version = self._versions.of([*self._model.arrays().values()])
+        version, arrays = None, self._model.arrays()
+        if self._reference is not None:
+            version = self._reference.advance(arrays)
+        elif self._versions is not None:
+            version = self._versions.of([*arrays.values()])
         return self._planner.plan(self.state, server_round, device_ids, version)
 
     def complete_round(
@@ -222,7 +233,7 @@ class Coordinator:
             plan,
             checked,
             self._planner.statement,
-            sent_nbytes=self._model.nbytes(),
+            sizes_down=self._planner.sizes_down,
             wireless_s=self.state.wireless_s,
         )
         self.state = learned(
@@ -287,8 +298,15 @@ class Coordinator:
         return self._model.state()
 
     def packed(self, names: Sequence[str]) -> WireArray:
-        """Return the values of some parameters in one array, perhaps as a view."""
+        """Return what devices are sent of some parameters, perhaps as a view."""
+        if self._reference is not None:
+            return self._reference.packed(names)
         return self._model.packed(names)
+
+    def packed_moves(self, names: Sequence[str]) -> WireArray:
+        """Return by how much some parameters have changed, encoded, in one array."""
+        assert self._reference is not None
+        return self._reference.packed_moves(names)
 
     @property
     def sends_by_name(self) -> bool:
@@ -306,6 +324,8 @@ class Coordinator:
     def start_from(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in the values to start from, or raise `UserError` if they do not fit."""
         self._model.start_from(arrays)
+        if self._reference is not None:
+            self._reference.forget()
 
     def adopt(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in values that something around the strategy has changed."""
@@ -316,7 +336,11 @@ class Coordinator:
     def snapshot(self) -> Snapshot:
         """Return all that the rounds to come depend on, to be saved between rounds."""
         model = self._model.snapshot()
-        return Snapshot(model.arrays, {**model.values, "state": self.state.to_values()})
+        values = {**model.values, "state": self.state.to_values()}
+        if self._reference is None:
+            return Snapshot(model.arrays, values)
+        sent = self._reference.snapshot()
+        return Snapshot({**model.arrays, **sent.arrays}, {**values, **sent.values})
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot, in a coordinator made with the same arguments.
@@ -328,4 +352,6 @@ class Coordinator:
         """
         state = RunState.from_values(snapshot.values["state"])
         self._model.restore(snapshot)
+        if self._reference is not None:
+            self._reference.restore(snapshot)
         self.state = state

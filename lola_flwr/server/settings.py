@@ -17,6 +17,7 @@ from lola_flwr.wire.payload import HeadPolicy
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 
 Downlink = Literal["all", "changed"]
+DownlinkCodec = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +40,38 @@ class Transfer:
     downlink
         ``"all"``: devices are sent all arrays in every round. ``"changed"``: those that
         keep a copy are sent what has changed since.
+    downlink_codec
+        What a device that holds the values of the round before is sent of what has
+        changed: the values (``"fp32"``), or by how much they have, in this codec. What
+        that leaves out is sent with the next change; see `lola_flwr.server.reference`.
 
     Raises
     ------
     UserError
-        ``downlink`` is neither. (Codec and head are checked with the model.)
+        ``downlink`` is neither, there is no such ``downlink_codec``, or it is for
+        devices that keep copies and there are none. (Codec and head are checked with
+        the model.)
     """
 
     codec: str = "fp32"
     head: HeadPolicy = "every"
     low_rank: LowRankProjection | None = None
     downlink: Downlink = "all"
+    downlink_codec: DownlinkCodec = "fp32"
 
     def __post_init__(self) -> None:
         if self.downlink not in get_args(Downlink):
             raise UserError(f"downlink={self.downlink!r} must be 'all' or 'changed'.")
+        if self.downlink_codec not in get_args(DownlinkCodec):
+            raise UserError(
+                f"downlink_codec={self.downlink_codec!r} must be one of "
+                f"{', '.join(get_args(DownlinkCodec))}."
+            )
+        if self.downlink_codec != "fp32" and self.downlink != "changed":
+            raise UserError(
+                f"downlink_codec={self.downlink_codec!r} is for devices that keep "
+                "copies; it needs downlink='changed'."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +170,7 @@ class RoundSettings:
             )
         for name, value, usual in (
             ("low_rank", transfer.low_rank, None),
+            ("downlink_codec", transfer.downlink_codec, "fp32"),
             ("zeroth_order", devices.zeroth_order, None),
             ("reduced_schedules", devices.reduced_schedules, False),
         ):

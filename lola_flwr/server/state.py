@@ -19,7 +19,7 @@ from lola_flwr.system.estimation import (
     DownlinkEstimate,
     RateEstimate,
 )
-from lola_flwr.wire.versions import HeldVersions
+from lola_flwr.wire.held_versions import HeldVersions
 
 if TYPE_CHECKING:
     # A worker may live in Python 3.10, whose typing lacks it.

@@ -20,6 +20,7 @@ from lola_flwr.wire.codec import Codec, WireArray, WireType, codec_named
 # The names under which the arrays travel.
 GRADIENTS = "gradients"
 VALUES = "values"
+MOVES = "moves"
 
 _VALUES_CODEC = codec_named("fp32")
 
@@ -71,6 +72,41 @@ def unpack(
         name: part.reshape(one.shape)
         for (name, one), part in zip(types.items(), parts, strict=True)
     }
+
+
+def received_moves(
+    received: Mapping[str, npt.NDArray[Any]],
+    codec: Codec,
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, Float32Array]:
+    """Return the changes of values that a device was sent, by name.
+
+    Parameters
+    ----------
+    received
+        What it was sent: encoded changes in one array of ``pack``, named ``MOVES``.
+    codec
+        What they travel in.
+    shapes
+        Shapes of the parameters that they are of, by name.
+
+    Raises
+    ------
+    UserError
+        These are the changes of another model.
+    """
+    if not shapes:
+        return {}
+    packed = received.get(MOVES, np.empty(0, np.uint8))
+    expected = packed_type(codec, shapes.values())
+    if (packed.shape, packed.dtype) != expected:
+        raise UserError(
+            f"Changes of {packed.nbytes} bytes received; those of this model's "
+            f"{len(shapes)} parameters take {expected.nbytes}. Use the same model on "
+            "server and device."
+        )
+    wire = unpack(packed, codec, shapes)
+    return {name: codec.decode(wire[name], shape) for name, shape in shapes.items()}
 
 
 def received_values(

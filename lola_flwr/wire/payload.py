@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,9 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.wire.codec import Codec, codec_ladder, codec_named
 from lola_flwr.wire.npy import NPY_HEADER_BYTES
-from lola_flwr.wire.packing import GRADIENTS, VALUES, packed_type
+from lola_flwr.wire.packing import GRADIENTS, MOVES, VALUES, packed_type
 from lola_flwr.wire.records import PROJECTION_TYPE
+from lola_flwr.wire.versions import Manifest
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -43,20 +44,61 @@ def projections_bytes(num_directions: int) -> int:
     return _MESSAGE_BYTES + PROJECTION_TYPE.itemsize * num_directions
 
 
-def download_bytes(sent_nbytes: Mapping[str, int], *, by_name: bool = False) -> int:
-    """Bytes of the message in which a device is sent some of the model's arrays.
+@dataclass(frozen=True)
+class SizesDown:
+    """How large what devices are sent is.
 
     Parameters
     ----------
-    sent_nbytes
-        Bytes of each of them.
+    values
+        Bytes of each array of the model, by name in the order of sending.
+    moves
+        Bytes of the change of each, as it is encoded.
     by_name
-        Whether each is an array of its own; else all are in one.
+        Whether each is an array of its own; else all values are in one, and all
+        changes.
     """
-    if not by_name:
-        total = sum(sent_nbytes.values())
-        return _MESSAGE_BYTES + (array_bytes(VALUES, total) if sent_nbytes else 0)
-    return _MESSAGE_BYTES + sum(array_bytes(n, size) for n, size in sent_nbytes.items())
+
+    values: Mapping[str, int]
+    moves: Mapping[str, int]
+    by_name: bool = False
+
+    @classmethod
+    def of(
+        cls, arrays: Mapping[str, npt.NDArray[Any]], codec: str, *, by_name: bool
+    ) -> SizesDown:
+        """Return the sizes of a model's arrays, and of their changes in a codec."""
+        wire = codec_named(codec)
+        return cls(
+            {name: values.nbytes for name, values in arrays.items()},
+            {name: wire.wire_type(v.shape).nbytes for name, v in arrays.items()},
+            by_name,
+        )
+
+    def nbytes(self, manifest: Manifest | None) -> tuple[int, int]:
+        """Return the bytes of values, and of changes, that a manifest says are sent.
+
+        Without a manifest all values are.
+        """
+        if manifest is None:
+            return sum(self.values.values()), 0
+        names = [*self.values]
+        return (
+            sum(self.values[name] for name in manifest.sent_names(names)),
+            sum(self.moves[name] for name in manifest.moved_names(names)),
+        )
+
+    def message_bytes(self, manifest: Manifest | None) -> int:
+        """Return the bytes of the message that a device is sent."""
+        if self.by_name:
+            names = [*self.values]
+            sent = names if manifest is None else manifest.sent_names(names)
+            each = (array_bytes(name, self.values[name]) for name in sent)
+            return _MESSAGE_BYTES + sum(each)
+        total = _MESSAGE_BYTES
+        for name, count in zip((VALUES, MOVES), self.nbytes(manifest), strict=True):
+            total += array_bytes(name, count) if count else 0
+        return total
 
 
 def update_bytes(

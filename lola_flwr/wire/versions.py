@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -34,7 +34,10 @@ _MOST_ARRAYS = 1_000_000
 # 128 bits of SHA-256: nobody finds two contents of one digest by chance.
 _DIGEST_LENGTH = 32
 _RUN = "[0-9]{1,7}-[0-9]{1,7}"
-_PIECE = re.compile(rf"(\+?)([0-9a-f]{{32}}):({_RUN}(?:,{_RUN})*)")
+_DIGEST = "[0-9a-f]{32}"
+_PIECE = re.compile(
+    rf"(\+?)({_DIGEST})(?:~([a-z0-9]{{1,9}})~({_DIGEST}))?:({_RUN}(?:,{_RUN})*)"
+)
 
 
 class MalformedManifest(ValueError):
@@ -91,11 +94,18 @@ class Piece:
         Where they stand among all arrays, in rising order.
     sent
         Whether the message holds them.
+    base
+        Digest of the content that the message holds the changes from; None: it holds
+        the arrays themselves, or nothing.
+    codec
+        Name of the codec that the changes travel in.
     """
 
     digest: str
     positions: tuple[int, ...]
     sent: bool
+    base: str | None = None
+    codec: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,10 +132,37 @@ class Manifest:
         return sum(len(piece.positions) for piece in self.pieces)
 
     @property
+    def codec(self) -> str:
+        """Name of the codec of the changes that the message holds; "" without any.
+
+        Raises
+        ------
+        MalformedManifest
+            They are in several.
+        """
+        codecs = {piece.codec for piece in self.pieces if piece.base}
+        if len(codecs) > 1:
+            raise MalformedManifest(
+                f"Changes in several codecs: {', '.join(sorted(codecs))}."
+            )
+        return codecs.pop() if codecs else ""
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a device has to hold something to complete the model."""
+        return any(not piece.sent or piece.base for piece in self.pieces)
+
+    @property
     def sent_positions(self) -> tuple[int, ...]:
         """Positions of the arrays that the message holds, in its order."""
-        sent = (piece.positions for piece in self.pieces if piece.sent)
+        sent = (p.positions for p in self.pieces if p.sent and p.base is None)
         return tuple(sorted(chain.from_iterable(sent)))
+
+    @property
+    def moved_positions(self) -> tuple[int, ...]:
+        """Positions of the arrays whose changes the message holds, in its order."""
+        moved = (p.positions for p in self.pieces if p.sent and p.base is not None)
+        return tuple(sorted(chain.from_iterable(moved)))
 
     def sent_names(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names, out of all arrays' in order, of what the message holds.
@@ -135,12 +172,27 @@ class Manifest:
         MalformedManifest
             It is the manifest of another number of arrays.
         """
+        return self._names_at(self.sent_positions, names)
+
+    def moved_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of those arrays whose changes the message holds.
+
+        Raises
+        ------
+        MalformedManifest
+            It is the manifest of another number of arrays.
+        """
+        return self._names_at(self.moved_positions, names)
+
+    def _names_at(
+        self, positions: Sequence[int], names: Sequence[str]
+    ) -> tuple[str, ...]:
         if len(names) != self.num_arrays:
             raise MalformedManifest(
                 f"The manifest is of {self.num_arrays} arrays; this model has "
                 f"{len(names)}. Use the same model on server and device."
             )
-        return tuple(names[position] for position in self.sent_positions)
+        return tuple(names[position] for position in positions)
 
     def sent_arrays(
         self, received: Sequence[npt.NDArray[Any]]
@@ -166,6 +218,7 @@ class Manifest:
         for piece in self.pieces:
             if (
                 piece.sent
+                and piece.base is None
                 and digest(arrays[i] for i in piece.positions) != piece.digest
             ):
                 raise MalformedManifest(
@@ -175,9 +228,14 @@ class Manifest:
         return arrays
 
     def to_text(self) -> str:
-        """Write it for the wire: ``+<digest>:0-15,32-35 ...``, where + means sent."""
+        """Write it for the wire: ``+<digest>:0-15,32-35 ...``, where + means sent.
+
+        Of changes their codec and the content that they are from follow:
+        ``+<digest>~int8~<digest>:...``.
+        """
         return " ".join(
-            f"{'+' * piece.sent}{piece.digest}:"
+            f"{'+' * piece.sent}{piece.digest}"
+            f"{f'~{piece.codec}~{piece.base}' if piece.base else ''}:"
             + ",".join(f"{first}-{last}" for first, last in _runs(piece.positions))
             for piece in self.pieces
         )
@@ -194,19 +252,22 @@ class Manifest:
         pieces, total = [], 0
         for word in text.split(" "):
             match = _PIECE.fullmatch(word)
-            if match is None:
+            if match is None or (match[3] and not match[1]):
                 raise MalformedManifest(f"{quoted(word)} describes no piece.")
             runs = [
                 (int(first), int(last))
                 for first, _, last in (
-                    run.partition("-") for run in match[3].split(",")
+                    run.partition("-") for run in match[5].split(",")
                 )
             ]
             total += sum(last - first + 1 for first, last in runs)
             if total > _MOST_ARRAYS or any(first > last for first, last in runs):
                 raise MalformedManifest(f"{quoted(word)} has impossible positions.")
             positions = chain.from_iterable(range(a, b + 1) for a, b in runs)
-            pieces.append(Piece(match[2], tuple(positions), sent=bool(match[1])))
+            sent, content, codec, base, _ = match.groups()
+            pieces.append(
+                Piece(content, tuple(positions), bool(sent), base, codec or "")
+            )
         all_positions = sorted(chain.from_iterable(p.positions for p in pieces))
         if all_positions != list(range(total)) or any(
             piece.positions != tuple(sorted(piece.positions)) for piece in pieces
@@ -236,10 +297,21 @@ class ModelVersion:
         Positions of each piece's arrays, as `model_pieces` gives them.
     digests
         Digest of each piece.
+    bases
+        Digest of the content that each piece has changed from, where whoever holds that
+        can be sent the change; None where nobody can.
+    codec
+        Name of the codec that changes travel in.
     """
 
     pieces: tuple[tuple[int, ...], ...]
     digests: tuple[str, ...]
+    bases: tuple[str | None, ...] = ()
+    codec: str = ""
+
+    def __post_init__(self) -> None:
+        """Without any, there are no changes to send."""
+        object.__setattr__(self, "bases", self.bases or (None,) * len(self.pieces))
 
 
 class Versions:
@@ -273,64 +345,3 @@ class Versions:
             for piece in self._pieces
         ]
         return ModelVersion(self._pieces, tuple(digests))
-
-
-@dataclass(frozen=True)
-class HeldVersions:
-    """The server's memory of what each device holds.
-
-    Parameters
-    ----------
-    of_device
-        Digests of the pieces that a device holds, by its id.
-    """
-
-    of_device: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def manifest(self, device_id: str, version: ModelVersion) -> Manifest:
-        """Return the manifest of a message that sends a device what it lacks.
-
-        Parameters
-        ----------
-        device_id
-            The device.
-        version
-            What it is to hold then.
-        """
-        held = self.of_device.get(device_id, ())
-        return Manifest(
-            tuple(
-                Piece(content, positions, sent=content not in held)
-                for content, positions in zip(
-                    version.digests, version.pieces, strict=True
-                )
-            )
-        )
-
-    def acknowledged(
-        self, device_id: str, manifest: Manifest, version: str | None
-    ) -> HeldVersions:
-        """Take in which version a device says it holds, after it was sent one.
-
-        Parameters
-        ----------
-        device_id
-            The device.
-        manifest
-            What it was sent.
-        version
-            What it says; None if it keeps nothing.
-        """
-        if version != manifest.version:
-            return self.without(device_id)
-        digests = tuple(piece.digest for piece in manifest.pieces)
-        return HeldVersions({**self.of_device, device_id: digests})
-
-    def without(self, device_id: str) -> HeldVersions:
-        """Take in that a device holds nothing."""
-        return self.of_these(d for d in self.of_device if d != device_id)
-
-    def of_these(self, device_ids: Iterable[str]) -> HeldVersions:
-        """Forget all other devices."""
-        held = self.of_device
-        return HeldVersions({d: held[d] for d in device_ids if d in held})

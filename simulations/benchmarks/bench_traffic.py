@@ -20,9 +20,10 @@ from lola_flwr.costs.shapes import model_shapes
 from lola_flwr.device.store import complete
 from lola_flwr.model.blocks import BlockPartition, partition_parameters
 from lola_flwr.wire.codec import codec_named, encode_with_feedback
+from lola_flwr.wire.held_versions import HeldVersions
 from lola_flwr.wire.packing import GRADIENTS, pack, unpack
 from lola_flwr.wire.payload import payload_bits
-from lola_flwr.wire.versions import HeldVersions, model_pieces
+from lola_flwr.wire.versions import model_pieces
 
 BLOCK = 3
 

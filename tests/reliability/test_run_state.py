@@ -17,7 +17,7 @@ from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.selection.history import BlockHistory
 from lola_flwr.server.spread.plan import SpreadState
 from lola_flwr.server.state import RunState, restored
-from lola_flwr.wire.versions import HeldVersions
+from lola_flwr.wire.held_versions import HeldVersions
 from tests.recordings.runs import STOPPED
 
 

@@ -14,7 +14,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.server.selection import Selection
 from lola_flwr.system.channel import Channel, downlink_rates_bps
 from lola_flwr.system.devices import DeviceProfile, simulated_device
-from lola_flwr.wire.payload import download_bytes
+from lola_flwr.wire.payload import SizesDown
 from tests.server.test_coordinator import (
     PARTITION,
     SHAPES,
@@ -25,7 +25,7 @@ from tests.server.test_coordinator import (
 IDS = [f"id-{n}" for n in range(6)]
 GAIN_DB = 3.0
 NBYTES = {name: 4 * int(np.prod(SHAPES[name])) for name in PARTITION.trainable}
-BITS = 8.0 * download_bytes(NBYTES)
+BITS = 8.0 * SizesDown(NBYTES, {}).message_bytes(None)
 
 
 def cell(downlink_mode, **options):
@@ -152,7 +152,7 @@ def test_what_a_device_holds_is_not_sent_again():
     changed = {n: NBYTES[n] for n in (*PARTITION.blocks[block], *PARTITION.head)}
     for part in parts.values():
         sent = changed if part.device == name else NBYTES
-        bits = 8.0 * download_bytes(sent)
+        bits = 8.0 * SizesDown(sent, {}).message_bytes(None)
         expected_s = 3 * bits / rates_bps(2)[part.device]
         assert part.downlink_s == pytest.approx(expected_s)
         assert part.sent_bytes == sum(sent.values())

@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lola_flwr.device.store import LostCopy, complete
 from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.wire.held_versions import HeldVersions
 from lola_flwr.wire.versions import (
-    HeldVersions,
     MalformedManifest,
     Manifest,
     Piece,

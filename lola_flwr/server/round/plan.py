@@ -78,9 +78,14 @@ class RoundPlan:
     def leaves_out(self, device_id: str) -> bool:
         """Tell whether a device is not sent the whole model."""
         manifest = self.manifests.get(device_id)
-        return manifest is not None and not all(p.sent for p in manifest.pieces)
+        return manifest is not None and manifest.leaves_out
 
     def sent_names(self, device_id: str, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names, out of all in order, of what a device is sent."""
         manifest = self.manifests.get(device_id)
         return tuple(names) if manifest is None else manifest.sent_names(names)
+
+    def moved_names(self, device_id: str, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of that of which a device is sent the changes."""
+        manifest = self.manifests.get(device_id)
+        return () if manifest is None else manifest.moved_names(names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from lola_flwr.planning import Known, RunStatement, SolvedRound, solve_round
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.server.state import RunState
-from lola_flwr.wire.payload import UpdateSizes, download_bytes
+from lola_flwr.wire.payload import SizesDown, UpdateSizes
 from lola_flwr.wire.records import Assignment
 from lola_flwr.wire.versions import Manifest, ModelVersion
 
@@ -42,8 +42,8 @@ class RoundPlanner:
         Digest of the frozen weights, which every device must hold.
     is_sent_whole
         Whether devices are sent the whole model by name, and return weights.
-    sent_nbytes
-        Bytes of each array that devices are sent, by name in the order of sending.
+    sizes_down
+        How large what devices are sent is.
     exchange
         What devices call these arrays, and what they keep to themselves; None: they
         call them as the server does, and keep nothing.
@@ -56,7 +56,7 @@ class RoundPlanner:
     batch_size: int
     base_fingerprint: str
     is_sent_whole: bool
-    sent_nbytes: Mapping[str, int]
+    sizes_down: SizesDown
     exchange: Exchange | None = None
 
     @property
@@ -128,15 +128,10 @@ class RoundPlanner:
         if self.settings.channel.downlink_channel.mode == "free":
             return None
 
-        def bits(sent_nbytes: Mapping[str, int]) -> float:
-            return 8.0 * download_bytes(sent_nbytes, by_name=self.is_sent_whole)
-
-        nbytes = self.sent_nbytes
         if version is None:
-            return np.full(len(ids), bits(nbytes))
+            return np.full(len(ids), 8.0 * self.sizes_down.message_bytes(None))
         manifests = (state.held.manifest(device, version) for device in ids)
-        sent = (manifest.sent_names([*nbytes]) for manifest in manifests)
-        return np.array([bits({n: nbytes[n] for n in names}) for names in sent])
+        return np.array([8.0 * self.sizes_down.message_bytes(m) for m in manifests])
 
     def _known(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,7 @@ from lola_flwr.planning import RunStatement, planned_blocks
 from lola_flwr.run.records import BlockRecord, RoundRecord
 from lola_flwr.server.round.intake import RoundReplies
 from lola_flwr.server.round.plan import RoundPlan
+from lola_flwr.wire.payload import SizesDown
 
 
 def round_record(
@@ -18,7 +18,7 @@ def round_record(
     replies: RoundReplies,
     run: RunStatement,
     *,
-    sent_nbytes: Mapping[str, int],
+    sizes_down: SizesDown,
     wireless_s: float,
 ) -> RoundRecord:
     """Return the record of a round.
@@ -31,14 +31,14 @@ def round_record(
         What became of it.
     run
         What the problems of the run's rounds have in common.
-    sent_nbytes
-        Bytes of the model's arrays, by name in the order of sending.
+    sizes_down
+        How large what devices are sent is.
     wireless_s
         Observed latencies of the rounds before, seconds.
     """
     device_of = {profile.name: device for device, profile in plan.profiles.items()}
     blocks = tuple(
-        _with_reply(planned, device_of[planned.device], plan, replies, sent_nbytes)
+        _with_reply(planned, device_of[planned.device], plan, replies, sizes_down)
         for planned in planned_blocks(run, plan.solved)
     )
     observed_s = run.channel.constant_s + max(map(_observed_s, blocks))
@@ -77,11 +77,11 @@ def _with_reply(
     device: str,
     plan: RoundPlan,
     replies: RoundReplies,
-    sent_nbytes: Mapping[str, int],
+    sizes_down: SizesDown,
 ) -> BlockRecord:
     """Add to a device's part of a plan what became of it."""
-    names = plan.sent_names(device, [*sent_nbytes])
-    sent = replace(planned, sent_bytes=sum(sent_nbytes[name] for name in names))
+    nbytes = sizes_down.nbytes(plan.manifests.get(device))
+    sent = replace(planned, sent_bytes=sum(nbytes))
     accepted = replies.accepted.get(device)
     if accepted is None:
         return replace(sent, status=replies.refusals.get(device, "no reply"))
