@@ -15,9 +15,10 @@ from lola_flwr.errors import UserError
 from lola_flwr.export import device as exported_device
 from lola_flwr.export.device import ExportedDevice
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.held_versions import HeldVersions
 from lola_flwr.wire.packing import GRADIENTS, VALUES, pack
 from lola_flwr.wire.records import Assignment, PartTask
-from lola_flwr.wire.versions import HeldVersions, Versions, model_pieces
+from lola_flwr.wire.versions import Versions, model_pieces
 from tests.export.small import TorchRunner, copied
 
 PROFILE = simulated_device(0, seed=2)
