@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lola_flwr.app.config import (
     AppConfig,
@@ -44,6 +45,8 @@ def model_costs(
 ) -> BlockCosts:
     """Count each block's costs under the run's batch and length.
 
+    What was counted last is kept: a simulation checks, serves and trains in one process.
+
     Parameters
     ----------
     config
@@ -53,9 +56,42 @@ def model_costs(
     example
         As for `lola_flwr.costs.of_model.model_costs`.
     """
+    layers = model_layers(config, model)
+    # A configuration says how its model is made; what its name stands for may change.
+    made = tuple(
+        (name, p.shape, p.dtype, p.requires_grad, p.is_meta)
+        for name, p in model.named_parameters()
+    )
+    asked = (config, str(model), made, layers, _content(example))
+    if asked not in _counted:
+        _counted.clear()
+        _counted[asked] = _count(config, model, layers, example)
+    return _counted[asked]
+
+
+# What was counted last, by what it was counted on.
+_counted: dict[Hashable, BlockCosts] = {}
+
+
+def _content(example: Example | None) -> Hashable:
+    named = {"": example} if isinstance(example, Tensor) else example or {}
+    return tuple(
+        (name, value.shape, value.dtype, value.numpy(force=True).tobytes())
+        if isinstance(value, Tensor)
+        else (name, value)
+        for name, value in named.items()
+    )
+
+
+def _count(
+    config: UpdatesConfig,
+    model: nn.Module,
+    layers: BlockPartition,
+    example: Example | None,
+) -> BlockCosts:
     return of_model.model_costs(
         model,
-        model_layers(config, model),
+        layers,
         batch_size=config.batch_size,
         sequence_length=config.max_length,
         merged=isinstance(config, FedAvgFullConfig),

@@ -147,7 +147,7 @@ def _started() -> Iterator[tuple[subprocess.Popen[bytes], Link]]:
         try:
             yield process, Link(own)
         finally:
-            # Of this process's end it learns by that of its link, if by nothing else.
+            # It would end with its link, but not before it has started.
             own.close()
             process.terminate()
             try:
