@@ -45,7 +45,8 @@ def model_costs(
 ) -> BlockCosts:
     """Count each block's costs under the run's batch and length.
 
-    What was counted last is kept: a simulation checks, serves and trains in one process.
+    What was counted last is kept: a simulation checks, serves and trains in one
+    process.
 
     Parameters
     ----------

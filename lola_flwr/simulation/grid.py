@@ -151,7 +151,6 @@ class ProcessGrid(Grid):
                 left.clear()
                 raise
 
-        # The first device is for this process.
         beside = self._processes[: max(0, len(left) - 1)]
         working = [self._threads.submit(work_there, process) for process in beside]
         work(self._turn, self._answer_here)
