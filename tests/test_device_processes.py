@@ -94,9 +94,7 @@ def grid_of(where, name, num_devices=2):
             here = __import__(name).app
             nodes = range(2, 2 + num_devices)
             run = Run.create_empty(1)
-            yield ProcessGrid(
-                dict.fromkeys(nodes, here), {}, run, config, 1, processes
-            )
+            yield ProcessGrid(dict.fromkeys(nodes, here), {}, run, config, 1, processes)
     finally:
         sys.path.remove(str(where))
 

@@ -106,17 +106,13 @@ def simulate(
     Another: `lola-flwr simulate simulations/glue --fleet fleet.toml task=sst-2
     data-dir=path/to/glue`
     """
-    from lola_flwr.simulation.flower_app import check_start
-
     try:
-        prepared = _prepare(app, overrides or [], devices, fleet, out)
+        # Seen on a terminal alone: it takes seconds where the model has to be loaded.
+        with console().status("checking data, model and devices ..."):
+            prepared = _prepare(app, overrides or [], devices, fleet, out)
         in_process = engine.is_process(prepared.num_devices)
         engine_of = _in_process if in_process else _in_ray
         with engine_of(prepared, home, cpus_per_client) as run:
-            # Seen on a terminal alone: it takes seconds where the model has to be
-            # loaded.
-            with console().status("checking data, model and devices ..."):
-                check_start(prepared.app, prepared.config, prepared.num_devices)
             finished = _followed(run, prepared, plain=plain, silent=as_json)
     except UserError as error:
         if as_json:
@@ -158,7 +154,7 @@ def _prepare(
     out: Path | None,
 ) -> _Prepared:
     from lola_flwr.cli.app_config import read_overrides
-    from lola_flwr.simulation.flower_app import check_config, read_app
+    from lola_flwr.simulation.flower_app import check_config, check_start, read_app
 
     found = read_app(app)
     changes = read_overrides(found, overrides)
@@ -180,6 +176,7 @@ def _prepare(
         raise UserError(f"{found.name} has no {_OUTPUT_KEY} key, so leave --out out.")
     config = {**found.config, **changes}
     check_config(found, config)
+    check_start(found, config, num_devices)
     return _Prepared(found, config, changes, num_devices, directory)
 
 

@@ -8,6 +8,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -129,7 +130,7 @@ class ProcessGrid(Grid):
         left = deque(by_node.values())
         replies: dict[int, Message] = {}
 
-        def work(turn: Lock, compute: _Answer) -> None:
+        def work(turn: Lock, deliver: Callable[[Message], Message]) -> None:
             # A strategy may ask in several threads.
             with turn:
                 while left and not is_over():
@@ -138,13 +139,13 @@ class ProcessGrid(Grid):
                     except IndexError:
                         return
                     for place, message in own:
-                        reply = None if is_over() else self._deliver(compute, message)
+                        reply = None if is_over() else deliver(message)
                         if reply is not None and not is_over():
                             replies[place] = reply
 
         def work_there(process: DeviceProcess) -> None:
             try:
-                work(process.turn, process.answer)
+                work(process.turn, partial(self._deliver, compute=process.answer))
                 process.forget()
             except BaseException:
                 # Without it the run ends, and no further device computes.
@@ -153,16 +154,16 @@ class ProcessGrid(Grid):
 
         beside = self._processes[: max(0, len(left) - 1)]
         working = [self._threads.submit(work_there, process) for process in beside]
-        work(self._turn, self._answer_here)
+        work(self._turn, self._deliver)
         for worker in working:
             worker.result()
         return [replies[place] for place in sorted(replies)]
 
-    def _deliver(self, compute: _Answer, message: Message) -> Message:
-        """Return a device's reply to a message."""
+    def _deliver(self, message: Message, compute: _Answer | None = None) -> Message:
+        """Return a device's reply to a message; without ``compute``, of this process."""
         _named(message)
         node = message.metadata.dst_node_id
-        reply, context = compute(message, self._context(node))
+        reply, context = (compute or self._answer_here)(message, self._context(node))
         if context is not None:
             self._contexts[node] = context
         _named(reply)
