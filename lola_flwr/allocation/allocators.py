@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pkgutil import resolve_name
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from lola_flwr.allocation.problem import AllocationProblem, RoundMode
 from lola_flwr.allocation.solution import Allocation
 from lola_flwr.arrays import IntArray
 from lola_flwr.errors import UserError, nearest
+from lola_flwr.machine.imported import imported
 
 
 class Allocator(Protocol):
@@ -115,16 +115,7 @@ def find_allocator(name: str) -> Callable[..., Allocation]:
     if name in ALLOCATORS:
         return ALLOCATORS[name]
     if ":" in name:
-        try:
-            found = resolve_name(name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"allocator={name!r} cannot be imported: {error}. Its package has to "
-                "be installed, or its directory on PYTHONPATH."
-            ) from None
-        if not callable(found):
-            raise UserError(f"allocator={name!r} is not a function.")
-        return cast(Callable[..., Allocation], found)
+        return imported("allocator", name)
     raise UserError(
         f"Unknown allocator {name!r}; use one of {', '.join(ALLOCATORS)}, or "
         f"'package.module:function'.{nearest(name, ALLOCATORS)}"

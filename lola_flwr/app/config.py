@@ -20,6 +20,7 @@ from lola_flwr.server.assembly import BLOCK_MEANS
 from lola_flwr.server.selection import SELECTORS
 from lola_flwr.server.settings import DownlinkCodec
 from lola_flwr.system.channel import DownlinkMode
+from lola_flwr.system.own_channel import find_channel
 from lola_flwr.wire.codec import AUTO, CODECS, codec_ladder
 from lola_flwr.wire.payload import HeadPolicy
 
@@ -74,6 +75,13 @@ def _known_allocator(name: str) -> str:
     return name
 
 
+def _known_channel(name: str) -> str:
+    # A function is looked for, and a file read, where the app runs.
+    if name and ":" not in name and not name.endswith(".csv"):
+        find_channel(name)
+    return name
+
+
 def _known_trackers(text: str) -> str:
     check_trackers(text.split())
     return text
@@ -87,6 +95,7 @@ def _known_target(text: str) -> str:
 
 # Not all that is allowed; what is shown and completed.
 Trackers = Annotated[str, AfterValidator(_known_trackers), Field(examples=[*TRACKERS])]
+OwnChannel = Annotated[str, AfterValidator(_known_channel)]
 Allocator = Annotated[
     str, AfterValidator(_known_allocator), Field(examples=[*ALLOCATORS])
 ]
@@ -274,6 +283,7 @@ class UpdatesConfig(AppConfig):
     codec_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
     head: HeadPolicy = "every"
     downlink: Literal["all", "changed"] = "all"
+    channel: OwnChannel = ""
     downlink_codec: DownlinkCodec = "fp32"
     downlink_channel: DownlinkMode = "free"
     downlink_bandwidth_hz: float = Field(20e6, gt=0, allow_inf_nan=False)
@@ -286,6 +296,11 @@ class UpdatesConfig(AppConfig):
             yield (
                 f"downlink-codec={self.downlink_codec!r} is for devices that keep "
                 'copies; use downlink="changed" with it'
+            )
+        if self.channel and self.uplink_mbps:
+            yield (
+                f"channel={self.channel!r} and uplink-mbps={self.uplink_mbps!r} both "
+                "say what links carry; drop one of the two"
             )
         yield from super()._contradictions()
 

@@ -36,6 +36,7 @@ from lola_flwr.run.config import keyword_arguments
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.server.selection.importance import Response
+from lola_flwr.system.own_channel import find_channel
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 
@@ -104,6 +105,7 @@ def settings_of(
                 bandwidth_hz=config.downlink_bandwidth_hz,
                 gain_db=config.downlink_gain_db,
             ),
+            own_rates=find_channel(config.channel),
         ),
         transfer=Transfer(
             codec=config.codec,

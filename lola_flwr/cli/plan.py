@@ -46,6 +46,10 @@ def plan(
         int, typer.Option("--round", min=1, help="Round of the channel's draw.")
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of fleet and channel.")] = 0,
+    channel: Annotated[
+        str,
+        typer.Option(help="Links' rates: package.module:function, or traces *.csv."),
+    ] = "",
     fading: Annotated[
         bool, typer.Option(help="Rayleigh fading, or every device's mean SNR.")
     ] = True,
@@ -85,6 +89,7 @@ def plan(
         solve_round,
     )
     from lola_flwr.system.channel import Channel
+    from lola_flwr.system.own_channel import find_channel
 
     find_allocator(allocator)
     costs = named_model_costs(
@@ -96,7 +101,11 @@ def plan(
     )
     run = RunStatement(
         costs=costs,
-        channel=Channel(bandwidth_hz=bandwidth_hz, fading=fading),
+        channel=Channel(
+            bandwidth_hz=bandwidth_hz,
+            fading=fading,
+            own_rates=find_channel(channel),
+        ),
         allocation=AllocationOptions(allocator=allocator),
         seed=seed,
     )

@@ -10,7 +10,7 @@ from lola_flwr.allocation import AllocationProblem, Broadcast
 from lola_flwr.arrays import Float64Array
 from lola_flwr.planning.known import Known, RunStatement
 from lola_flwr.planning.round_problem import RoundProblem
-from lola_flwr.system.channel import downlink_rates_bps
+from lola_flwr.system.channel import rates_down_bps
 
 # Numbers of receivers of a broadcast that blocks are chosen for.
 _MOST_TRIED = 8
@@ -25,12 +25,7 @@ def received(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProb
     downlink_s, broadcast = stated.downlink_s, None
     mode, bits = run.channel.downlink_channel.mode, known.downlink_bits
     if mode != "free" and bits is not None:
-        rate_bps = downlink_rates_bps(
-            stated.profiles,
-            run.channel,
-            server_round=known.server_round,
-            seed=run.seed,
-        )
+        rate_bps = rates_down_bps(stated.profiles, run.channel, known.moment(run))
         seen = known.downlinks.are_known(known.names)
         if mode == "broadcast":
             broadcast = Broadcast(bits, np.where(seen, np.inf, rate_bps))

@@ -214,7 +214,8 @@ def plan_rounds(
     wireless_s = 0.0
     for server_round in range(1, rounds + 1):
         start = time.perf_counter()
-        solved = solve_round(run, Known.at_first(run, by_name, server_round))
+        known = Known.at_first(run, by_name, server_round, wireless_s)
+        solved = solve_round(run, known)
         seconds = time.perf_counter() - start
         allocation = solved.allocation
         wireless_s += allocation.round_s

@@ -19,6 +19,7 @@ from lola_flwr.system.estimation import (
     DownlinkEstimate,
     RateEstimate,
 )
+from lola_flwr.system.own_channel import Moment
 from lola_flwr.wire.payload import Payloads, UpdateSizes
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 
@@ -156,6 +157,8 @@ class Known:
         How long they take to have their message.
     downlink_bits
         What each device is to be sent, shape [K]; None: it takes no time.
+    time_s
+        Wireless time of the rounds before, seconds.
     memory_limit_bytes
         Below how much memory each device's blocks had better stay, for it failed
         lately, shape [K]; infinite for devices without failures, 0 for those that rest
@@ -188,13 +191,19 @@ class Known:
     block_updates: IntArray
     partial: bool = False
     downlink_bits: Float64Array | None = None
+    time_s: float = 0.0
 
     @classmethod
     def at_first(
-        cls, run: RunStatement, profiles: Sequence[DeviceProfile], server_round: int = 1
+        cls,
+        run: RunStatement,
+        profiles: Sequence[DeviceProfile],
+        server_round: int = 1,
+        time_s: float = 0.0,
     ) -> Known:
         """Return what is known before any round: what the devices claim."""
         return cls(
+            time_s=time_s,
             server_round=server_round,
             profiles=tuple(profiles),
             memory_limit_bytes=np.full(len(profiles), np.inf),
@@ -203,6 +212,10 @@ class Known:
             wanted=run.allocation.mode,
             block_updates=np.zeros(run.num_blocks, np.int64),
         )
+
+    def moment(self, run: RunStatement) -> Moment:
+        """Return when the round begins."""
+        return Moment(self.server_round, self.time_s, run.seed)
 
     @property
     def names(self) -> list[str]:

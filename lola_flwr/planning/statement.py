@@ -24,7 +24,7 @@ from lola_flwr.planning.latency_target import choose_blocks, fits_any_block
 from lola_flwr.planning.round_problem import RoundProblem
 from lola_flwr.planning.spans import chosen_spans, rotates
 from lola_flwr.planning.windows import chosen_windows, window_costs
-from lola_flwr.system.channel import uplink_rates_bps
+from lola_flwr.system.channel import rates_up_bps
 from lola_flwr.zeroth_order.mixing import mix
 
 
@@ -65,13 +65,7 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
     speed = np.array([profile.flops_per_s for profile in profiles])
     memory_bytes = np.array([profile.memory_bytes for profile in profiles])
     rate_bps = known.rates.correct(
-        uplink_rates_bps(
-            profiles,
-            bandwidth_hz=run.channel.bandwidth_hz,
-            server_round=known.server_round,
-            seed=run.seed,
-            fading=run.channel.fading,
-        ),
+        rates_up_bps(profiles, run.channel, known.moment(run)),
         names,
     )
     claimed_s = run.costs.required_flops(profiles) / speed[:, None]  # [K, N]

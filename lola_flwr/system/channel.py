@@ -16,6 +16,7 @@ import numpy.typing as npt
 from lola_flwr.arrays import Float64Array
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
+from lola_flwr.system.own_channel import Moment, RateFunction, own_rates_bps
 
 if TYPE_CHECKING:
     from lola_flwr.system.devices import DeviceProfile
@@ -79,6 +80,9 @@ class Channel:
         Constant parts of every round: a downlink whose time is known, and server time.
     downlink_channel
         How the model comes to the devices, where that is to be modelled.
+    own_rates
+        What links carry that no profile states the rate of, in place of fading and
+        bandwidth: see `lola_flwr.system.own_channel`. Both ways alike.
     """
 
     bandwidth_hz: float = 20e6
@@ -86,6 +90,7 @@ class Channel:
     broadcast_s: float = 0.0
     server_s: float = 0.0
     downlink_channel: DownlinkChannel = DownlinkChannel()
+    own_rates: RateFunction | None = None
 
     @property
     def constant_s(self) -> float:
@@ -179,24 +184,24 @@ def uplink_rates_bps(
         if fading
         else db_to_linear(snr_db)
     )
+    return _stated_or(full_band_rate_bps(bandwidth_hz, snr), profiles)
+
+
+def _stated_or(
+    rate_bps: Float64Array, profiles: Sequence[DeviceProfile]
+) -> Float64Array:
+    """Return the rates that profiles state, and others where they do not."""
     stated = [
         math.nan if profile.uplink_bps is None else profile.uplink_bps
         for profile in profiles
     ]
-    drawn = full_band_rate_bps(bandwidth_hz, snr)
-    return np.where(np.isnan(stated), drawn, stated)
+    return np.where(np.isnan(stated), rate_bps, stated)
 
 
-def downlink_rates_bps(
-    profiles: Sequence[DeviceProfile],
-    channel: Channel,
-    *,
-    server_round: int,
-    seed: int,
+def rates_up_bps(
+    profiles: Sequence[DeviceProfile], channel: Channel, moment: Moment
 ) -> Float64Array:
-    """Return each device's rate when it has the whole downlink, bit/s, shape [K].
-
-    A link whose rate is known up is as fast down.
+    """Return each device's rate when it has the whole uplink, bit/s, shape [K].
 
     Parameters
     ----------
@@ -204,14 +209,51 @@ def downlink_rates_bps(
         The K devices.
     channel
         What they share.
-    server_round, seed
-        As for ``rayleigh_snr``: the round's fading is that of the uplink.
+    moment
+        When the round begins.
+
+    Raises
+    ------
+    UserError
+        A channel of one's own has no rate for a device.
     """
+    if channel.own_rates is None:
+        return _drawn(profiles, channel, moment, channel.bandwidth_hz, 0.0)
+    own_bps = own_rates_bps(channel.own_rates, profiles, moment)
+    return _stated_or(own_bps, profiles)
+
+
+def rates_down_bps(
+    profiles: Sequence[DeviceProfile], channel: Channel, moment: Moment
+) -> Float64Array:
+    """Return each device's rate when it has the whole downlink, bit/s, shape [K].
+
+    A link whose rate is known up, by its profile or a channel of one's own, is as fast
+    down. Of the others the round's fading is that of the uplink.
+
+    Parameters
+    ----------
+    profiles, channel, moment
+        As for `rates_up_bps`.
+    """
+    if channel.own_rates is not None:
+        return rates_up_bps(profiles, channel, moment)
+    down = channel.downlink_channel
+    return _drawn(profiles, channel, moment, down.bandwidth_hz, down.gain_db)
+
+
+def _drawn(
+    profiles: Sequence[DeviceProfile],
+    channel: Channel,
+    moment: Moment,
+    bandwidth_hz: float,
+    gain_db: float,
+) -> Float64Array:
     return uplink_rates_bps(
         profiles,
-        bandwidth_hz=channel.downlink_channel.bandwidth_hz,
-        server_round=server_round,
-        seed=seed,
+        bandwidth_hz=bandwidth_hz,
+        server_round=moment.server_round,
+        seed=moment.seed,
         fading=channel.fading,
-        gain_db=channel.downlink_channel.gain_db,
+        gain_db=gain_db,
     )

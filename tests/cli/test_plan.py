@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.loading import load_classifier
 from lola_flwr.model.sources import RANDOM_SHAPES
 from lola_flwr.planning import named_model_costs, round_problem
-from lola_flwr.system.fleet_file import generate_fleet
+from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
 from tests.marks import rest_slow
 
 
@@ -173,3 +174,20 @@ def test_what_cannot_be_planned_is_said(capsys, llama, tmp_path):
     said = capsys.readouterr().err
     assert "cannot be counted" in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_trace_takes_the_place_of_snr_and_fading(capsys, tmp_path):
+    fleet = generate_fleet(6, seed=3)
+    rates = [1.5, 2.25, 3.0, 0.8, 4.0, 1.1]
+    lines = [f"0,{d.name},{r}" for d, r in zip(fleet, rates, strict=True)]
+    trace, links = tmp_path / "links.csv", tmp_path / "fleet.toml"
+    trace.write_text("\n".join(["time_s,device,mbit_s", *lines]))
+    linked = [replace(d, uplink_bps=1e6 * r) for d, r in zip(fleet, rates, strict=True)]
+    links.write_text(fleet_toml(linked))
+    model = ("--model", "minilm-l6")
+    drawn = ("--devices", "6", "--seed", "3", *model)
+    traced = planned(capsys, *drawn, "--channel", str(trace))
+    known = planned(capsys, "--fleet", str(links), *model)
+    assert (traced["round_s"], traced["blocks"]) == (known["round_s"], known["blocks"])
+    assert main(["plan", *drawn, "--channel", "fast"]) == 1
+    assert "channel='fast' must be" in capsys.readouterr().err

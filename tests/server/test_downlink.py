@@ -12,8 +12,9 @@ from lola_flwr.allocation import RoundMode
 from lola_flwr.build import DownlinkChannel
 from lola_flwr.errors import UserError
 from lola_flwr.server.selection import Selection
-from lola_flwr.system.channel import Channel, downlink_rates_bps
+from lola_flwr.system.channel import Channel, rates_down_bps
 from lola_flwr.system.devices import DeviceProfile, simulated_device
+from lola_flwr.system.own_channel import Moment
 from lola_flwr.wire.payload import SizesDown
 from tests.server.test_coordinator import (
     PARTITION,
@@ -37,12 +38,8 @@ def rates_bps(server_round=1, fading=True):
     """Return each device's rate over the whole downlink, by its name."""
     profiles = [simulated_device(n, seed=1) for n in range(6)]
     down = DownlinkChannel(mode="broadcast", bandwidth_hz=2e5, gain_db=GAIN_DB)
-    rates = downlink_rates_bps(
-        profiles,
-        Channel(downlink_channel=down, fading=fading),
-        server_round=server_round,
-        seed=0,
-    )
+    channel = Channel(downlink_channel=down, fading=fading)
+    rates = rates_down_bps(profiles, channel, Moment(server_round, 0.0, 0))
     return {p.name: rate for p, rate in zip(profiles, rates, strict=True)}
 
 
@@ -57,7 +54,7 @@ def test_rates_follow_from_the_uplinks_snr_and_the_gain():
     linked = DeviceProfile("b", 1e9, 1e9, uplink_bps=5e6)
     down = DownlinkChannel(mode="unicast", bandwidth_hz=1e6, gain_db=3.0)
     channel = Channel(downlink_channel=down, fading=False)
-    rates = downlink_rates_bps([profile, linked], channel, server_round=1, seed=0)
+    rates = rates_down_bps([profile, linked], channel, Moment(1, 0.0, 0))
     assert rates == pytest.approx([1e6 * np.log2(1 + 10.0), 5e6])
     # Both ways fade alike: a gain of 0 over the same band is the uplink.
     faded = rates_bps()

@@ -165,6 +165,7 @@ class RoundPlanner:
             worth=settings.selection.worth(state.history, server_round),
             block_updates=state.block_updates(),
             partial=settings.allocation.partial or state.server_round > 0,
+            time_s=state.wireless_s,
             downlink_bits=self._download_bits(state, ids, version),
         )
 
