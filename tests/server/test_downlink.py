@@ -192,6 +192,38 @@ def test_other_allocators_wait_for_their_own_devices(allocator):
     assert record.round_s >= best_s * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("mode", ["broadcast", "unicast"])
+def test_fewer_devices_than_blocks_wait_too(mode):
+    coordinator = cell(mode)
+    plan = coordinator.plan_round(1, IDS[:2])
+    assert sum(len(a.blocks) for a in plan.assignments.values()) == 3
+    rates = rates_bps()
+    names = {device: plan.profiles[device].name for device in plan.assignments}
+    if mode == "broadcast":
+        worst_bps = min(rates[name] for name in names.values())
+        assert plan.solved.downlink_s.tolist() == [BITS / worst_bps] * 2
+    else:
+        expected = [2 * BITS / rates[names[device]] for device in plan.device_ids]
+        assert plan.solved.downlink_s == pytest.approx(expected)
+    # The cut was chosen without it: nothing more is claimed.
+    assert plan.allocation.bound_s < plan.allocation.round_s
+
+
+def test_backups_and_shared_blocks_are_among_those_who_hear():
+    for options in (
+        {"mode": RoundMode(backups=2)},
+        {"sharing_eps": 1.0},
+        {"rotation_eps": 0.5},
+    ):
+        coordinator = cell("broadcast", **options)
+        record = completed(coordinator)[1]
+        rates = rates_bps()
+        worst_bps = min(rates[block.device] for block in record.blocks)
+        waits_s = {block.downlink_s for block in record.blocks}
+        assert len(waits_s) == 1
+        assert waits_s.pop() >= BITS / worst_bps * (1 - 1e-9)
+
+
 def test_impossible_channels_are_refused():
     with pytest.raises(UserError, match="'multicast' of the downlink must be one of"):
         DownlinkChannel(mode="multicast")
