@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all test-testbed check mutants matrix migration bench figures compare testbed docs clean
+.PHONY: venv demo test test-all test-testbed check mutants matrix migration bench figures compare attacks testbed docs clean
 
 venv: $(VENV)/.installed
 
@@ -64,6 +64,10 @@ figures: venv
 # Every method side by side (docs/methods.md). COMPARE passes options on: see --help.
 compare: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.compare --out runs/compare $(COMPARE)
+
+# What hostile devices do to a run (docs/security.md). ATTACKS='--seeds 1 --shares 0.2'.
+attacks: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.attacks --out runs/attacks $(ATTACKS)
 
 # Measured beside predicted uploads under several allocators; skips where it cannot run.
 testbed: venv
