@@ -121,7 +121,9 @@ def settings_of(
             codec_slack=config.codec_slack,
             longest_round_s=config.longest_round_s,
         ),
-        devices=DeviceOptions(correct_profiles=config.correct_profiles),
+        devices=DeviceOptions(
+            correct_profiles=config.correct_profiles, reputation=config.reputation
+        ),
         limits=NormLimits(config.max_gradient_norm, config.norm_factor or math.inf),
         seed=config.seed,
     )

@@ -117,7 +117,9 @@ class Coordinator:
             tuple(model.nbytes()),
             settings.limits.max_norm,
             settings.example_weight,
+            takes_weights=model.is_sent_whole,
         )
+        self._judges = settings.devices.reputation and not model.is_sent_whole
 
     @property
     def partition(self) -> BlockPartition:
@@ -221,6 +223,7 @@ class Coordinator:
             self._model.arrays(),
             self.state.norms,
             self._settings.limits,
+            self.state.reputation if self._judges else None,
         )
         # In the plan's order, so that the sum does not depend on who came first.
         updates = [

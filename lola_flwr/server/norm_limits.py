@@ -32,7 +32,7 @@ class NormLimits:
     """
 
     max_norm: float = 10.0
-    factor: float = 10.0
+    factor: float = 2.0
 
     def scale(self, norm: float, usual_norm: float) -> float:
         """Return what an update of that norm is multiplied with; 0: it is refused.

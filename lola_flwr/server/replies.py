@@ -126,12 +126,15 @@ class UpdateReader:
         Largest norm of a gradient that is estimated from projections.
     example_weight
         What an example weighs at most.
+    takes_weights
+        Whether devices may return weights, or how far they moved, for a gradient.
     """
 
     partition: BlockPartition
     sent_names: Sequence[str]
     max_gradient_norm: float
     example_weight: int = 1
+    takes_weights: bool = True
 
     def read(
         self,
@@ -283,7 +286,8 @@ class UpdateReader:
         if report.block_index != assignment.block_index:
             raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
         estimates = assignment.direction_seed is not None
-        kinds = ["zeroth-order"] if estimates else ["gradient", *_TRAINED]
+        trained = _TRAINED if self.takes_weights else ()
+        kinds = ["zeroth-order"] if estimates else ["gradient", *trained]
         if report.update_kind not in (*kinds, "nothing"):
             raise UpdateRefused("wrong-kind", f"holds {quoted(report.update_kind)}")
         if report.update_kind == "zeroth-order" and (

@@ -86,6 +86,10 @@ class DeviceOptions:
     correct_profiles
         Whether reported compute times correct the planned ones of later rounds, and
         measured uploads the stated rates of links.
+    reputation
+        Whether devices whose gradients point away from those of the others, or are
+        often far too long, count less, and rest (`lola_flwr.server.reputation`). Not
+        where devices return weights.
     zeroth_order
         How devices without the memory for back-propagation are used (default: they are
         not).
@@ -102,6 +106,7 @@ class DeviceOptions:
 
     assumed_profile: DeviceProfile | None = None
     correct_profiles: bool = True
+    reputation: bool = True
     zeroth_order: ZerothOrder | None = None
     reduced_schedules: bool = False
     train_all: bool | None = None

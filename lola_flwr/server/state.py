@@ -13,6 +13,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.fleet import Fleet
 from lola_flwr.server.norm_limits import NormHistory
+from lola_flwr.server.reputation import Reputation
 from lola_flwr.server.selection.history import BlockHistory
 from lola_flwr.system.estimation import (
     ComputeEstimate,
@@ -57,6 +58,8 @@ class RunState:
         What became of each block.
     norms
         Norms of the updates received lately.
+    reputation
+        How far devices are trusted, by what they sent.
     held
         Which pieces of the model devices hold.
     """
@@ -70,6 +73,7 @@ class RunState:
     meetings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     history: BlockHistory
     norms: NormHistory = field(default_factory=NormHistory)
+    reputation: Reputation = field(default_factory=Reputation)
     held: HeldVersions = field(default_factory=HeldVersions)
 
     def meetings_of(self, device_name: str) -> tuple[int, ...]:
@@ -98,7 +102,11 @@ class RunState:
         if "last_round" in values:
             values = _of_first_layout(values)
         # Earlier versions did not measure it.
-        values = {"downlinks": to_values(DownlinkEstimate()), **values}
+        missing = {
+            "downlinks": to_values(DownlinkEstimate()),
+            "reputation": to_values(Reputation()),
+        }
+        values = {**missing, **values}
         state = restored(cls, values)
         # A run that goes on has another id, and devices keep their copies by run.
         return replace(state, held=HeldVersions())

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from torch import nn
 
 from lola_flwr.arrays import Float32Arrays
@@ -41,6 +42,9 @@ from lola_flwr.wire.packing import GRADIENTS, unpack
 from lola_flwr.wire.records import Assignment
 from simulations.attacks.attack import Attack, Gang, Turn, npy
 from simulations.attacks.small import LENGTH, SmallTask, small_model
+
+# The model is evaluated so often, every so many rounds, the last time after the last.
+_EVALUATIONS, _EVERY = 5, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +88,10 @@ class Outcome:
     Parameters
     ----------
     accuracy
-        On data that no device has.
+        On data that no device has: the mean over evaluations in the last rounds, since
+        steps are large and accuracy goes up and down.
     backdoor
-        Part of the examples of the other class that the trigger turns.
+        Part of the examples of the other class that the trigger turns, likewise.
     honest_refused
         Updates of honest devices that were not used, as a part of all of theirs.
     honest_excluded
@@ -223,7 +228,7 @@ def run(
     )
     model, partition = small_model(scenario.seed)
     coordinator = _coordinator(scenario, model, partition, limits)
-    records = []
+    records, accuracies, backdoors = [], [], []
     with TemporaryDirectory() as store:
         devices = _Devices(scenario, attack, task, (model, partition), Path(store))
         for server_round in range(1, scenario.rounds + 1):
@@ -236,10 +241,14 @@ def run(
                 for device, assignment in plan.assignments.items()
             ]
             records.append(coordinator.complete_round(plan, replies))
-    state = coordinator.values()
-    load_values(model, partition.trainable, [state[n] for n in partition.trainable])
+            left = scenario.rounds - server_round
+            if left % _EVERY == 0 and left < _EVERY * _EVALUATIONS:
+                state, names = coordinator.values(), partition.trainable
+                load_values(model, names, [state[name] for name in names])
+                accuracies.append(task.accuracy(model))
+                backdoors.append(task.backdoor_success(model))
     hostile = {devices.name(index) for index in scenario.hostile}
-    return _outcome(task, model, records, hostile)
+    return _outcome(accuracies, backdoors, records, hostile)
 
 
 def _coordinator(
@@ -271,8 +280,8 @@ def _costs(batch_size: int) -> BlockCosts:
 
 
 def _outcome(
-    task: SmallTask,
-    model: nn.Module,
+    accuracies: list[float],
+    backdoors: list[float],
     records: list[RoundRecord],
     hostile: set[str],
 ) -> Outcome:
@@ -280,8 +289,8 @@ def _outcome(
     honest = [block for block in blocks if block.device not in hostile]
     refused = [block for block in honest if block.status != "accepted"]
     return Outcome(
-        accuracy=task.accuracy(model),
-        backdoor=task.backdoor_success(model),
+        accuracy=float(np.mean(accuracies)),
+        backdoor=float(np.nanmean(backdoors)),
         honest_refused=len(refused) / len(honest),
         honest_excluded=0,
         found=0.0,

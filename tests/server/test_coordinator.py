@@ -29,6 +29,8 @@ SHAPES = {
 }
 PARTITION = partition_parameters(SHAPES)
 
+STATE = {name: np.ones(SHAPES[name], np.float32) for name in PARTITION.trainable}
+
 
 def make_coordinator(
     *,
@@ -44,6 +46,8 @@ def make_coordinator(
         costs = replace(costs, together=None)
     # The gradients of these tests are round numbers; most are not to be scaled down.
     options.setdefault("max_gradient_norm", 1e3)
+    # And most are the same in every round.
+    options.setdefault("reputation", False)
     state = {name: np.ones(SHAPES[name], np.float32) for name in PARTITION.trainable}
     coordinator = coordinator_of(
         PARTITION,
@@ -627,6 +631,15 @@ def weights_reply(plan, device_id, *, value=0.4, **changes) -> DeviceReply:
     return replace(reply, **{**fields, **changes})
 
 
+def test_weights_are_refused_where_gradients_alone_are_asked_for():
+    coordinator = make_coordinator()
+    plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
+    record = coordinator.complete_round(
+        plan, [weights_reply(plan, device) for device in plan.assignments]
+    )
+    assert record.refused == {"wrong-kind": 3}
+
+
 def assert_moved_to_weights(coordinator):
     """Blocks go a third of the way from 1 to 0.4, 1 - 0.6 / 3; the head goes there."""
     for name, values in coordinator.values().items():
@@ -635,7 +648,7 @@ def assert_moved_to_weights(coordinator):
 
 
 def test_weights_are_a_move_that_is_damped_by_the_number_of_blocks():
-    coordinator = make_coordinator()
+    coordinator = make_coordinator(state_dict=STATE)
     plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
     record = coordinator.complete_round(
         plan, [weights_reply(plan, device) for device in plan.assignments]
@@ -645,7 +658,7 @@ def test_weights_are_a_move_that_is_damped_by_the_number_of_blocks():
 
 
 def test_weights_travel_as_float32_under_any_codec():
-    coordinator = make_coordinator(codec="bf16")
+    coordinator = make_coordinator(codec="bf16", state_dict=STATE)
     plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
     record = coordinator.complete_round(
         plan, [weights_reply(plan, device) for device in plan.assignments]
@@ -669,6 +682,7 @@ def test_weights_of_a_model_of_one_block_are_averaged_as_fedavg_does():
         mode=RoundMode(participation="all"),
         max_gradient_norm=1e3,
         batch_size=8,
+        state_dict=state,
     )
     for index in range(2):
         profile = simulated_device(index, seed=1)
@@ -748,7 +762,7 @@ def test_bad_weights_are_refused(reason, name, array):
 
 
 def test_a_huge_move_is_scaled_down_like_a_gradient():
-    coordinator = make_coordinator(max_gradient_norm=3.0)
+    coordinator = make_coordinator(max_gradient_norm=3.0, state_dict=STATE)
     plan = coordinator.plan_round(1, ["id-0", "id-1", "id-2", "id-3"])
     device = next(iter(plan.assignments))
     coordinator.complete_round(plan, [weights_reply(plan, device, value=-1e30)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
@@ -14,9 +13,11 @@ from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.received import UpdateRefused
 from lola_flwr.server.replies import DeviceReply, UpdateReader, Upload
+from lola_flwr.server.reputation import Reputation
+from lola_flwr.server.round.judging import judged
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.round.waits import unexplained_waits
-from lola_flwr.wire.records import OUT_OF_MEMORY, Assignment, UpdateReport
+from lola_flwr.wire.records import OUT_OF_MEMORY, UpdateReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,8 @@ class RoundReplies:
         Devices that said they no longer hold what the server left out.
     norms
         Norms of the updates of this round and of those before.
+    reputation
+        How far devices are trusted after it, None if they are not judged.
     """
 
     accepted: Mapping[str, AcceptedReply]
@@ -88,6 +91,7 @@ class RoundReplies:
     lost_copies: Set[str]
     unexplained_s: Mapping[str, float]
     norms: NormHistory
+    reputation: Reputation | None
 
 
 def read_replies(
@@ -97,6 +101,7 @@ def read_replies(
     sent: Mapping[str, npt.NDArray[Any]],
     norms: NormHistory,
     limits: NormLimits,
+    reputation: Reputation | None = None,
 ) -> RoundReplies:
     """Check replies, none of which is trusted.
 
@@ -114,6 +119,8 @@ def read_replies(
         Norms of the updates of the rounds before.
     limits
         How large updates may be.
+    reputation
+        How far devices are trusted; None: nobody is judged by what they sent before.
     """
     accepted: dict[str, AcceptedReply] = {}
     refusals: dict[str, str] = {}
@@ -144,25 +151,28 @@ def read_replies(
         upload = Upload.of(reply, report, num_used)
         accepted[device] = AcceptedReply(update, report, upload, reply.answered_s)
         lacked_bytes[device] = None
-    # Of first-order updates, in the plan's order, lest it matters who came first.
-    norm_of = {
-        device: _norm_a_block(assignments[device], accepted[device].update)
-        for device in plan.device_ids
-        if device in accepted and not accepted[device].update.zeroth_order
-    }
-    block_of = {device: assignments[device].block_index for device in norm_of}
-    norms = norms.after((block, norm_of[d]) for d, block in block_of.items())
-    for device, block in block_of.items():
-        update = accepted[device].update
-        scale = limits.scale(norm_of[device], norms.usual(block))
-        if scale == 0:
-            too_large = UpdateRefused("excessive-norm", f"{update.norm:g}")
-            refused[too_large.reason] += 1
-            refusals.setdefault(device, str(too_large))
-            lacked_bytes[device] = 0.0
-            del accepted[device]
-        elif scale < 1:
-            accepted[device] = replace(accepted[device], update=update.scaled(scale))
+    # First-order updates, in the plan's order, lest it matters who came first.
+    judgement = judged(
+        reader.partition,
+        plan,
+        {
+            device: accepted[device].update
+            for device in plan.device_ids
+            if device in accepted and not accepted[device].update.zeroth_order
+        },
+        norms,
+        limits,
+        reputation,
+    )
+    for device, why in judgement.refused.items():
+        refused[why.reason] += 1
+        refusals.setdefault(device, str(why))
+        lacked_bytes[device] = 0.0
+        del accepted[device]
+    for device, scale in judgement.scale.items():
+        if scale < 1:
+            scaled = accepted[device].update.scaled(scale)
+            accepted[device] = replace(accepted[device], update=scaled)
     unexplained_s = _unexplained_s(accepted)
     lacked_bytes.update(dict.fromkeys(unexplained_s, 0.0))
     return RoundReplies(
@@ -172,7 +182,8 @@ def read_replies(
         lacked_bytes=lacked_bytes,
         lost_copies=lost_copies,
         unexplained_s=unexplained_s,
-        norms=norms,
+        norms=judgement.norms,
+        reputation=judgement.reputation,
     )
 
 
@@ -184,8 +195,3 @@ def _unexplained_s(accepted: Mapping[str, AcceptedReply]) -> dict[str, float]:
             answered_s[device] = reply.answered_s
             explained_s[device] = reply.explained_s
     return unexplained_waits(answered_s, explained_s)
-
-
-def _norm_a_block(assignment: Assignment, update: BlockUpdate) -> float:
-    """Return an update's norm, as one of each of its blocks would have it."""
-    return update.norm / math.sqrt(len(assignment.blocks))

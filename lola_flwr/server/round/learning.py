@@ -60,6 +60,7 @@ def learned(
         meetings=meetings,
         history=state.history.after_round(plan.server_round, relative_moves),
         norms=replies.norms,
+        reputation=replies.reputation or state.reputation,
     )
 
 
