@@ -160,7 +160,7 @@ class ProcessGrid(Grid):
         return [replies[place] for place in sorted(replies)]
 
     def _deliver(self, message: Message, compute: _Answer | None = None) -> Message:
-        """Return a device's reply to a message; without ``compute``, of this process."""
+        """Return the reply of a device; without ``compute``, of one of this process."""
         _named(message)
         node = message.metadata.dst_node_id
         reply, context = (compute or self._answer_here)(message, self._context(node))
