@@ -29,6 +29,9 @@ from lola_flwr.randomness import rng_for
 
 Sketch = npt.NDArray[np.int16]
 
+# Values of a parameter that a sketch is of: rows of it, drawn once. Far fewer than a
+# layer has tell a direction, and each costs time in every round.
+_VALUES = 1 << 14
 # Numbers of a sketch, and its length: whole numbers, so that a checkpoint is exact.
 _SIZE, _LENGTH = 256, 4000.0
 # Others that a direction is compared with, at least.
@@ -74,8 +77,8 @@ def sketch(gradients: Float32Arrays, names: Iterable[str], key: int) -> Sketch |
     """
     total = np.zeros(_SIZE)
     for name in names:
-        flat = _evened(gradients[name]).reshape(-1)
         rng = rng_for(key, "sketch", name)
+        flat = _evened(_some_rows(gradients[name], rng)).reshape(-1)
         places = rng.integers(_SIZE, size=flat.size, dtype=np.uint8)
         signs = np.unpackbits(
             rng.integers(256, size=-(-flat.size // 8), dtype=np.uint8), count=flat.size
@@ -156,8 +159,16 @@ def _agreement(
     return float(np.clip(cosine, -1.0, 1.0))
 
 
-def _evened(gradient: Float32Array) -> Float32Array:
-    """Return it with rows of length 1: a few large ones would hide what others say."""
+def _some_rows(gradient: Float32Array, rng: np.random.Generator) -> Float32Array:
+    """Return a gradient as rows, or some of them where it is large."""
     rows = gradient.reshape(len(gradient), -1) if gradient.ndim > 1 else gradient[None]
+    if rows.size <= _VALUES:
+        return rows
+    kept = max(_VALUES // rows.shape[1], 1)
+    return rows[np.sort(rng.choice(len(rows), kept, replace=False))]
+
+
+def _evened(rows: Float32Array) -> Float32Array:
+    """Return rows of length 1: a few large ones would hide what others say."""
     length = np.sqrt(np.vecdot(rows, rows, dtype=np.float64))[:, None]
     return np.asarray(rows / np.where(length > 0, length, 1.0), np.float32)
