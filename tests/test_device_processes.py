@@ -48,6 +48,8 @@ app = ClientApp()
 prepared = []
 
 def prepare(config):
+    while not (Path(config["where"]) / "go").exists():
+        time.sleep(0.01)
     prepared.append(config["where"])
 
 @app.train()
@@ -99,9 +101,9 @@ def grid_of(where, name, num_devices=2):
         sys.path.remove(str(where))
 
 
-def messages(does, nodes=(2, 3)):
+def messages(does, nodes=(2, 3), waits=True):
     arrays = ArrayRecord([np.arange(5, dtype=np.float32), np.zeros((0, 2))])
-    config = ConfigRecord({"does": does, "server": os.getpid()})
+    config = ConfigRecord({"does": does, "server": waits * os.getpid()})
     content = RecordDict({"config": config, "arrays": arrays})
     return [Message(content, node, "train") for node in nodes]
 
@@ -122,8 +124,12 @@ def stopped(pid):
 
 def test_devices_in_two_processes_are_as_in_one(tmp_path, caplog):
     with grid_of(tmp_path, "both") as grid, caplog.at_level("INFO", logger="flwr"):
+        # A process that is not ready takes no device.
+        for reply in grid.send_and_receive(messages("train", waits=False)):
+            assert reply.content["said"]["pid"] == os.getpid()
+        (tmp_path / "go").touch()
         there = []
-        for number in (1, 2):
+        for number in (2, 3):
             (tmp_path / "answered").unlink(missing_ok=True)
             sent = messages("train")
             replies = grid.send_and_receive(sent)
@@ -142,7 +148,7 @@ def test_devices_in_two_processes_are_as_in_one(tmp_path, caplog):
         # Which process kept a device's context does not matter.
         (tmp_path / "answered").unlink()
         first, second = grid.send_and_receive(messages("train", [3, 2]))
-        assert first.content["said"]["n"] == second.content["said"]["n"] == 3
+        assert first.content["said"]["n"] == second.content["said"]["n"] == 4
         # An app that raises is Flower's error reply, and nothing of it is kept.
         (tmp_path / "answered").unlink()
         for reply in grid.send_and_receive(messages("raise")):
@@ -150,10 +156,10 @@ def test_devices_in_two_processes_are_as_in_one(tmp_path, caplog):
             assert reply.error.reason == "<class 'ValueError'>:<'no'>"
         (tmp_path / "answered").unlink()
         for reply in grid.send_and_receive(messages("train")):
-            assert reply.content["said"]["n"] == 4
+            assert reply.content["said"]["n"] == 5
         # One device's messages are computed one after the other.
         twice = grid.send_and_receive(messages("train", [2, 3, 2, 2]))
-        assert [r.content["said"]["n"] for r in twice] == [5, 5, 6, 7]
+        assert [r.content["said"]["n"] for r in twice] == [6, 6, 7, 8]
         assert grid.send_and_receive([]) == []
         # The end of a process is named, and the run's.
         (pid,) = {said["pid"] for said in there}
@@ -164,10 +170,13 @@ def test_devices_in_two_processes_are_as_in_one(tmp_path, caplog):
 
 
 def test_a_process_that_computes_does_not_outlive_the_server(tmp_path):
+    (tmp_path / "go").touch()
     with grid_of(tmp_path, "hangs") as grid:
-        work = grid._threads.submit(
-            grid._processes[0].answer, *messages("hang")[:1], grid._context(2)
-        )
+        (process,) = grid._processes
+        while not process.is_ready():
+            pass
+        (message, _), context = messages("hang"), grid._context(2)
+        work = grid._threads.submit(process.answer, message, context)
         while not (tmp_path / "pid").exists():
             time.sleep(0.01)
         pid = int((tmp_path / "pid").read_text())

@@ -17,6 +17,7 @@ from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
 from lola_flwr.simulation import run_app
 from lola_glue.tasks import TASKS
+from tests.marks import rest_slow
 
 pytestmark = pytest.mark.flower_run
 
@@ -107,13 +108,32 @@ def test_a_run_completes(legacy):
         assert changed == (name in blocks.trainable), name
 
 
-def test_one_process_leaves_the_same_records_and_the_same_model(legacy, tmp_path):
+CPUS = os.cpu_count() or 1
+
+
+@pytest.mark.parametrize("cpus_per_client", rest_slow([CPUS, 1]))
+def test_processes_leave_the_same_records_and_the_same_model(
+    legacy, tmp_path, cpus_per_client
+):
+    """One process, and one for each core."""
     _, directory = legacy
     words = [*TINY, *OPTIONS, "num-devices=5", f"output-dir={tmp_path}/out"]
     command = [sys.executable, "-m", "lola_flwr.cli.main", "simulate", str(APP)]
     command += ["--devices", "5", "--home", str(tmp_path / "home")]
-    command += ["--cpus-per-client", str(os.cpu_count() or 1)]
-    subprocess.run([*command, *words], check=True, cwd=tmp_path)
+    command += ["--cpus-per-client", str(cpus_per_client)]
+    # Devices have as many threads as where they were alone.
+    threads = os.environ.get("OMP_NUM_THREADS", str(CPUS))
+    ran = subprocess.run(
+        [*command, *words],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    places = min(5, len(os.sched_getaffinity(0)) // cpus_per_client)
+    count = f"{places} processes" if places > 1 else "one process"
+    assert f"5 devices in {count} (--engine process)" in ran.stdout
     assert without_measurements(rounds_of(tmp_path)) == without_measurements(
         rounds_of(directory)
     )

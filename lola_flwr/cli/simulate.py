@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lola_flwr.simulation import FinishedRun
     from lola_flwr.simulation.flower_app import FlowerApp
 
-# Up to so many devices one process takes no longer than Ray's start and messages do.
+# Up to so many devices Ray's start and messages are what takes long.
 _MOST_IN_PROCESS = 16
 
 _Echo = Callable[[str], object]
@@ -41,7 +41,7 @@ class Engine(StrEnum):
     RAY = "ray"
 
     def is_process(self, num_devices: int) -> bool:
-        """Tell whether so many devices compute in one process."""
+        """Tell whether so many devices compute in this process and those beside it."""
         if self is Engine.AUTO:
             return num_devices <= _MOST_IN_PROCESS
         return self is Engine.PROCESS
@@ -84,8 +84,8 @@ def simulate(
     engine: Annotated[
         Engine,
         typer.Option(
-            help="Where devices compute: all in one process, one after the other, or "
-            f"in Flower's engine, on all cores [auto: one process up to "
+            help="Where devices compute: in this process and others beside it, as many "
+            "as there are cores, or in Flower's engine (Ray) [auto: this process up to "
             f"{_MOST_IN_PROCESS} devices]."
         ),
     ] = Engine.AUTO,
@@ -98,8 +98,8 @@ def simulate(
 ) -> None:
     """Run a Flower app in simulation, from start to report.
 
-    Checks what can be checked before that, runs the app, in one process or with a
-    SuperLink of its own, shows the rounds, and stops all that it started.
+    Checks what can be checked before that, runs the app, in processes of its own or
+    with a SuperLink of its own, shows the rounds, and stops all that it started.
 
     Example: `lola-flwr simulate simulations/glue --devices 6 rounds=10`
 

@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.simulation.answering import answer
 from lola_flwr.simulation.flower_app import quiet
-from lola_flwr.simulation.link import ANSWER, LOG, Inbox, Link, Outbox, Parts
+from lola_flwr.simulation.link import ANSWER, LOG, READY, Inbox, Link, Outbox, Parts
 
 
 def main() -> None:
@@ -39,6 +39,7 @@ def main() -> None:
         # What fails here fails again in a device, which says so.
         with suppress(Exception), quiet():
             resolve_name(start["prepare"])(start["config"])
+    link.send(READY)
     inbox = Inbox()
     while True:
         message, context = inbox.message(asked.get())

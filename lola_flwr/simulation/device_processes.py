@@ -21,11 +21,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from lola_flwr.errors import UserError
 from lola_flwr.simulation import device_process
 from lola_flwr.simulation.flower_app import FlowerApp
-from lola_flwr.simulation.link import ASK, LOG, START, Inbox, Link, Outbox
+from lola_flwr.simulation.link import ASK, LOG, START, Inbox, Link, Outbox, Parts
 from lola_flwr.simulation.watch import how_it_ended
 
-# How often a process is looked at that says nothing, and how long one may take to end.
-_LOOK_S, _END_S = 0.5, 3.0
+# How often a process is looked at that computes and says nothing, or that starts, and
+# how long one may take to end.
+_LOOK_S, _MOMENT_S, _END_S = 0.5, 0.05, 3.0
 
 
 class DeviceProcess:
@@ -44,6 +45,9 @@ class DeviceProcess:
         self._process = process
         self._link = link
         self._outbox = Outbox()
+        self._ready = False
+        self._poll = select.poll()
+        self._poll.register(link.connection, select.POLLIN)
 
     def answer(
         self, message: Message, context: Context
@@ -58,12 +62,22 @@ class DeviceProcess:
         with self._named():
             self._link.send(ASK, *self._outbox.parts(message, context))
             while True:
-                self._wait()
-                kind, parts = self._link.receive()
-                if kind != LOG:
-                    return Inbox().message(parts)
-                level, said = parts
-                log(int(level), "%s", said.decode())
+                said = self._said(_LOOK_S)
+                if said is not None:
+                    return Inbox().message(said)
+
+    def is_ready(self) -> bool:
+        """Tell, after a moment at most, whether it has loaded what it needs.
+
+        Raises
+        ------
+        UserError
+            The process has ended.
+        """
+        with self._named():
+            if not self._ready:
+                self._ready = self._said(_MOMENT_S) is not None
+        return self._ready
 
     def forget(self) -> None:
         """Hold no longer what was sent last."""
@@ -85,17 +99,24 @@ class DeviceProcess:
             log(ERROR, "%s", said)
             raise UserError(said) from None
 
-    def _wait(self) -> None:
-        """Wait until the process says something.
+    def _said(self, wait_s: float) -> Parts | None:
+        """Return what the process says, if it does in time and it is not for the log.
 
         Raises
         ------
         EOFError
             It has ended: what it has started may still hold its end of the link.
         """
-        while not select.select([self._link.connection], [], [], _LOOK_S)[0]:
+        if not self._poll.poll(1000 * wait_s):
             if self._process.poll() is not None:
                 raise EOFError
+            return None
+        kind, parts = self._link.receive()
+        if kind != LOG:
+            return parts
+        level, said = parts
+        log(int(level), "%s", said.decode())
+        return None
 
 
 @contextmanager

@@ -145,6 +145,10 @@ class ProcessGrid(Grid):
 
         def work_there(process: DeviceProcess) -> None:
             try:
+                # Until then the devices are this process's.
+                with process.turn:
+                    while left and not process.is_ready():
+                        pass
                 work(process.turn, partial(self._deliver, compute=process.answer))
                 process.forget()
             except BaseException:

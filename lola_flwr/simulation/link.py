@@ -23,9 +23,9 @@ from flwr.common.serde import (
 from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.proto.message_pb2 import Message as MessageProto
 
-# Kinds of frames: what a process is told first, a message for a device, its reply, and
-# a line for the log.
-START, ASK, ANSWER, LOG = b"s", b"?", b"!", b"l"
+# Kinds of frames: what a process is told first, that it is ready, a message for a
+# device, its reply, and a line for the log.
+START, READY, ASK, ANSWER, LOG = b"s", b"r", b"?", b"!", b"l"
 
 _HEAD = struct.Struct("!cI")
 
