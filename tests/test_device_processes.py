@@ -35,7 +35,8 @@ from lola_flwr.simulation.link import Inbox, Link, Outbox
 
 ROOT = Path(__file__).parent.parent
 
-# What a device of the server's process does, it does when another process has answered.
+# Where they wait, a device of the server's process does what it does when one of the
+# other process has answered, and that one when the former has begun.
 APP = """
 import os, signal, time
 from logging import INFO
@@ -56,15 +57,21 @@ def prepare(config):
 def train(message, context):
     where = Path(context.run_config["where"])
     config = message.content["config"]
-    if os.getpid() == config["server"]:
-        while not (where / "answered").exists():
+
+    def wait_for(name):
+        while config["waits"] and not (where / name).exists():
             time.sleep(0.01)
+
+    if os.getpid() == config["server"]:
+        (where / "begun").touch()
+        wait_for("answered")
     else:
         (where / "pid").write_text(str(os.getpid()))
         if config["does"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if config["does"] == "hang":
             time.sleep(600)
+        wait_for("begun")
     count = context.state.metric_records.setdefault("n", MetricRecord({"n": 0}))
     count["n"] += 1
     context.state["kept"] = message.content["arrays"]
@@ -103,9 +110,15 @@ def grid_of(where, name, num_devices=2):
 
 def messages(does, nodes=(2, 3), waits=True):
     arrays = ArrayRecord([np.arange(5, dtype=np.float32), np.zeros((0, 2))])
-    config = ConfigRecord({"does": does, "server": waits * os.getpid()})
+    told = {"does": does, "server": os.getpid(), "waits": waits}
+    config = ConfigRecord(told)
     content = RecordDict({"config": config, "arrays": arrays})
     return [Message(content, node, "train") for node in nodes]
+
+
+def begin(where):
+    for name in ("begun", "answered"):
+        (where / name).unlink(missing_ok=True)
 
 
 def stopped(pid):
@@ -130,7 +143,7 @@ def test_devices_in_two_processes_are_as_in_one(tmp_path, caplog):
         (tmp_path / "go").touch()
         there = []
         for number in (2, 3):
-            (tmp_path / "answered").unlink(missing_ok=True)
+            begin(tmp_path)
             sent = messages("train")
             replies = grid.send_and_receive(sent)
             # In the order sent, and with what each device kept.
@@ -146,15 +159,15 @@ def test_devices_in_two_processes_are_as_in_one(tmp_path, caplog):
             assert {"device 2 is here", "device 3 is here"} <= {*caplog.messages}
         assert [said["prepared"] for said in there] == [1, 1]
         # Which process kept a device's context does not matter.
-        (tmp_path / "answered").unlink()
+        begin(tmp_path)
         first, second = grid.send_and_receive(messages("train", [3, 2]))
         assert first.content["said"]["n"] == second.content["said"]["n"] == 4
         # An app that raises is Flower's error reply, and nothing of it is kept.
-        (tmp_path / "answered").unlink()
+        begin(tmp_path)
         for reply in grid.send_and_receive(messages("raise")):
             assert reply.error.code == 2
             assert reply.error.reason == "<class 'ValueError'>:<'no'>"
-        (tmp_path / "answered").unlink()
+        begin(tmp_path)
         for reply in grid.send_and_receive(messages("train")):
             assert reply.content["said"]["n"] == 5
         # One device's messages are computed one after the other.
