@@ -46,6 +46,7 @@ class DeviceProcess:
         self._link = link
         self._outbox = Outbox()
         self._ready = False
+        self._is_over = False
         self._poll = select.poll()
         self._poll.register(link.connection, select.POLLIN)
 
@@ -79,6 +80,10 @@ class DeviceProcess:
                 self._ready = self._said(_MOMENT_S) is not None
         return self._ready
 
+    def expect_end(self) -> None:
+        """Have its end be no news from now on."""
+        self._is_over = True
+
     def forget(self) -> None:
         """Hold no longer what was sent last."""
         self._outbox.forget()
@@ -96,7 +101,8 @@ class DeviceProcess:
                 "with the same output directory to go on from its last checkpoint."
             )
             # This process may be computing, and says it itself only after that.
-            log(ERROR, "%s", said)
+            if not self._is_over:
+                log(ERROR, "%s", said)
             raise UserError(said) from None
 
     def _said(self, wait_s: float) -> Parts | None:
@@ -145,12 +151,17 @@ def device_processes(
         "threads": threads,
     }
     with ExitStack() as stack:
-        processes = [stack.enter_context(_started()) for _ in range(number)]
-        for _, link in processes:
+        started = [stack.enter_context(_started()) for _ in range(number)]
+        for _, link in started:
             # One that has ended already is named when it is asked for something.
             with suppress(OSError):
                 link.send(START, json.dumps(told).encode())
-        yield [DeviceProcess(process, link) for process, link in processes]
+        processes = [DeviceProcess(process, link) for process, link in started]
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.expect_end()
 
 
 @contextmanager
