@@ -11,6 +11,9 @@ from statistics import median
 # model learns: older ones say little. (On the demo's task with small batches no honest
 # update of 40 rounds had 6.5 times its block's usual norm, 1 in 10 had 2.7 times.)
 _WINDOW = 20
+# Of which no device gives more, however often it is asked: it would else say by itself
+# what is usual.
+_OF_A_DEVICE = 5
 # Before a block has so many, no norm is unusual.
 _FEWEST = 3
 # An update that is so many times larger than the limit is not scaled down, but refused:
@@ -32,7 +35,7 @@ class NormLimits:
     """
 
     max_norm: float = 10.0
-    factor: float = 2.0
+    factor: float = 3.0
 
     def scale(self, norm: float, usual_norm: float) -> float:
         """Return what an update of that norm is multiplied with; 0: it is refused.
@@ -63,9 +66,12 @@ class NormHistory:
     ----------
     of_block
         Norms by block index, oldest first.
+    devices
+        Names of the devices that they came from; of those before, it is not known.
     """
 
     of_block: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    devices: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def usual(self, block_index: int) -> float:
         """Return the usual norm of a block; infinite while too little is known."""
@@ -73,9 +79,18 @@ class NormHistory:
         # Of updates that were mostly zero nothing can be told, either.
         return (len(norms) >= _FEWEST and median(norms)) or math.inf
 
-    def after(self, received: Iterable[tuple[int, float]]) -> NormHistory:
-        """Return the history after one round's updates, as (block, norm) pairs."""
-        norms = dict(self.of_block)
-        for block_index, norm in received:
-            norms[block_index] = (*norms.get(block_index, ()), norm)[-_WINDOW:]
-        return NormHistory(norms)
+    def after(self, received: Iterable[tuple[int, float, str]]) -> NormHistory:
+        """Return the history after one round's updates: block, norm and device."""
+        norms, devices = dict(self.of_block), dict(self.devices)
+        for block_index, norm, device in received:
+            known = norms.get(block_index, ())
+            names = devices.get(block_index, ())
+            names = ("",) * (len(known) - len(names)) + names
+            entries = [*zip(known, names, strict=True), (norm, device)]
+            own = [n for n, (_, name) in enumerate(entries) if name == device]
+            for place in own[:-_OF_A_DEVICE][:1]:
+                del entries[place]
+            kept = entries[-_WINDOW:]
+            norms[block_index] = tuple(norm for norm, _ in kept)
+            devices[block_index] = tuple(name for _, name in kept)
+        return NormHistory(norms, devices)

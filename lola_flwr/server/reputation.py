@@ -53,8 +53,8 @@ _FEW_AGREEMENTS, _FEWEST = 4.0, 4
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What is known of a device's updates.
+class Agreements:
+    """How far others agreed with a device.
 
     Parameters
     ----------
@@ -62,23 +62,47 @@ class Evidence:
         Agreements; older ones count less, here and in the sums.
     total, squares
         Their sum, and that of their squares.
-    lengths
-        Logarithm of the likelihood ratio by the updates' lengths.
     """
 
     count: float = 0.0
     total: float = 0.0
     squares: float = 0.0
+
+    def and_one(self, cosine: float) -> Agreements:
+        """Take in one more."""
+        return Agreements(
+            _KEPT * self.count + 1.0,
+            _KEPT * self.total + cosine,
+            _KEPT * self.squares + cosine**2,
+        )
+
+    @property
+    def mean(self) -> float:
+        """Their mean; 0 of none."""
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a device's updates.
+
+    Parameters
+    ----------
+    blocks, head
+        How far others agreed with its gradients of blocks, and with those of the head.
+    lengths
+        Logarithm of the likelihood ratio by the updates' lengths.
+    """
+
+    blocks: Agreements = Agreements()
+    head: Agreements = Agreements()
     lengths: float = 0.0
 
-    def agreed(self, cosine: float) -> Evidence:
-        """Take in an agreement."""
-        return replace(
-            self,
-            count=_KEPT * self.count + 1.0,
-            total=_KEPT * self.total + cosine,
-            squares=_KEPT * self.squares + cosine**2,
-        )
+    def agreed(self, part: int, cosine: float) -> Evidence:
+        """Take in an agreement with a part of the model."""
+        if part == HEAD:
+            return replace(self, head=self.head.and_one(cosine))
+        return replace(self, blocks=self.blocks.and_one(cosine))
 
     def was_long(self, times_usual: float) -> Evidence:
         """Take in how many times as long as is usual an update was."""
@@ -161,7 +185,7 @@ class Reputation:
                 for one in seen[first : max(len(seen) - _BESIDE, 0)]:
                     if one.agreement is not None:
                         known = of_device.get(one.device, Evidence())
-                        of_device[one.device] = known.agreed(one.agreement)
+                        of_device[one.device] = known.agreed(part, one.agreement)
                 lately[part] = tuple(seen[-2 * _BESIDE :])
         return replace(self, lately=lately, of_device=of_device)
 
@@ -192,32 +216,48 @@ class Reputation:
     def _log_likelihoods(self) -> Mapping[str, float]:
         """Logarithms of the likelihood ratios, by device."""
         known = dict(self.of_device)
-        for seen in self.lately.values():
+        for part, seen in self.lately.items():
             for one in seen[-_BESIDE:]:
                 if one.agreement is not None:
                     before = known.get(one.device, Evidence())
-                    known[one.device] = before.agreed(one.agreement)
-        expected, variance = _expected(known.values())
-        return {
-            device: evidence.lengths + _by_directions(evidence, expected, variance)
-            for device, evidence in known.items()
-        }
+                    known[one.device] = before.agreed(part, one.agreement)
+        of_blocks = _Honest.of(one.blocks for one in known.values())
+        of_head = _Honest.of(one.head for one in known.values())
+        found = {}
+        for device, evidence in known.items():
+            blocks = of_blocks.log_likelihood(evidence.blocks)
+            head = of_head.log_likelihood(evidence.head)
+            # Who is honest about one is not thereby so about the other.
+            found[device] = evidence.lengths + min(blocks, head, blocks + head)
+        return found
 
 
-def _expected(evidence: Iterable[Evidence]) -> tuple[float, float]:
-    """Return the mean agreement of an honest device, 0 if unknown, and variance."""
-    judged = [one for one in evidence if one.count]
-    if len(judged) < _FEWEST:
-        return 0.0, 0.0
-    variance = sum(e.squares for e in judged) / sum(e.count for e in judged)
-    return max(median(e.total / e.count for e in judged), 0.0), variance
+@dataclass(frozen=True)
+class _Honest:
+    """What agreements of honest devices are like.
 
+    Parameters
+    ----------
+    mean, variance
+        Of one agreement; a mean of 0: nothing tells honest devices from others.
+    """
 
-def _by_directions(evidence: Evidence, expected: float, variance: float) -> float:
-    """Return the logarithm of the likelihood ratio by a device's agreements."""
-    if not expected or evidence.count < _FEW_AGREEMENTS:
-        return 0.0
-    mean = evidence.total / evidence.count
-    spread = variance / evidence.count + expected**2 / 4
-    told = 2 * expected * mean / spread
-    return max(-_STRONGEST, min(told, _STRONGEST))
+    mean: float
+    variance: float
+
+    @classmethod
+    def of(cls, devices: Iterable[Agreements]) -> _Honest:
+        """Tell it from all devices', of which more than half are honest."""
+        judged = [one for one in devices if one.count]
+        if len(judged) < _FEWEST:
+            return cls(0.0, 0.0)
+        variance = sum(a.squares for a in judged) / sum(a.count for a in judged)
+        return cls(max(median(a.mean for a in judged), 0.0), variance)
+
+    def log_likelihood(self, agreements: Agreements) -> float:
+        """Return the logarithm of the likelihood ratio, honest to hostile."""
+        if not self.mean or agreements.count < _FEW_AGREEMENTS:
+            return 0.0
+        spread = self.variance / agreements.count + self.mean**2 / 4
+        told = 2 * self.mean * agreements.mean / spread
+        return max(-_STRONGEST, min(told, _STRONGEST))

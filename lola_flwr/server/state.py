@@ -101,12 +101,14 @@ class RunState:
         """
         if "last_round" in values:
             values = _of_first_layout(values)
-        # Earlier versions did not measure it.
+        # Earlier versions did not know it.
         missing = {
             "downlinks": to_values(DownlinkEstimate()),
             "reputation": to_values(Reputation()),
         }
         values = {**missing, **values}
+        if "norms" in values:
+            values["norms"] = {"devices": {}, **values["norms"]}
         state = restored(cls, values)
         # A run that goes on has another id, and devices keep their copies by run.
         return replace(state, held=HeldVersions())

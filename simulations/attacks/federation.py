@@ -36,6 +36,7 @@ from lola_flwr.randomness import rng_for
 from lola_flwr.run.records import RoundRecord
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
+from lola_flwr.server.state import RunState
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.packing import GRADIENTS, unpack
@@ -94,18 +95,19 @@ class Outcome:
         Part of the examples of the other class that the trigger turns, likewise.
     honest_refused
         Updates of honest devices that were not used, as a part of all of theirs.
-    honest_excluded
-        Honest devices that were excluded in the end.
+    honest_distrusted
+        Honest devices that counted less than half in the end.
     found
-        Hostile devices that were excluded in the end, as a part of them.
+        Hostile devices that were refused in the end, or counted less than half, as a
+        part of them.
     found_after
-        Rounds until half of those were; None where none was.
+        Rounds until the median one of those was for the first time; None of none.
     """
 
     accuracy: float
     backdoor: float
     honest_refused: float
-    honest_excluded: int
+    honest_distrusted: int
     found: float
     found_after: int | None
 
@@ -229,6 +231,7 @@ def run(
     model, partition = small_model(scenario.seed)
     coordinator = _coordinator(scenario, model, partition, limits)
     records, accuracies, backdoors = [], [], []
+    distrusted: list[set[str]] = []
     with TemporaryDirectory() as store:
         devices = _Devices(scenario, attack, task, (model, partition), Path(store))
         for server_round in range(1, scenario.rounds + 1):
@@ -241,6 +244,7 @@ def run(
                 for device, assignment in plan.assignments.items()
             ]
             records.append(coordinator.complete_round(plan, replies))
+            distrusted.append(_distrusted(coordinator.state))
             left = scenario.rounds - server_round
             if left % _EVERY == 0 and left < _EVERY * _EVALUATIONS:
                 state, names = coordinator.values(), partition.trainable
@@ -248,7 +252,7 @@ def run(
                 accuracies.append(task.accuracy(model))
                 backdoors.append(task.backdoor_success(model))
     hostile = {devices.name(index) for index in scenario.hostile}
-    return _outcome(accuracies, backdoors, records, hostile)
+    return _outcome(accuracies, backdoors, records, distrusted, hostile)
 
 
 def _coordinator(
@@ -283,16 +287,29 @@ def _outcome(
     accuracies: list[float],
     backdoors: list[float],
     records: list[RoundRecord],
+    distrusted: list[set[str]],
     hostile: set[str],
 ) -> Outcome:
     blocks = [block for record in records for block in record.blocks]
     honest = [block for block in blocks if block.device not in hostile]
     refused = [block for block in honest if block.status != "accepted"]
+    found = hostile & distrusted[-1]
+    first = [
+        next(n for n, names in enumerate(distrusted, 1) if device in names)
+        for device in found
+    ]
     return Outcome(
         accuracy=float(np.mean(accuracies)),
         backdoor=float(np.nanmean(backdoors)),
         honest_refused=len(refused) / len(honest),
-        honest_excluded=0,
-        found=0.0,
-        found_after=None,
+        honest_distrusted=len(distrusted[-1] - hostile),
+        found=len(found) / len(hostile) if hostile else 0.0,
+        found_after=int(np.median(first)) if first else None,
     )
+
+
+def _distrusted(state: RunState) -> set[str]:
+    """Return the names of the devices that count less than half, or failed lately."""
+    weight, failures = state.reputation.weight, state.fleet.absences.failures
+    names = [profile.name for profile in state.fleet.profiles.values()]
+    return {name for name in names if weight(name) < 0.5 or failures(name)}

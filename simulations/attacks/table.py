@@ -49,7 +49,9 @@ def attack_rows(runs: Sequence[Row]) -> list[Row]:
                 "points lost": round(100 * _mean(costs), 1),
                 "backdoor": f"{_mean(r['backdoor'] for r in some):.0%}",
                 "honest refused": f"{_mean(r['honest_refused'] for r in some):.1%}",
-                "honest excluded": round(_mean(r["honest_excluded"] for r in some), 1),
+                "honest distrusted": round(
+                    _mean(r["honest_distrusted"] for r in some), 1
+                ),
                 "hostile found": f"{_mean(r['found'] for r in some):.0%}",
                 "after rounds": _median(r["found_after"] for r in some),
             }

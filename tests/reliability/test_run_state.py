@@ -32,7 +32,8 @@ def sample(hint, numbers):
     if origin is np.ndarray:
         (element,) = get_args(arguments[1])
         values = [next(numbers), next(numbers)]
-        return np.array(values if element is np.int64 else np.divide(values, 3))
+        whole = np.issubdtype(element, np.integer)
+        return np.array(values if whole else np.divide(values, 3), element)
     if origin is tuple:
         return tuple(sample(arguments[0], numbers) for _ in range(2))
     if origin is not None and issubclass(origin, Mapping):

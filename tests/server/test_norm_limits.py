@@ -11,23 +11,32 @@ from lola_flwr.server.norm_limits import NormHistory, NormLimits
 def test_the_usual_norm_is_the_median_of_a_block():
     history = NormHistory()
     for norm in (1.0, 2.0):
-        history = history.after([(0, norm)])
+        history = history.after([(0, norm, f"{norm}")])
         assert history.usual(0) == np.inf
-    history = history.after([(0, 100.0)])
+    history = history.after([(0, 100.0, "c")])
     assert history.usual(0) == 2.0
     assert history.usual(1) == np.inf
     # Honest norms that grow for good are the usual ones after a while.
-    history = history.after([(0, 50.0)] * 60)
+    history = history.after((0, 50.0, f"{n}") for n in range(60))
     assert history.usual(0) == 50.0
     assert len(history.of_block[0]) == 20
     assert NormHistory({0: (0.0,) * 9}).usual(0) == np.inf
 
 
 def test_the_last_20_norms_of_a_block_count_the_newest_included():
-    numbers = [(block, float(n)) for n in range(25) for block in (3, 5)]
-    history = NormHistory().after(numbers).after([(3, 99.0)])
+    numbers = [(block, float(n), f"{n}") for n in range(25) for block in (3, 5)]
+    history = NormHistory().after(numbers).after([(3, 99.0, "a")])
     assert history.of_block[3] == (*map(float, range(6, 25)), 99.0)
     assert history.of_block[5] == tuple(map(float, range(5, 25)))
+
+
+def test_no_device_says_by_itself_what_is_usual():
+    history = NormHistory().after((0, 1.0, f"{n}") for n in range(8))
+    history = history.after([(0, 1e6, "often asked")] * 100)
+    assert history.usual(0) == 1.0
+    assert history.of_block[0] == (1.0,) * 8 + (1e6,) * 5
+    # Of an earlier version's norms nobody knows whose they are.
+    assert NormHistory({0: (1.0,) * 9}).after([(0, 5.0, "a")]).usual(0) == 1.0
 
 
 # What a norm is of a border: below it, on it or above it, by a little or by far.

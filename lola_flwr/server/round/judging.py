@@ -70,8 +70,9 @@ def judged(
     names = {device: plan.profiles[device].name for device in updates}
     # As one of each of its blocks would have it.
     norm_of = {d: u.norm / math.sqrt(len(asked[d].blocks)) for d, u in updates.items()}
-    norms = norms.after((asked[d].block_index, norm) for d, norm in norm_of.items())
-    usual = {device: norms.usual(asked[device].block_index) for device in updates}
+    kind = {device: _kind(partition, asked[device]) for device in updates}
+    norms = norms.after((kind[d], norm, names[d]) for d, norm in norm_of.items())
+    usual = {device: norms.usual(kind[device]) for device in updates}
     scale = {d: limits.scale(norm_of[d], usual[d]) for d in updates}
     refused = {
         device: UpdateRefused("excessive-norm", f"{updates[device].norm:g}")
@@ -108,6 +109,12 @@ def judged(
         norms=norms,
         reputation=reputation,
     )
+
+
+def _kind(partition: BlockPartition, assignment: Assignment) -> int:
+    """Return a number for updates whose norms can be compared: block, and with head."""
+    without_head = not assignment.sends_head
+    return assignment.block_index + partition.num_blocks * without_head
 
 
 def _digest(update: BlockUpdate) -> str:
