@@ -10,6 +10,7 @@ from flwr.app.message_type import MessageType
 from flwr.common.logger import log
 from flwr.compat.common import recorddict_compat as compat
 from flwr.serverapp import Grid
+from flwr.supercore.run import RunNotRunningException
 
 from lola_flwr.errors import UserError
 from lola_flwr.strategies.arrival_grid import ArrivalGrid, WaitS
@@ -45,6 +46,26 @@ class LegacyGrid(DeadlineGrid):
     ``DefaultWorkflow`` ends the run when a reply lacks a record that it expects.
     Through this Grid a reply that is no FitRes or EvaluateRes is simply not there.
     """
+
+    def __init__(self, grid: Grid, *, wait_s: WaitS) -> None:
+        super().__init__(grid, wait_s=wait_s)
+        self._has_ended = False
+
+    def end(self) -> None:
+        """Let Flower's thread that asks for nodes end, which an exception leaves."""
+        self._has_ended = True
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the connected nodes.
+
+        Raises
+        ------
+        RunNotRunningException
+            The run has ended.
+        """
+        if self._has_ended:
+            raise RunNotRunningException
+        return super().get_node_ids()
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -35,13 +35,11 @@ def run_rounds(
         wait_s=lambda *there: min(round_timeout_s, strategy.wait_s(*there)),
     )
     strategy.arrivals = arrivals
-    DefaultWorkflow()(
-        arrivals,
-        LegacyContext(
-            context,
-            config=ServerConfig(
-                num_rounds=num_rounds - strategy.coordinator.server_round
-            ),
-            strategy=strategy,
-        ),
-    )
+    left = num_rounds - strategy.coordinator.server_round
+    config = ServerConfig(num_rounds=left)
+    try:
+        DefaultWorkflow()(
+            arrivals, LegacyContext(context, config=config, strategy=strategy)
+        )
+    finally:
+        arrivals.end()

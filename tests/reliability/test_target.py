@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from lola_flwr.errors import UserError
@@ -57,6 +60,23 @@ def test_a_run_ends_when_an_evaluation_is_there(tmp_path, caplog, kind):
         further = run_app(out, **TINY, **kind, target="accuracy>=2")
     assert [r["server_round"] for r in further] == [1, 2, 3, 4]
     assert " target_round=none" in caplog.messages[-1]
+
+
+@pytest.mark.slow
+def test_rounds_that_end_by_an_exception_leave_no_thread(tmp_path):
+    """Flower's own would ask for nodes for ever."""
+
+    def asking():
+        names = [thread.name for thread in threading.enumerate()]
+        return [name for name in names if "_update_client_manager" in name]
+
+    with pytest.raises(UserError, match="holds before the first round"):
+        run_app(tmp_path, **TINY, interface="legacy", target="loss>=0.6")
+    for _ in range(60):
+        if not asking():
+            return
+        time.sleep(1)
+    pytest.fail(f"still there: {asking()}")
 
 
 @pytest.mark.slow

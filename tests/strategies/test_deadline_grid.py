@@ -5,6 +5,7 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common import Code, FitRes, Parameters, Status
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 from flwr.serverapp import Grid
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
@@ -77,3 +78,17 @@ def test_secure_aggregation_is_refused():
     message = Message(content, dst_node_id=7, message_type="train")
     with pytest.raises(UserError, match="take the SecAgg mod and workflow out"):
         LegacyGrid(Canned([]), wait_s=lambda *_: 5).send_and_receive([message])
+
+
+def test_what_asks_for_nodes_after_the_end_is_told_to_end():
+    """Flower's thread does so for ever where its workflow ends by an exception."""
+
+    class Connected(Canned):
+        def get_node_ids(self):
+            return [7]
+
+    grid = LegacyGrid(Connected([]), wait_s=lambda *_: 5)
+    assert grid.get_node_ids() == [7]
+    grid.end()
+    with pytest.raises(RunNotRunningException):
+        grid.get_node_ids()
