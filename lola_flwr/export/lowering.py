@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
+import torch
+from torch._decomp import core_aten_decompositions
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -66,7 +68,7 @@ def lowered(step: ExportedProgram, *, what: str) -> StepProgram:
         # Inputs stay where the device has them: no second copy of the values.
         memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
     )
-    with _named_operators(what), warnings.catch_warnings():
+    with _named_operators(step, what), warnings.catch_warnings():
         # Of ExecuTorch's own use of PyTorch.
         warnings.simplefilter("ignore", FutureWarning)
         edge = to_edge(step, compile_config=EdgeCompileConfig(_check_ir_validity=False))
@@ -98,9 +100,7 @@ def refuse_operators(operators: Iterable[str], what: str) -> None:
     UserError
         One of them has none.
     """
-    from executorch.runtime import Runtime
-
-    known: Collection[str] = Runtime.get().operator_registry.operator_names
+    known = _kernels()
     for operator in operators:
         if operator not in known:
             raise _no_kernel(operator, what)
@@ -111,19 +111,44 @@ def _place(node: Node) -> str | None:
     return FROZEN if node.name.startswith(f"b_{FROZEN}_") else None
 
 
+def _kernels() -> Collection[str]:
+    """Return the operators that the runtime has kernels for."""
+    from executorch.runtime import Runtime
+
+    names: Collection[str] = Runtime.get().operator_registry.operator_names
+    return names
+
+
+def _foreign(step: ExportedProgram) -> Iterator[str]:
+    """Give the operators of a step that no kernel has the name of."""
+    known = {name.partition(".")[0] for name in _kernels()}
+    taken_apart = core_aten_decompositions()
+    for node in step.graph.nodes:
+        target = node.target
+        # Views are copies in a runtime; what returns nothing, as checks, is left out.
+        if (
+            isinstance(target, torch._ops.OpOverload)
+            and target not in taken_apart
+            and target._schema.returns
+            and known.isdisjoint({target._schema.name, f"{target._schema.name}_copy"})
+        ):
+            yield target._schema.name
+
+
 @contextmanager
-def _named_operators(what: str) -> Iterator[None]:
+def _named_operators(step: ExportedProgram, what: str) -> Iterator[None]:
     """Turn what ExecuTorch raises into a line that names the operator."""
     try:
         yield
     # Its passes raise errors of all types.
     except Exception as error:
-        found = _OPERATOR.search(str(error))
-        if found is None:
+        said = _OPERATOR.search(str(error))
+        operator = next(_foreign(step), None) if said is None else said[0]
+        if operator is None:
             raise UserError(
                 f"{what} cannot be made a program of ExecuTorch ({reason_of(error)})."
             ) from error
-        raise _no_kernel(found[0], what) from error
+        raise _no_kernel(operator, what) from error
 
 
 def _no_kernel(operator: str, what: str) -> UserError:
