@@ -10,7 +10,7 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy.typing as npt
 
@@ -21,7 +21,7 @@ from lola_flwr.deployment.worker_link import (
     send_frame,
 )
 from lola_flwr.device.contract import OutOfMemory
-from lola_flwr.errors import UserError, quoted
+from lola_flwr.errors import UserError
 from lola_flwr.export.manifest import ExportManifest
 
 if TYPE_CHECKING:
@@ -117,11 +117,8 @@ class NativeRunner:
                 f"{self._program} ended in the middle of a step ({error}); what it "
                 "said is in this process's standard error."
             ) from error
-        if answer.kind == "out-of-memory":
-            self.close()  # and give back what it has
-            raise OutOfMemory(quoted(answer.header.get("message")))
         if answer.kind != "outputs":
-            raise UserError(str(answer.header.get("message", answer.kind)))
+            self._refuse(answer)
         self._peak_memory_bytes = float(answer.header["peak_memory_bytes"])
         return list(answer.arrays.values())
 
@@ -158,6 +155,12 @@ class NativeRunner:
         self._connection = ours
         ready = receive_frame(ours)
         if ready.kind != "ready":
-            self.close()
-            raise UserError(str(ready.header.get("message", ready.kind)))
+            self._refuse(ready)
         return ours
+
+    def _refuse(self, answer: Frame) -> NoReturn:
+        """Raise what the runner says in place of what it was asked for."""
+        said = str(answer.header.get("message", answer.kind))
+        # It has ended, or gives back what it has.
+        self.close()
+        raise OutOfMemory(said) if answer.kind == "out-of-memory" else UserError(said)

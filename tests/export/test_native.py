@@ -24,28 +24,21 @@ from lola_flwr.export.manifest import MANIFEST_FILE
 from lola_flwr.export.runner import NativeRunner
 from lola_flwr.model.backprop import block_gradient
 from simulations.benchmarks import native_runner
-from tests.export.test_programs import (
-    MODELS,
+from tests.export.programs import (
     assert_same,
+    built_runner,
     drawn,
     programs,
     values_of,
 )
 
 pytestmark = pytest.mark.slow
+pytest.importorskip("executorch", reason="needs the extra [export]")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("programs")
-
-
-@pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    """Build and install the runner; skip where that cannot be."""
-    if reason := native_runner.why_not():
-        pytest.skip(reason)
-    return native_runner.built(tmp_path_factory.mktemp("native"))
+def native():
+    return built_runner()
 
 
 def inputs_of(of, manifest):
@@ -54,15 +47,16 @@ def inputs_of(of, manifest):
     return batch, [*values_of(of), *arrays]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_gradients_are_those_of_block_gradient(native, root, kind):
-    of, directory, manifest = programs(kind, root)
+@pytest.mark.parametrize("kind", ["bert", "llama-lora"])
+def test_gradients_are_those_of_block_gradient(native, kind):
+    of, directory, manifest = programs(kind)
     batch, given = inputs_of(of, manifest)
     with NativeRunner(native, directory, manifest) as runner:
         for block in (2, 0, 1, 0):
             expected = block_gradient(of.model, of.partition, block, batch)
             assert_same(runner.run(block, given), expected)
-        assert 1e6 < runner.peak_memory_bytes < 500e6
+        # Its own, though this process, which started it, has ten times as much.
+        assert 1e6 < runner.peak_memory_bytes < 60e6
 
 
 def test_what_it_needs_is_small(native):
@@ -81,8 +75,9 @@ def checked(native, directory):
     return done.returncode, done.stdout or done.stderr
 
 
-def test_damaged_exports_are_refused_before_anything_runs(native, root, tmp_path):
-    _, directory, manifest = programs("bert", root)
+def test_damaged_exports_are_refused_before_anything_runs(native, tmp_path):
+    of, directory, manifest = programs("bert")
+    _, given = inputs_of(of, manifest)
     copy = tmp_path / "copy"
     shutil.copytree(directory, copy)
     assert checked(native, copy)[0] == 0
@@ -112,7 +107,7 @@ def test_damaged_exports_are_refused_before_anything_runs(native, root, tmp_path
             NativeRunner(native, copy, manifest) as runner,
             pytest.raises(UserError, match=said),
         ):
-            runner.run(1, [])
+            runner.run(1, given)
         (copy / name).write_bytes(before)
 
 
@@ -137,8 +132,8 @@ class Talk:
         return self.process.wait(10), said
 
 
-def test_it_refuses_what_it_was_not_asked_for_and_goes_on(native, root):
-    of, directory, manifest = programs("bert", root)
+def test_it_refuses_what_it_was_not_asked_for_and_goes_on(native):
+    of, directory, manifest = programs("bert")
     batch, given = inputs_of(of, manifest)
     arrays = dict(zip((s.name for s in manifest.inputs), given, strict=True))
     first = next(iter(arrays))
@@ -176,8 +171,8 @@ def test_it_refuses_what_it_was_not_asked_for_and_goes_on(native, root):
         struct.pack("!4sHI", b"LOLA", 3, 100) + b"{",
     ],
 )
-def test_what_is_no_frame_ends_it(native, root, sent):
-    talk = Talk(native, programs("bert", root)[1])
+def test_what_is_no_frame_ends_it(native, sent):
+    talk = Talk(native, programs("bert")[1])
     talk.ours.sendall(sent)
     talk.ours.shutdown(socket.SHUT_WR)
     with pytest.raises(LinkError):
@@ -186,8 +181,8 @@ def test_what_is_no_frame_ends_it(native, root, sent):
     assert code == 1 and said.splitlines()[-1].startswith("error: ")
 
 
-def test_a_runner_that_died_is_said_and_started_anew(native, root):
-    of, directory, manifest = programs("bert", root)
+def test_a_runner_that_died_is_said_and_started_anew(native):
+    of, directory, manifest = programs("bert")
     _, given = inputs_of(of, manifest)
     with closing(NativeRunner(native, directory, manifest)) as runner:
         first = runner.run(2, given)

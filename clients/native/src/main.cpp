@@ -6,7 +6,7 @@
 //        and the gradients
 //   what was wrong -> error, or out-of-memory, header {"message": "..."}
 //
-// Before the first of them it says "ready", or "error" and ends. With --check it checks
+// Before the first of them it says "ready", or what is wrong and ends. With --check it checks
 // the directory, says so in words, and ends.
 
 #include <sys/resource.h>
@@ -15,7 +15,9 @@
 #include <algorithm>
 #include <chrono>
 #include <csignal>
+#include <fstream>
 #include <iostream>
+#include <memory>
 #include <new>
 
 #include "frames.h"
@@ -30,10 +32,20 @@ using lola::Manifest;
 using lola::ProgramSpec;
 using nlohmann::json;
 
+constexpr char kNoMemory[] = "memory cannot be allocated";
+
 double peak_memory_bytes() {
+  // Of this program alone: what getrusage tells begins with what its parent had.
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    double kilobytes = 0;
+    if (word == "VmHWM:" && status >> kilobytes) {
+      return 1024 * kilobytes;
+    }
+  }
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  return 1024.0 * static_cast<double>(usage.ru_maxrss);
+  return 1024 * static_cast<double>(usage.ru_maxrss);
 }
 
 const ProgramSpec& program_for(const Manifest& manifest, const Header& asked) {
@@ -91,26 +103,30 @@ void answer(const Manifest& manifest, lola::Steps& steps, const Header& asked, i
     lola::write_frame(out, "out-of-memory", {{"message", error.what()}});
   } catch (const std::bad_alloc&) {
     lola::skip_bytes(STDIN_FILENO, unread);
-    lola::write_frame(out, "out-of-memory", {{"message", "memory cannot be allocated"}});
+    lola::write_frame(out, "out-of-memory", {{"message", kNoMemory}});
   }
 }
 
 int serve(const std::string& directory, int out) {
   Manifest manifest;
+  std::unique_ptr<lola::Steps> steps;
   try {
     manifest = lola::read_manifest(directory);
+    steps = std::make_unique<lola::Steps>(manifest);
   } catch (const lola::Refusal& error) {
     lola::write_frame(out, "error", {{"message", error.what()}});
+    return 1;
+  } catch (const std::bad_alloc&) {
+    lola::write_frame(out, "out-of-memory", {{"message", kNoMemory}});
     return 1;
   }
   lola::write_frame(
       out,
       "ready",
       {{"base_fingerprint", manifest.base_fingerprint}, {"runtime", manifest.runtime}});
-  lola::Steps steps(manifest);
   Header asked;
   while (lola::read_header(STDIN_FILENO, asked)) {
-    answer(manifest, steps, asked, out);
+    answer(manifest, *steps, asked, out);
   }
   return 0;
 }
