@@ -165,7 +165,7 @@ def _some_rows(gradient: Float32Array, rng: np.random.Generator) -> Float32Array
     if rows.size <= _VALUES:
         return rows
     kept = max(_VALUES // rows.shape[1], 1)
-    return rows[np.sort(rng.choice(len(rows), kept, replace=False))]
+    return np.take(rows, np.sort(rng.choice(len(rows), kept, replace=False)), axis=0)
 
 
 def _evened(rows: Float32Array) -> Float32Array:
