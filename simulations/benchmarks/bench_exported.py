@@ -2,7 +2,7 @@
 
 Run with ``pytest simulations/benchmarks/bench_exported.py -s``, where the extra
 ``[export]`` is installed and the native runner can be built. MiniLM-L6, its last and
-its first block, 32 examples of 64 tokens, one thread, no dropout. Each row is a process
+its first block, 32 examples of 64 tokens, one core, no dropout. Each row is a process
 of its own, started anew; its first gradient is counted from its start, imports and
 model included, and its memory is the largest resident set. The device with a program is
 two processes: Python, which speaks with the server, and the runner, which computes.

@@ -46,7 +46,7 @@ def torch_device(args, manifest):
     from lola_flwr.model.loading import load_classifier
     from lola_flwr.system.devices import DeviceProfile
 
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     model, _ = load_classifier(manifest.model, num_labels=2)
     # As programs compute; dropout alone would make other losses.
     for module in model.modules():
@@ -91,8 +91,9 @@ def main():
     parser.add_argument("--block", type=int, required=True)
     parser.add_argument("--values", type=Path, required=True)
     parser.add_argument("--runner", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    # The runner, too, which has as many threads as there are cores.
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
     manifest = read_manifest(args.directory)
     device = KINDS[args.kind](args, manifest)
     asked = Assignment(

@@ -13,6 +13,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.export.bindings import BindingsRunner
 from lola_flwr.export.lowering import refuse_operators
 from lola_flwr.export.manifest import read_manifest
+from lola_flwr.export.models import NamedModel, load_exported
 from lola_flwr.export.write import export_steps
 from lola_flwr.model.backprop import block_gradient
 from tests.export.programs import MODELS, assert_same, drawn, programs, values_of
@@ -34,6 +35,23 @@ def test_gradients_are_those_of_block_gradient(kind):
         assert_same(runner.run(program.block, given), expected)
         assert program.file.num_bytes < 200_000
         assert program.arena_bytes > 0
+
+
+@pytest.mark.parametrize("name", ["minilm-l6", "random:roberta-base"])
+def test_so_are_those_of_models_of_real_size(name, tmp_path):
+    of = load_exported(NamedModel(model=name), batch_size=4, sequence_length=16)
+    last = of.partition.num_blocks - 1
+    manifest = export_steps(of, tmp_path / "steps", blocks=[0, last])
+    runner = BindingsRunner(tmp_path / "steps", manifest)
+    generator = torch.Generator().manual_seed(0)
+    batch = {s.name: torch.zeros(s.shape, dtype=torch.long) for s in manifest.batch}
+    batch["input_ids"] = torch.randint(5, 30_000, (4, 16), generator=generator)
+    batch["attention_mask"] += 1
+    batch["labels"][1:3] = 1
+    given = [*values_of(of), *(batch[spec.name].numpy() for spec in manifest.batch)]
+    for block in (0, last):
+        expected = block_gradient(of.model, of.partition, block, batch)
+        assert_same(runner.run(block, given), expected)
 
 
 def test_values_go_in_and_are_not_in_the_program():
