@@ -35,12 +35,13 @@ TOKENS = 16 * 64
 # Peak resident memory of a process that states and solves the largest problem.
 PEAK_LIMIT_BYTES = 2 * 2**30
 PEAK_CODE = """
-import resource, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 from bench_allocation import fleet_problem
 from lola_flwr.allocation import allocate
+from lola_flwr.machine.memory import peak_memory_bytes
 allocate(fleet_problem(1_000_000, 24))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory_bytes())
 """
 
 
