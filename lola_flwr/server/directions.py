@@ -52,14 +52,16 @@ class Direction:
         Its round.
     sketch
         A sketch of it.
-    agreement
-        How far others agree with it, as far as they are known; None if not at all.
+    whole, rest
+        How far others agree with it, as far as they are known: with all of it, and
+        without the directions in which they vary most. None if they are too few.
     """
 
     device: str
     server_round: int
     sketch: npt.NDArray[np.int16]
-    agreement: float | None = None
+    whole: float | None = None
+    rest: float | None = None
 
 
 def sketch(gradients: Float32Arrays, names: Iterable[str], key: int) -> Sketch | None:
@@ -118,45 +120,56 @@ def agreements(
     """
     stack = np.stack([one.sketch for one in seen]).astype(np.float64) / _LENGTH
     products = stack @ stack.T
-    return [
-        _agreement(products, seen, np.asarray(weights, np.float64), place, left_out)
-        for place in places
-    ]
-
-
-def _agreement(
-    products: Float64Array,
-    seen: Sequence[Direction],
-    weights: Float64Array,
-    place: int,
-    left_out: int,
-) -> float | None:
-    """Return one direction's agreement, by the products of all with each other."""
-    own = seen[place]
-    others = [
-        n for n, one in enumerate(seen) if one.device != own.device and weights[n] > 0
-    ]
-    if len(others) < _FEWEST:
-        return None
-    trusted = np.sqrt(weights[others])
-    between = products[np.ix_(others, others)]
-    # Directions of variation, as sums of the others.
-    squares, sums = np.linalg.eigh(between * np.outer(trusted, trusted))
-    kept = squares[-left_out:] > 1e-9
-    most = (sums[:, -left_out:] * trusted[:, None])[:, kept]
-    most = most / np.sqrt(squares[-left_out:][kept])
-    apart = np.abs([seen[n].server_round - own.server_round for n in others])
-    shares = weights[others] * np.exp(-apart / _ROUNDS)
-    to_others = products[place, others]
-    of_mean, of_own = shares @ between @ most, to_others @ most
-    product = shares @ to_others - of_mean @ of_own
-    squared_mean = shares @ between @ shares - of_mean @ of_mean
-    squared_own = products[place, place] - of_own @ of_own
+    places = np.fromiter(places, int)
+    names = np.array([one.device for one in seen])
+    rounds = np.array([one.server_round for one in seen])
+    # A row for each direction that is meant: what others count, its own device nothing.
+    trusted = np.asarray(weights, np.float64) * (names != names[places, None])
+    apart = np.abs(rounds - rounds[places, None])
+    shares = trusted * np.exp(-apart / _ROUNDS)
+    most = _variation(products, trusted, left_out)
+    of_mean = np.einsum("pn,pnk->pk", shares @ products, most)
+    of_own = np.einsum("pn,pnk->pk", products[places], most)
+    product = (shares * products[places]).sum(1) - (of_mean * of_own).sum(1)
+    mean = ((shares @ products) * shares).sum(1) - np.square(of_mean).sum(1)
+    own = products[places, places] - np.square(of_own).sum(1)
     # What rounding leaves of vectors that are all left out has no direction.
-    if squared_mean <= 1e-9 * shares.sum() ** 2 or squared_own <= 1e-9:
-        return None
-    cosine = product / math.sqrt(squared_mean * squared_own)
-    return float(np.clip(cosine, -1.0, 1.0))
+    told = (mean > 1e-9 * np.square(shares.sum(1))) & (own > 1e-9)
+    told &= (trusted > 0).sum(1) >= _FEWEST
+    cosines = product / np.sqrt(np.where(told, mean * own, 1.0))
+    return [
+        float(np.clip(cosine, -1.0, 1.0)) if known else None
+        for cosine, known in zip(cosines, told, strict=True)
+    ]
+
+
+def _variation(
+    products: Float64Array, trusted: Float64Array, count: int
+) -> Float64Array:
+    """Return the directions of greatest variation, as sums of some vectors.
+
+    Parameters
+    ----------
+    products
+        Products of n vectors with each other, shape [n, n].
+    trusted
+        What each of them counts, in each of p cases, shape [p, n].
+    count
+        How many directions are meant.
+
+    Returns
+    -------
+    Weights of the vectors in each of the directions, which are orthonormal, shape
+    [p, n, count]; zero where there are not so many.
+    """
+    if not count:
+        return np.zeros((*trusted.shape, 0))
+    roots = np.sqrt(trusted)
+    squares, sums = np.linalg.eigh(products * roots[:, :, None] * roots[:, None, :])
+    first = len(products) - min(count, len(products))
+    squares, sums = squares[:, None, first:], sums[:, :, first:] * roots[:, :, None]
+    lengths = np.sqrt(np.where(squares > 1e-9, squares, np.inf))
+    return np.asarray(sums / lengths)
 
 
 def _some_rows(gradient: Float32Array, rng: np.random.Generator) -> Float32Array:

@@ -19,6 +19,8 @@ _FEWEST = 3
 # An update that is so many times larger than the limit is not scaled down, but refused:
 # half a step in the direction of who sends that is still half a step too many.
 _REFUSED_BEYOND = 10.0
+# So is, whatever is usual, one that is so many times larger than the largest norm.
+_ABSURD = 1e6
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class NormLimits:
             That of its block's updates; infinite if it is not known.
         """
         limit = self.factor * usual_norm
-        if norm > _REFUSED_BEYOND * limit:
+        if norm > min(_REFUSED_BEYOND * limit, _ABSURD * self.max_norm):
             return 0.0
         limit = min(limit, self.max_norm)
         return 1.0 if norm <= limit else limit / norm

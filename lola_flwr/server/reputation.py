@@ -4,14 +4,20 @@ With one device a block there is nothing to compare an update with in its own ro
 device is judged by all of its updates instead: by how far their directions agreed with
 those of other devices (`lola_flwr.server.directions`), and by how often they were far
 longer than is usual. An honest device's agreements have a mean m > 0 where gradients
-tell anything, one's that turns them round has -m. With n agreements of mean x and a
-deviation s, the likelihood ratio of the two has the logarithm
+tell anything, those of one that turns them round have -m. With n agreements of mean x
+the likelihood ratio of the two has the logarithm
 
-    2 * m * x / (s ** 2 / n + m ** 2 / 4),
+    2 * m * x / (s ** 2 / n + t ** 2),
 
-where the second term lets honest devices' own means differ by m / 2. m is the median of
-all devices' means, less its standard error: where gradients tell nothing, nobody is
+where s is the deviation of agreements, and t that of honest devices' means: by what two
+thirds of all devices' means deviate from m at most, and at least m / 2. m is the median
+of these means. Where it is not significant, gradients tell nothing, and nobody is
 judged by them.
+
+Updates are compared without the directions of greatest variation, in which devices'
+classes differ; where that tells nothing, as it does where noise is so small that these
+are the directions of all that is to be learned, they are compared as they are. The
+head, of which many devices of a round send a gradient, is judged apart.
 """
 
 from __future__ import annotations
@@ -28,6 +34,8 @@ from lola_flwr.server.directions import Direction, agreements
 
 # The model's part that is no block, by the number that stands for it.
 HEAD = -1
+# Ways in which gradients are compared.
+_KINDS = ("blocks whole", "blocks rest", "head whole", "head rest")
 
 # Updates of a block, before and behind one, that its direction is compared with.
 _BESIDE = 8
@@ -43,6 +51,8 @@ _LEAST = 0.1
 # An update may be so many times as long as is usual, before its length speaks against
 # its device. One in twelve of honest ones is.
 _LONG = 3.0
+# Standard errors by which honest devices' agreements have to be above nothing.
+_ERRORS = 2.0
 # No single piece of evidence is stronger, for or against.
 _STRONGEST = 20.0
 # Updates of a device that it cannot send again without being noticed.
@@ -88,21 +98,29 @@ class Evidence:
 
     Parameters
     ----------
-    blocks, head
-        How far others agreed with its gradients of blocks, and with those of the head.
+    agreements
+        How far others agreed with its gradients: with those of blocks and of the head,
+        with the whole of them and with the rest (`Direction`), by the names of these.
     lengths
         Logarithm of the likelihood ratio by the updates' lengths.
     """
 
-    blocks: Agreements = Agreements()
-    head: Agreements = Agreements()
+    agreements: Mapping[str, Agreements] = field(default_factory=dict)
     lengths: float = 0.0
 
-    def agreed(self, part: int, cosine: float) -> Evidence:
-        """Take in an agreement with a part of the model."""
-        if part == HEAD:
-            return replace(self, head=self.head.and_one(cosine))
-        return replace(self, blocks=self.blocks.and_one(cosine))
+    def of_kind(self, kind: str) -> Agreements:
+        """Return the agreements of a kind."""
+        return self.agreements.get(kind, Agreements())
+
+    def agreed(self, part: int, direction: Direction) -> Evidence:
+        """Take in how far others agreed with a gradient of a part of the model."""
+        found = dict(self.agreements)
+        name = "head" if part == HEAD else "blocks"
+        for how, cosine in (("whole", direction.whole), ("rest", direction.rest)):
+            if cosine is not None:
+                kind = f"{name} {how}"
+                found[kind] = self.of_kind(kind).and_one(cosine)
+        return replace(self, agreements=found)
 
     def was_long(self, times_usual: float) -> Evidence:
         """Take in how many times as long as is usual an update was."""
@@ -183,9 +201,8 @@ class Reputation:
                 before = lately.get(part, ())
                 seen, first = self._judged(part, before, some)
                 for one in seen[first : max(len(seen) - _BESIDE, 0)]:
-                    if one.agreement is not None:
-                        known = of_device.get(one.device, Evidence())
-                        of_device[one.device] = known.agreed(part, one.agreement)
+                    known = of_device.get(one.device, Evidence())
+                    of_device[one.device] = known.agreed(part, one)
                 lately[part] = tuple(seen[-2 * _BESIDE :])
         return replace(self, lately=lately, of_device=of_device)
 
@@ -202,14 +219,13 @@ class Reputation:
         """Return a part's directions, and the first whose judgement was not final."""
         seen = [*before, *arrived]
         first = max(len(before) - _BESIDE, 0)
-        found = agreements(
-            seen,
-            [self.weight(one.device) for one in seen],
-            range(first, len(seen)),
-            left_out=_LEFT_OUT_OF_HEAD if part == HEAD else _LEFT_OUT,
-        )
-        for place, agreement in enumerate(found, first):
-            seen[place] = replace(seen[place], agreement=agreement)
+        weights = [self.weight(one.device) for one in seen]
+        places = range(first, len(seen))
+        left_out = _LEFT_OUT_OF_HEAD if part == HEAD else _LEFT_OUT
+        wholes = agreements(seen, weights, places, left_out=0)
+        rests = agreements(seen, weights, places, left_out=left_out)
+        for place, whole, rest in zip(places, wholes, rests, strict=True):
+            seen[place] = replace(seen[place], whole=whole, rest=rest)
         return seen, first
 
     @cached_property
@@ -218,18 +234,27 @@ class Reputation:
         known = dict(self.of_device)
         for part, seen in self.lately.items():
             for one in seen[-_BESIDE:]:
-                if one.agreement is not None:
-                    before = known.get(one.device, Evidence())
-                    known[one.device] = before.agreed(part, one.agreement)
-        of_blocks = _Honest.of(one.blocks for one in known.values())
-        of_head = _Honest.of(one.head for one in known.values())
-        found = {}
-        for device, evidence in known.items():
-            blocks = of_blocks.log_likelihood(evidence.blocks)
-            head = of_head.log_likelihood(evidence.head)
-            # Who is honest about one is not thereby so about the other.
-            found[device] = evidence.lengths + min(blocks, head, blocks + head)
-        return found
+                before = known.get(one.device, Evidence())
+                known[one.device] = before.agreed(part, one)
+        honest = {
+            kind: _Honest.of(one.of_kind(kind) for one in known.values())
+            for kind in _KINDS
+        }
+        return {
+            device: evidence.lengths + _by_directions(evidence, honest)
+            for device, evidence in known.items()
+        }
+
+
+def _by_directions(evidence: Evidence, honest: Mapping[str, _Honest]) -> float:
+    """Return the logarithm of the likelihood ratio by a device's agreements."""
+    parts = []
+    for part in ("blocks", "head"):
+        # Of whole gradients those of honest devices differ where their classes do.
+        kind = f"{part} rest" if honest[f"{part} rest"].mean else f"{part} whole"
+        parts.append(honest[kind].log_likelihood(evidence.of_kind(kind)))
+    # Who is honest about one part is not thereby so about the other.
+    return min(*parts, sum(parts))
 
 
 @dataclass(frozen=True)
@@ -240,24 +265,38 @@ class _Honest:
     ----------
     mean, variance
         Of one agreement; a mean of 0: nothing tells honest devices from others.
+    between
+        Variance of the devices' own means.
     """
 
-    mean: float
-    variance: float
+    mean: float = 0.0
+    variance: float = 0.0
+    between: float = 0.0
 
     @classmethod
     def of(cls, devices: Iterable[Agreements]) -> _Honest:
         """Tell it from all devices', of which more than half are honest."""
         judged = [one for one in devices if one.count]
         if len(judged) < _FEWEST:
-            return cls(0.0, 0.0)
+            return cls()
         variance = sum(a.squares for a in judged) / sum(a.count for a in judged)
-        return cls(max(median(a.mean for a in judged), 0.0), variance)
+        middle = median(a.mean for a in judged)
+        # Of a median, as of a normal distribution.
+        error = math.sqrt(math.pi / 2 * variance / sum(a.count for a in judged))
+        if middle < _ERRORS * error:
+            return cls()
+        # Of a normal distribution, by what two thirds deviate at most: where classes
+        # differ, half of the devices may be one side, and half the other.
+        deviations = sorted(abs(a.mean - middle) for a in judged)
+        spread = (1.034 * deviations[2 * (len(judged) - 1) // 3]) ** 2
+        by_chance = variance / median(a.count for a in judged)
+        between = max(spread - by_chance, middle**2 / 4)
+        return cls(middle, variance, between)
 
     def log_likelihood(self, agreements: Agreements) -> float:
         """Return the logarithm of the likelihood ratio, honest to hostile."""
         if not self.mean or agreements.count < _FEW_AGREEMENTS:
             return 0.0
-        spread = self.variance / agreements.count + self.mean**2 / 4
+        spread = self.variance / agreements.count + self.between
         told = 2 * self.mean * agreements.mean / spread
         return max(-_STRONGEST, min(told, _STRONGEST))

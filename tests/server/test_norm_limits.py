@@ -55,7 +55,8 @@ def test_large_updates_are_scaled_down_and_monstrous_ones_refused(
     usual, factor, max_norm, border, ratio
 ):
     # Powers of two: every border is a number that floating point holds exactly.
-    refused, limit = 10 * factor * usual, min(factor * usual, max_norm)
+    refused = min(10 * factor * usual, 1e6 * max_norm)
+    limit = min(factor * usual, max_norm)
     norm = ratio * {"refused": refused, "usual": limit, "largest": max_norm}[border]
     scale = NormLimits(max_norm, factor).scale(norm, usual)
     if norm > refused:
@@ -66,7 +67,12 @@ def test_large_updates_are_scaled_down_and_monstrous_ones_refused(
         assert scale == 1
 
 
-@given(st.floats(0, 1e30), powers_of_two | st.just(np.inf))
+def test_absurd_updates_are_refused_before_anything_is_usual():
+    assert NormLimits(10.0, 3.0).scale(1e7, np.inf) == pytest.approx(1e-6)
+    assert NormLimits(10.0, 3.0).scale(np.nextafter(1e7, 1e8), np.inf) == 0
+
+
+@given(st.floats(0, 1e7), powers_of_two | st.just(np.inf))
 def test_without_limits_nothing_is_scaled(norm, usual):
     assert NormLimits(np.inf, np.inf).scale(norm, usual) == 1
     # Of a block that is not known only the largest norm is a limit.

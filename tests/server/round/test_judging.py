@@ -1,0 +1,123 @@
+"""What a round's updates come to by what their devices sent before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.reputation import Reputation
+from tests.server.test_coordinator import (
+    PARTITION,
+    honest_reply,
+    make_coordinator,
+    npy,
+    size_of,
+)
+
+IDS = ["id-0", "id-1", "id-2", "id-3"]
+
+
+def drawn(plan, device, seed, factor=1.0):
+    names = PARTITION.update_names(*plan.assignments[device].blocks)
+    values = np.random.default_rng(seed).standard_normal(size_of(names))
+    return honest_reply(plan, device, tensors=[npy((factor * values).astype("f4"))])
+
+
+def one_round(coordinator: Coordinator, server_round, sent):
+    plan = coordinator.plan_round(server_round, IDS)
+    before = {name: values.copy() for name, values in coordinator.values().items()}
+    record = coordinator.complete_round(plan, sent(plan))
+    moved = {n: v - before[n] for n, v in coordinator.values().items()}
+    return plan, record, moved
+
+
+def test_a_replayed_update_and_one_of_zeros_are_refused_and_their_devices_rest():
+    coordinator = make_coordinator(num_devices=3, reputation=True)
+    told = set()
+
+    def always_the_same(plan):
+        told.update((d, a.block_index) for d, a in plan.assignments.items())
+        return [
+            drawn(plan, device, [IDS.index(device), assignment.block_index])
+            for device, assignment in plan.assignments.items()
+        ]
+
+    refused = 0
+    for server_round in range(1, 6):
+        before = set(told)
+        plan, record, _ = one_round(coordinator, server_round, always_the_same)
+        asked = {(d, a.block_index) for d, a in plan.assignments.items()}
+        count = len(asked & before)
+        assert record.refused == ({"replayed": count} if count else {})
+        refused += count
+    assert refused > 3
+    profiles = coordinator.state.fleet.profiles
+    absences = coordinator.state.fleet.absences
+    assert any(absences.failures(profile.name) for profile in profiles.values())
+    _, record, moved = one_round(
+        coordinator, 6, lambda plan: [drawn(plan, d, 9, 0.0) for d in plan.assignments]
+    )
+    assert record.refused == {"all-zero": 3}
+    assert not any(change.any() for change in moved.values())
+
+
+def test_an_update_counts_as_its_device_is_trusted():
+    def moved_with(lengths):
+        coordinator = make_coordinator(reputation=True)
+        names = [coordinator.state.fleet.profiles[device].name for device in IDS]
+        evidence = [(name, times) for name in names for times in lengths]
+        reputation = Reputation().after_lengths(evidence)
+        coordinator.state = replace(coordinator.state, reputation=reputation)
+        _, record, moved = one_round(
+            coordinator,
+            1,
+            lambda plan: [drawn(plan, d, n) for n, d in enumerate(plan.assignments)],
+        )
+        return reputation.weight(names[0]), record, moved
+
+    _, record, whole = moved_with([])
+    assert record.refused == {}
+    weight, record, less = moved_with([9.9])
+    assert record.refused == {}
+    assert 0.1 < weight < 0.5
+    for name, change in less.items():
+        np.testing.assert_allclose(change, weight * whole[name], rtol=1e-5, atol=1e-7)
+    weight, record, none = moved_with([9.9, 9.9])
+    assert record.refused == {"distrusted": 3}
+    assert not any(change.any() for change in none.values())
+
+
+def test_what_devices_sent_is_part_of_the_state_unless_nobody_is_judged():
+    def after(**options):
+        coordinator = make_coordinator(**options)
+        for server_round in (1, 2):
+            one_round(
+                coordinator,
+                server_round,
+                lambda plan: [
+                    drawn(plan, d, plan.server_round * 10 + n)
+                    for n, d in enumerate(plan.assignments)
+                ],
+            )
+        return coordinator.state.reputation
+
+    known = after(reputation=True)
+    assert known.key > 0
+    assert {part: len(seen) for part, seen in known.lately.items()} == {
+        -1: 6,
+        0: 2,
+        1: 2,
+        2: 2,
+    }
+    unknown = after(reputation=False)
+    assert (unknown.key, unknown.lately, unknown.digests) == (0, {}, {})
+
+
+def test_where_weights_are_returned_nobody_is_judged():
+    state = {name: v.copy() for name, v in make_coordinator().values().items()}
+    coordinator = make_coordinator(reputation=True, state_dict=state)
+    plan = coordinator.plan_round(1, IDS)
+    coordinator.complete_round(plan, [drawn(plan, d, 3) for d in plan.assignments])
+    assert coordinator.state.reputation.key == 0

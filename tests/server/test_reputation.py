@@ -1,0 +1,147 @@
+"""Streams of gradients, of which some devices' are not honest."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from lola_flwr.run.values import from_values, to_values
+from lola_flwr.server.directions import Direction
+from lola_flwr.server.reputation import HEAD, Reputation
+
+DEVICES = [f"device-{n}" for n in range(8)]
+HOSTILE = {"device-2", "device-5"}
+ROUNDS = 60
+
+
+def kept(vector):
+    return np.rint(vector * (4000 / np.linalg.norm(vector))).astype(np.int16)
+
+
+def stream(change, *, signal=0.6, classes=0.0, seed=0):
+    """Give each round's directions: two devices each send a block's and the head's.
+
+    Signals turn slowly, as gradients do while a model learns.
+    """
+    rng = np.random.default_rng(seed)
+    ways = rng.standard_normal((3, 64))
+    pull = rng.standard_normal((3, 64))
+    for server_round in range(ROUNDS):
+        ways += 0.1 * rng.standard_normal(ways.shape)
+        arrived = []
+        for block, number in enumerate(rng.permutation(len(DEVICES))[:2]):
+            device, side = DEVICES[number], (1 if number % 2 else -1)
+            for part in (block, HEAD):
+                vector = signal * ways[part] + rng.standard_normal(64)
+                vector += classes * side * pull[part]
+                if device in HOSTILE:
+                    vector = change(vector, part, rng)
+                arrived.append((part, Direction(device, server_round, kept(vector))))
+        yield arrived
+
+
+def after(change, **options):
+    reputation = Reputation()
+    for arrived in stream(change, **options):
+        reputation = reputation.after_directions(arrived)
+    return reputation
+
+
+def honest(vector, part, rng):
+    return vector
+
+
+ATTACKS = {
+    "sign flip": lambda vector, part, rng: -vector,
+    "of the blocks alone": lambda vector, part, rng: (
+        vector if part == HEAD else -vector
+    ),
+    "of the head alone": lambda vector, part, rng: -vector if part == HEAD else vector,
+    "scaled": lambda vector, part, rng: -30.0 * vector,
+}
+
+
+@pytest.mark.parametrize(
+    ("attack", "classes"),
+    [
+        *((attack, 0.0) for attack in ATTACKS),
+        # Less is left to compare where classes differ; of the head there is more of it.
+        *((attack, 3.0) for attack in ATTACKS if attack != "of the blocks alone"),
+    ],
+)
+def test_who_turns_gradients_round_counts_less_and_nobody_else(attack, classes):
+    reputation = after(ATTACKS[attack], classes=classes)
+    weights = {device: reputation.weight(device) for device in DEVICES}
+    assert all(weights[device] < 0.5 for device in HOSTILE), weights
+    assert all(weights[d] > 0.5 for d in DEVICES if d not in HOSTILE), weights
+
+
+@pytest.mark.parametrize("classes", [0.0, 3.0])
+@pytest.mark.parametrize("signal", [0.0, 0.6])
+def test_honest_devices_count_fully_whether_or_not_gradients_tell_anything(
+    signal, classes
+):
+    weights = [
+        after(honest, signal=signal, classes=classes, seed=seed).weight(device)
+        for seed in range(3)
+        for device in DEVICES
+    ]
+    assert min(weights) > 0.1
+    assert np.mean(np.less(weights, 1)) < 0.1
+
+
+def test_nobody_is_judged_by_one_or_two_gradients():
+    reputation = Reputation()
+    for arrived in [*stream(ATTACKS["sign flip"])][:5]:
+        reputation = reputation.after_directions(arrived)
+    assert {reputation.weight(device) for device in (*DEVICES, "new")} == {1.0}
+
+
+def test_far_too_long_updates_speak_against_a_device_until_they_are_long_past():
+    usual = Reputation().after_lengths([("a", 2.9), ("b", 0.0)] * 30)
+    assert usual.weight("a") == usual.weight("b") == 1
+    once = Reputation().after_lengths([("a", 9.9)])
+    assert 0.1 < once.weight("a") < 0.5
+    often = once.after_lengths([("a", 9.9)])
+    assert often.weight("a") == 0
+    assert often.after_lengths([("a", 1.0)] * 300).weight("a") == 1
+    # However long it was: one piece of evidence is not stronger than any other.
+    absurd = Reputation().after_lengths([("a", 1e30)] * 9)
+    assert absurd.log_likelihood("a") == -20
+
+
+def test_an_update_that_came_before_is_known():
+    reputation = Reputation().after_digests([("a", "1"), ("b", "2")])
+    assert reputation.has_seen("a", "1")
+    assert not reputation.has_seen("a", "2")
+    assert not reputation.has_seen("c", "1")
+    others = [("a", f"later {n}") for n in range(31)]
+    assert reputation.after_digests(others).has_seen("a", "1")
+    assert not reputation.after_digests([*others, ("a", "last")]).has_seen("a", "1")
+    # Sent again and again, it stays among the latest.
+    again = reputation.after_digests([*others, ("a", "1"), *others])
+    assert again.has_seen("a", "1")
+
+
+def test_the_key_is_drawn_once_from_what_came_first():
+    reputation = Reputation().keyed(["1", "2"])
+    assert reputation.key > 0
+    assert reputation.keyed(["3"]) is reputation
+    assert Reputation().keyed(["1", "3"]).key != reputation.key
+
+
+def test_it_goes_on_from_a_checkpoint_bit_for_bit():
+    rounds = [*stream(ATTACKS["sign flip"])]
+    straight = resumed = Reputation().keyed(["1"])
+    states = [straight]
+    for arrived in rounds:
+        straight = straight.after_directions(arrived).after_lengths([("a", 7.0)])
+        resumed = resumed.after_directions(arrived).after_lengths([("a", 7.0)])
+        resumed = from_values(Reputation, json.loads(json.dumps(to_values(resumed))))
+        states.append(straight)
+    assert to_values(resumed) == to_values(straight)
+    # Of every round's state nothing is changed by the next.
+    assert all(to_values(a) != to_values(b) for a, b in pairwise(states))
