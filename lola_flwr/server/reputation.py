@@ -51,6 +51,9 @@ _LEAST = 0.1
 # An update may be so many times as long as is usual, before its length speaks against
 # its device. One in twelve of honest ones is.
 _LONG = 3.0
+# Beyond so many times it is an accident as well as an attack, and speaks no more against
+# it; after ten other updates little is left of it.
+_LONGEST, _LENGTHS_KEPT = 10.0, 0.9
 # Standard errors by which honest devices' agreements have to be above nothing.
 _ERRORS = 2.0
 # No single piece of evidence is stronger, for or against.
@@ -125,8 +128,8 @@ class Evidence:
     def was_long(self, times_usual: float) -> Evidence:
         """Take in how many times as long as is usual an update was."""
         # Odds of an honest one fall with the square of its length.
-        told = -2.0 * math.log(max(times_usual / _LONG, 1.0))
-        return replace(self, lengths=max(_KEPT * self.lengths + told, -_STRONGEST))
+        told = -2.0 * math.log(max(min(times_usual, _LONGEST) / _LONG, 1.0))
+        return replace(self, lengths=_LENGTHS_KEPT * self.lengths + told)
 
 
 @dataclass(frozen=True, eq=False)

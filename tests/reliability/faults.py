@@ -85,10 +85,10 @@ LIES = {
         no_longer_an_update({"failure": "out-of-memory", "detail": "4 GiB"}),
         "out-of-memory",
     ),
+    "zero": (change_all(0.0), "all-zero"),
     # These are accepted: all that can be done is to bound what they do.
     "huge": (change_all(1e20), None),
     "sign-flipped and scaled": (change_all(-100.0), None),
-    "zero": (change_all(0.0), None),
 }
 # What can happen on the way.
 ACCIDENTS = ("silence", "error", "wrong base", "late", "duplicate", "leaves")

@@ -12,7 +12,7 @@ from tests.reliability.faults import change_all
 from tests.reliability.tiny_run import make_device, run, tiny_model
 from tests.strategies.in_process import InProcessGrid
 
-NO_DEFENCE = {"norm_factor": np.inf, "max_gradient_norm": 1e9}
+NO_DEFENCE = {"norm_factor": np.inf, "max_gradient_norm": 1e9, "reputation": False}
 DEFENCE = {"norm_factor": 2.0}
 
 

@@ -51,6 +51,9 @@ def assert_all_is_accounted_for(records, grid, rounds):
     # These are refused once enough is known about a block, and scaled down before. Of
     # small batches an honest one may be as large, when the others are all learned.
     too_large = refused.pop("excessive-norm", 0)
+    # Who sends one after the other rests a while.
+    distrusted = refused.pop("distrusted", 0)
+    assert distrusted <= 0.05 * accepted(records)
     lies = sum(grid.counts[kind] for kind in TOO_LARGE)
     assert too_large <= lies + 0.01 * accepted(records)
     assert refused == expected
@@ -116,7 +119,7 @@ def test_a_fifth_of_hostile_devices(tmp_path, capsys):
         )
         return records[-1]["metrics"]["accuracy"]
 
-    none = {"norm_factor": 0.0, "max_gradient_norm": 1e9}
+    none = {"norm_factor": 0.0, "max_gradient_norm": 1e9, "reputation": False}
     table = {
         "clean, no defence": accuracy("clean", 0.0, **none),
         "hostile, no defence": accuracy("bare", 0.2, **none),
