@@ -68,6 +68,7 @@ def train(message, context):
     else:
         (where / "pid").write_text(str(os.getpid()))
         if config["does"] == "die":
+            (where / "answered").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if config["does"] == "hang":
             time.sleep(600)
@@ -177,6 +178,7 @@ def test_devices_in_two_processes_are_as_in_one(tmp_path, caplog):
         # The end of a process is named, and the run's.
         (pid,) = {said["pid"] for said in there}
         said = rf"process of devices \({pid}\) was ended by SIGKILL.*start again"
+        begin(tmp_path)
         with pytest.raises(UserError, match=said):
             grid.send_and_receive(messages("die"))
         assert any(f"({pid}) was ended by SIGKILL" in m for m in caplog.messages)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lola_flwr.machine.files import local_path
+
 STEPS = 3
 
 
@@ -87,10 +89,10 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=local_path)
     parser.add_argument("--block", type=int, required=True)
-    parser.add_argument("--values", type=Path, required=True)
-    parser.add_argument("--runner", type=Path)
+    parser.add_argument("--values", type=local_path, required=True)
+    parser.add_argument("--runner", type=local_path)
     args = parser.parse_args()
     # The runner, too, which has as many threads as there are cores.
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
