@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -163,6 +164,9 @@ def test_a_run_whose_disk_fills_is_gone_on_with(tmp_path, interface):
 
     def on_plan(server_round):
         if server_round == 2:
+            # That of the round before is written meanwhile.
+            while not (path / "checkpoints" / "round-000001.safetensors").exists():
+                time.sleep(0.01)
             limit[0].__enter__()
 
     with pytest.raises(
