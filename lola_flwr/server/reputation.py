@@ -51,8 +51,8 @@ _LEAST = 0.1
 # An update may be so many times as long as is usual, before its length speaks against
 # its device. One in twelve of honest ones is.
 _LONG = 3.0
-# Beyond so many times it is an accident as well as an attack, and speaks no more
-# against it; after ten other updates little is left of it.
+# Beyond so many times it may as well be an accident, and speaks no more against it;
+# after ten other updates little is left of it.
 _LONGEST, _LENGTHS_KEPT = 10.0, 0.9
 # Standard errors by which honest devices' agreements have to be above nothing.
 _ERRORS = 2.0
