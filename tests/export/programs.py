@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from lola_flwr.export.write import export_steps
 from lola_flwr.model.adapters import adapt
 from simulations.benchmarks import native_runner
 from tests.conftest import SMALL
-from tests.export.small import CLASSIFIER, classifier, exported
+from tests.export.small import CLASSIFIER, classifier, exported, scratch
 
 TOKENS = {
     name: torch.zeros(1, 10, dtype=torch.long)
@@ -56,7 +54,7 @@ def programs(kind):
     """Export a small model, all depths; return it, the directory and the manifest."""
     make, example = MODELS[kind]
     of = exported(make(), example, name=kind)
-    directory = Path(tempfile.mkdtemp()) / kind
+    directory = scratch() / kind
     export_steps(of, directory)
     return of, directory, read_manifest(directory)
 
@@ -66,7 +64,7 @@ def built_runner():
     """Build the native runner; skip where that cannot be."""
     if reason := native_runner.why_not():
         pytest.skip(reason)
-    return native_runner.built(Path(tempfile.mkdtemp()))
+    return native_runner.built(scratch())
 
 
 def drawn(manifest, seed=1):

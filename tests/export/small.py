@@ -44,11 +44,20 @@ def classifier(**options):
     ).eval()
 
 
+_SCRATCH = []
+
+
+def scratch():
+    """Make a directory that goes with this process."""
+    _SCRATCH.append(tempfile.TemporaryDirectory())
+    return Path(_SCRATCH[-1].name)
+
+
 @cache
 def small():
     """Return the small export that tests share, and its directory."""
     of = exported(classifier(), CLASSIFIER)
-    directory = Path(tempfile.mkdtemp()) / "steps"
+    directory = scratch() / "steps"
     written(of, directory)
     return of, directory
 
