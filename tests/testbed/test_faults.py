@@ -187,4 +187,8 @@ def test_a_killed_superlink_ends_the_run_and_the_next_one_goes_on(testbed, tmp_p
     assert records[: HARMED - 1] == finished
     assert [record["server_round"] for record in records] == [*range(1, ROUNDS + 1)]
     assert not any(record["skipped"] for record in records)
-    assert all(accepted(record) == {VICTIM, *OTHERS} for record in records)
+    assert all(b["status"] == "accepted" for r in records for b in r["blocks"])
+    # One that looked for the SuperLink later than most may rest after that round.
+    there = [accepted(record) for record in records]
+    assert len(there.pop(HARMED)) >= 2
+    assert all(devices == {VICTIM, *OTHERS} for devices in there)
