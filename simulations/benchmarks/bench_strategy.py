@@ -38,14 +38,20 @@ def test_round_of_a_tiny_model(benchmark, num_devices):
     for index, device in enumerate(ids):
         profile = simulated_device(index, seed=0)
         coordinator.add_device(device, profile.to_properties())
-    updates = []
-    for block in range(partition.num_blocks):
-        size = sum(math.prod(shapes[n]) for n in partition.update_names(block))
-        updates.append(update_of(np.full(size, 1e-3, np.float32)))
-    rounds = iter(range(1, 10**6))
+    sizes = [
+        sum(math.prod(shapes[n]) for n in partition.update_names(block))
+        for block in range(partition.num_blocks)
+    ]
+    # None twice, which would be refused.
+    rounds = iter(
+        [
+            (number, [update_of(np.full(s, 1e-3 + 1e-6 * number, "f4")) for s in sizes])
+            for number in range(1, 23)
+        ]
+    )
 
     def one_round():
-        server_round = next(rounds)
+        server_round, updates = next(rounds)
         coordinator.meet_devices(server_round, ids)
         plan = coordinator.plan_round(server_round, ids)
         return coordinator.complete_round(plan, replies_to(plan, updates))

@@ -34,7 +34,7 @@ NUM_DEVICES, ROUNDS = 12, 6
 def main() -> None:
     """Measure some rounds."""
     torch.set_num_threads(1)
-    coordinator, updates = _server()
+    coordinator, sizes = _server()
     ids = [*coordinator.state.fleet.profiles]
     figures = []
     with (
@@ -42,7 +42,10 @@ def main() -> None:
         RunDirectory(Path(directory) / "run", coordinator, configuration={}) as files,
     ):
         for server_round in range(1, ROUNDS + 1):
+            # None twice, which would be refused.
+            updates = [_update(size, server_round) for size in sizes]
             figures.append(_round(coordinator, ids, updates, server_round, files))
+            del updates
             # As between the rounds of a run; training leaves time for the checkpoint.
             give_back_freed_memory()
             time.sleep(10)
@@ -67,15 +70,14 @@ def _server():
     for index, device in enumerate(ids):
         profile = simulated_device(index, seed=0)
         coordinator.add_device(device, profile.to_properties())
-    sizes = (
+    return coordinator, [
         sum(math.prod(shapes[name]) for name in partition.update_names(block))
         for block in range(partition.num_blocks)
-    )
-    return coordinator, [_update(size) for size in sizes]
+    ]
 
 
-def _update(size):
-    values = np.random.default_rng(0).standard_normal(size, np.float32)
+def _update(size, seed):
+    values = np.random.default_rng(seed).standard_normal(size, np.float32)
     return update_of(values * np.float32(1e-3))
 
 
