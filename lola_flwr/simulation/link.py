@@ -143,10 +143,6 @@ class Inbox:
         _fill(context.state, arrays)
         return message, context
 
-    def forget(self) -> None:
-        """Hold the last message's arrays no longer."""
-        self._last = []
-
 
 def _bare(records: RecordDict, arrays: list[bytes]) -> RecordDict:
     """Return records whose arrays are empty; what was in them goes to a list."""
