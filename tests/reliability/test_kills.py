@@ -1,9 +1,10 @@
-"""The command is killed at any moment: nothing stays behind, and the next goes on."""
+"""Killed at any moment, or write, a run leaves nothing behind, and the next goes on."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,3 +117,26 @@ def test_kills_at_random_moments(tmp_path, rng, capsys, engine):
     with capsys.disabled():
         print(f"\n{kills} kills; {resumed} starts went on; {ended} runs ended")
     assert ended and resumed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(
+    shutil.which("cc") is None or sys.platform != "linux",
+    reason="a C compiler makes what counts system calls, and Linux loads it",
+)
+def test_1000_kills_at_writes(tmp_path, capsys):
+    source = Path(__file__).with_name("kill_at_write.c")
+    shim = tmp_path / "kill_at_write.so"
+    compiled = ["cc", "-shared", "-fPIC", "-O1", "-o", str(shim), str(source), "-ldl"]
+    subprocess.run(compiled, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.reliability.killed_at_writes", "6", "1000"],
+        cwd=ROOT,
+        env={**os.environ, "LD_PRELOAD": str(shim)},
+        capture_output=True,
+        text=True,
+    )
+    with capsys.disabled():
+        print(f"\n{done.stdout}")
+    assert done.returncode == 0, done.stderr[-2000:]
