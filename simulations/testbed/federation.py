@@ -209,6 +209,19 @@ class Federation:
         """Stop a program where it is, without its knowledge."""
         os.killpg(self._processes[name].pid, signal.SIGSTOP)
 
+    def thaw(self, name: str) -> None:
+        """Let a program that was stopped go on."""
+        os.killpg(self._processes[name].pid, signal.SIGCONT)
+
+    def programs(self) -> Iterator[tuple[str, psutil.Process]]:
+        """Return all processes that run, by the program that started each."""
+        for name, process in list(self._processes.items()):
+            with suppress(psutil.NoSuchProcess):
+                started = psutil.Process(process.pid)
+                yield name, started
+                for each in started.children(recursive=True):
+                    yield f"{name}: {_called(each)}", each
+
     def restart_supernode(self, index: int) -> int:
         """Start a killed SuperNode again and again, as its unit does, until it stays.
 
@@ -354,6 +367,12 @@ class Federation:
     def environment(self, home: Path) -> dict[str, str]:
         """Return the environment of a program whose state is in a directory."""
         return {**environment_of(home), **self.options.environment}
+
+
+def _called(process: psutil.Process) -> str:
+    """Return the word of a process's command that says what it is."""
+    words = [Path(word).name for word in process.cmdline() if not word.startswith("-")]
+    return next((w for w in words if not w.startswith("python")), process.name())
 
 
 _PROBE = (

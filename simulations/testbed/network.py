@@ -105,6 +105,16 @@ def cut(made: Network, index: int) -> Iterator[None]:
         _run(*end, "up")
 
 
+@contextmanager
+def shaped(made: Network, index: int, rate_bps: float) -> Iterator[None]:
+    """Give a device's uplink another rate."""
+    _shape(made.devices[index], "uplink", rate_bps)
+    try:
+        yield
+    finally:
+        _shape(made.devices[index], "uplink", made.rates_bps[index])
+
+
 def sweep() -> None:
     """Take down what testbeds left behind that were killed."""
     listed = _run("ip", "netns", "list").split()
