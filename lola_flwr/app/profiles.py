@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from lola_flwr.app.config import AppConfig, UpdatesConfig, link_rates_bps
 from lola_flwr.errors import UserError
-from lola_flwr.machine.files import local_path
 from lola_flwr.system.devices import DeviceProfile, FleetRanges, simulated_device
 from lola_flwr.system.fleet_file import read_fleet
 
@@ -22,7 +21,7 @@ def simulated_profile(config: AppConfig, index: int) -> DeviceProfile:
     if not config.fleet:
         ranges = FleetRanges(snr_db=(config.snr_min_db, config.snr_max_db))
         return simulated_device(index, seed=config.seed, ranges=ranges)
-    fleet = read_fleet(local_path(config.fleet))
+    fleet = read_fleet(config.fleet)
     if index >= len(fleet):
         raise UserError(
             f"fleet={config.fleet!r} has {len(fleet)} devices, but more are "

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="fleet",
-    help="Generate, show and validate device files (TOML).",
+    help="Generate, show and validate device files (TOML); devices people own.",
     no_args_is_help=True,
 )
 
 FleetFile = Annotated[
-    Path, typer.Argument(click_type=LOCAL_PATH, help="Fleet file in TOML.")
+    Path,
+    typer.Argument(
+        click_type=LOCAL_PATH, help="Fleet file in TOML, or presets: jetson-nano:4."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -97,6 +100,50 @@ def validate(path: FleetFile) -> None:
     from lola_flwr.system.fleet_file import read_fleet
 
     print(f"{path}: {len(read_fleet(path))} devices, all of them complete")
+
+
+@app.command()
+def presets(as_json: AsJson = False) -> None:
+    """Show devices that people own, by published figures, and where these are from.
+
+    Example: `lola-flwr fleet presets`
+
+    They stand wherever a fleet file does: `lola-flwr plan --fleet raspberry-pi-5:8`
+    """
+    from dataclasses import asdict
+
+    from lola_flwr.system.presets import presets as all_presets
+
+    known = all_presets().values()
+    if as_json:
+        print_json([asdict(preset) for preset in known])
+        return
+    rows = table(
+        "Datasheet figures, not measured: `lola-flwr profile` measures a device.",
+        *("preset", "peak", "speed", "installed", "memory", "uplink"),
+    )
+    for preset in known:
+        rows.add_row(
+            preset.name,
+            si(preset.peak_flops_per_s, "FLOP/s"),
+            si(preset.flops_per_s, "FLOP/s"),
+            si(preset.installed_bytes, "B"),
+            si(preset.memory_bytes, "B"),
+            si(preset.uplink_bps, "bit/s"),
+        )
+    out = console()
+    out.print(rows)
+    out.print(
+        "\nspeed: what training is assumed to sustain of the peak; memory: what it is "
+        "assumed to have of the installed; uplink: as stated below, and often slower."
+    )
+    for preset in known:
+        out.print(f"\n{preset.name}: {preset.what}")
+        out.print(f"  peak: {preset.speed_source}")
+        out.print(f"  installed: {preset.memory_source}")
+        out.print(f"  uplink: {preset.uplink_source}")
+        if preset.note:
+            out.print(f"  note: {preset.note}")
 
 
 def fleet_of(path: Path | None, num_devices: int, seed: int) -> Fleet:

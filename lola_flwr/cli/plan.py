@@ -23,7 +23,9 @@ def plan(
     fleet: Annotated[
         Path | None,
         typer.Option(
-            click_type=LOCAL_PATH, help="Fleet file (default: a generated fleet)."
+            click_type=LOCAL_PATH,
+            help="Fleet file, or presets: jetson-nano:4,raspberry-pi-5:8 (default: a "
+            "generated fleet).",
         ),
     ] = None,
     devices: Annotated[
@@ -62,6 +64,8 @@ def plan(
     Example: `lola-flwr plan --devices 20`
 
     Another: `lola-flwr plan --fleet fleet.toml --model minilm-l6 --allocator jbba`
+
+    Another: `lola-flwr plan --fleet jetson-orin-nano:4,raspberry-pi-5:8`
     """
     if fleet is not None and devices is not None:
         raise UserError("--devices generates a fleet and --fleet reads one; drop one.")

@@ -67,7 +67,9 @@ def simulate(
     ] = None,
     fleet: Annotated[
         Path | None,
-        typer.Option(click_type=LOCAL_PATH, help="Fleet file: simulate these devices."),
+        typer.Option(
+            click_type=LOCAL_PATH, help="Fleet file, or presets: simulate them."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -235,7 +237,9 @@ def _fleet_changes(config: Mapping[str, Any], fleet: Path | None) -> dict[str, A
             f"--fleet={fleet}: the app has no {_FLEET_KEY} key, so it cannot simulate "
             "given devices; use --devices."
         )
-    return {_FLEET_KEY: str(fleet.absolute())}
+    from lola_flwr.system.fleet_file import from_anywhere
+
+    return {_FLEET_KEY: from_anywhere(fleet)}
 
 
 def _num_devices(
@@ -247,7 +251,7 @@ def _num_devices(
     if path is not None:
         from lola_flwr.system.fleet_file import read_fleet
 
-        there = len(read_fleet(local_path(path)))
+        there = len(read_fleet(path))
         if {devices, stated} - {None, there}:
             raise UserError(
                 f"{path} has {there} devices, so leave --devices and {_NUMBER_KEY} out."

@@ -9,7 +9,8 @@ A fleet file names each device and what it offers::
     snr-db = 12.0        # mean uplink SNR at the server over the whole band
 
 The keys of a device are those of its profile; ``uplink-bps`` is the rate of a link that
-is known, in place of the SNR.
+is known, in place of the SNR. In place of a file's path, ``jetson-orin-nano:4`` and the
+like are devices by published figures (`lola_flwr.system.presets`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from typing import Any
 import tomli_w
 
 from lola_flwr.errors import UserError, nearest
+from lola_flwr.machine.files import local_path
 from lola_flwr.system.devices import (
     DeviceProfile,
     FleetRanges,
     InvalidProfile,
     simulated_device,
 )
+from lola_flwr.system.presets import names_presets, preset_fleet, presets
 
 if sys.version_info >= (3, 11):  # noqa: UP036
     import tomllib
@@ -68,26 +71,41 @@ def generate_fleet(
     )
 
 
-def read_fleet(path: Path) -> Fleet:
-    """Read a fleet file, and check all of it.
+def read_fleet(where: str | Path) -> Fleet:
+    """Read a fleet file, and check all of it; or make a fleet of presets.
+
+    Parameters
+    ----------
+    where
+        The file, or presets: ``jetson-orin-nano:4,raspberry-pi-5:8``.
 
     Raises
     ------
     UserError
         The file cannot be read, is no TOML, or a device is not described completely;
-        the one-line message names the device and every fault of it.
+        the one-line message names the device and every fault of it. Or there is no
+        such preset.
     """
+    if names_presets(where):
+        return preset_fleet(str(where))
+    path = local_path(where)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
             f"The fleet file {path} cannot be read: {reason}; `{_EXAMPLE}` writes one."
+            f"{nearest(str(where), presets())}"
         ) from None
     try:
         return parse_fleet(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def from_anywhere(where: Path) -> str:
+    """Return what says the same of a fleet in every working directory."""
+    return str(where) if names_presets(where) else str(where.absolute())
 
 
 def parse_fleet(text: str) -> Fleet:
