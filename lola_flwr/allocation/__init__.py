@@ -13,6 +13,14 @@ from lola_flwr.allocation.allocators import (
     find_allocator,
 )
 from lola_flwr.allocation.band import PowerLimitedUplink
+from lola_flwr.allocation.batches import (
+    BatchProblem,
+    OwnBatches,
+    Tried,
+    best_candidate,
+    own_batches,
+    progress,
+)
 from lola_flwr.allocation.broadcast import (
     Broadcast,
     Heard,
@@ -32,17 +40,23 @@ __all__ = [
     "Allocation",
     "AllocationProblem",
     "Allocator",
+    "BatchProblem",
     "Broadcast",
     "Heard",
     "InfeasibleAllocation",
+    "OwnBatches",
     "Participation",
     "PowerLimitedUplink",
     "RoundMode",
     "SpanCover",
     "SpanProblem",
+    "Tried",
     "allocate",
     "allocate_broadcast",
+    "best_candidate",
     "find_allocator",
+    "own_batches",
+    "progress",
     "refine_payloads",
     "rotate",
     "settled",
