@@ -24,6 +24,7 @@ from lola_flwr.cli import (
     plan,
     profile,
     report,
+    serve,
     simulate,
     worker,
 )
@@ -43,6 +44,7 @@ def _add_commands(app: typer.Typer) -> None:
     app.command()(export.export)
     app.command()(report.report)
     app.command()(doctor.doctor)
+    app.command()(serve.serve)
     app.command()(worker.worker)
     app.command(context_settings=node.SETTINGS)(node.node)
     app.add_typer(fleet.app)

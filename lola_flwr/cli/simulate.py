@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +17,7 @@ from lola_flwr.cli.completion import complete_override
 from lola_flwr.cli.console import console, plain_line
 from lola_flwr.cli.outcome import print_outcome, report_end
 from lola_flwr.cli.paths import LOCAL_PATH
+from lola_flwr.cli.signals import terminable
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import local_path
 
@@ -192,7 +192,7 @@ def _followed(
     """Run it and show what it prints."""
     directory = prepared.directory
     live = sys.stdout.isatty() and not (plain or silent) and directory is not None
-    with _terminable(), _shown(live, silent, directory, prepared.config) as echo:
+    with terminable(), _shown(live, silent, directory, prepared.config) as echo:
         return run(echo)
 
 
@@ -275,16 +275,6 @@ def _new_directory(name: str) -> Path:
         directory = Path("runs") / f"{name}-{stamp}-{number}"
         number += 1
     return directory
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM stop what was started, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

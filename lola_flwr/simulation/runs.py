@@ -7,9 +7,7 @@ started. ``lola-flwr simulate`` is this with a live display and a report.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import socket
 import subprocess
 import time
@@ -20,7 +18,7 @@ from pathlib import Path
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import writing
-from lola_flwr.simulation.finished import FinishedRun, plain
+from lola_flwr.simulation.finished import FinishedRun
 from lola_flwr.simulation.flower_app import read_app
 from lola_flwr.simulation.programs import (
     environment,
@@ -29,10 +27,10 @@ from lola_flwr.simulation.programs import (
     stream,
 )
 from lola_flwr.simulation.ray_directory import ray_environment
+from lola_flwr.simulation.status import status_of
 from lola_flwr.simulation.watch import Watch, how_it_ended, is_signal
 
 _START_S = 60.0
-_STATUS_S = 30.0
 
 
 def run_app(
@@ -100,7 +98,7 @@ def run_app(
                 cause = f"flwr run {how_it_ended(ran.exit_code)} before the run did."
             if cause is not None:
                 return FinishedRun("failed", ran.output, cause)
-            status = _status(flwr, ran.output, link.environment)
+            status = status_of(ran.output, "own", link.environment)
             return FinishedRun(status, ran.output)
 
 
@@ -163,47 +161,6 @@ def own_superlink(home: Path) -> Iterator[SuperLink]:
     ):
         _wait_for_port(guard, port, log)
         yield SuperLink(address, own, log, guard)
-
-
-def _status(flwr: str, output: str, environment: dict[str, str]) -> str:
-    """Ask the SuperLink how the run ended; the stream's exit code does not tell."""
-    output = plain(output)
-    found = re.search(r"^Successfully started run (\d+)", output, re.MULTILINE)
-    if found is None:
-        # Flower prints its errors in a box.
-        reason = " ".join(re.findall("│ (.*?) *│", output))
-        if "configuration" in reason:
-            reason += (
-                " Overrides are keys of [tool.flwr.app.config] in the app's "
-                "pyproject.toml, and strings have quotes of their own: 'task=\"cola\"'."
-            )
-        return f"not started: {reason}"
-    command = [flwr, "list", "own", "--run-id", found[1], "--format", "json"]
-    deadline = time.monotonic() + _STATUS_S
-    while True:
-        status = _listed_status(command, environment)
-        # The last log line can arrive a moment before the run's end does.
-        if status.startswith("finished") or time.monotonic() > deadline:
-            return status
-        time.sleep(0.5)
-
-
-def _listed_status(command: Sequence[str], environment: dict[str, str]) -> str:
-    try:
-        listed = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_STATUS_S,
-        )
-    except subprocess.TimeoutExpired:
-        return f"unknown: `flwr list` took more than {_STATUS_S:g} s"
-    try:
-        return str(json.loads(listed.stdout)["runs"][0]["status"])
-    except (ValueError, LookupError, TypeError):
-        said = " ".join((listed.stdout + listed.stderr).split())
-        return f"unknown: `flwr list` says {said[-300:]!r}"
 
 
 def _free_port() -> int:

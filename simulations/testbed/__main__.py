@@ -21,15 +21,10 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 from lola_flwr.machine.files import local_path
-from simulations.testbed.federation import (
-    FLOWERS_NODE,
-    RESIDENT_NODE,
-    Federation,
-    Options,
-    federation,
-)
+from simulations.testbed.federation import Federation, federation
 from simulations.testbed.measurement import Outcome, Parts, outcome, read_samples
 from simulations.testbed.network import Network, inside, network, why_unavailable
+from simulations.testbed.options import FLOWERS_NODE, RESIDENT_NODE, Options
 from simulations.testbed.programs import TestbedError
 
 _ROOT = Path(__file__).parents[2]

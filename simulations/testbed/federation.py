@@ -19,6 +19,7 @@ import psutil
 
 from lola_flwr.deployment.pacing import chunk_bytes
 from simulations.testbed.network import SERVER_ADDRESS, Network, inside
+from simulations.testbed.options import Options
 from simulations.testbed.programs import (
     START_S,
     TestbedError,
@@ -32,41 +33,10 @@ from simulations.testbed.programs import (
 _PORT = 8000
 _SUPERLINK = f"{SERVER_ADDRESS}:{_PORT}"
 _RELAY = "127.0.0.1:9095"
-# A SuperNode as Flower has it, and one that stays from message to message.
-FLOWERS_NODE, RESIDENT_NODE = ("flower-supernode",), ("lola-flwr", "node")
 # A rough guess: what devices report of their times corrects it.
 _CLAIMED = "flops-per-s=1e10 memory-bytes=4e9 snr-db=10.0"
 # RestartSec of clients/linux/lola-supernode.service and lola-worker.service.
 _RESTART_S, _WORKER_RESTART_S = 5.0, 2.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a testbed's devices do.
-
-    Parameters
-    ----------
-    limit
-        What holds uploads to their shares: ``"pacing"``, ``"tc"`` or ``"none"``.
-    worker
-        Whether a resident worker trains, or the process that runs the client.
-    measured
-        Whether nodes state a profile, and devices tell how long they compute here;
-        otherwise both are simulated.
-    node
-        The program that is a SuperNode, and the words that make it one.
-    keeps_state
-        Whether the SuperLink keeps what it knows in a file, which the next one reads.
-    environment
-        Further environment of all programs.
-    """
-
-    limit: str = "pacing"
-    worker: bool = True
-    measured: bool = False
-    node: tuple[str, ...] = FLOWERS_NODE
-    keeps_state: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -213,14 +183,9 @@ class Federation:
         """Let a program that was stopped go on."""
         os.killpg(self._processes[name].pid, signal.SIGCONT)
 
-    def programs(self) -> Iterator[tuple[str, psutil.Process]]:
-        """Return all processes that run, by the program that started each."""
-        for name, process in list(self._processes.items()):
-            with suppress(psutil.NoSuchProcess):
-                started = psutil.Process(process.pid)
-                yield name, started
-                for each in started.children(recursive=True):
-                    yield f"{name}: {_called(each)}", each
+    def programs(self) -> dict[str, int]:
+        """Return the process ids of all programs that run, by name."""
+        return {name: each.pid for name, each in list(self._processes.items())}
 
     def restart_supernode(self, index: int) -> int:
         """Start a killed SuperNode again and again, as its unit does, until it stays.
@@ -285,26 +250,29 @@ class Federation:
         command = [program("flwr"), "run", str(app), "testbed", "--stream"]
         for override in overrides:
             command += ["--run-config", override]
-        process = subprocess.Popen(
-            inside(self.network.server, command),
-            env=self.environment(self.directory / "server"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._processes["run"] = process  # type: ignore[assignment]
-        lines = []
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            echo(line)
-        process.wait()
-        del self._processes["run"]
-        output = "".join(lines)
+        _, output = self._follow(command, echo)
         found = re.search(r"Successfully started run (\d+)", output)
         if found is None:
             raise TestbedError(f"The run did not start: {output[-1000:]}")
         return self.listed(found[1])
+
+    def serve(
+        self,
+        app: Path,
+        overrides: Sequence[str],
+        *,
+        echo: Callable[[str], object] = lambda line: None,
+    ) -> int:
+        """Run an app with ``lola-flwr serve``, to its end; return the exit code.
+
+        Parameters
+        ----------
+        app, overrides, echo
+            As for `run`; overrides' strings need no quotes.
+        """
+        command = [program("lola-flwr"), "serve", str(app), "testbed", *overrides]
+        code, _ = self._follow(command, echo)
+        return code
 
     def listed(self, run_id: str) -> dict[str, Any]:
         """Return what ``flwr list`` says of a run, once it has ended.
@@ -339,6 +307,26 @@ class Federation:
 
     # --- parts -----------------------------------------------------------------------
 
+    def _follow(
+        self, command: Sequence[str], echo: Callable[[str], object]
+    ) -> tuple[int, str]:
+        process = subprocess.Popen(
+            inside(self.network.server, command),
+            env=self.environment(self.directory / "server"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._processes["run"] = process  # type: ignore[assignment]
+        lines = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            echo(line)
+        code = process.wait()
+        del self._processes["run"]
+        return code, "".join(lines)
+
     def _start(
         self,
         name: str,
@@ -367,12 +355,6 @@ class Federation:
     def environment(self, home: Path) -> dict[str, str]:
         """Return the environment of a program whose state is in a directory."""
         return {**environment_of(home), **self.options.environment}
-
-
-def _called(process: psutil.Process) -> str:
-    """Return the word of a process's command that says what it is."""
-    words = [Path(word).name for word in process.cmdline() if not word.startswith("-")]
-    return next((w for w in words if not w.startswith("python")), process.name())
 
 
 _PROBE = (

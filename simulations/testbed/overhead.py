@@ -30,14 +30,9 @@ from typing import Any
 
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
-from simulations.testbed.federation import (
-    FLOWERS_NODE,
-    RESIDENT_NODE,
-    Federation,
-    Options,
-    federation,
-)
+from simulations.testbed.federation import Federation, federation
 from simulations.testbed.network import network, why_unavailable
+from simulations.testbed.options import FLOWERS_NODE, RESIDENT_NODE, Options
 
 _HERE = Path(__file__).parent
 _EMPTY = _HERE / "empty"

@@ -31,13 +31,9 @@ import numpy as np
 import psutil
 
 from lola_flwr.machine.files import local_path
-from simulations.testbed.federation import (
-    RESIDENT_NODE,
-    Federation,
-    Options,
-    federation,
-)
+from simulations.testbed.federation import Federation, federation
 from simulations.testbed.network import cut, network, shaped, why_unavailable
+from simulations.testbed.options import RESIDENT_NODE, Options
 from simulations.testbed.programs import TestbedError
 
 _APP = Path(__file__).parents[1] / "glue"
@@ -155,7 +151,7 @@ class Watch:
 
         def sample() -> None:
             while not done.wait(_SAMPLE_S):
-                for name, process in self.running.programs():
+                for name, process in _processes(self.running):
                     with suppress(psutil.Error):
                         # What is shared counts more for one when another ends.
                         memory = process.memory_full_info().uss
@@ -192,6 +188,22 @@ class Watch:
         return longest
 
 
+def _processes(running: Federation) -> Iterator[tuple[str, psutil.Process]]:
+    """Return all processes that run, by the program that started each."""
+    for name, pid in running.programs().items():
+        with suppress(psutil.Error):
+            started = psutil.Process(pid)
+            yield name, started
+            for each in started.children(recursive=True):
+                yield f"{name}: {_called(each)}", each
+
+
+def _called(process: psutil.Process) -> str:
+    """Return the word of a process's command that says what it is."""
+    words = [Path(word).name for word in process.cmdline() if not word.startswith("-")]
+    return next((w for w in words if not w.startswith("python")), process.name())
+
+
 def harm(
     running: Federation, watch: Watch, faults: list[Fault], options: argparse.Namespace
 ) -> None:
@@ -225,15 +237,15 @@ def soak(options: argparse.Namespace, directory: Path) -> str:
     Raises
     ------
     TestbedError
-        Something did not come up, or the run ended though the SuperLink was there.
+        Something did not come up, or the run came to no end.
     """
     out = directory / "out"
     overrides = [
-        'model="random:roberta-tiny"',
-        *("batch-size=4", "max-length=16", 'interface="message"'),
+        "model=random:roberta-tiny",
+        *("batch-size=4", "max-length=16", "interface=message"),
         f"num-devices={len(_RATES_BPS)}",
-        f'uplink-mbps="{" ".join(f"{rate / 1e6:g}" for rate in _RATES_BPS)}"',
-        *(f"rounds={options.rounds}", "eval-every=50", f'output-dir="{out}"'),
+        f"uplink-mbps={' '.join(f'{rate / 1e6:g}' for rate in _RATES_BPS)}",
+        *(f"rounds={options.rounds}", "eval-every=50", f"output-dir={out}"),
     ]
     faults: list[Fault] = []
     with (
@@ -248,30 +260,21 @@ def soak(options: argparse.Namespace, directory: Path) -> str:
         )
         with watch.watching():
             harming.start()
-            starts = _run_to_the_end(running, overrides, watch, options.rounds)
+            starts = 1
+
+            def count(line: str) -> None:
+                nonlocal starts
+                if "starting again" in line:
+                    starts += 1
+                    print(line, end="", flush=True)
+
+            if running.serve(_APP, overrides, echo=count):
+                raise TestbedError(f"The run ended after round {watch.round()}.")
         slopes = watch.slopes()
     taken = [[*program, samples] for program, samples in watch.samples.items()]
     (directory / "samples.json").write_text(json.dumps(taken), encoding="ascii")
     records = [json.loads(line) for line in watch.log.read_text().splitlines()]
     return table(records, faults, slopes, starts)
-
-
-def _run_to_the_end(
-    running: Federation, overrides: Sequence[str], watch: Watch, rounds: int
-) -> int:
-    """Ask for the run until it is complete, as a unit does; return how often."""
-    for start in itertools.count(1):
-        before = watch.round()
-        try:
-            ended = running.run(_APP, overrides)
-            if ended["status"] == "finished:completed":
-                return start
-        except TestbedError as error:
-            print(f"round {watch.round()}: {str(error)[:200]}", flush=True)
-        if watch.round() == before and start > 1:
-            raise TestbedError(f"The run does not go on after round {before}.")
-        time.sleep(_SERVER_RESTART_S)
-    raise AssertionError
 
 
 def table(

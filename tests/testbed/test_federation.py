@@ -16,8 +16,9 @@ import pytest
 
 from lola_flwr.deployment.worker import ask_worker
 from lola_flwr.simulation import run_app
-from simulations.testbed.federation import Options, federation
+from simulations.testbed.federation import federation
 from simulations.testbed.network import SERVER_ADDRESS, inside, network, why_unavailable
+from simulations.testbed.options import Options
 from simulations.testbed.programs import make_keys
 
 pytestmark = [pytest.mark.testbed, pytest.mark.timeout(600)]
