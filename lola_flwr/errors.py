@@ -14,6 +14,11 @@ class UserError(ValueError):
     """
 
 
+def traced(error: Exception) -> Exception | None:
+    """Return an error to log the traceback of; None of a mistake: a line says it."""
+    return None if isinstance(error, UserError) else error
+
+
 class _Brief(reprlib.Repr):
     """Shortens what it shows before it makes text of it, bytes too."""
 
@@ -38,7 +43,7 @@ def reason_of(error: Exception) -> str:
     With the error's type where the text alone says little: a KeyError's is a key.
     """
     kind = type(error).__name__
-    text = str(error).strip().partition("\n")[0]
+    text = str(error).strip().partition("\n")[0].removesuffix(".")
     if text and isinstance(error, LookupError | AttributeError):
         return f"{kind}: {text}"
     return text or kind

@@ -14,7 +14,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
 from lola_flwr.simulation import process
+from lola_flwr.simulation.flower_app import read_app
 from lola_flwr.simulation.grid import ProcessGrid
+from tests.tree import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -92,15 +94,30 @@ def test_a_context_lasts_unless_its_app_fails():
     assert other.content["said"]["x"] == 1
 
 
-def test_an_exception_is_an_error_reply(caplog):
+@pytest.mark.parametrize("error", [KeyError("broken"), UserError("no room")])
+def test_an_exception_is_an_error_reply(error, caplog):
     def train(received, context):
-        raise ValueError("broken")
+        raise error
 
-    (reply,) = grid_of(train).send_and_receive([message(2)])
+    with caplog.at_level("ERROR", logger="flwr"):
+        (reply,) = grid_of(train).send_and_receive([message(2)])
     assert isinstance(reply.error, Error)
     assert reply.error.code == 2
-    assert reply.error.reason == "<class 'ValueError'>:<'broken'>"
+    assert reply.error.reason == f"{type(error)}:<'{error}'>"
     assert reply.metadata.src_node_id == 2
+    (logged,) = caplog.records
+    assert bool(logged.exc_info) == isinstance(error, KeyError)
+    assert logged.exc_info or logged.getMessage() == "device 2: no room"
+
+
+def test_a_home_that_nothing_can_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    app = read_app(ROOT / "simulations" / "quickstart")
+    with (
+        pytest.raises(UserError, match="file cannot be written: File exists"),
+        process.own_processes(app, num_devices=2, config={}, home=tmp_path / "file"),
+    ):
+        pass
 
 
 def test_what_comes_after_the_timeout_is_not_there():

@@ -11,6 +11,8 @@ from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 
+from lola_flwr.errors import traced
+
 
 def answer(
     app: Callable[[Message, Context], Message],
@@ -37,7 +39,7 @@ def answer(
     # It is the app's code; Flower's engine answers for it in the same words.
     except Exception as error:
         node = message.metadata.dst_node_id
-        log(ERROR, "device %s: its ClientApp raised", node, exc_info=error)
+        log(ERROR, "device %s: %s", node, error, exc_info=traced(error))
         reason = f"{type(error)}:<'{error}'>"
         told = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
         return Message(told, reply_to=message), None

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
+from lola_flwr.machine.files import filling
 from lola_flwr.simulation.device_processes import (
     DeviceProcess,
     device_processes,
@@ -75,12 +77,14 @@ def own_processes(
     Raises
     ------
     UserError
-        The app has no ServerApp, or no ClientApp.
+        The app has no ServerApp, or no ClientApp; ``home`` can be no directory.
     """
     for key in ("serverapp", "clientapp"):
         if key not in app.components:
             raise UserError(f"{app.name} names no {key} in [tool.flwr.app.components].")
-    os.environ.update(environment(home.absolute()))
+    with filling(home), tempfile.TemporaryFile(dir=home):
+        # Devices keep something there, each in a process of its own.
+        os.environ.update(environment(home.absolute()))
     sys.path.insert(0, str(app.directory.resolve()))
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = secrets.randbits(63)

@@ -43,6 +43,7 @@ from lola_flwr.deployment.node.stopping import Stop, Stopped
 from lola_flwr.deployment.node.tending import tended
 from lola_flwr.deployment.node.waiting import Silences, wait_s
 from lola_flwr.deployment.processes import be_supernode
+from lola_flwr.errors import traced
 from lola_flwr.machine.files import local_path
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ class Node:
             code = ErrorCode.LOAD_CLIENT_APP_EXCEPTION
             reason = "An exception was raised when attempting to load `ClientApp`"
         except Exception as error:
-            log(ERROR, "ClientApp raised an exception", exc_info=error)
+            log(ERROR, "ClientApp raised: %s", error, exc_info=traced(error))
             code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
             reason = f"{type(error)}:<'{error}'>"
         # An app that exits would end its own process, not the SuperNode.
