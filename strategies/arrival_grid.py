@@ -11,9 +11,10 @@ from typing import NamedTuple
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.superlink.grid import HttpGrid
+from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
 from lola_flwr.strategies.missing_objects import ask_soon_again
+from lola_flwr.strategies.simulated_link import few_at_a_time
 from lola_flwr.wire.records import holds_nothing, unmarked
 
 # A device's reply is looked for after a part of the time that it has been waited for:
@@ -52,7 +53,8 @@ class ArrivalGrid(Grid):
     it sends the arrays, the fetch takes as long as the upload does, on the server's
     clock alone.
 
-    In a simulation nothing is uploaded, and the wrapped Grid does it all.
+    In a simulation nothing is uploaded. Flower's is sent a few messages at a time, and
+    any other Grid does it all.
 
     Parameters
     ----------
@@ -124,6 +126,8 @@ class ArrivalGrid(Grid):
         self.arrivals = {}
         if not isinstance(self._grid, HttpGrid):
             longest_s = min(longest_s, wait_s((), 0))
+            if isinstance(self._grid, InMemoryGrid):
+                return few_at_a_time(self._grid, [*messages], longest_s)
             # Flower adds the timeout to the present, which infinity has no place in.
             return self._grid.send_and_receive(
                 messages, timeout=None if math.isinf(longest_s) else longest_s
