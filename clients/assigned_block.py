@@ -17,7 +17,7 @@ from flwr.app import (
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import Config, NDArrays, Scalar
 
-from lola_flwr.clients.received import assignment_in
+from lola_flwr.clients.received import assignment_in, values_of
 from lola_flwr.device.own_training import (
     Model,
     PreparedBlock,
@@ -71,7 +71,7 @@ class AssignedBlock(PreparedBlock):
         if assignment.codec != "fp32":
             # Moves are from these, whenever the model takes them in.
             sent = sent_arrays(received.content, asked_names(assignment)[0])
-        arrays = {name: array.numpy() for name, array in sent.items()}
+        arrays = {name: values_of(array) for name, array in sent.items()}
         super().__init__(model, assignment, arrays)
 
     def finish(self, content: RecordDict, loss: float | None = None) -> RecordDict:
@@ -210,8 +210,8 @@ def as_asked(
     if assignment.codec == "fp32":
         return {**trained}
     # Arrays of the legacy interface say nothing of their shapes.
-    before = {name: array.numpy() for name, array in sent.items()}
-    after = {name: array.numpy() for name, array in trained.items()}
+    before = {name: values_of(array) for name, array in sent.items()}
+    after = {name: values_of(array) for name, array in trained.items()}
     for name in before.keys() & after.keys():
         if before[name].shape != after[name].shape:
             raise UserError(

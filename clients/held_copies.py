@@ -23,7 +23,7 @@ from flwr.compat.common.recorddict_compat import (
     fitres_to_recorddict,
 )
 
-from lola_flwr.clients.received import assignment_in
+from lola_flwr.clients.received import assignment_in, values_of
 from lola_flwr.device.store import LostCopy, complete, run_store
 from lola_flwr.machine.files import replacing
 from lola_flwr.wire.records import OURS, REPORT_KEY, Assignment, nothing_report
@@ -110,27 +110,33 @@ def complete_arrays(content: RecordDict, manifest: Manifest, directory: Path) ->
         The arrays are not those that the server sent.
     """
     ((key, record),) = content.array_records.items()
-    received = [a.numpy() for n, a in record.items() if n != EMPTY_TENSOR_KEY]
-    arrays = complete(received, manifest, directory)
+    received = [array for name, array in record.items() if name != EMPTY_TENSOR_KEY]
+    arrays = complete([*map(values_of, received)], manifest, directory)
     names = (
         [str(number) for number in range(len(arrays))]
         if key in _LEGACY_ARRAYS
         else _all_names(list(record), manifest, directory / _NAMES_FILE)
     )
-    content[key] = ArrayRecord(
-        {name: Array(values) for name, values in zip(names, arrays, strict=True)}
-    )
+    as_sent = dict(zip(manifest.sent_positions, received, strict=True))
+    completed = ArrayRecord()
+    for position, (name, values) in enumerate(zip(names, arrays, strict=True)):
+        completed[name] = (
+            as_sent[position] if position in as_sent else Array(values)
+        )
+    content[key] = completed
 
 
 def _all_names(received: list[str], manifest: Manifest, path: Path) -> list[str]:
     """Return the names of all arrays, which a message that holds all of them told."""
-    if len(received) == manifest.num_arrays:
-        with replacing(path, shared=True) as unfinished:
-            unfinished.write_text(json.dumps(received), encoding="utf-8")
-        return received
     names: list[str] = []
     with suppress(FileNotFoundError, ValueError):
         names = json.loads(path.read_text(encoding="utf-8"))
+    if len(received) == manifest.num_arrays:
+        # A file that takes another's place is on the disk first: that takes its time.
+        if names != received:
+            with replacing(path, shared=True) as unfinished:
+                unfinished.write_text(json.dumps(received), encoding="utf-8")
+        return received
     if [names[i] for i in manifest.sent_positions if i < len(names)] != received:
         raise LostCopy(f"{path} does not hold this model's names.")
     return names

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from flwr.app import ConfigRecord, RecordDict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ConfigRecord, RecordDict
 
 from lola_flwr.errors import UserError
+from lola_flwr.wire.npy import MalformedArray, read_npy
 from lola_flwr.wire.records import (
     SECAGG_KEY,
     SECAGG_REFUSAL,
@@ -38,6 +43,18 @@ def task_in(content: RecordDict) -> PartTask:
         The message belongs to a secure aggregation.
     """
     return PartTask.from_record(_only_config(content))
+
+
+def values_of(array: Array) -> npt.NDArray[Any]:
+    """Return an array's values, to be read only: a view where its bytes hold them so.
+
+    ``Array.numpy`` copies them, and parses their header as a Python literal.
+    """
+    try:
+        return read_npy(array.data, shape=array.shape, dtype=np.dtype(array.dtype))
+    # Arrays of the legacy interface say nothing of their shapes and types.
+    except (MalformedArray, TypeError):
+        return array.numpy()
 
 
 def _only_config(content: RecordDict) -> ConfigRecord:

@@ -98,13 +98,19 @@ class PieceStore:
         path.unlink(missing_ok=True)
         return None
 
-    def write(self, content: str, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        """Keep the arrays of a piece, whose digest is known to be ``content``."""
+    def write(self, content: str, arrays: Sequence[npt.NDArray[Any]]) -> bool:
+        """Keep the arrays of a piece, whose digest is known to be ``content``.
+
+        Returns
+        -------
+        Whether they were not here yet.
+        """
         path = self._path(content)
-        if path.exists():
+        with suppress(FileNotFoundError):
             os.utime(path)
-        else:
-            _write(path, {f"{i:07d}": array for i, array in enumerate(arrays)})
+            return False
+        _write(path, {f"{i:07d}": array for i, array in enumerate(arrays)})
+        return True
 
     def keep_only(self, contents: Collection[str]) -> None:
         """Remove what was not used for longest.
@@ -170,11 +176,12 @@ def complete(
     store = None if directory is None else PieceStore(directory)
     arrays: dict[int, npt.NDArray[Any]] = {}
     missing = []
+    has_grown = False
     for piece in manifest.pieces:
         if piece.sent and piece.base is None:
             values = [sent[position] for position in piece.positions]
             if store is not None:
-                store.write(piece.digest, values)
+                has_grown |= store.write(piece.digest, values)
         else:
             content = piece.base or piece.digest
             held = None if store is None else store.read(content)
@@ -188,14 +195,14 @@ def complete(
                 if digest(values) != piece.digest:
                     missing.append(piece.digest)
                     continue
-                store.write(piece.digest, values)
+                has_grown |= store.write(piece.digest, values)
         arrays |= zip(piece.positions, values, strict=True)
     if missing:
         raise LostCopy(
             f"{len(missing)} of {len(manifest.pieces)} pieces of the model, such as "
             f"{missing[0]}, are neither in the message nor in {directory}."
         )
-    if store is not None:
+    if store is not None and has_grown:
         store.keep_only({piece.digest for piece in manifest.pieces})
     return [arrays[position] for position in range(manifest.num_arrays)]
 

