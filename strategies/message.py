@@ -218,7 +218,7 @@ class LoLaDeft(FedAvg):
                 MessageType.TRAIN,
                 device,
                 server_round,
-                _sharing(sent),
+                _sharing(sent, arrays),
                 ConfigRecord(plan.assignments[device].beside(config)),
             )
             for device, sent in self._rounds.contents(plan, arrays, Array)
@@ -287,7 +287,7 @@ class LoLaDeft(FedAvg):
                 MessageType.EVALUATE,
                 device,
                 server_round,
-                arrays if len(sent) == len(arrays) else _sharing(sent),
+                _sharing(sent, arrays),
                 ConfigRecord({**config, **words, "server-round": server_round}),
             )
             for device, sent, words in contents
@@ -340,14 +340,16 @@ class LoLaDeft(FedAvg):
         )
 
 
-def _sharing(arrays: Mapping[str, Array]) -> ArrayRecord:
-    """Return a record of these arrays themselves.
+def _sharing(sent: Mapping[str, Array], arrays: ArrayRecord) -> ArrayRecord:
+    """Return a record of these arrays themselves; ``arrays``, if they are all of them.
 
     Flower's constructor copies them, and each copy would be hashed for itself: as many
     times as there are devices that are sent the same.
     """
+    if sent.keys() == arrays.keys():
+        return arrays
     record = ArrayRecord()
-    for name, array in arrays.items():
+    for name, array in sent.items():
         record[name] = array
     return record
 

@@ -46,12 +46,13 @@ def usable_contents(
     weighted_by
         Metric that counts examples.
     """
-    countable = [c for c in contents if _is_countable(only_metrics(c), weighted_by)]
-    usable = _largest_group(countable, _form)
-    claims = [only_metrics(content)[weighted_by] for content in usable]
-    for content, weight in zip(usable, capped_weights(claims), strict=True):  # type: ignore[arg-type]
-        only_metrics(content)[weighted_by] = weight
-    return usable
+    said = ((content, only_metrics(content)) for content in contents)
+    countable = [pair for pair in said if _is_countable(pair[1], weighted_by)]
+    usable = _largest_group(countable, lambda pair: _form(pair[1]))
+    claims = [metrics[weighted_by] for _, metrics in usable]
+    for (_, metrics), weight in zip(usable, capped_weights(claims), strict=True):  # type: ignore[arg-type]
+        metrics[weighted_by] = weight
+    return [content for content, _ in usable]
 
 
 def usable_metrics(
@@ -110,9 +111,8 @@ def _own(metrics: Mapping[str, Scalar]) -> dict[str, Scalar]:
     return own
 
 
-def _form(content: RecordDict) -> Hashable:
+def _form(metrics: MetricRecord) -> Hashable:
     """Return the names of a reply's metrics, and how long those are that are lists."""
-    metrics = only_metrics(content)
     return tuple(
         sorted(
             (name, len(value) if isinstance(value, list) else -1)
