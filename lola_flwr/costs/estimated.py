@@ -10,7 +10,6 @@ sequences of a batch.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.arrays import BoolArray, Float64Array
+from lola_flwr.costs.layers import layer_costs, matrix_elements, recomputation_of
 from lola_flwr.costs.memory import Affine, Levers, Recomputation, StepMemory
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
@@ -46,6 +46,8 @@ class TogetherCosts:
         Bits that a device with all blocks uploads.
     recomputation
         As of `StepMemory`.
+    example_flops
+        As of `BlockCosts`.
     """
 
     flops: Float64Array
@@ -54,6 +56,7 @@ class TogetherCosts:
     block_bytes: Float64Array
     payload_bits: float
     recomputation: Callable[[], Recomputation | None]
+    example_flops: Float64Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,8 @@ class BlockCosts:
     together
         Gives what blocks cost that one device trains together, when that is asked;
         None where it is not known.
+    example_flops
+        What each example adds to ``flops``, shape [N]; None where it is not known.
     """
 
     flops: npt.NDArray[np.float64]
@@ -87,6 +92,53 @@ class BlockCosts:
     gradient_bytes: npt.NDArray[np.float64]
     step: StepMemory | None = None
     together: Callable[[], TogetherCosts] | None = None
+    example_flops: Float64Array | None = None
+
+    def at(self, batch_size: int) -> BlockCosts:
+        """Return the costs of a mini-batch that is smaller, or as large.
+
+        Raises
+        ------
+        UserError
+            It is larger, or not known what a smaller one costs.
+        """
+        step, example_flops, together = self.step, self.example_flops, self.together
+        if step is None or example_flops is None or batch_size > step.batch_size:
+            raise UserError(
+                f"What a batch of {batch_size} costs is not known of these costs; make "
+                "them with model_costs, for the largest batch that may be asked for."
+            )
+        if batch_size == step.batch_size:
+            return self
+        fewer = step.batch_size - batch_size
+        smaller = step.at(batch_size)
+
+        def smaller_together() -> TogetherCosts:
+            assert together is not None
+            most = together()
+            assert most.example_flops is not None
+            behind = np.cumsum(most.block_bytes[::-1])[::-1] - most.block_bytes
+            whole = replace(
+                step,
+                update_bytes=step.update_bytes + behind,
+                whole_bytes=most.whole_bytes,
+                pass_bytes=most.pass_bytes,
+                recomputation=most.recomputation,
+            ).at(batch_size)
+            return replace(
+                most,
+                flops=most.flops - fewer * most.example_flops,
+                whole_bytes=whole.whole_bytes,
+                recomputation=whole.recomputation,
+            )
+
+        return replace(
+            self,
+            flops=self.flops - fewer * example_flops,
+            memory_bytes=smaller.peak_bytes(Levers(smaller.micro_batch_size)),
+            step=smaller,
+            together=None if together is None else cache(smaller_together),
+        )
 
     def joined(self, spans: Collection[Sequence[int]]) -> BlockCosts:
         """Return the costs where devices train several blocks together.
@@ -145,6 +197,13 @@ def _joined(
     # What every message holds: the head's gradient, and what is around it.
     shared_bits = (costs.payload_bits.sum() - together.payload_bits) / (num_blocks - 1)
     flops, payload_bits = costs.flops.copy(), costs.payload_bits.copy()
+    example_flops = None
+    if costs.example_flops is not None and together.example_flops is not None:
+        rises = together.example_flops - costs.example_flops
+        example_besides = -np.diff(rises, prepend=0.0)
+        example_flops = costs.example_flops.copy()
+        for first, *further in spans:
+            example_flops[first] += example_besides[further].sum()
     update_bytes, array_bytes = step.update_bytes.copy(), step.array_bytes.copy()
     part = np.zeros(num_blocks)
     for first, *further in spans:
@@ -178,6 +237,7 @@ def _joined(
         payload_bits=payload_bits,
         gradient_bytes=update_bytes,
         step=joined,
+        example_flops=example_flops,
     )
 
 
@@ -248,7 +308,7 @@ def estimate_costs(
     """
     tokens = batch_size * sequence_length
     layers = [
-        _layer_costs([shapes[name] for name in block], sequence_length, dropout_heads)
+        layer_costs([shapes[name] for name in block], sequence_length, dropout_heads)
         for block in partition.blocks
     ]
     # Backward: through the layers nearer the loss, activation gradients only (as many
@@ -294,9 +354,9 @@ def estimate_costs(
         working_bytes=Affine(0.0, 4.0 * sequence_length * working),
     )
     if not merged:
-        twice = partial(_recomputation, layers, batch_size, sequence_length)
+        twice = partial(recomputation_of, layers, batch_size, sequence_length)
         step = replace(step, recomputation=partial(twice, update_bytes))
-    head = sum(_matrix_elements(shapes[name]) for name in partition.head)
+    head = sum(matrix_elements(shapes[name]) for name in partition.head)
     # The head reads one token of each sequence.
     flops = flops + batch_size * 2 * 3 * head
     together_bytes = np.cumsum((update_bytes - head_bytes)[::-1])[::-1] + head_bytes
@@ -308,6 +368,7 @@ def estimate_costs(
         block_bytes=update_bytes - head_bytes,
         payload_bits=float(payload_bits(partition.merged(), shapes, one)[0]),
         recomputation=lambda: twice(together_bytes, together=True),
+        example_flops=(flops + nearer_loss) / batch_size,
     )
     return BlockCosts(
         flops=flops,
@@ -316,82 +377,5 @@ def estimate_costs(
         gradient_bytes=update_bytes,
         step=step,
         together=None if merged else lambda: together,
+        example_flops=flops / batch_size,
     )
-
-
-def _recomputation(
-    layers: Sequence[_LayerCosts],
-    batch_size: int,
-    sequence_length: int,
-    update_bytes: Float64Array,
-    *,
-    together: bool = False,
-) -> Recomputation:
-    """Cost steps that keep what goes into each layer, and more of one at a time."""
-    forward = np.array([layer.forward_flops_per_token for layer in layers])
-    passed = np.array([layer.passed_floats_per_token for layer in layers])
-    trained = passed + [layer.trained_floats_per_token for layer in layers]
-    hidden = layers[-1].hidden_size
-    inputs = hidden * np.arange(len(layers), 0.0, -1)
-    most = inputs + (trained if together else passed).max()
-    # Of the last layer's output all is kept, and as much is on its way back.
-    floats = 2 * hidden + np.maximum(most, hidden + trained)
-    kept = 4.0 * sequence_length * floats
-    suffix = np.cumsum(forward[::-1])[::-1]
-    return Recomputation(
-        further_flops=batch_size * sequence_length * suffix,
-        whole_bytes=update_bytes + batch_size * kept,
-        pass_bytes=Affine(np.zeros_like(kept), kept),
-    )
-
-
-@dataclass(frozen=True)
-class _LayerCosts:
-    forward_flops_per_token: float
-    passed_floats_per_token: float
-    trained_floats_per_token: float
-    working_floats_per_token: float
-    hidden_size: int
-
-
-def _layer_costs(
-    shapes: Sequence[Sequence[int]], sequence_length: int, dropout_heads: int
-) -> _LayerCosts:
-    """Cost one transformer layer per token.
-
-    Saved for the gradient of a layer's input: queries, keys, values and the attention's
-    output (4h), the inputs of both normalisations (2h), and the input of the
-    feed-forward non-linearity (i; 3i where it is gated). Saved for the gradient of its
-    weights besides: the inputs of its linear maps that are not among these, 2h + i.
-
-    With dropout PyTorch's fused attention gives way to plain products: of each head the
-    S attention weights of a token are kept before and after dropout, and what dropout
-    multiplies them by; so are the factors of two more dropouts, in place of one of the
-    inputs above (h in all). (Counted on CPUs; a GPU's fused kernels keep less.)
-
-    Where nothing is saved a layer takes about i + 2h while it runs: what is inside its
-    feed-forward part, and two hidden states. Where activations are saved its backward
-    pass takes hardly more than they do, since it frees them on its way.
-    """
-    sizes = Counter(size for shape in shapes for size in shape)
-    hidden = sizes.most_common(1)[0][0]
-    matrices = [shape for shape in shapes if len(shape) == 2]
-    feed_forward = max((max(shape) for shape in matrices), default=hidden)
-    wide = sum(feed_forward in shape for shape in matrices)
-    gate = 3 if wide >= 3 else 1
-    elements = sum(_matrix_elements(shape) for shape in matrices)
-    attention = 2 * sequence_length * hidden  # multiply-adds of QK^T and of AV
-    dropped = 0.0
-    if dropout_heads:
-        dropped = 3.0 * dropout_heads * sequence_length + hidden
-    return _LayerCosts(
-        forward_flops_per_token=2.0 * (elements + attention),
-        passed_floats_per_token=6.0 * hidden + gate * feed_forward + dropped,
-        trained_floats_per_token=2.0 * hidden + feed_forward,
-        working_floats_per_token=2.0 * hidden + feed_forward,
-        hidden_size=hidden,
-    )
-
-
-def _matrix_elements(shape: Sequence[int]) -> int:
-    return math.prod(shape) if len(shape) == 2 else 0

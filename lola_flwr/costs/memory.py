@@ -136,6 +136,35 @@ class StepMemory:
     working_bytes: Affine
     recomputation: Callable[[], Recomputation | None] = lambda: None
 
+    def at(self, batch_size: int) -> StepMemory:
+        """Return what a step takes with a batch that is smaller, or as large.
+
+        Peaks are convex functions of the examples, and so at most what lies between
+        those of one and of all.
+        """
+        size = min(self.micro_batch_size, batch_size)
+
+        def between(whole_bytes: Float64Array, pass_bytes: Affine) -> Float64Array:
+            one = self.update_bytes + pass_bytes.of(1)
+            rising = Affine.through(one, whole_bytes, self.micro_batch_size)
+            return np.asarray(rising.of(size))
+
+        def recomputation() -> Recomputation | None:
+            found = self.recomputation()
+            return found and Recomputation(
+                found.further_flops * (batch_size / self.batch_size),
+                between(found.whole_bytes, found.pass_bytes),
+                found.pass_bytes,
+            )
+
+        return replace(
+            self,
+            batch_size=batch_size,
+            micro_batch_size=size,
+            whole_bytes=between(self.whole_bytes, self.pass_bytes),
+            recomputation=recomputation,
+        )
+
     def peak_bytes(self, levers: Levers) -> Float64Array:
         """Return the peak for each block, shape [N]."""
         size = min(levers.micro_batch_size, self.micro_batch_size)

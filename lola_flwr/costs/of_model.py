@@ -135,6 +135,7 @@ def model_costs(
             recomputation=cache(
                 lambda: batch.recomputation(counts, count_together_twice())
             ),
+            example_flops=batch.example_flops(counts),
         )
 
     return BlockCosts(
@@ -144,6 +145,7 @@ def model_costs(
         gradient_bytes=update_bytes,
         step=step,
         together=together,
+        example_flops=batch.example_flops(counts),
     )
 
 
@@ -157,6 +159,17 @@ class _Batch:
     def flops(self, counts: Counts) -> Float64Array:
         passes = -(-self.examples // self.at_a_time)
         return passes * at_batch(counts.flops, self.examples / passes)
+
+    def example_flops(self, counts: Counts) -> Float64Array:
+        """Return what each example adds: what a loss that compares them takes counts.
+
+        Between one example and all it is a straight line, which operations, convex in
+        the examples, are nowhere above.
+        """
+        if self.examples == 1:
+            return self.flops(counts)
+        fewer = at_batch(counts.flops, 1)
+        return np.asarray((self.flops(counts) - fewer) / (self.examples - 1))
 
     def pass_bytes(self, counts: Counts) -> Affine:
         return Affine.through(counts.one_bytes, counts.pass_bytes, self.at_a_time)
@@ -300,7 +313,11 @@ def with_pool(
         sequence_length=sequence_length,
         num_directions=1,
     )
-    return replace(costs, flops=costs.flops + pool_factor * one.flops[0] / 2)
+    flops = pool_factor * one.flops[0] / 2
+    example_flops = costs.example_flops
+    if example_flops is not None:
+        example_flops = example_flops + flops / batch_size
+    return replace(costs, flops=costs.flops + flops, example_flops=example_flops)
 
 
 def _tokens(example: Example, sequence_length: int) -> int:
