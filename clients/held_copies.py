@@ -24,9 +24,10 @@ from flwr.compat.common.recorddict_compat import (
 )
 
 from lola_flwr.clients.received import assignment_in, values_of
+from lola_flwr.device.contract import nothing_report
 from lola_flwr.device.store import LostCopy, complete, run_store
 from lola_flwr.machine.files import replacing
-from lola_flwr.wire.records import OURS, REPORT_KEY, Assignment, nothing_report
+from lola_flwr.wire.records import OURS, REPORT_KEY, Assignment
 from lola_flwr.wire.versions import Manifest
 
 _NAMES_FILE = "names.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.memory import Levers, StepMemory
 from lola_flwr.device.asked import PartResult
 from lola_flwr.device.base_model import check_fingerprint
-from lola_flwr.device.contract import LocalUpdate
+from lola_flwr.device.contract import LocalUpdate, nothing_report
 from lola_flwr.device.encoding import encoded_gradients
 from lola_flwr.device.keeping import Keeping
 from lola_flwr.device.memory import measured_peak
@@ -50,7 +50,6 @@ from lola_flwr.wire.records import (
     Assignment,
     PartTask,
     UpdateReport,
-    nothing_report,
 )
 
 # Gives a mini-batch: (number, batch_size) -> arguments of the model. The number is that
@@ -223,7 +222,8 @@ class BlockDevice:
                 self.seed, "dropout", assignment.server_round, self.profile.name
             )
             torch.manual_seed(int(rng.integers(2**63)))
-            return step_for(assignment)(
+            holds_parts = self._holds_parts(assignment, levers)
+            return step_for(assignment, batch, tells_noise=holds_parts)(
                 model,
                 local.partition,
                 assignment,
@@ -250,11 +250,10 @@ class BlockDevice:
             loss_function=self.loss_function,
             batch_weight=self.batch_weight,
         )
-        step, block = self._step_memory(assignment), assignment.block_index
         return tokens_for(
             trial,
             batch,
-            cuts=step is None or step.holds_parts(levers, self.profile, block),
+            cuts=self._holds_parts(assignment, levers),
             # Which layers are computed, and for what, may be told.
             shortens=assignment.operations is None,
         )
@@ -278,7 +277,7 @@ class BlockDevice:
     ) -> UpdateReport:
         """Return what goes with an update whose computation began at ``start``."""
         simulated = self.simulated_compute_s
-        projections = result.projections
+        projections, squares = result.projections, result.squares
         return UpdateReport(
             server_round=assignment.server_round,
             block_index=assignment.block_index,
@@ -296,6 +295,7 @@ class BlockDevice:
                 if projections is None
                 else projections.astype(PROJECTION_TYPE).tobytes()
             ),
+            **({} if squares is None else asdict(squares)),
         )
 
     def compute_part(
@@ -386,7 +386,14 @@ class BlockDevice:
             ),
         )
 
+    def _holds_parts(self, assignment: Assignment, levers: Levers) -> bool:
+        step, block = self._step_memory(assignment), assignment.block_index
+        return step is None or step.holds_parts(levers, self.profile, block)
+
     def _step_memory(self, assignment: Assignment) -> StepMemory | None:
         if self.costs is None:
             return None
-        return self.costs().joined([assignment.blocks]).step
+        costs = self.costs()
+        if costs.step is not None and assignment.batch_size < costs.step.batch_size:
+            costs = costs.at(assignment.batch_size)
+        return costs.joined([assignment.blocks]).step

@@ -93,3 +93,15 @@ class Device(Protocol):
         -------
         What the arrays are that go back, and these arrays.
         """
+
+
+def nothing_report(assignment: Assignment) -> UpdateReport:
+    """Return the report of a device that lacks what the server believed it to hold."""
+    return UpdateReport(
+        server_round=assignment.server_round,
+        block_index=assignment.block_index,
+        update_kind="nothing",
+        loss=None,
+        compute_s=None,
+        compute_clock="",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,14 +18,20 @@ from lola_flwr.model.backprop import (
     Batch,
     BatchWeight,
     BlockGradient,
+    GradientSquares,
     LossFunction,
     Split,
     block_gradient,
+    num_examples_of,
 )
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.wire.records import Assignment
 from lola_flwr.zeroth_order.directions import directions_of
 from lola_flwr.zeroth_order.projections import projected_gradients
+
+# One in so many examples of a mini-batch is computed first where its noise is told: the
+# fewer they are, the more the two squared norms differ.
+_FEW = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,12 +49,15 @@ class StepResult:
         projections take their place.
     projections
         Of the gradient, on the directions that the assignment names; shape [count].
+    squares
+        Squared norms of the gradient, where it was asked for them.
     """
 
     loss: float
     num_examples: int
     gradients: Mapping[str, Tensor] | None = None
     projections: npt.NDArray[np.float32] | None = None
+    squares: GradientSquares | None = None
 
 
 class Step(Protocol):
@@ -68,13 +78,26 @@ class Step(Protocol):
         """Run the step."""
 
 
-def step_for(assignment: Assignment) -> Step:
-    """Return the step that an assignment asks for."""
+def step_for(assignment: Assignment, batch: Batch, *, tells_noise: bool = True) -> Step:
+    """Return the step that an assignment asks for.
+
+    Parameters
+    ----------
+    assignment
+        What the server asks for.
+    batch
+        The mini-batch.
+    tells_noise
+        Whether the memory holds a sum of gradients beside half of it, by which the
+        gradient's noise is told, if the server asks for that.
+    """
     if assignment.direction_seed is not None:
         return forward_passes_alone
     if assignment.operations is not None:
         return under_a_schedule
-    return down_to_the_block
+    few = max(num_examples_of(batch) // _FEW, 1)
+    tells_noise &= bool(assignment.measures_noise)
+    return partial(down_to_the_block, few_examples=few * tells_noise)
 
 
 def down_to_the_block(
@@ -87,10 +110,12 @@ def down_to_the_block(
     micro_batch_size: int,
     batch_weight: BatchWeight,
     split: Split,
+    few_examples: int = 0,
 ) -> StepResult:
     """Back-propagate from the loss down to the block: the gradient itself.
 
-    Of several blocks, it is one pass down to the first.
+    Of several blocks, it is one pass down to the first. If ``few_examples``, its noise
+    is looked at, too, as `block_gradient` does.
     """
     return _of(
         block_gradient(
@@ -102,6 +127,7 @@ def down_to_the_block(
             micro_batch_size=micro_batch_size,
             batch_weight=batch_weight,
             split=split,
+            few_examples=few_examples,
         )
     )
 
@@ -167,5 +193,8 @@ def forward_passes_alone(
 
 def _of(found: BlockGradient) -> StepResult:
     return StepResult(
-        loss=found.loss, num_examples=found.num_examples, gradients=found.gradients
+        loss=found.loss,
+        num_examples=found.num_examples,
+        gradients=found.gradients,
+        squares=found.squares,
     )

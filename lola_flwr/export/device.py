@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.device.base_model import check_fingerprint
-from lola_flwr.device.contract import LocalUpdate, OutOfMemory
+from lola_flwr.device.contract import LocalUpdate, OutOfMemory, nothing_report
 from lola_flwr.device.encoding import encoded_gradients
 from lola_flwr.device.sent_model import sent_model
 from lola_flwr.device.store import LostCopy
@@ -27,7 +27,6 @@ from lola_flwr.wire.records import (
     Assignment,
     PartTask,
     UpdateReport,
-    nothing_report,
 )
 
 # Gives a mini-batch: (number of the round, batch_size) -> arguments of the model.

@@ -33,6 +33,24 @@ BatchWeight = Callable[[Batch], int]
 Split = Callable[[Batch, int], Iterable[Batch]]
 
 
+@dataclass(frozen=True)
+class GradientSquares:
+    """Squared norms of the blocks' mean gradients, by which their noise shows.
+
+    Parameters
+    ----------
+    few_examples, few_square
+        Some examples of the mini-batch, and the squared norm over these.
+    all_examples, all_square
+        All of them, and the squared norm over all.
+    """
+
+    few_examples: int
+    few_square: float
+    all_examples: int
+    all_square: float
+
+
 @dataclass(frozen=True, eq=False)
 class BlockGradient:
     """The mean gradient of one mini-batch.
@@ -46,11 +64,14 @@ class BlockGradient:
         Mean loss of the mini-batch.
     num_examples
         Weight of the mini-batch: its examples, or whatever its loss is a mean over.
+    squares
+        Squared norms of the blocks' part, if they were asked for.
     """
 
     gradients: dict[str, Tensor]
     loss: float
     num_examples: int
+    squares: GradientSquares | None = None
 
 
 def num_examples_of(batch: Batch) -> int:
@@ -159,6 +180,7 @@ def block_gradient(
     micro_batch_size: int = 0,
     batch_weight: BatchWeight = num_examples_of,
     split: Split = evenly,
+    few_examples: int = 0,
 ) -> BlockGradient:
     """Compute the mean gradient of a block, and of the head, on one mini-batch.
 
@@ -184,6 +206,11 @@ def block_gradient(
         micro-batch weighs.
     split
         Cuts the mini-batch (default: in its own order, without regard to lengths).
+    few_examples
+        So many examples, drawn at random, are computed first, and of the others half at
+        a time at most, so that two squared norms tell the gradient's noise; 0: they are
+        not asked for. It takes no memory that micro-batches of half of the mini-batch
+        do not.
 
     Returns
     -------
@@ -215,13 +242,19 @@ def block_gradient(
         try:
             for parameter in trainable.values():
                 parameter.grad = None
-            for part in split(batch, micro_batch_size):
-                share = batch_weight(part) / weight
-                if not share:
-                    continue
-                loss = loss_function(model, part) * share
-                _add_gradients(loss, list(trainable.values()))
-                mean_loss += loss.item()
+            sums: list[tuple[float, float]] = []
+            for group, size in _groups(batch, micro_batch_size, few_examples):
+                for part in split(group, size):
+                    share = batch_weight(part) / weight
+                    if not share:
+                        continue
+                    loss = loss_function(model, part) * share
+                    _add_gradients(loss, list(trainable.values()))
+                    mean_loss += loss.item()
+                if few_examples:
+                    own = {n for block in blocks for n in partition.blocks[block]}
+                    of_blocks = _squared_norm(trainable[name] for name in own)
+                    sums.append((of_blocks, batch_weight(group) / weight))
             missing = [name for name, p in trainable.items() if p.grad is None]
             calls.check(missing)
             for block in blocks:
@@ -233,7 +266,47 @@ def block_gradient(
         finally:
             for name, gradient in found.items():
                 trainable[name].grad = gradient
-    return BlockGradient(gradients=gradients, loss=mean_loss, num_examples=weight)
+    return BlockGradient(
+        gradients=gradients,
+        loss=mean_loss,
+        num_examples=weight,
+        squares=_squares(sums, few_examples, num_examples_of(batch)),
+    )
+
+
+def _squares(
+    sums: Sequence[tuple[float, float]], few_examples: int, num_examples: int
+) -> GradientSquares | None:
+    """Return the squares of means, from those of sums and the share of the first."""
+    if len(sums) < 2 or not sums[0][1]:
+        return None
+    (few, share), (whole, _) = sums
+    return GradientSquares(few_examples, few / share**2, num_examples, whole)
+
+
+def _groups(
+    batch: Batch, micro_batch_size: int, few_examples: int
+) -> Iterator[tuple[Batch, int]]:
+    """Give what is computed before squares are taken, and examples at a time."""
+    num_examples = num_examples_of(batch)
+    if not 0 < few_examples < num_examples:
+        yield batch, micro_batch_size
+        return
+    half = -(-num_examples // 2)
+    size = min(micro_batch_size or half, half)
+    # Some sources sort what they draw.
+    order = torch.randperm(num_examples)
+    for rows in (order[:few_examples], order[few_examples:]):
+        yield (
+            {name: values[rows.to(values.device)] for name, values in batch.items()},
+            size,
+        )
+
+
+def _squared_norm(parameters: Iterable[Tensor]) -> float:
+    """Return the squared norm of the gradients that parameters have."""
+    gradients = (p.grad for p in parameters if p.grad is not None)
+    return float(sum(g.float().square().sum().item() for g in gradients))
 
 
 def _add_gradients(loss: Tensor, trainable: Sequence[Tensor]) -> None:

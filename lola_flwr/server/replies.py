@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,7 @@ _TRAINED = ("weights", "moves")
 _LONGEST_COMPUTE_S = 86_400.0
 _LARGEST_LOSS = 1e6
 _LARGEST_PEAK_BYTES = 1e15
+_LARGEST_SQUARE = 1e18
 
 
 def _failure(record: Mapping[str, object]) -> UpdateRefused:
@@ -310,7 +311,7 @@ class UpdateReader:
         peak_bytes = report.peak_memory_bytes
         if peak_bytes is not None and not 0 <= peak_bytes <= _LARGEST_PEAK_BYTES:
             raise UpdateRefused("implausible", f"peak_memory_bytes={peak_bytes:g}")
-        return report
+        return _with_checked_squares(report, assignment)
 
     def _statistics(
         self, tensors: Mapping[str, bytes], sent: Mapping[str, npt.NDArray[Any]]
@@ -349,6 +350,26 @@ class UpdateReader:
                 "wrong-count", f"{len(missing)} arrays missing, such as {missing[0]}"
             )
         return tensors
+
+
+def _with_checked_squares(report: UpdateReport, assignment: Assignment) -> UpdateReport:
+    """Return a report without the squares that nobody asked for; check the others."""
+    few, most = report.few_examples, report.all_examples
+    squares = report.few_square, report.all_square
+    if not assignment.measures_noise or None in (few, most, *squares):
+        return replace(
+            report,
+            few_examples=None,
+            few_square=None,
+            all_examples=None,
+            all_square=None,
+        )
+    if not (few and most and 1 <= few < most <= assignment.batch_size):
+        raise UpdateRefused("implausible", f"squares over {few} of {most} examples")
+    for square in squares:
+        if not (square is not None and 0 <= square <= _LARGEST_SQUARE):
+            raise UpdateRefused("implausible", f"a squared norm of {square:g}")
+    return report
 
 
 def _norm(gradients: Float32Arrays) -> float:

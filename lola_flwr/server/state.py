@@ -20,6 +20,7 @@ from lola_flwr.system.estimation import (
     DownlinkEstimate,
     RateEstimate,
 )
+from lola_flwr.system.gradient_noise import GradientNoise
 from lola_flwr.wire.held_versions import HeldVersions
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class RunState:
         How far devices are trusted, by what they sent.
     held
         Which pieces of the model devices hold.
+    noise
+        How noisy the blocks' gradients are, where batches follow from it.
     """
 
     server_round: int = 0
@@ -75,6 +78,7 @@ class RunState:
     norms: NormHistory = field(default_factory=NormHistory)
     reputation: Reputation = field(default_factory=Reputation)
     held: HeldVersions = field(default_factory=HeldVersions)
+    noise: GradientNoise = field(default_factory=GradientNoise)
 
     def meetings_of(self, device_name: str) -> tuple[int, ...]:
         """Return how often each block met a device's data, [N]."""
@@ -105,6 +109,7 @@ class RunState:
         missing = {
             "downlinks": to_values(DownlinkEstimate()),
             "reputation": to_values(Reputation()),
+            "noise": to_values(GradientNoise()),
         }
         values = {**missing, **values}
         if "norms" in values:

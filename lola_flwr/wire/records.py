@@ -176,6 +176,8 @@ class Assignment(_Record):
     further_blocks
         Blocks to train besides, behind the first, separated by spaces; None: it is one
         block.
+    measures_noise
+        Whether the device is to say how noisy its gradient is; None: it is not.
     """
 
     server_round: int
@@ -202,6 +204,7 @@ class Assignment(_Record):
     operations: str | None = None
     further_blocks: str | None = None
     trains_all: bool = False
+    measures_noise: bool | None = None
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -250,6 +253,9 @@ class UpdateReport(_Record):
     projections
         The gradient's projections on these directions, float32, little-endian: in an
         array, Flower's records of it would be larger than they are.
+    few_examples, few_square, all_examples, all_square
+        Squared norms of the blocks' gradient over some examples of the mini-batch and
+        over all; None: not known.
     """
 
     server_round: int
@@ -264,6 +270,10 @@ class UpdateReport(_Record):
     peak_memory_bytes: float | None = None
     direction_seed: int | None = None
     projections: bytes | None = None
+    few_examples: int | None = None
+    few_square: float | None = None
+    all_examples: int | None = None
+    all_square: float | None = None
 
 
 @dataclass(frozen=True)
@@ -376,18 +386,6 @@ class PartReport(_Record):
     squares: bytes = b""
     magnitudes: bytes = b""
     lacks: str = ""
-
-
-def nothing_report(assignment: Assignment) -> UpdateReport:
-    """Return the report of a device that lacks what the server believed it to hold."""
-    return UpdateReport(
-        server_round=assignment.server_round,
-        block_index=assignment.block_index,
-        update_kind="nothing",
-        loss=None,
-        compute_s=None,
-        compute_clock="",
-    )
 
 
 def holds_nothing(report: Mapping[str, object]) -> bool:

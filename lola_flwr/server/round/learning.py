@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from lola_flwr.run.records import RoundRecord
@@ -10,6 +10,7 @@ from lola_flwr.server.round.intake import AcceptedReply, RoundReplies
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.state import RunState
 from lola_flwr.system.estimation import Observation, RateObservation
+from lola_flwr.system.gradient_noise import NoiseObservation
 
 
 def learned(
@@ -61,7 +62,19 @@ def learned(
         history=state.history.after_round(plan.server_round, relative_moves),
         norms=replies.norms,
         reputation=replies.reputation or state.reputation,
+        noise=state.noise.update(_noise_observed(replies)),
     )
+
+
+def _noise_observed(replies: RoundReplies) -> Iterator[NoiseObservation]:
+    """Give what devices said of the squares of their gradients."""
+    for accepted in replies.accepted.values():
+        report = accepted.report
+        few, most = report.few_examples, report.all_examples
+        few_square, square = report.few_square, report.all_square
+        if few and most and few_square is not None and square is not None:
+            block = report.block_index
+            yield NoiseObservation(block, few, few_square, most, square)
 
 
 def _acknowledged(state: RunState, plan: RoundPlan, replies: RoundReplies) -> RunState:

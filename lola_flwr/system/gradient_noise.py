@@ -1,0 +1,123 @@
+"""How noisy the gradients of blocks are, by what devices say of their mini-batches.
+
+The gradient of b examples has the expected square ``|G|^2 + tr(Sigma) / b``: its square
+over few examples of a mini-batch and over all of them tells both terms (McCandlish,
+Kaplan, Amodei et al., arXiv:1812.06162, appendix A.1). Their ratio, the noise scale
+``tr(Sigma) / |G|^2``, is the number of examples from which on more bring little. A
+single pair of squares tells it badly; it is the ratio of what is kept of many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lola_flwr.arrays import Float64Array
+
+# What is believed before anything is known, and what that weighs, in observations of
+# one block.
+_ASSUMED, _ASSUMED_COUNTS = 128.0, 2.0
+# Observations of a block that count: gradients change as the model learns.
+_WINDOW = 24
+# Part of them that is left out at either end: one that is far off says nothing.
+_LEFT_OUT = 0.2
+# What the median of all blocks weighs in each block's own, in observations.
+_COMMON_COUNTS = 6.0
+# No block is believed to be so many times more or less noisy than the median of all:
+# who trains a block may lie about it.
+_FURTHEST = 8.0
+_LARGEST = 1e5
+
+
+@dataclass(frozen=True)
+class NoiseObservation:
+    """Squared norms of a block's gradient over few examples and over all of a batch.
+
+    Parameters
+    ----------
+    block_index
+        The block; of several that a device trains, the first.
+    few_examples, few_square
+        Some examples of the mini-batch, and the squared norm of their mean gradient.
+    examples, square
+        All of them, and that of theirs.
+    """
+
+    block_index: int
+    few_examples: int
+    few_square: float
+    examples: int
+    square: float
+
+    @property
+    def signal(self) -> float:
+        """Estimate of ``|G|^2``, without bias; it may be negative."""
+        few, all_ = self.few_examples, self.examples
+        return (all_ * self.square - few * self.few_square) / (all_ - few)
+
+    @property
+    def variance(self) -> float:
+        """Estimate of ``tr(Sigma)``, without bias; it may be negative."""
+        rise = 1.0 / self.few_examples - 1.0 / self.examples
+        return (self.few_square - self.square) / rise
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """What is known of the noise of gradients.
+
+    Parameters
+    ----------
+    signal, variance
+        Latest estimates of ``|G|^2`` and ``tr(Sigma)``, oldest first, by block index.
+    """
+
+    signal: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    variance: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    def update(self, observations: Iterable[NoiseObservation]) -> GradientNoise:
+        """Return what is known after some observations."""
+        signal, variance = dict(self.signal), dict(self.variance)
+        for seen in observations:
+            block = seen.block_index
+            signal[block] = (*signal.get(block, ()), seen.signal)[-_WINDOW:]
+            variance[block] = (*variance.get(block, ()), seen.variance)[-_WINDOW:]
+        return GradientNoise(signal, variance)
+
+    def scales(self, num_blocks: int) -> Float64Array:
+        """Return the noise scale of each block's gradient, examples, shape [N].
+
+        The fewer observations a block has, the more it is what all have in common. It
+        is the inverses that are averaged: they are linear in ``|G|^2``, which is known
+        worse than ``tr(Sigma)``.
+        """
+        counts = np.array([len(self.signal.get(n, ())) for n in range(num_blocks)])
+        own = np.array([self._inverse(n) for n in range(num_blocks)])
+        common = 1.0 / _ASSUMED
+        if counts.any():
+            known, median = counts.sum(), float(np.median(own[counts > 0]))
+            common = (known * median + _ASSUMED_COUNTS * common) / (
+                known + _ASSUMED_COUNTS
+            )
+        common = float(np.clip(common, 1.0 / _LARGEST, 1.0))
+        inverse = (counts * own + _COMMON_COUNTS * common) / (counts + _COMMON_COUNTS)
+        inverse = inverse.clip(common / _FURTHEST, common * _FURTHEST)
+        return np.asarray(1.0 / inverse.clip(1.0 / _LARGEST, 1.0))
+
+    def _inverse(self, block_index: int) -> float:
+        """Return a block's ``|G|^2 / tr(Sigma)``, 0 to 1; 0 if nothing is known."""
+        signal = _middle(self.signal.get(block_index, ()))
+        variance = _middle(self.variance.get(block_index, ()))
+        if signal <= 0.0:
+            return 0.0
+        return 1.0 if variance <= signal else signal / variance
+
+
+def _middle(values: tuple[float, ...]) -> float:
+    """Return the mean of what is neither among the largest nor among the smallest."""
+    if not values:
+        return 0.0
+    left_out = int(_LEFT_OUT * len(values))
+    return float(np.mean(np.sort(values)[left_out : len(values) - left_out]))

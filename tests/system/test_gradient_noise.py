@@ -1,0 +1,146 @@
+"""The noise scale of gradients, beside that of many per-sample gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.run.values import from_values, to_values
+from lola_flwr.system.gradient_noise import GradientNoise, NoiseObservation
+
+PARTITION = BlockPartition(
+    (("first.weight", "first.bias"), ("second.weight", "second.bias")),
+    ("head.weight", "head.bias"),
+    (),
+)
+NUM_SAMPLES, BATCH = 1500, 128
+
+
+class Small(nn.Module):
+    """Two hidden layers, and classes that are mostly noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 24), nn.Linear(24, 24)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x, y):
+        hidden = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return nn.functional.cross_entropy(self.head(hidden), y)
+
+
+def loss(model, batch):
+    return model(**batch)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Small()
+        x = torch.randn(NUM_SAMPLES, 20)
+        scores = x @ torch.randn(20, 4) + 3 * torch.randn(NUM_SAMPLES, 4)
+    return model, {"x": x, "y": scores.argmax(1)}
+
+
+def per_sample_scale(model, batch, block: int) -> float:
+    """``tr(Sigma) / |G|^2`` of all samples, each one's gradient by itself."""
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    own = {name: parameters.pop(name) for name in PARTITION.blocks[block]}
+
+    def of_one(own, x, y):
+        args = {"x": x[None], "y": y[None]}
+        return torch.func.functional_call(model, {**parameters, **own}, (), args)
+
+    each = torch.func.vmap(torch.func.grad(of_one), (None, 0, 0))(own, *batch.values())
+    gradients = torch.cat([g.flatten(1) for g in each.values()], dim=1)
+    mean = gradients.mean(0)
+    variance = float((gradients - mean).square().sum()) / (NUM_SAMPLES - 1)
+    return variance / (float(mean.square().sum()) - variance / NUM_SAMPLES)
+
+
+def test_the_noise_scale_is_that_of_many_per_sample_gradients(setting):
+    model, data = setting
+    rng, noise = np.random.default_rng(0), GradientNoise()
+    for _ in range(24):
+        seen = []
+        for block in range(2):
+            rows = rng.choice(NUM_SAMPLES, BATCH, replace=False)
+            batch = {name: values[rows] for name, values in data.items()}
+            found = block_gradient(
+                model, PARTITION, block, batch, loss_function=loss, few_examples=16
+            ).squares
+            seen.append(
+                NoiseObservation(
+                    block,
+                    found.few_examples,
+                    found.few_square,
+                    found.all_examples,
+                    found.all_square,
+                )
+            )
+        noise = noise.update(seen)
+    true = [per_sample_scale(model, data, block) for block in range(2)]
+    np.testing.assert_allclose(noise.scales(2), true, rtol=0.2)
+
+
+def test_squares_are_those_of_the_blocks_alone_and_change_no_gradient(setting):
+    model, data = setting
+    batch = {name: values[:32] for name, values in data.items()}
+    usual = block_gradient(model, PARTITION, 1, batch, loss_function=loss)
+    found = block_gradient(
+        model, PARTITION, 1, batch, loss_function=loss, few_examples=4
+    )
+    assert usual.squares is None
+    assert (found.squares.few_examples, found.squares.all_examples) == (4, 32)
+    total = sum(
+        float(usual.gradients[name].square().sum()) for name in PARTITION.blocks[1]
+    )
+    assert found.squares.all_square == pytest.approx(total, rel=1e-4)
+    assert found.squares.few_square > found.squares.all_square
+    for name, gradient in usual.gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient)
+    assert found.loss == pytest.approx(usual.loss, rel=1e-5)
+
+
+def observation(block: int, scale: float, rng: np.random.Generator) -> NoiseObservation:
+    """One that is right on average, of ``|G| = 1``."""
+    squares = [1.0 + scale / n * rng.uniform(0.8, 1.2) for n in (16, 128)]
+    return NoiseObservation(block, 16, squares[0], 128, squares[1])
+
+
+def test_without_observations_all_blocks_have_the_same_scale():
+    scales = GradientNoise().scales(3)
+    assert (scales == scales[0]).all()
+    assert 16 < scales[0] < 1024
+
+
+def test_blocks_differ_once_they_are_known():
+    rng, noise = np.random.default_rng(0), GradientNoise()
+    for _ in range(24):
+        noise = noise.update([observation(n, 50.0 * 4**n, rng) for n in range(2)])
+    first, second = noise.scales(2)
+    assert 2 < second / first < 4
+
+
+@pytest.mark.parametrize("lie", [0.0, 1e18])
+def test_a_device_that_lies_moves_its_own_block_within_bounds_and_no_other(lie):
+    rng, honest, told = np.random.default_rng(1), GradientNoise(), GradientNoise()
+    for _ in range(24):
+        seen = [observation(n, 100.0, rng) for n in range(6)]
+        honest = honest.update(seen)
+        told = told.update([NoiseObservation(0, 16, lie, 128, 1.0), *seen[1:]])
+    mine, others = told.scales(6)[0], told.scales(6)[1:]
+    np.testing.assert_allclose(others, honest.scales(6)[1:], rtol=0.1)
+    assert np.median(others) / 9 <= mine <= np.median(others) * 9
+
+
+def test_it_survives_a_checkpoint():
+    rng = np.random.default_rng(2)
+    noise = GradientNoise().update([observation(n, 80.0, rng) for n in range(2)])
+    kept = from_values(GradientNoise, to_values(noise))
+    np.testing.assert_array_equal(kept.scales(2), noise.scales(2))
