@@ -1,10 +1,13 @@
 """How many examples each device trains on: the most progress a second.
 
-A step with a mini-batch of B examples brings ``B / (B + S)`` of what one without noise
-would, where S is the gradient's noise scale (McCandlish, Kaplan, Amodei et al.,
-arXiv:1812.06162): beyond S further examples bring little. What a round brings is the
-mean of that over the model's blocks, and the time to a target falls as that over the
-round's latency, its rate, rises.
+The gradient of B examples has the share ``B / (B + S)`` of the signal in its square,
+where S is its noise scale (McCandlish, Kaplan, Amodei et al., arXiv:1812.06162). With
+the learning rate that is best for each batch a step brings as much of what one without
+noise would. An optimizer that divides by the root of that square, such as AdamW, and
+keeps its learning rate, brings the root of it: a step is as long whatever the noise,
+and noise takes a part of it that goes nowhere. What a round brings is the mean of that
+over the model's blocks, and the time to a target falls as that over the round's
+latency, its rate, rises.
 
 With the matching given, a device that computes ``c + a B`` and uploads for ``tau`` over
 the whole band needs the share ``tau / (T - c - a B)`` of it for a round of T seconds.
@@ -23,10 +26,14 @@ import numpy as np
 from lola_flwr.allocation.shares import best_deadline
 from lola_flwr.arrays import Float64Array, IntArray
 
+# Power of the signal's share that a step brings.
+_EXPONENT = 0.5
 # Lengths of a round that are looked at together, and how often their range narrows. At
 # its maximum the rate is flat: the error of the length counts by its square.
-_LENGTHS, _NARROWINGS = 12, 5
-_BISECTIONS = 36
+_LENGTHS, _NARROWINGS = 12, 4
+_BISECTIONS = 28
+# Newton's steps to the best batch for a multiplier.
+_STEPS = 6
 # Of a sum of shares: in the shortest round there is no room to err.
 _ROUNDING = 1e-9
 # Passes over the devices that try one example more or less than what was rounded.
@@ -36,8 +43,8 @@ _MOST_PASSES = 4
 def progress(
     batch_size: Float64Array | IntArray, noise_scale: Float64Array
 ) -> Float64Array:
-    """Return what steps bring, of what they would without noise: ``B / (B + S)``."""
-    return np.asarray(batch_size / (batch_size + noise_scale))
+    """Return what steps bring, of what they would without noise."""
+    return np.asarray((batch_size / (batch_size + noise_scale)) ** _EXPONENT)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -148,7 +155,9 @@ def own_batches(problem: BatchProblem) -> OwnBatches:
 def _best_at(problem: BatchProblem, lengths_s: Float64Array) -> Float64Array:
     """Return the best batches of rounds of some lengths, [T, A]."""
     # The multiplier that brings every batch to its least is not above this.
-    steepest = (problem.weight / problem.noise_scale.clip(1e-9)).max()
+    slopes = problem.weight * problem.noise_scale * _EXPONENT
+    slopes /= problem.least ** (1.0 - _EXPONENT)
+    steepest = (slopes / (problem.least + problem.noise_scale) ** (1 + _EXPONENT)).max()
     left_s = lengths_s[:, None] - problem.compute_s(problem.least)
     with np.errstate(divide="ignore", invalid="ignore"):
         per_example = problem.full_band_upload_s * problem.example_s / left_s**2
@@ -168,16 +177,33 @@ def _lagrangian_batches(
 ) -> Float64Array:
     """Return the batches that bring most less what their band costs, [T, A].
 
-    Where the derivatives of both are equal, ``w S / (B + S)^2`` and
-    ``m tau a / (T - c - a B)^2``, so are their roots, which are linear in B.
+    There the derivatives of both are equal, ``w p S B^(p-1) / (B + S)^(p+1)`` and
+    ``m tau a / (T - c - a B)^2``. With p = 1 their roots are linear in B, which tells
+    where to begin. The logarithm of their ratio is a concave function of log B, and
+    falls: from its right Newton's method comes down to the zero, and from anywhere it
+    is on its right after a step.
     """
     left_s = lengths_s[:, None] - problem.fixed_s
-    gain = np.sqrt(problem.weight * problem.noise_scale)
-    cost = np.sqrt(multiplier[:, None] * problem.full_band_upload_s * problem.example_s)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        batch = (left_s * gain - problem.noise_scale * cost) / (
-            problem.example_s * gain + cost
+    example_s, scale = problem.example_s, problem.noise_scale
+    gain = problem.weight * scale * _EXPONENT
+    cost = multiplier[:, None] * problem.full_band_upload_s * example_s
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        longest = left_s / example_s
+        batch = (left_s * np.sqrt(gain) - scale * np.sqrt(cost)) / (
+            example_s * np.sqrt(gain) + np.sqrt(cost)
         )
+        log_gain, log_cost = np.log(gain), np.log(cost)
+        several = (gain > 0.0) & (cost > 0.0)
+        for _ in range(_STEPS):
+            batch = np.clip(batch, 1e-3, longest * (1.0 - 1e-9))
+            rest_s = left_s - example_s * batch
+            ratio = log_gain - log_cost + 2.0 * np.log(rest_s)
+            ratio += (_EXPONENT - 1.0) * np.log(batch)
+            ratio -= (_EXPONENT + 1.0) * np.log(batch + scale)
+            slope = (_EXPONENT - 1.0) - (_EXPONENT + 1.0) * batch / (batch + scale)
+            slope = slope - 2.0 * example_s * batch / rest_s
+            nearer = batch * np.exp(-ratio / slope)
+            batch = np.where(several & np.isfinite(nearer), nearer, batch)
     # Where neither counts, examples bring nothing and cost nothing.
     batch = np.where(np.isnan(batch), problem.least, batch)
     return np.clip(batch, problem.least, problem.most)
@@ -219,9 +245,9 @@ def _bound(problem: BatchProblem, length_s: float, shortest_s: float) -> float:
     """Return a rate that no batches exceed, by duality.
 
     For any multiplier m >= 0 the progress of a round of T is at most
-    ``D(T) = m + sum max_B (w B / (B + S) - m tau / (T - c - a B))``. D is concave, so
-    it lies below its tangent, here in ``length_s``; and that over T has its maximum at
-    an end of the range of lengths. The multiplier that says most is searched for.
+    ``D(T) = m + sum max_B (w (B / (B + S))^p - m tau / (T - c - a B))``. D is concave,
+    so it lies below its tangent, here in ``length_s``; and that over T has its maximum
+    at an end of the range of lengths. The multiplier that says most is searched for.
     """
     low, high = -60.0, 20.0
     bound = np.inf
@@ -293,8 +319,8 @@ def best_candidate(
         The grid.
     errors
         Of each codec, coarsest first: its squared error, relative to the gradient's
-        square. It is noise besides: with it steps bring ``1 / (1 + error)`` of what
-        they did.
+        square. It is noise besides: with it the signal's share is ``1 / (1 + error)``
+        of what it was.
     attempt
         Solves the round of a batch size and the codec of an index, without regard to
         its error; None if there is none.
@@ -312,13 +338,14 @@ def best_candidate(
     bounds = dict.fromkeys(batch_sizes, np.inf)
     for level, error in enumerate(errors):
         for batch_size in batch_sizes:
-            if best is not None and bounds[batch_size] / (1.0 + error) <= best[0]:
+            left = (1.0 + error) ** -_EXPONENT
+            if best is not None and bounds[batch_size] * left <= best[0]:
                 continue
             tried = attempt(batch_size, level)
             if tried is None:
                 bounds[batch_size] = 0.0
                 continue
-            rate = tried.rate / (1.0 + error)
+            rate = tried.rate * left
             if best is None or rate > best[0]:
                 best = (rate, batch_size, level)
             if finer_is_longer and tried.bound_s > 0.0:

@@ -60,7 +60,7 @@ def test_brute_force_finds_nothing_better_and_nothing_beyond_the_bound(
         assert best <= found.bound * (1 + 1e-9), seed
 
 
-@pytest.mark.parametrize("devices", [1, 24])
+@pytest.mark.parametrize("devices", [6, 24])
 def test_with_many_examples_the_bound_is_as_good_as_reached(devices: int) -> None:
     rng = np.random.default_rng(devices)
     problem = BatchProblem(
@@ -131,7 +131,7 @@ def test_the_grid_is_solved_exactly_and_what_cannot_win_is_not_solved() -> None:
 
         solved.clear()
         found = best_candidate(batches, errors, attempt)
-        rates = {key: t.rate / (1 + errors[key[1]]) for key, t in rounds.items()}
+        rates = {k: t.rate / (1 + errors[k[1]]) ** 0.5 for k, t in rounds.items()}
         best = max(rates, key=lambda key: rates[key])
         assert found == best
         assert len(solved) < len(batches) * len(errors)
