@@ -13,6 +13,7 @@ from lola_flwr.allocation import ALLOCATORS, find_allocator
 from lola_flwr.app.interface import Interface, interface_of
 from lola_flwr.errors import UserError
 from lola_flwr.model.bases import Base
+from lola_flwr.planning import BATCH_SIZES
 from lola_flwr.run.config import RunConfig, keyword_arguments
 from lola_flwr.run.target import Target
 from lola_flwr.run.tracking import TRACKERS, check_trackers
@@ -144,7 +145,7 @@ class AppConfig(RunConfig):
     tuning_options: Options
     base: Base = "fp32"
     rounds: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["fp32", "bf16"]
     max_length: int = Field(ge=8)
@@ -169,6 +170,17 @@ class AppConfig(RunConfig):
     save_model: bool
     save_merged: bool
     trackers: Trackers
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Batches that rounds choose from; empty: they have the one that is given."""
+        return BATCH_SIZES if self.batch_size == AUTO else ()
+
+    @property
+    def largest_batch(self) -> int:
+        """Examples of the largest mini-batch that a device may be asked for."""
+        size = self.batch_size
+        return max(self.batch_sizes) if isinstance(size, str) else size
 
     @classmethod
     @abstractmethod
@@ -336,6 +348,11 @@ class LolaDeftConfig(UpdatesConfig):
                 f"latency-target-s={self.latency_target_s:g} leaves blocks out, and "
                 'participation="all" no device; drop one of the two'
             )
+        if self.batch_size == AUTO and self.zeroth_order != "off":
+            yield (
+                f'batch-size="auto" does not go with zeroth-order={self.zeroth_order!r}'
+                ", whose noise is another; give a batch-size"
+            )
         if self.latency_target_s and self.backups:
             yield (
                 f"backups={self.backups} take band that latency-target-s="
@@ -362,6 +379,7 @@ class D2ftConfig(AppConfig):
     _because = "where no device trains a block by itself"
 
     interface: Annotated[Interface, AfterValidator(_for_d2ft)]
+    batch_size: int = Field(ge=1)
     d2ft_options: Options = ""
 
     def _contradictions(self) -> Iterator[str]:

@@ -71,12 +71,15 @@ class DeviceParts:
         Gives what the blocks cost; asked where devices train them by themselves.
     batch_weight
         What a mini-batch's mean loss weighs.
+    num_examples
+        Gives how many examples a device has: ``(index, num_partitions)``.
     """
 
     load_model: Callable[[], tuple[nn.Module, BlockPartition]]
     draw: Callable[[int, int, np.random.Generator, int], Batch]
     costs: Callable[[], KnownCosts]
     batch_weight: BatchWeight = num_examples_of
+    num_examples: Callable[[int, int], int] | None = None
 
 
 def make_device(
@@ -87,6 +90,9 @@ def make_device(
     measured = states_profile(context.node_config)
     profile = node_profile(context) if measured else simulated_profile(config, index)
     profile = configured(profile, config, index)
+    if parts.num_examples is not None and config.batch_sizes:
+        held = parts.num_examples(index, num_partitions)
+        profile = replace(profile, num_examples=held)
 
     def draw_batch(server_round: int, batch_size: int) -> Batch:
         rng = rng_for(config.seed, "batch", server_round, profile.name)
@@ -133,6 +139,8 @@ def _simulated_compute_s(
     of_blocks = known.of_blocks
     if assignment.direction_seed is not None and known.zeroth_order is not None:
         of_blocks = known.zeroth_order.costs
+    if config.batch_sizes:
+        of_blocks = of_blocks.at(assignment.batch_size)
     of_blocks = of_blocks.joined([assignment.blocks])
     flops = float(of_blocks.required_flops([profile])[0, assignment.block_index])
     if assignment.operations is not None:

@@ -70,7 +70,7 @@ def make_coordinator(
         model,
         partition,
         costs=costs,
-        batch_size=config.batch_size,
+        batch_size=config.largest_batch,
         step=server_step_of(config),
         settings=replace(settings, example_weight=example_weight),
     )
@@ -120,6 +120,7 @@ def settings_of(
             mode=RoundMode(participation="all"),
             codec_slack=config.codec_slack,
             longest_round_s=config.longest_round_s,
+            batch_sizes=config.batch_sizes,
         ),
         devices=DeviceOptions(
             correct_profiles=config.correct_profiles, reputation=config.reputation
@@ -218,7 +219,7 @@ def zeroth_order_of(
     costs = zeroth_order_costs(
         model,
         partition,
-        batch_size=config.batch_size,
+        batch_size=config.largest_batch,
         sequence_length=config.max_length,
         num_directions=num_directions,
     )

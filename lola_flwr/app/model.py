@@ -93,7 +93,7 @@ def _count(
     return of_model.model_costs(
         model,
         layers,
-        batch_size=config.batch_size,
+        batch_size=config.largest_batch,
         sequence_length=config.max_length,
         merged=isinstance(config, FedAvgFullConfig),
         micro_batch_size=config.micro_batch_size,

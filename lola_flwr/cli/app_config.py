@@ -9,7 +9,8 @@ from typing import Any
 import tomli_w
 
 from lola_flwr.errors import UserError, nearest
-from lola_flwr.simulation.flower_app import FlowerApp
+from lola_flwr.run.config import RunConfig
+from lola_flwr.simulation.flower_app import FlowerApp, schema_of
 
 
 def read_overrides(app: FlowerApp, words: Sequence[str]) -> dict[str, Any]:
@@ -48,6 +49,20 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), "a string")
 
 
+def rules_of(app: FlowerApp) -> Mapping[str, Mapping[str, Any]]:
+    """Return what JSON Schema says of each key, where the app's schema tells."""
+    schema = schema_of(app)
+    if isinstance(schema, type) and issubclass(schema, RunConfig):
+        return schema.rules()
+    return {}
+
+
+def words_of(rule: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the words that a key takes beside values of its default's type."""
+    either = rule.get("anyOf", ())
+    return tuple(str(each["const"]) for each in either if "const" in each)
+
+
 def as_run_config(overrides: Mapping[str, Any]) -> list[str]:
     """Return overrides as ``flwr run --run-config`` takes them."""
     return [f"{key}={as_toml(value)}" for key, value in overrides.items()]
@@ -71,7 +86,9 @@ def _read_override(app: FlowerApp, word: str) -> tuple[str, Any]:
         value = text.strip()
     if isinstance(default, float) and type(value) is int:
         value = float(value)
-    if type(value) is not type(default):
+    if type(value) is not type(default) and value not in words_of(
+        rules_of(app).get(key, {})
+    ):
         raise UserError(
             f"{key}={text} must be {kind_of(default)}, as in {key}={as_toml(default)}."
         )

@@ -9,9 +9,8 @@ from typing import Any
 import tomlkit
 from tomlkit.items import AbstractTable, Comment, Item, Whitespace
 
-from lola_flwr.cli.app_config import kind_of
-from lola_flwr.run.config import RunConfig
-from lola_flwr.simulation.flower_app import FlowerApp, schema_of
+from lola_flwr.cli.app_config import kind_of, rules_of, words_of
+from lola_flwr.simulation.flower_app import FlowerApp
 
 # How a bound of JSON Schema reads.
 _BOUNDS = {
@@ -57,7 +56,7 @@ def app_keys(app: FlowerApp) -> list[AppKey]:
     What they take is what the app's schema says, if that is a `RunConfig`; else it
     follows from the default alone.
     """
-    rules, comments = _rules(app), key_comments(app)
+    rules, comments = rules_of(app), key_comments(app)
     return [
         _app_key(name, default, comments.get(name, ""), rules.get(name, {}))
         for name, default in app.config.items()
@@ -91,22 +90,18 @@ def _text(item: Item) -> str:
     return item.trivia.comment.removeprefix("#").strip()
 
 
-def _rules(app: FlowerApp) -> Mapping[str, Mapping[str, Any]]:
-    """Return what JSON Schema says of each key, where the app's schema tells."""
-    schema = schema_of(app)
-    if isinstance(schema, type) and issubclass(schema, RunConfig):
-        return schema.rules()
-    return {}
-
-
 def _app_key(name: str, default: Any, comment: str, rule: Mapping[str, Any]) -> AppKey:
     closed = ("true", "false") if isinstance(default, bool) else rule.get("enum", ())
+    # A number, or one of some words.
+    either = rule.get("anyOf", ())
+    words = words_of(rule)
+    rule = {**next((each for each in either if "const" not in each), {}), **rule}
     bounds = [f"{said} {rule[at]:g}" for at, said in _BOUNDS.items() if at in rule]
     return AppKey(
         name=name,
         default=default,
-        kind=", ".join([kind_of(default), *bounds]),
+        kind=" or ".join([", ".join([kind_of(default), *bounds]), *words]),
         comment=comment,
-        values=tuple(map(str, closed or rule.get("examples", ()))),
+        values=tuple(map(str, closed or words or rule.get("examples", ()))),
         is_closed=bool(closed),
     )

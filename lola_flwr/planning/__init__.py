@@ -4,6 +4,7 @@ Neither Flower nor PyTorch is needed: `lola-flwr plan` says in a second what a r
 rounds will take, and a run's own rounds are planned by the same functions.
 """
 
+from lola_flwr.planning.batches import BATCH_SIZES, solve_round
 from lola_flwr.planning.fleet_plans import (
     Plan,
     compare,
@@ -18,11 +19,11 @@ from lola_flwr.planning.solution import (
     SolvedRound,
     matching_seed,
     planned_blocks,
-    solve_round,
 )
 from lola_flwr.planning.statement import stated_round
 
 __all__ = [
+    "BATCH_SIZES",
     "AllocationOptions",
     "Known",
     "Plan",

@@ -18,8 +18,9 @@ from lola_flwr.allocation import (
 from lola_flwr.costs.estimated import BlockCosts, estimate_costs
 from lola_flwr.costs.shapes import config_file, model_shapes
 from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.planning.batches import solve_round
 from lola_flwr.planning.known import AllocationOptions, Known, RunStatement
-from lola_flwr.planning.solution import planned_blocks, solve_round
+from lola_flwr.planning.solution import planned_blocks
 from lola_flwr.planning.statement import stated_round
 from lola_flwr.run.records import RoundRecord
 from lola_flwr.system.channel import Channel

@@ -12,7 +12,7 @@ from lola_flwr.allocation import Allocator, RoundMode, find_allocator
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.errors import UserError
-from lola_flwr.system.channel import Channel
+from lola_flwr.system.channel import Channel, rates_up_bps
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.estimation import (
     ComputeEstimate,
@@ -54,12 +54,17 @@ class AllocationOptions:
     longest_round_s
         A device that would need longer for a block, had it the whole band to itself, is
         not given that block.
+    batch_sizes
+        Batches to choose from, whole examples: each round has the one with most
+        progress a second, and then each device its own, see
+        `lola_flwr.planning.batches`. With it a codec is chosen, too, for all: none
+        finer than its error costs. Empty: all rounds have the run's batch.
 
     Raises
     ------
     UserError
-        Unknown name of an allocator, negative ``codec_slack`` or ``sharing_eps``, or
-        ``returned_by`` less than 1.
+        Unknown name of an allocator, negative ``codec_slack`` or ``sharing_eps``,
+        ``returned_by`` less than 1, or a batch that is no whole number of examples.
     """
 
     allocator: str | Allocator = "exact"
@@ -70,6 +75,7 @@ class AllocationOptions:
     partial: bool = False
     returned_by: int = 1
     longest_round_s: float = 3600.0
+    batch_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check now what would else be an error in round 1."""
@@ -78,6 +84,9 @@ class AllocationOptions:
         for name in ("codec_slack", "sharing_eps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0.")
+        sizes = tuple(self.batch_sizes)
+        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise UserError(f"batch_sizes={sizes} must be whole numbers of examples.")
         if self.returned_by < 1:
             raise UserError(f"returned_by={self.returned_by} must be at least 1.")
 
@@ -176,6 +185,12 @@ class Known:
         Updates that each block has had, shape [N].
     partial
         Whether blocks may be left out that there is no device for.
+    noise_scale
+        Noise scale of each block's gradient, examples, shape [N], where batches are to
+        be chosen; None: nothing is known of it.
+    uplink_bps
+        What the channel lets each device send over the whole band, bit/s, shape [K];
+        None: it has not been drawn yet.
     """
 
     server_round: int
@@ -192,6 +207,8 @@ class Known:
     partial: bool = False
     downlink_bits: Float64Array | None = None
     time_s: float = 0.0
+    noise_scale: Float64Array | None = None
+    uplink_bps: Float64Array | None = None
 
     @classmethod
     def at_first(
@@ -216,6 +233,12 @@ class Known:
     def moment(self, run: RunStatement) -> Moment:
         """Return when the round begins."""
         return Moment(self.server_round, self.time_s, run.seed)
+
+    def drawn(self, run: RunStatement) -> Float64Array:
+        """Return what the channel lets each device send, bit/s, shape [K]."""
+        if self.uplink_bps is not None:
+            return self.uplink_bps
+        return rates_up_bps(self.profiles, run.channel, self.moment(run))
 
     @property
     def names(self) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from lola_flwr.allocation import (
     RANDOM_ALLOCATORS,
@@ -24,6 +24,8 @@ from lola_flwr.planning.round_problem import RoundProblem
 from lola_flwr.planning.statement import stated_round
 from lola_flwr.randomness import rng_for
 from lola_flwr.run.records import BlockRecord
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +50,9 @@ class SolvedRound:
     num_excluded
         Devices that were left out where all others take part: they have not the memory
         for a block, or rest after failures.
+    batch_size, noise_scale
+        Where batches are chosen: examples of each device's mini-batch, and the noise
+        scale of its block that this follows from, shape [k]; 0 where idle.
     """
 
     server_round: int
@@ -57,6 +62,8 @@ class SolvedRound:
     codec_level: IntArray
     downlink_s: Float64Array
     num_excluded: int
+    batch_size: IntArray | None = None
+    noise_scale: Float64Array | None = None
 
     def active(self) -> Iterator[tuple[int, int]]:
         """Give row and block of each active device, in the order of the rows.
@@ -68,8 +75,8 @@ class SolvedRound:
                 yield row, block
 
 
-def solve_round(run: RunStatement, known: Known) -> SolvedRound:
-    """State a round's problem and solve it.
+def solve_round_at(run: RunStatement, known: Known) -> SolvedRound:
+    """State a round's problem and solve it, with the batch that its costs are for.
 
     Parameters
     ----------
@@ -178,6 +185,12 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
                 required_memory_bytes=float(stated.required_bytes[row, block]),
                 memory_bytes=stated.profiles[row].memory_bytes,
                 further_blocks=stated.blocks(block)[1:],
+                batch_size=_at_row(solved.batch_size, row, int),
+                noise_scale=_at_row(solved.noise_scale, row, float),
             )
         )
     return tuple(sorted(records, key=lambda record: record.block_index))
+
+
+def _at_row(values: Any, row: int, kind: Callable[[Any], _Kind]) -> _Kind | None:
+    return None if values is None else kind(values[row])

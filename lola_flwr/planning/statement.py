@@ -24,7 +24,6 @@ from lola_flwr.planning.latency_target import choose_blocks, fits_any_block
 from lola_flwr.planning.round_problem import RoundProblem
 from lola_flwr.planning.spans import chosen_spans, rotates
 from lola_flwr.planning.windows import chosen_windows, window_costs
-from lola_flwr.system.channel import rates_up_bps
 from lola_flwr.zeroth_order.mixing import mix
 
 
@@ -64,10 +63,7 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
     payloads = run.payloads(known.server_round, every_block)
     speed = np.array([profile.flops_per_s for profile in profiles])
     memory_bytes = np.array([profile.memory_bytes for profile in profiles])
-    rate_bps = known.rates.correct(
-        rates_up_bps(profiles, run.channel, known.moment(run)),
-        names,
-    )
+    rate_bps = known.rates.correct(known.drawn(run), names)
     claimed_s = run.costs.required_flops(profiles) / speed[:, None]  # [K, N]
     required_bytes = run.costs.required_bytes(profiles)  # [K, N]
     return RoundProblem(

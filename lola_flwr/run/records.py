@@ -28,6 +28,8 @@ class BlockRecord:
     the device trains besides, behind ``block_index``. ``unexplained_s`` is how long it
     kept the round waiting for no known reason, None if it did not. ``downlink_s`` is
     how long it takes to have its message and begin, 0 where nothing tells.
+    ``batch_size`` is the examples that it was asked for where rounds choose them, and
+    ``noise_scale`` the noise scale of its block's gradient that they follow from.
     """
 
     block_index: int
@@ -54,6 +56,8 @@ class BlockRecord:
     unexplained_s: float | None = None
     downlink_s: float = 0.0
     measured_downlink_s: float | None = None
+    batch_size: int | None = None
+    noise_scale: float | None = None
 
     def __post_init__(self) -> None:
         """JSON knows no tuples."""
@@ -238,10 +242,11 @@ class RoundRecord(Record):
                 f"{block.uplink_limit or 'advice'})"
             )
             status = "" if block.status == "accepted" else f" [{block.status}]"
+            batch = "" if block.batch_size is None else f", batch {block.batch_size}"
             downlink = f"downlink {block.downlink_s:.3f} s + " * (block.downlink_s > 0)
             lines.append(
                 f"  block {block.numbers:>2s} depth {block.depth:2d} "
-                f"{block.device}: share {block.share:.4f}, {downlink}compute "
+                f"{block.device}: share {block.share:.4f}{batch}, {downlink}compute "
                 f"{block.compute_s:.3f} s{reported} + upload {block.upload_s:.3f} s"
                 f"{measured} = {block.latency_s:.3f} s{mark}{status}"
             )

@@ -178,6 +178,7 @@ class RoundSettings:
             ("downlink_codec", transfer.downlink_codec, "fp32"),
             ("zeroth_order", devices.zeroth_order, None),
             ("reduced_schedules", devices.reduced_schedules, False),
+            ("batch_sizes", self.allocation.batch_sizes, ()),
         ):
             if value != usual:
                 raise UserError(

@@ -15,7 +15,11 @@ _BOUNDS = {
     "memory_bytes": (1e5, 1e13),
     "snr_db": (-60.0, 80.0),
     "uplink_bps": (1e3, 1e12),
+    "num_examples": (1, 1e12),
 }
+
+# What a device may leave unsaid.
+_UNSAID = {"uplink_bps", "num_examples"}
 
 # What a device can do where its memory asks for it.
 _ABILITIES = ("splits_batch", "streams_prefix", "recomputes_suffix")
@@ -52,6 +56,8 @@ class DeviceProfile:
     recomputes_suffix
         Whether it runs the layers from its block on twice, rather than keep what they
         compute, where its memory asks for it.
+    num_examples
+        Examples that it holds, where it says so: it is asked for no more at a time.
 
     Raises
     ------
@@ -67,6 +73,7 @@ class DeviceProfile:
     splits_batch: bool = False
     streams_prefix: bool = False
     recomputes_suffix: bool = False
+    num_examples: int | None = None
 
     def __post_init__(self) -> None:
         # The name goes into logs: no line breaks, no control characters.
@@ -81,7 +88,7 @@ class DeviceProfile:
             )
         for field, (low, high) in _BOUNDS.items():
             value = getattr(self, field)
-            if field == "uplink_bps" and value is None:
+            if field in _UNSAID and value is None:
                 continue
             # NaN is within no bounds.
             if (
@@ -121,7 +128,7 @@ class DeviceProfile:
         # Either of them tells the rate of the link.
         link = {"snr-db", "uplink-bps"} & set(properties)
         optional = {"snr-db", "uplink-bps"} if link else {"uplink-bps"}
-        optional |= {field.replace("_", "-") for field in _ABILITIES}
+        optional |= {field.replace("_", "-") for field in (*_ABILITIES, *_UNSAID)}
         missing = [k for k in keys if k not in properties and k not in optional]
         if missing:
             raise InvalidProfile(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -224,6 +225,11 @@ class UpdateSizes:
         """Check the names: unknown ones are errors now, not in round 1."""
         self.payloads(1, np.ones(self.partition.num_blocks, bool))
 
+    @property
+    def ladder(self) -> tuple[str, ...]:
+        """The codecs that devices may be given, coarsest first."""
+        return codec_ladder(self.codec)
+
     def payloads(
         self,
         server_round: int,
@@ -241,23 +247,40 @@ class UpdateSizes:
         spans
             Blocks that one device trains together.
         """
-        codecs = codec_ladder(self.codec)
+        codecs = self.ladder
         sends_head = head_senders(self.head, server_round, trained)
         for span in spans:
             sends_head[span[0]] = sends_head[list(span)].any()
-        bits = [
-            payload_bits(
-                self.partition,
-                self.shapes,
-                codec_named(name),
-                sends_head,
-                by_name=self.by_name,
-                spans=spans,
-            )
-            for name in codecs
-        ]
-        return Payloads(
-            codecs, np.array(bits) + 8.0 * self.statistics_bytes, sends_head
+        if any(len(span) > 1 for span in spans):
+            bits = self._bits(sends_head, spans)
+        else:
+            bits = np.where(sends_head, self._with_head, self._without_head)
+        return Payloads(codecs, bits + 8.0 * self.statistics_bytes, sends_head)
+
+    @cached_property
+    def _with_head(self) -> npt.NDArray[np.float64]:
+        return self._bits(np.ones(self.partition.num_blocks, bool))
+
+    @cached_property
+    def _without_head(self) -> npt.NDArray[np.float64]:
+        return self._bits(np.zeros(self.partition.num_blocks, bool))
+
+    def _bits(
+        self, sends_head: npt.NDArray[np.bool_], spans: Collection[Sequence[int]] = ()
+    ) -> npt.NDArray[np.float64]:
+        """Return the bits of each block's payload in each codec, shape [L, N]."""
+        return np.array(
+            [
+                payload_bits(
+                    self.partition,
+                    self.shapes,
+                    codec_named(name),
+                    sends_head,
+                    by_name=self.by_name,
+                    spans=spans,
+                )
+                for name in self.ladder
+            ]
         )
 
 

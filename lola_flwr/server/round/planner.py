@@ -37,7 +37,7 @@ class RoundPlanner:
     settings
         How the rounds go.
     batch_size
-        Examples of a device's mini-batch.
+        Examples of a device's mini-batch, where rounds do not choose them.
     base_fingerprint
         Digest of the frozen weights, which every device must hold.
     is_sent_whole
@@ -167,6 +167,7 @@ class RoundPlanner:
             partial=settings.allocation.partial or state.server_round > 0,
             time_s=state.wireless_s,
             downlink_bits=self._download_bits(state, ids, version),
+            noise_scale=state.noise.scales(self.partition.num_blocks),
         )
 
     def _assignments(
@@ -204,11 +205,15 @@ class RoundPlanner:
                 )
             if low_rank is not None:
                 fields |= low_rank.assignment_fields()
+            batch_size = self.batch_size
+            if solved.batch_size is not None:
+                batch_size = int(solved.batch_size[row])
+                fields["measures_noise"] = True
             assignments[device] = Assignment(
                 server_round=solved.server_round,
                 block_index=block,
                 share=float(solved.allocation.share[row]),
-                batch_size=self.batch_size,
+                batch_size=batch_size,
                 codec=payloads.codecs[solved.codec_level[row]],
                 base_fingerprint=self.base_fingerprint,
                 sends_head=sends_head,

@@ -111,10 +111,16 @@ def device_fn(context: DeviceContext) -> BlockDevice:
         pad_id = worker.tokenizer.pad_token_id
         return draw_batch(config, part, pad_id, rng, batch_size)
 
+    def num_examples(index: int, num_partitions: int) -> int:
+        return len(
+            split(len(_worker(config).sequences), num_partitions, config.seed)[index]
+        )
+
     parts = DeviceParts(
         load_model=load,
         draw=draw,
         costs=lambda: _worker_costs(config),
         batch_weight=num_learned,
+        num_examples=num_examples,
     )
     return replace(make_device(context, config, parts), loss_function=causal_loss)

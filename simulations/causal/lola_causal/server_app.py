@@ -27,6 +27,9 @@ from lola_flwr.run.digest import data_digest
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.spread.trainer import SpreadTrainer
 
+# Where devices have batches of their own.
+_EVALUATION_BATCH = 32
+
 
 def fine_tune(grid: Grid, context: Context) -> None:
     """Fine-tune the configured model on the configured data."""
@@ -44,8 +47,12 @@ def fine_tune(grid: Grid, context: Context) -> None:
     few = {**padded(sequences[:1], tokenizer.pad_token_id)}
     try_saving(config, model, lambda: load_base(config)[0], few)
 
+    batch_size = config.batch_size
+    if isinstance(batch_size, str):
+        batch_size = _EVALUATION_BATCH
+
     def metrics_on(some: Sequence[Tokens]) -> dict[str, float]:
-        return evaluate_model(model, tokenizer, some, config.batch_size)
+        return evaluate_model(model, tokenizer, some, batch_size)
 
     def mean_loss(drawn: IntArray) -> float:
         return metrics_on([sequences[index] for index in drawn])["loss"]

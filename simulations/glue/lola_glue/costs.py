@@ -51,7 +51,7 @@ def model_costs(config: SampledConfig, model: nn.Module) -> BlockCosts:
         costs,
         model,
         model_layers(config, model),
-        batch_size=config.batch_size,
+        batch_size=config.largest_batch,
         sequence_length=config.max_length,
         pool_factor=POOL_FACTOR,
     )

@@ -102,9 +102,13 @@ def device_fn(context: DeviceContext) -> BlockDevice:
         assert isinstance(config, SampledConfig)
         return _worker_costs(config)
 
-    device = make_device(
-        context, config, DeviceParts(load_model=load_model, draw=draw, costs=costs)
+    def num_examples(index: int, num_partitions: int) -> int:
+        return len(_parts(config, num_partitions)[index])
+
+    parts = DeviceParts(
+        load_model=load_model, draw=draw, costs=costs, num_examples=num_examples
     )
+    device = make_device(context, config, parts)
     if not isinstance(config, SampledConfig) or config.sampler == "random":
         return device
     chosen = ChosenBatches(

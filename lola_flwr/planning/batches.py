@@ -1,0 +1,256 @@
+"""How many examples a round asks of each device: for the least time to a target.
+
+Where batches are to be chosen, a round is solved for each common batch of a grid and
+each codec, whole: another batch may be another matching. The one with most progress a
+second wins, and then each device is given a batch of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lola_flwr.allocation import (
+    BatchProblem,
+    InfeasibleAllocation,
+    Tried,
+    best_candidate,
+    own_batches,
+    progress,
+)
+from lola_flwr.allocation.shares import with_best_shares
+from lola_flwr.arrays import Float64Array, IntArray
+from lola_flwr.planning.known import Known, RunStatement
+from lola_flwr.planning.solution import SolvedRound, solve_round_at
+from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.gradient_noise import GradientNoise
+from lola_flwr.wire.codec import relative_error
+
+# Powers of two and halves between. Smaller ones leave devices' processors idle, larger
+# ones hardly any task needs.
+BATCH_SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+# Examples that are asked of a device that does not say how many it holds, at most.
+_UNTOLD = 32
+
+
+def solve_round(run: RunStatement, known: Known) -> SolvedRound:
+    """State a round's problem and solve it, with the batches that bring most a second.
+
+    Parameters
+    ----------
+    run
+        What the run's rounds have in common.
+    known
+        What is known before this one.
+
+    Raises
+    ------
+    InfeasibleAllocation
+        The devices cannot compute the blocks.
+    """
+    grid = sorted(run.allocation.batch_sizes)
+    if not grid:
+        return solve_round_at(run, known)
+    known = replace(known, uplink_bps=known.drawn(run))
+    codecs: tuple[str, ...] = ("",)
+    if run.sizes is not None:
+        codecs = run.sizes.ladder
+    runs = [_of_codec(run, codec) for codec in codecs]
+    noise_scale = known.noise_scale
+    if noise_scale is None:
+        noise_scale = GradientNoise().scales(run.num_blocks)
+    solved: dict[tuple[int, int], SolvedRound] = {}
+
+    def attempt(batch_size: int, level: int) -> Tried | None:
+        try:
+            found = solve_round_at(_at(runs[level], batch_size), known)
+        except InfeasibleAllocation:
+            return None
+        # Later rounds leave blocks out that no device can train: with a batch that is
+        # too large for the devices' memory that would be most of them.
+        first = next(iter(solved.values()), found)
+        if found.stated.trained.sum() < first.stated.trained.sum():
+            return None
+        solved[batch_size, level] = found
+        parts = _Parts.of(found, noise_scale, run.num_blocks)
+        batches = np.minimum(batch_size, parts.held_examples)
+        return Tried(
+            progress=float(parts.weight @ progress(batches, parts.noise_scale)),
+            round_s=found.allocation.round_s,
+            bound_s=found.allocation.bound_s,
+        )
+
+    chosen = best_candidate(
+        grid,
+        [relative_error(codec) if codec else 0.0 for codec in codecs],
+        attempt,
+        # Within a latency target finer codecs leave blocks out.
+        finer_is_longer=math.isinf(run.latency_target_s),
+    )
+    if chosen is None:
+        # Says what is lacking.
+        return solve_round_at(_at(runs[0], grid[0]), known)
+    batch_size, level = chosen
+    at, found = _at(runs[level], batch_size), solved[chosen]
+    parts = _Parts.of(found, noise_scale, run.num_blocks)
+    return _with_own_batches(at, run, found, parts, batch_size)
+
+
+def _of_codec(run: RunStatement, codec: str) -> RunStatement:
+    """Return what rounds have in common in which all devices have one codec."""
+    sizes = run.sizes
+    if sizes is None or codec == sizes.codec:
+        return run
+    return replace(run, sizes=replace(sizes, codec=codec))
+
+
+def _at(run: RunStatement, batch_size: int) -> RunStatement:
+    """Return what rounds of one batch size have in common."""
+    return replace(run, costs=run.costs.at(batch_size))
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """The active devices of a round: rows and first blocks, in order of the rows.
+
+    Parameters
+    ----------
+    rows, blocks
+        Row and block of each, shape [A].
+    weight
+        What each one's step brings without noise, of what all blocks' do, shape [A].
+    noise_scale
+        Of its block, shape [A]; of several, their mean. Devices that train one block
+        add their batches up: each is taken for one of as many parts.
+    held_examples
+        Examples that it holds, shape [A].
+    """
+
+    rows: IntArray
+    blocks: IntArray
+    weight: Float64Array
+    noise_scale: Float64Array
+    held_examples: IntArray
+
+    @classmethod
+    def of(
+        cls, solved: SolvedRound, noise_scale: Float64Array, num_blocks: int
+    ) -> _Parts:
+        active = [*solved.active()]
+        rows, blocks = np.array(active, np.int64).reshape(-1, 2).T
+        count = np.bincount(blocks, minlength=num_blocks)[blocks]
+        trained = [list(solved.stated.blocks(int(block))) for block in blocks]
+        scale = np.array([noise_scale[several].mean() for several in trained])
+        held = [_held_examples(solved.stated.profiles[row]) for row in rows]
+        lengths = np.array([len(several) for several in trained])
+        return cls(
+            rows=rows,
+            blocks=blocks,
+            weight=lengths / (count * num_blocks),
+            noise_scale=scale / count,
+            held_examples=np.array(held, np.int64),
+        )
+
+
+def _held_examples(profile: DeviceProfile) -> int:
+    held = profile.num_examples
+    return _UNTOLD if held is None else int(held)
+
+
+def _with_own_batches(
+    at: RunStatement,
+    run: RunStatement,
+    solved: SolvedRound,
+    parts: _Parts,
+    batch_size: int,
+) -> SolvedRound:
+    """Give each device its own batch, with the matching and the codec as they are.
+
+    Where that has more conditions than the band's, all keep the common one.
+    """
+    stated, problem = solved.stated, solved.problem
+    rows, blocks = parts.rows, parts.blocks
+    held = np.minimum(batch_size, parts.held_examples)
+    if (
+        stated.spans
+        or problem.power_limited is not None
+        or math.isfinite(run.latency_target_s)
+    ):
+        return _asking(solved, parts, held)
+    assert at.costs.example_flops is not None
+    each = np.arange(rows.size)
+    flops = at.costs.required_flops([stated.profiles[row] for row in rows])
+    compute_s = problem.compute_s[rows, blocks] - solved.downlink_s[rows]
+    example_s = compute_s * at.costs.example_flops[blocks] / flops[each, blocks]
+    least, most = _bounds(run, solved, parts, held)
+    found = own_batches(
+        BatchProblem(
+            fixed_s=(problem.compute_s[rows, blocks] - batch_size * example_s).clip(0),
+            example_s=example_s,
+            full_band_upload_s=problem.full_band_upload_s[rows, blocks],
+            noise_scale=parts.noise_scale,
+            weight=parts.weight,
+            least=least,
+            most=most,
+            constant_s=problem.constant_s,
+        )
+    ).batch_size
+    all_s = problem.compute_s.copy()
+    all_s[rows, blocks] += (found - batch_size) * example_s
+    problem = replace(problem, compute_s=all_s)
+    claimed_s, required_bytes = stated.claimed_s.copy(), stated.required_bytes.copy()
+    for row, block, own in zip(rows, blocks, found, strict=True):
+        profile, costs = stated.profiles[row], run.costs.at(int(own))
+        needed = costs.required_flops([profile])[0, block]
+        claimed_s[row, block] = needed / profile.flops_per_s
+        required_bytes[row, block] = costs.required_bytes([profile])[0, block]
+    allocation = solved.allocation
+    asked = replace(
+        solved,
+        stated=replace(stated, claimed_s=claimed_s, required_bytes=required_bytes),
+        problem=problem,
+        # What bounds the latency of the common batch bounds no other.
+        allocation=with_best_shares(
+            problem, rows, blocks, iterations=allocation.iterations, stop_reason="rate"
+        ),
+    )
+    asked.allocation.check(problem)
+    return _asking(asked, parts, found)
+
+
+def _asking(solved: SolvedRound, parts: _Parts, batch_size: IntArray) -> SolvedRound:
+    asked = np.zeros(solved.problem.num_devices, np.int64)
+    asked[parts.rows] = batch_size
+    scales = np.zeros(solved.problem.num_devices)
+    scales[parts.rows] = parts.noise_scale
+    return replace(solved, batch_size=asked, noise_scale=scales)
+
+
+def _bounds(
+    run: RunStatement, solved: SolvedRound, parts: _Parts, held: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Return the batches between which devices may be given one, [A] each.
+
+    As many examples as a device holds, and as its memory does without running layers
+    twice. Whoever does less than a whole step, or has lacked memory, keeps what all
+    have, and so does who runs layers twice for that.
+    """
+    stated, rows, blocks = solved.stated, parts.rows, parts.blocks
+    profiles = [stated.profiles[row] for row in rows]
+    memory_bytes = np.array([profile.memory_bytes for profile in profiles])
+    each, most = np.arange(rows.size), np.zeros(rows.size, np.int64)
+    for size in sorted(run.allocation.batch_sizes):
+        costs = run.costs.at(size)
+        required_bytes = costs.required_bytes(profiles)[each, blocks]
+        once = costs.required_flops(profiles)[each, blocks] <= costs.flops[blocks]
+        most[once & (required_bytes <= memory_bytes)] = size
+    keeps = stated.without_backward[rows] | stated.trains_all[rows] | (most < held)
+    keeps |= np.isfinite(stated.memory_limit_bytes[rows])
+    keeps |= [pair in stated.schedules for pair in zip(rows, blocks, strict=True)]
+    most = np.where(keeps, held, np.minimum(most, parts.held_examples))
+    return np.where(
+        keeps, held, np.minimum(min(run.allocation.batch_sizes), most)
+    ), most

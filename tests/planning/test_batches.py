@@ -1,0 +1,225 @@
+"""Batches and codec of a round, chosen for the least time to a target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lola_flwr.allocation import progress
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.errors import UserError
+from lola_flwr.planning import (
+    AllocationOptions,
+    Known,
+    RunStatement,
+    planned_blocks,
+    solve_round,
+)
+from lola_flwr.run.records import BlockRecord
+from lola_flwr.system.channel import Channel
+from lola_flwr.system.devices import DeviceProfile, simulated_device
+from lola_flwr.wire.payload import UpdateSizes
+from tests.server.test_coordinator import (
+    PARTITION,
+    SHAPES,
+    honest_reply,
+    make_coordinator,
+)
+
+GRID = (8, 16, 32, 64, 128)
+TOKENS = 64
+COSTS = estimate_costs(SHAPES, PARTITION, batch_size=max(GRID), sequence_length=TOKENS)
+NOISE = np.array([20.0, 100.0, 400.0])
+
+
+def fleet(count: int, **fields) -> list[DeviceProfile]:
+    """Devices for which a batch of these tiny blocks takes some tenths of a second."""
+    return [
+        replace(
+            simulated_device(index, seed=3),
+            flops_per_s=float(3e6 * 2**index),
+            **{"num_examples": 1000, **fields},
+        )
+        for index in range(count)
+    ]
+
+
+def statement(
+    codec: str = "int8", bandwidth_hz: float = 2e4, **options
+) -> RunStatement:
+    return RunStatement(
+        costs=COSTS,
+        sizes=UpdateSizes(PARTITION, SHAPES, codec, "every"),
+        channel=Channel(bandwidth_hz=bandwidth_hz),
+        allocation=AllocationOptions(**{"batch_sizes": GRID, **options}),
+    )
+
+
+def known(run: RunStatement, devices: list[DeviceProfile]) -> Known:
+    return replace(Known.at_first(run, devices), noise_scale=NOISE)
+
+
+def rate_of(parts: tuple[BlockRecord, ...], batch_sizes: list[int]) -> float:
+    """Progress a second, from a plan's records alone."""
+    blocks = [part.block_index for part in parts]
+    brought = progress(np.array(batch_sizes), NOISE[blocks]).mean()
+    return float(brought / max(part.latency_s for part in parts))
+
+
+def common_rates(run: RunStatement, devices: list[DeviceProfile]) -> list[float]:
+    rates = []
+    for size in GRID:
+        options = replace(run.allocation, batch_sizes=())
+        at = replace(run, costs=run.costs.at(size), allocation=options)
+        parts = planned_blocks(at, solve_round(at, known(at, devices)))
+        rates.append(rate_of(parts, [size] * len(parts)))
+    return rates
+
+
+@pytest.mark.parametrize("bandwidth_hz", [2e3, 2e4, 2e6])
+def test_own_batches_bring_more_a_second_than_any_common_one(bandwidth_hz):
+    run, devices = statement(bandwidth_hz=bandwidth_hz), fleet(4)
+    parts = planned_blocks(run, solve_round(run, known(run, devices)))
+    own = rate_of(parts, [part.batch_size for part in parts])
+    assert own >= max(common_rates(run, devices)) * (1 - 1e-9)
+    assert len({part.batch_size for part in parts}) > 1
+    for part in parts:
+        device = next(d for d in devices if d.name == part.device)
+        flops = COSTS.at(part.batch_size).flops[part.block_index]
+        assert part.compute_s == pytest.approx(flops / device.flops_per_s)
+        assert part.noise_scale == NOISE[part.block_index]
+
+
+def test_the_matching_is_that_of_the_best_common_batch():
+    run, devices = statement(), fleet(4)
+    rates = dict(zip(GRID, common_rates(run, devices), strict=True))
+    best = max(rates, key=lambda size: rates[size])
+    at = replace(
+        run,
+        costs=run.costs.at(best),
+        allocation=replace(run.allocation, batch_sizes=()),
+    )
+    np.testing.assert_array_equal(
+        solve_round(run, known(run, devices)).allocation.block_of_device,
+        solve_round(at, known(at, devices)).allocation.block_of_device,
+    )
+
+
+def test_nobody_is_asked_for_more_than_memory_and_data_hold():
+    run = statement(bandwidth_hz=2e3)
+    memory_bytes = float(COSTS.at(32).memory_bytes.max())
+    for fields, most in (
+        ({"num_examples": 11}, 11),
+        ({"num_examples": None}, 32),
+        ({"memory_bytes": max(memory_bytes, 1e5)}, None),
+    ):
+        devices = fleet(4, **fields)
+        solved = solve_round(run, known(run, devices))
+        for part in planned_blocks(run, solved):
+            assert 1 <= part.batch_size <= (most or max(GRID))
+            required = COSTS.at(part.batch_size).memory_bytes[part.block_index]
+            assert part.required_memory_bytes == pytest.approx(required)
+            assert required <= part.memory_bytes
+
+
+def test_the_codec_is_the_finest_whose_error_costs_more_than_its_bits():
+    devices, codecs = fleet(4), {}
+    # So wide that a message is mostly values.
+    shapes = {name: (a * 32, b * 32) for name, (a, b) in SHAPES.items()}
+    costs = estimate_costs(shapes, PARTITION, batch_size=128, sequence_length=TOKENS)
+    sizes = UpdateSizes(PARTITION, shapes, "auto", "every")
+    for bandwidth_hz in (2e4, 1e12):
+        run = statement("auto", bandwidth_hz)
+        run = replace(run, costs=costs, sizes=sizes)
+        parts = planned_blocks(run, solve_round(run, known(run, devices)))
+        (codecs[bandwidth_hz],) = {part.codec for part in parts}
+    assert codecs == {2e4: "int8", 1e12: "fp32"}
+
+
+def test_blocks_that_large_batches_leave_no_memory_for_are_trained():
+    run = statement(partial=True)
+    small = max(float(COSTS.at(16).memory_bytes.max()), 1e5)
+    devices = fleet(3, memory_bytes=small)
+    solved = solve_round(run, replace(known(run, devices), partial=True))
+    assert solved.stated.trained.all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (8.5,)])
+def test_batches_are_whole_numbers(sizes):
+    with pytest.raises(UserError, match="batch_sizes"):
+        AllocationOptions(batch_sizes=sizes)
+
+
+class TestRounds:
+    """A coordinator's rounds, with replies that say what squares gradients have."""
+
+    DEVICES = ("id-0", "id-1", "id-2", "id-3")
+
+    def coordinator(self):
+        return make_coordinator(batch_size=64, batch_sizes=(8, 16, 32, 64))
+
+    def replies(self, plan, **said):
+        for device in plan.assignments:
+            reply = honest_reply(plan, device)
+            most = plan.assignments[device].batch_size
+            squares = {
+                "few-examples": most // 8,
+                "few-square": 1.0 + 50.0 / (most // 8),
+                "all-examples": most,
+                "all-square": 1.0 + 50.0 / most,
+            }
+            record = {**reply.report, **squares, **said}
+            yield replace(reply, report=record, num_examples=most)
+
+    def test_what_devices_say_decides_about_the_next_batches(self):
+        coordinator = self.coordinator()
+        for server_round in range(1, 12):
+            plan = coordinator.plan_round(server_round, self.DEVICES)
+            for assignment in plan.assignments.values():
+                assert assignment.measures_noise
+                # These devices do not say how many examples they hold.
+                assert 1 <= assignment.batch_size <= 32
+            record = coordinator.complete_round(plan, self.replies(plan))
+            assert record.refused == {}
+            assert record.blocks[0].batch_size is not None
+        np.testing.assert_allclose(coordinator.state.noise.scales(3), 50.0, rtol=0.2)
+        other = self.coordinator()
+        other.restore(coordinator.snapshot())
+        np.testing.assert_array_equal(
+            other.state.noise.scales(3), coordinator.state.noise.scales(3)
+        )
+
+    @pytest.mark.parametrize(
+        "lie",
+        [
+            {"few-examples": 0},
+            {"few-examples": 10**9},
+            {"all-examples": 10**9},
+            {"few-square": -1.0},
+            {"all-square": 1e30},
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, lie):
+        coordinator = self.coordinator()
+        plan = coordinator.plan_round(1, self.DEVICES)
+        record = coordinator.complete_round(plan, self.replies(plan, **lie))
+        assert record.refused == {"implausible": 3}
+        assert coordinator.state.noise.signal == {}
+
+    def test_squares_that_nobody_asked_for_are_nothing(self):
+        coordinator = make_coordinator()
+        plan = coordinator.plan_round(1, self.DEVICES)
+        assert not any(a.measures_noise for a in plan.assignments.values())
+        record = coordinator.complete_round(plan, self.replies(plan))
+        assert record.refused == {}
+        assert coordinator.state.noise.signal == {}
+        assert record.blocks[0].batch_size is None
+
+    def test_a_checkpoint_from_before_there_was_noise_is_read(self):
+        coordinator = self.coordinator()
+        values = coordinator.state.to_values()
+        del values["noise"]
+        state = type(coordinator.state).from_values(values)
+        assert state.noise == coordinator.state.noise
