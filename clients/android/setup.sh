@@ -6,6 +6,8 @@
 # The arguments are those of ../linux/install.sh. Flower's Kotlin and C++ clients speak a
 # protocol that Flower has left, and no wheels are built for Android itself; in Debian
 # under proot the ordinary ones for ARM run, on the CPU. Not tried on a phone.
+# LOLA_TORCH_INDEX is where PyTorch comes from (default: PyTorch's own index of builds for
+# the CPU; empty: PyPI, whose builds bring some gigabytes of CUDA).
 set -eu
 
 fail() {
@@ -15,7 +17,7 @@ fail() {
 
 case ${1:-} in
     -h | --help)
-        sed -n '2,9s/^# \{0,1\}//p' "$0"
+        sed -n '2,11s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
 esac
@@ -35,6 +37,8 @@ cp "$2" "$given/ca.crt"
 cp "$3" "$given/node.key"
 printf '%s' "$1" >"$given/superlink"
 basename "$3" >"$given/name"
+torch_index=${LOLA_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
+printf '%s' "${torch_index:+--index-url $torch_index}" >"$given/torch-options"
 proot-distro login debian \
     --bind "$checkout:/mnt/lola-flwr" --bind "$given:/mnt/given" -- sh -eu <<'DEBIAN'
 apt-get update -q
@@ -42,7 +46,8 @@ apt-get install -qy python3 python3-venv
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 [ -x /opt/lola-flwr/bin/python ] || python3 -m venv /opt/lola-flwr
 pip=/opt/lola-flwr/bin/pip
-$pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch
+# shellcheck disable=SC2046  # None, or two words.
+$pip install --quiet $(cat /mnt/given/torch-options) torch
 $pip install --quiet '/mnt/lola-flwr[glue,adapters,offline]'
 install -D -m 755 -t /opt/lola-flwr/libexec \
     /mnt/lola-flwr/clients/linux/worker.sh /mnt/lola-flwr/clients/linux/supernode.sh

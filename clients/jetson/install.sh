@@ -46,7 +46,7 @@ if "$system_python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
         fail "JetPack 6: set LOLA_BASE_PYTHON to a Python of at least 3.11."
     "$system_python" -m pip install --quiet \
         "numpy>=2,<3" "scipy>=1.13" "safetensors>=0.8" "xxhash>=3" \
-        "transformers>=5.20,<6" "rich>=14" "typer>=0.20" tomli tomli-w \
+        "ml-dtypes>=0.5" "transformers>=5.20,<6" "rich>=14" "typer>=0.20" tomli tomli-w \
         "datasets>=4,<5" "peft>=0.21,<1" "pydantic>=2.10,<3" "scikit-learn>=1.4.2" \
         "matplotlib>=3.8" "seaborn>=0.13" tqdm
     # The model's package is its weights; flwr-datasets is declared for 3.11 and later.

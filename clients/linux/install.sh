@@ -13,6 +13,9 @@
 # configuration), and two services; it overwrites no key and no configuration.
 # LOLA_BASE_PYTHON names the Python for /opt/lola-flwr (default: python3). Where the server
 # has an older Flower, PIP_CONSTRAINT names a file that says which (docs/deployment.md).
+# PyPI's PyTorch brings some gigabytes of CUDA, on ARM too; where there is no GPU of
+# NVIDIA's, it comes from LOLA_TORCH_INDEX (default: PyTorch's own index of builds for the
+# CPU; empty: from PyPI after all).
 set -eu
 umask 022
 
@@ -27,7 +30,7 @@ fail() {
 
 case ${1:-} in
     -h | --help)
-        sed -n '2,16s/^# \{0,1\}//p' "$0"
+        sed -n '2,18s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
 esac
@@ -46,6 +49,11 @@ case $superlink in *:[0-9]*) ;; *) fail "SUPERLINK '$superlink' has no port." ;;
 [ -r "$key" ] || fail "$key cannot be read."
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$python is older than 3.11, which Flower needs; set LOLA_BASE_PYTHON."
+"$python" -c 'import sys; sys.exit(sys.maxsize < 2**32)' ||
+    fail "$python is a 32-bit program; only 64-bit systems have wheels of PyTorch."
+cpu_builds=https://download.pytorch.org/whl/cpu
+if command -v nvidia-smi >/dev/null; then cpu_builds=; fi
+torch_index=${LOLA_TORCH_INDEX-$cpu_builds}
 
 id lola >/dev/null 2>&1 ||
     useradd --system --home-dir /var/lib/lola-flwr --shell /usr/sbin/nologin lola
@@ -55,6 +63,10 @@ if [ -n "${LOLA_WORKER_PYTHON:-}" ]; then
     "$prefix/bin/pip" install --quiet "flwr>=1.41,<2" "numpy>=2,<3"
     "$prefix/bin/pip" install --quiet --no-deps "$package"
 else
+    has_torch='import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'
+    if [ -n "$torch_index" ] && ! "$prefix/bin/python" -c "$has_torch"; then
+        "$prefix/bin/pip" install --quiet --index-url "$torch_index" torch
+    fi
     "$prefix/bin/pip" install --quiet "$package"
 fi
 install -D -m 755 -t "$prefix/libexec" "$here/worker.sh" "$here/supernode.sh"

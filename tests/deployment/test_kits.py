@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import os
 import re
 import shutil
@@ -9,10 +11,16 @@ import stat
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import (
+    PackageNotFoundError,
+    packages_distributions,
+    requires,
+)
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 KITS = Path(__file__).parents[2] / "clients"
 MAKE_KEYS = KITS / "linux" / "make-keys.sh"
@@ -56,6 +64,60 @@ def test_kits_ask_for_the_versions_that_the_package_does():
     assert {name: wanted[name] for name in asked.keys() & wanted.keys()} == {
         name: asked[name] for name in asked.keys() & wanted.keys()
     }
+
+
+@pytest.mark.slow
+def test_a_jetsons_worker_has_all_that_it_imports():
+    """Its Python gets what install.sh names and what that requires, not the package's."""
+    project = tomllib.loads((KITS.parent / "pyproject.toml").read_text())["project"]
+    lines = list(project["dependencies"])
+    for extra in ("glue", "adapters", "offline"):
+        lines += project["optional-dependencies"][extra]
+    needed = {canonicalize_name(Requirement(line).name) for line in lines} - {"flwr"}
+    code = (
+        "import sys, lola_glue.device, lola_flwr.cli.profile\n"
+        "import lola_flwr.deployment.serve_worker\n"
+        "ours = [m for n, m in sys.modules.items() if n.startswith('lola_')]\n"
+        "print(*(m.__file__ for m in ours))"
+    )
+    files = subprocess.check_output(
+        [sys.executable, "-c", code],
+        cwd=KITS.parent / "simulations" / "glue",
+        text=True,
+    ).split()
+    assert len(files) > 50
+    imported = {
+        name.partition(".")[0]
+        for file in files
+        for statement in ast.walk(ast.parse(Path(file).read_text()))
+        for name in (
+            [alias.name for alias in statement.names]
+            if isinstance(statement, ast.Import)
+            else [statement.module or ""]
+            if isinstance(statement, ast.ImportFrom) and not statement.level
+            else []
+        )
+    }
+    script = (KITS / "jetson" / "install.sh").read_text()
+    listed = script.partition("-m pip install")[2].partition("export LOLA_WORKER")[0]
+    named = re.findall(r"[a-z][a-z0-9-]+", re.sub(r"[<>=][^\s\"]*", "", listed))
+    have, todo = set(), ["torch", *named]
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name in have or name == "lola-flwr":
+            continue
+        have.add(name)
+        with contextlib.suppress(PackageNotFoundError):
+            wanted = map(Requirement, requires(name) or ())
+            todo += [r.name for r in wanted if not r.marker or r.marker.evaluate()]
+    owners = packages_distributions()
+    lacking = {
+        name
+        for module in imported & owners.keys()
+        for name in map(canonicalize_name, owners[module])
+        if name in needed - have
+    }
+    assert lacking == set()
 
 
 def test_there_are_kits():
