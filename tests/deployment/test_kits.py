@@ -68,7 +68,7 @@ def test_kits_ask_for_the_versions_that_the_package_does():
 
 @pytest.mark.slow
 def test_a_jetsons_worker_has_all_that_it_imports():
-    """Its Python gets what install.sh names and what that requires, not the package's."""
+    """Its Python gets what install.sh names, and what that requires."""
     project = tomllib.loads((KITS.parent / "pyproject.toml").read_text())["project"]
     lines = list(project["dependencies"])
     for extra in ("glue", "adapters", "offline"):
