@@ -1,0 +1,1 @@
+"""Recorded conversations of a device with its server; `recorded` makes them."""
