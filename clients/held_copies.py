@@ -121,9 +121,7 @@ def complete_arrays(content: RecordDict, manifest: Manifest, directory: Path) ->
     as_sent = dict(zip(manifest.sent_positions, received, strict=True))
     completed = ArrayRecord()
     for position, (name, values) in enumerate(zip(names, arrays, strict=True)):
-        completed[name] = (
-            as_sent[position] if position in as_sent else Array(values)
-        )
+        completed[name] = as_sent[position] if position in as_sent else Array(values)
     content[key] = completed
 
 

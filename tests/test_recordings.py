@@ -26,6 +26,8 @@ ADDED = frozenset(
         "downlink_s",
         "measured_downlink_s",
         "server_s",
+        "noise_scale",
+        "batch_size",
     }
 )
 DROPPED: dict[str, frozenset[str]] = {}
