@@ -9,7 +9,7 @@ import numpy.typing as npt
 from flwr.app import Array, ConfigRecord, RecordDict
 
 from lola_flwr.errors import UserError
-from lola_flwr.wire.npy import MalformedArray, read_npy
+from lola_flwr.wire.npy import read_npy
 from lola_flwr.wire.records import (
     SECAGG_KEY,
     SECAGG_REFUSAL,
@@ -53,7 +53,7 @@ def values_of(array: Array) -> npt.NDArray[Any]:
     try:
         return read_npy(array.data, shape=array.shape, dtype=np.dtype(array.dtype))
     # Arrays of the legacy interface say nothing of their shapes and types.
-    except (MalformedArray, TypeError):
+    except (ValueError, TypeError):
         return array.numpy()
 
 

@@ -55,7 +55,7 @@ def few_at_a_time(
             break
         poll_s = min(max(_POLL_PART * waited_s, _SHORTEST_POLL_S), _LONGEST_POLL_S)
         time.sleep(min(poll_s, longest_s - waited_s))
-        # Flower takes out of the set what it answers itself: for nodes that left.
+        # Flower changes the set that it is given.
         for reply in grid.pull_messages({*missing}):
             replies[reply.metadata.reply_to_message_id] = reply
             missing.discard(reply.metadata.reply_to_message_id)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import FitIns, ndarrays_to_parameters, parameters_to_ndarrays
@@ -24,8 +25,10 @@ from lola_flwr.build import (
     coordinator_for_weights,
 )
 from lola_flwr.clients import AssignedBlock, block_mod, held_mod, profile_mod
+from lola_flwr.clients.held_copies import complete_arrays
 from lola_flwr.machine.files import replacing
 from lola_flwr.server.replies import DeviceReply
+from lola_flwr.wire.versions import Manifest, Piece, Versions
 from tests.clients.test_assigned_block import (
     Net,
     federate,
@@ -173,6 +176,37 @@ def test_the_legacy_interface_too(model, tmp_path):
     whole = len(model.state_dict())
     assert sent_counts[0] == sent_counts[4] == whole
     assert sent_counts[1] == sent_counts[2] == sent_counts[3] < whole
+
+
+def test_what_is_there_is_not_written_again(tmp_path):
+    values = {name: np.full((2, 3), i, np.float32) for i, name in enumerate("ab")}
+    sent = {name: Array(array) for name, array in values.items()}
+    version = Versions([(0,), (1,)]).of([*values.values()])
+    whole = Manifest(tuple(Piece(d, (i,), True) for i, d in enumerate(version.digests)))
+
+    def completed(manifest, names):
+        record = ArrayRecord()
+        for name in names:
+            record[name] = sent[name]
+        content = RecordDict({"arrays": record})
+        complete_arrays(content, manifest, tmp_path)
+        assert [*content["arrays"]] == ["a", "b"]
+        return content["arrays"]
+
+    def files():
+        return {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+
+    # What was sent is handed on as it is, neither read nor written.
+    assert all(completed(whole, "ab")[name] is sent[name] for name in "ab")
+    written = files()
+    assert len(written) == 3
+    completed(whole, "ab")
+    assert files() == written
+    part = Manifest((whole.pieces[0], replace(whole.pieces[1], sent=False)))
+    again = completed(part, "a")
+    assert again["a"] is sent["a"]
+    np.testing.assert_array_equal(again["b"].numpy(), values["b"])
+    assert files() == written
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path):

@@ -285,6 +285,17 @@ def test_arrays_that_were_not_asked_for(data, message):
         read_npy(data, shape=(2, 3), dtype=np.dtype("f4"))
 
 
+def test_headers_that_numpy_would_write_otherwise_are_read_too():
+    values = np.arange(6, dtype="f4").reshape(2, 3)
+    header = b"{'shape':(2,3),'descr':'<f4','fortran_order':False}"
+    header += b" " * (64 - 10 - 1 - len(header)) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    for each in (npy(values), data + values.tobytes()):
+        array = read_npy(each, shape=(2, 3), dtype=np.dtype("f4"))
+        np.testing.assert_array_equal(array, values)
+        assert not array.flags.writeable
+
+
 def test_pickled_objects_are_never_loaded():
     stream = BytesIO()
     np.save(stream, np.array([{"a": 1}], dtype=object), allow_pickle=True)
