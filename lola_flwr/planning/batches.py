@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -55,13 +57,8 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
     if not grid:
         return solve_round_at(run, known)
     known = replace(known, uplink_bps=known.drawn(run))
-    codecs: tuple[str, ...] = ("",)
-    if run.sizes is not None:
-        codecs = run.sizes.ladder
+    codecs: tuple[str, ...] = ("",) if run.sizes is None else run.sizes.ladder
     runs = [_of_codec(run, codec) for codec in codecs]
-    noise_scale = known.noise_scale
-    if noise_scale is None:
-        noise_scale = GradientNoise().scales(run.num_blocks)
     solved: dict[tuple[int, int], SolvedRound] = {}
 
     def attempt(batch_size: int, level: int) -> Tried | None:
@@ -75,10 +72,9 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
         if found.stated.trained.sum() < first.stated.trained.sum():
             return None
         solved[batch_size, level] = found
-        parts = _Parts.of(found, noise_scale, run.num_blocks)
-        batches = np.minimum(batch_size, parts.held_examples)
+        parts = _Parts.of(found, known)
         return Tried(
-            progress=float(parts.weight @ progress(batches, parts.noise_scale)),
+            progress=parts.progress(np.minimum(batch_size, parts.held_examples)),
             round_s=found.allocation.round_s,
             bound_s=found.allocation.bound_s,
         )
@@ -94,9 +90,60 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
         # Says what is lacking.
         return solve_round_at(_at(runs[0], grid[0]), known)
     batch_size, level = chosen
-    at, found = _at(runs[level], batch_size), solved[chosen]
-    parts = _Parts.of(found, noise_scale, run.num_blocks)
-    return _with_own_batches(at, run, found, parts, batch_size)
+    own = partial(_with_own_batches, _at(runs[level], batch_size), run, batch_size)
+    return _without_what_waits(own, known, own(known, solved[chosen]))
+
+
+class _Own(Protocol):
+    """Gives devices their own batches, in a round that is given or has to be solved."""
+
+    def __call__(
+        self, known: Known, solved: SolvedRound | None = None
+    ) -> SolvedRound: ...
+
+
+def _without_what_waits(own: _Own, known: Known, found: SolvedRound) -> SolvedRound:
+    """Leave blocks out of this round that take the others more time than they bring.
+
+    A device in a fade has nearly all of the band, and all others wait. With a block
+    less it is idle. One at a time those are left out that were trained last, as long as
+    the round brings more a second without, and half of them stay: the longer a block
+    has not been trained, the more it brings.
+    """
+    mode = known.wanted
+    wanted = mode.demand(found.allocation.num_blocks) > 0
+    fewest = -(-int(wanted.sum()) // 2)
+    while (
+        mode.participation == "needed"
+        and known.worth is None
+        and not found.stated.spans
+        and wanted.sum() > fewest
+    ):
+        rows = np.array([row for row, _ in found.active()])
+        blocks = found.allocation.block_of_device[rows]
+        waited = _waited(known, wanted.size)[blocks]
+        least = np.lexsort((-found.allocation.share[rows], waited))[0]
+        wanted[blocks[least]] = False
+        mode = replace(mode, blocks=tuple(np.flatnonzero(wanted).tolist()))
+        fewer = own(replace(known, wanted=mode))
+        if _rate(fewer, known) <= _rate(found, known):
+            break
+        found = fewer
+    return found
+
+
+def _waited(known: Known, num_blocks: int) -> IntArray:
+    if known.rounds_since is None:
+        return np.ones(num_blocks, np.int64)
+    return known.rounds_since
+
+
+def _rate(solved: SolvedRound, known: Known) -> float:
+    """Return the progress a second of a round whose devices have their batches."""
+    assert solved.batch_size is not None
+    parts = _Parts.of(solved, known)
+    brought = parts.progress(solved.batch_size[parts.rows])
+    return brought / solved.allocation.round_s
 
 
 def _of_codec(run: RunStatement, codec: str) -> RunStatement:
@@ -121,7 +168,8 @@ class _Parts:
     rows, blocks
         Row and block of each, shape [A].
     weight
-        What each one's step brings without noise, of what all blocks' do, shape [A].
+        What each one's step brings without noise, of what all blocks' do, shape [A]: a
+        block that has not been trained for some rounds counts for as many.
     noise_scale
         Of its block, shape [A]; of several, their mean. Devices that train one block
         add their batches up: each is taken for one of as many parts.
@@ -136,23 +184,29 @@ class _Parts:
     held_examples: IntArray
 
     @classmethod
-    def of(
-        cls, solved: SolvedRound, noise_scale: Float64Array, num_blocks: int
-    ) -> _Parts:
-        active = [*solved.active()]
-        rows, blocks = np.array(active, np.int64).reshape(-1, 2).T
+    def of(cls, solved: SolvedRound, known: Known) -> _Parts:
+        rows, blocks = np.array([*solved.active()], np.int64).reshape(-1, 2).T
+        num_blocks = solved.allocation.num_blocks
+        noise_scale = known.noise_scale
+        if noise_scale is None:
+            noise_scale = GradientNoise().scales(num_blocks)
+        waited = _waited(known, num_blocks)
         count = np.bincount(blocks, minlength=num_blocks)[blocks]
         trained = [list(solved.stated.blocks(int(block))) for block in blocks]
-        scale = np.array([noise_scale[several].mean() for several in trained])
         held = [_held_examples(solved.stated.profiles[row]) for row in rows]
-        lengths = np.array([len(several) for several in trained])
         return cls(
             rows=rows,
             blocks=blocks,
-            weight=lengths / (count * num_blocks),
-            noise_scale=scale / count,
+            weight=np.array([waited[several].sum() for several in trained])
+            / (count * num_blocks),
+            noise_scale=np.array([noise_scale[several].mean() for several in trained])
+            / count,
             held_examples=np.array(held, np.int64),
         )
+
+    def progress(self, batch_size: IntArray) -> float:
+        """Return what the round brings with these batches, [A]."""
+        return float(self.weight @ progress(batch_size, self.noise_scale))
 
 
 def _held_examples(profile: DeviceProfile) -> int:
@@ -163,14 +217,17 @@ def _held_examples(profile: DeviceProfile) -> int:
 def _with_own_batches(
     at: RunStatement,
     run: RunStatement,
-    solved: SolvedRound,
-    parts: _Parts,
     batch_size: int,
+    known: Known,
+    solved: SolvedRound | None = None,
 ) -> SolvedRound:
     """Give each device its own batch, with the matching and the codec as they are.
 
     Where that has more conditions than the band's, all keep the common one.
     """
+    if solved is None:
+        solved = solve_round_at(at, known)
+    parts = _Parts.of(solved, known)
     stated, problem = solved.stated, solved.problem
     rows, blocks = parts.rows, parts.blocks
     held = np.minimum(batch_size, parts.held_examples)

@@ -188,6 +188,9 @@ class Known:
     noise_scale
         Noise scale of each block's gradient, examples, shape [N], where batches are to
         be chosen; None: nothing is known of it.
+    rounds_since
+        Rounds since each block was trained, 1 for those of the last round, shape [N];
+        None: it is not known.
     uplink_bps
         What the channel lets each device send over the whole band, bit/s, shape [K];
         None: it has not been drawn yet.
@@ -208,6 +211,7 @@ class Known:
     downlink_bits: Float64Array | None = None
     time_s: float = 0.0
     noise_scale: Float64Array | None = None
+    rounds_since: IntArray | None = None
     uplink_bps: Float64Array | None = None
 
     @classmethod

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lola_flwr.allocation import progress
+from lola_flwr.allocation import RoundMode, progress
 from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.errors import UserError
 from lola_flwr.planning import (
@@ -39,11 +39,16 @@ def fleet(count: int, **fields) -> list[DeviceProfile]:
     return [
         replace(
             simulated_device(index, seed=3),
-            flops_per_s=float(3e6 * 2**index),
-            **{"num_examples": 1000, **fields},
+            **{"flops_per_s": 3e6 * 2**index, "num_examples": 1000, **fields},
         )
         for index in range(count)
     ]
+
+
+def even_fleet(count: int, **fields) -> list[DeviceProfile]:
+    """Devices of which none keeps the others waiting."""
+    fields = {"flops_per_s": 1e7, "uplink_bps": 1e5, **fields}
+    return fleet(count, **fields)
 
 
 def statement(
@@ -64,7 +69,7 @@ def known(run: RunStatement, devices: list[DeviceProfile]) -> Known:
 def rate_of(parts: tuple[BlockRecord, ...], batch_sizes: list[int]) -> float:
     """Progress a second, from a plan's records alone."""
     blocks = [part.block_index for part in parts]
-    brought = progress(np.array(batch_sizes), NOISE[blocks]).mean()
+    brought = progress(np.array(batch_sizes), NOISE[blocks]).sum() / NOISE.size
     return float(brought / max(part.latency_s for part in parts))
 
 
@@ -82,6 +87,7 @@ def common_rates(run: RunStatement, devices: list[DeviceProfile]) -> list[float]
 def test_own_batches_bring_more_a_second_than_any_common_one(bandwidth_hz):
     run, devices = statement(bandwidth_hz=bandwidth_hz), fleet(4)
     parts = planned_blocks(run, solve_round(run, known(run, devices)))
+    assert len(parts) >= 2  # half of the blocks, at least
     own = rate_of(parts, [part.batch_size for part in parts])
     assert own >= max(common_rates(run, devices)) * (1 - 1e-9)
     assert len({part.batch_size for part in parts}) > 1
@@ -93,7 +99,7 @@ def test_own_batches_bring_more_a_second_than_any_common_one(bandwidth_hz):
 
 
 def test_the_matching_is_that_of_the_best_common_batch():
-    run, devices = statement(), fleet(4)
+    run, devices = statement(), even_fleet(4)
     rates = dict(zip(GRID, common_rates(run, devices), strict=True))
     best = max(rates, key=lambda size: rates[size])
     at = replace(
@@ -141,9 +147,33 @@ def test_the_codec_is_the_finest_whose_error_costs_more_than_its_bits():
 def test_blocks_that_large_batches_leave_no_memory_for_are_trained():
     run = statement(partial=True)
     small = max(float(COSTS.at(16).memory_bytes.max()), 1e5)
-    devices = fleet(3, memory_bytes=small)
+    devices = even_fleet(3, memory_bytes=small)
     solved = solve_round(run, replace(known(run, devices), partial=True))
     assert solved.stated.trained.all()
+
+
+def test_a_device_in_a_fade_keeps_nobody_waiting_until_its_block_is_stale():
+    run, devices = statement(), even_fleet(2)
+    faded = replace(simulated_device(2, seed=3), flops_per_s=1e7, num_examples=1000)
+    before = known(run, [*devices, replace(faded, uplink_bps=1e3)])
+    trained = {}
+    for rounds in (1, 2, 400):
+        waited = np.array([1, 1, rounds])
+        solved = solve_round(run, replace(before, rounds_since=waited))
+        trained[rounds] = solved.stated.trained.tolist()
+    assert sum(trained[1]) == 2
+    # What has waited longest is trained by those with a good link.
+    assert trained[2][2] and sum(trained[2]) == 2
+    assert trained[400][2]
+    better = known(run, [*devices, replace(faded, uplink_bps=1e5)])
+    assert solve_round(run, better).stated.trained.all()
+
+
+def test_where_every_device_takes_part_nothing_is_left_out():
+    devices = [*even_fleet(2), *fleet(1, uplink_bps=1e3)]
+    run = statement(mode=RoundMode(participation="all"))
+    before = replace(known(run, devices), wanted=run.allocation.mode)
+    assert solve_round(run, before).stated.trained.all()
 
 
 @pytest.mark.parametrize("sizes", [(0, 8), (8.5,)])
@@ -205,7 +235,7 @@ class TestRounds:
         coordinator = self.coordinator()
         plan = coordinator.plan_round(1, self.DEVICES)
         record = coordinator.complete_round(plan, self.replies(plan, **lie))
-        assert record.refused == {"implausible": 3}
+        assert record.refused == {"implausible": len(plan.assignments)}
         assert coordinator.state.noise.signal == {}
 
     def test_squares_that_nobody_asked_for_are_nothing(self):

@@ -168,6 +168,7 @@ class RoundPlanner:
             time_s=state.wireless_s,
             downlink_bits=self._download_bits(state, ids, version),
             noise_scale=state.noise.scales(self.partition.num_blocks),
+            rounds_since=state.history.staleness(server_round),
         )
 
     def _assignments(
