@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_a
 from pydantic import AfterValidator, Field, model_validator
 
 from lola_flwr.allocation import ALLOCATORS, find_allocator
+from lola_flwr.app.batch_size import BatchSize
 from lola_flwr.app.interface import Interface, interface_of
 from lola_flwr.errors import UserError
 from lola_flwr.model.bases import Base
@@ -145,7 +146,7 @@ class AppConfig(RunConfig):
     tuning_options: Options
     base: Base = "fp32"
     rounds: int = Field(ge=1)
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
+    batch_size: BatchSize
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["fp32", "bf16"]
     max_length: int = Field(ge=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,7 +42,9 @@ def plan(
         str, typer.Option(help="Allocator whose plan is shown in full.")
     ] = "exact",
     bandwidth_hz: Annotated[float, typer.Option(help="Total uplink band, Hz.")] = 20e6,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a batch.")] = 32,
+    batch_size: Annotated[
+        str, typer.Option(help="Examples of a batch; auto: each device its own.")
+    ] = "32",
     max_length: Annotated[int, typer.Option(min=1, help="Tokens an example.")] = 64,
     codec: Annotated[str, typer.Option(help="Codec of the gradients.")] = "fp32",
     server_round: Annotated[
@@ -79,12 +82,14 @@ def plan(
             f"--bandwidth-hz={bandwidth_hz:g} must be a positive number of hertz, such "
             "as 20e6."
         )
+    largest, batch_sizes = _batches(batch_size)
     there = fleet_of(fleet, 20 if devices is None else devices, seed)
 
     from lola_flwr.allocation import ALLOCATORS, find_allocator
     from lola_flwr.planning import (
         AllocationOptions,
         Known,
+        Plan,
         RunStatement,
         compare,
         matching_seed,
@@ -98,7 +103,7 @@ def plan(
     find_allocator(allocator)
     costs = named_model_costs(
         model,
-        batch_size=batch_size,
+        batch_size=largest,
         sequence_length=max_length,
         codec=codec,
         stack=stack,
@@ -110,22 +115,39 @@ def plan(
             fading=fading,
             own_rates=find_channel(channel),
         ),
-        allocation=AllocationOptions(allocator=allocator),
+        allocation=AllocationOptions(allocator=allocator, batch_sizes=batch_sizes),
         seed=seed,
     )
     by_name = sorted(there, key=lambda device: device.name)
+    start = time.perf_counter()
     solved = solve_round(run, Known.at_first(run, by_name, server_round))
+    solve_s = time.perf_counter() - start
     parts = planned_blocks(run, solved)
     problem = solved.stated.problem
-    plans = compare(
-        problem,
-        list(dict.fromkeys([allocator, *ALLOCATORS])),
-        seed=matching_seed(seed, server_round),
-    )
+    if batch_sizes:
+        # Another allocator's round would have other batches.
+        plans = [Plan(allocator, solved.allocation, solve_s)]
+    else:
+        plans = compare(
+            problem,
+            list(dict.fromkeys([allocator, *ALLOCATORS])),
+            seed=matching_seed(seed, server_round),
+        )
     if as_json:
         print_json(_as_json(problem, plans, parts, model))
     else:
         _print(problem, plans, parts, model)
+
+
+def _batches(text: str) -> tuple[int, tuple[int, ...]]:
+    """Read the batch: the largest that there may be, and those to choose from."""
+    from lola_flwr.planning import BATCH_SIZES
+
+    if text == "auto":
+        return max(BATCH_SIZES), BATCH_SIZES
+    if text.isdecimal() and int(text) >= 1:
+        return int(text), ()
+    raise UserError(f"--batch-size={text} must be a whole number, at least 1, or auto.")
 
 
 def _as_json(
@@ -156,6 +178,7 @@ def _as_json(
                 "payload_bits": 8.0 * part.payload_bytes,
                 "required_memory_bytes": part.required_memory_bytes,
                 "memory_bytes": part.memory_bytes,
+                **({} if part.batch_size is None else {"batch_size": part.batch_size}),
             }
             for part in parts
         ],
@@ -184,6 +207,9 @@ def _print(
         f"{problem.num_blocks} blocks in {round_s:.3f} s ({shown.allocator})",
         *("device", "block", "depth", "share", "compute", "upload", "memory"),
     )
+    chosen = any(part.batch_size is not None for part in parts)
+    if chosen:
+        rows.add_column("batch", justify="right")
     rows.add_column("▒ compute  █ upload", justify="left")
     for part in parts:
         rows.add_row(
@@ -195,8 +221,12 @@ def _print(
             f"{part.upload_s:.2f} s",
             f"{si(part.required_memory_bytes or 0, 'B')} of "
             f"{si(part.memory_bytes or 0, 'B')}",
+            *[str(part.batch_size)] * chosen,
             bars(part.compute_s, part.upload_s, round_s),
         )
+    if chosen:
+        console().print(rows)
+        return
     best_s = min(plan.allocation.round_s for plan in plans)
     side = table("\nAllocators", "allocator", "latency", "above best", "solved in")
     for plan in sorted(plans, key=lambda plan: plan.allocation.round_s):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any, cast
 
@@ -31,10 +31,12 @@ from lola_flwr.device.sampling import POOL_FACTOR, ChosenBatches, Rule
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
+from lola_flwr.planning import BATCH_SIZES
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.wire.codec import AUTO
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.records import Assignment
 from lola_flwr.zeroth_order.mixing import ZerothOrder
@@ -96,11 +98,13 @@ class _Run:
     def of(cls, task: Task, method: Method, settings: RunSettings) -> _Run:
         model, layers = task.model, task.partition
         sizes: dict[str, Any] = {
-            "batch_size": settings.batch_size,
+            "batch_size": _largest_batch(method, settings),
             "sequence_length": task.sequence_length,
         }
         merged = method.kind == "fedavg-full"
-        costs = model_costs(model, layers, **sizes, codec=method.codec, merged=merged)
+        # What travels in "auto" the coordinator counts; it is part of no round's costs.
+        codec = "fp32" if method.codec == AUTO else method.codec
+        costs = model_costs(model, layers, **sizes, codec=codec, merged=merged)
         if method.rule:
             costs = with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)
         zeroth_order = None
@@ -125,8 +129,14 @@ class _Run:
         costs = self.costs
         if self.zeroth_order is not None and assignment.direction_seed is not None:
             costs = self.zeroth_order.costs
+        if self.method.chooses_batches:
+            costs = costs.at(assignment.batch_size)
         flops = costs.joined([assignment.blocks]).flops[assignment.block_index]
         return float(flops / flops_per_s)
+
+
+def _largest_batch(method: Method, settings: RunSettings) -> int:
+    return max(BATCH_SIZES) if method.chooses_batches else settings.batch_size
 
 
 def _coordinator(
@@ -150,12 +160,14 @@ def _coordinator(
         task.model,
         run.partition,
         costs=run.costs,
-        batch_size=settings.batch_size,
+        batch_size=_largest_batch(method, settings),
         step=ServerStep(lr=task.lr, linear_decay_steps=settings.linear_decay_steps),
         settings=RoundSettings(
             channel=Channel(bandwidth_hz=settings.bandwidth_hz),
             transfer=Transfer(codec=method.codec, low_rank=low_rank),
-            allocation=AllocationOptions(mode=mode),
+            allocation=AllocationOptions(
+                mode=mode, batch_sizes=BATCH_SIZES if method.chooses_batches else ()
+            ),
             selection=Selection(
                 selector,
                 latency_target_s=latency_target_s,
@@ -183,6 +195,8 @@ def _latency_target_s(run: _Run, devices: Mapping[str, BlockDevice]) -> float:
 def _device(run: _Run, index: int) -> BlockDevice:
     """Make one of the simulated devices, which share the model."""
     profile = simulated_device(index, seed=run.settings.seed)
+    if run.method.chooses_batches:
+        profile = replace(profile, num_examples=run.task.num_examples(index))
 
     def draw(server_round: int, batch_size: int) -> Batch:
         return run.task.draw(index, server_round, batch_size)

@@ -30,6 +30,8 @@ class Method:
         Rank and period of a `LowRankProjection`; empty: gradients travel whole.
     codec
         Codec of the gradients.
+    chooses_batches
+        Whether rounds choose their batches, rather than have the comparison's.
     compute, traffic, shared_budgets, same_micro_batches, backward_weight, solver,
     num_groups, micro_batches, refresh
         Of D2FT: budgets as shares of the full cost; whether a device's sub-networks
@@ -46,6 +48,7 @@ class Method:
     rule: str = ""
     low_rank: Mapping[str, int] = field(default_factory=dict)
     codec: str = "fp32"
+    chooses_batches: bool = False
     compute: float = 1.0
     traffic: float = 1.0
     shared_budgets: bool = False

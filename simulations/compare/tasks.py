@@ -54,6 +54,8 @@ class Task:
         Learning rate of AdamW on the server.
     draw
         Draws a mini-batch: (device, round, batch_size).
+    num_examples
+        Examples that a device holds.
     proxy
         Examples that the server holds.
     evaluate
@@ -66,6 +68,7 @@ class Task:
     sequence_length: int
     lr: float
     draw: Callable[[int, int, int], Batch]
+    num_examples: Callable[[int], int]
     proxy: Batch
     evaluate: Callable[[], dict[str, float]]
 
@@ -142,6 +145,7 @@ def text_task(
         sequence_length=_MAX_LENGTH,
         lr=lr,
         draw=draw,
+        num_examples=lambda device: len(parts[device]),
         proxy=make_batch(train, proxy, tokenizer, max_length=_MAX_LENGTH),
         evaluate=lambda: evaluate_model(model, tokenizer, task, dev, _MAX_LENGTH),
     )
@@ -183,6 +187,7 @@ def image_task(*, num_devices: int, seed: int, lr: float = 2e-3) -> Task:
         sequence_length=(config.image_size // PATCH_SIZE) ** 2 + 1,
         lr=lr,
         draw=draw,
+        num_examples=lambda device: len(shuffled[device::num_devices]),
         proxy=train.batch(rng_for(seed, "proxy").choice(len(shuffled), 64, False)),
         evaluate=evaluate,
     )

@@ -191,3 +191,24 @@ def test_a_trace_takes_the_place_of_snr_and_fading(capsys, tmp_path):
     assert (traced["round_s"], traced["blocks"]) == (known["round_s"], known["blocks"])
     assert main(["plan", *drawn, "--channel", "fast"]) == 1
     assert "channel='fast' must be" in capsys.readouterr().err
+
+
+def test_batches_are_chosen_for_each_device(capsys):
+    arguments = ["--devices", "8", "--model", "minilm-l6", "--seed", "1"]
+    fixed = planned(capsys, *arguments)
+    assert not any("batch_size" in part for part in fixed["blocks"])
+    shown = planned(capsys, *arguments, "--batch-size", "auto")
+    sizes = [part["batch_size"] for part in shown["blocks"]]
+    # These devices do not say how many examples they hold.
+    assert all(1 <= size <= 32 for size in sizes)
+    assert main(["plan", *arguments, "--batch-size", "auto"]) == 0
+    table = capsys.readouterr().out
+    assert "batch" in table
+    assert "Allocators" not in table
+
+
+@pytest.mark.parametrize("size", ["0", "many", "2.5"])
+def test_a_batch_is_a_whole_number_or_auto(capsys, size):
+    assert main(["plan", "--batch-size", size]) == 1
+    error = capsys.readouterr().err
+    assert f"--batch-size={size} must be a whole number, at least 1, or auto" in error

@@ -162,3 +162,13 @@ def test_a_run_is_resumed_with_the_keys_of_all_methods(method):
     assert linear["rounds"] == 7
     assert {**DEFAULTS, "method": method, **depends} == {**DEFAULTS, "method": method}
     assert {"codec", "d2ft-options", "rotation-eps"} < depends.keys()
+
+
+def test_batches_may_be_chosen_by_rounds():
+    assert config(batch_size=16).batch_sizes == ()
+    assert config(batch_size=16).largest_batch == 16
+    found = config(batch_size="auto")
+    assert found.largest_batch == max(found.batch_sizes)
+    assert "batch-size='many'" in refusal(batch_size="many")
+    assert "zeroth-order" in refusal(batch_size="auto", zeroth_order="always")
+    assert "batch-size" in refusal(batch_size="auto", method="d2ft")
