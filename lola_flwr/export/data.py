@@ -97,7 +97,8 @@ def chosen(
         What the draw follows from.
     """
     key = _mix(_mix(np.array([seed], np.uint64)) ^ np.uint64(server_round))
-    numbers = _mix(key + np.arange(num_examples, dtype=np.uint64))
+    places = np.arange(num_examples, dtype=np.uint64)
+    numbers = _mix(np.add(key, places, dtype=np.uint64))
     return numbers.argsort()[:batch_size]
 
 

@@ -1,9 +1,10 @@
-"""Build the native runner of exported programs, for benchmarks and tests."""
+"""Build the native programs, runner and device, for benchmarks and tests."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,10 +15,20 @@ def why_not():
     """Return why the runner cannot be built here; None if it can be tried."""
     if find_spec("executorch") is None:
         return "needs the extra [export]"
-    for tool in ("cmake", "c++"):
+    return _lacking(("cmake", "c++"), ("nlohmann/json.hpp", "openssl/evp.h"))
+
+
+def why_no_device():
+    """Return why the device cannot be built here; None if it can be tried."""
+    headers = ("curl/curl.h", "google/protobuf/message_lite.h")
+    return why_not() or _lacking(("protoc",), headers)
+
+
+def _lacking(tools, headers):
+    for tool in tools:
         if shutil.which(tool) is None:
             return f"needs {tool}"
-    for header in ("nlohmann/json.hpp", "openssl/evp.h"):
+    for header in headers:
         asked = ["c++", "-E", "-x", "c++", "-include", header, "/dev/null"]
         if subprocess.run(asked, capture_output=True).returncode:
             return f"needs <{header}>"
@@ -25,13 +36,18 @@ def why_not():
 
 
 def built(directory):
-    """Build the runner, install it under a directory, and return the program."""
+    """Build the programs, install them under a directory, and return the runner.
+
+    The device is beside it, as ``lola-device``, where it can be built.
+    """
     package = Path(find_spec("executorch.exir").origin).parents[1]
     build, prefix = str(directory / "build"), str(directory / "installed")
     for command in (
         [
             *("cmake", "-S", str(ROOT / "clients" / "native"), "-B", build),
             f"-Dexecutorch_DIR={package / 'lib' / 'cmake' / 'executorch'}",
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DLOLA_DEVICE={'OFF' if why_no_device() else 'ON'}",
             "-DCMAKE_BUILD_TYPE=Release",
             "-DCMAKE_CXX_FLAGS=-Werror",
         ],

@@ -67,6 +67,13 @@ def built_runner():
     return native_runner.built(scratch())
 
 
+def built_device():
+    """Build the native device; skip where that cannot be."""
+    if reason := native_runner.why_no_device():
+        pytest.skip(reason)
+    return built_runner().with_name("lola-device")
+
+
 def drawn(manifest, seed=1):
     """Return a batch with padding, in which labels are missing, and values."""
     generator = torch.Generator().manual_seed(seed)

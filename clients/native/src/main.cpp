@@ -9,19 +9,18 @@
 // Before the first of them it says "ready", or what is wrong and ends. With --check it checks
 // the directory, says so in words, and ends.
 
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <csignal>
-#include <fstream>
 #include <iostream>
 #include <memory>
 #include <new>
 
 #include "frames.h"
 #include "manifest.h"
+#include "memory.h"
 #include "refusal.h"
 #include "steps.h"
 
@@ -33,20 +32,6 @@ using lola::ProgramSpec;
 using nlohmann::json;
 
 constexpr char kNoMemory[] = "memory cannot be allocated";
-
-double peak_memory_bytes() {
-  // Of this program alone: what getrusage tells begins with what its parent had.
-  std::ifstream status("/proc/self/status");
-  for (std::string word; status >> word;) {
-    double kilobytes = 0;
-    if (word == "VmHWM:" && status >> kilobytes) {
-      return 1024 * kilobytes;
-    }
-  }
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return 1024 * static_cast<double>(usage.ru_maxrss);
-}
 
 const ProgramSpec& program_for(const Manifest& manifest, const Header& asked) {
   if (asked.kind != "run") {
@@ -94,7 +79,7 @@ void answer(const Manifest& manifest, lola::Steps& steps, const Header& asked, i
     lola::write_frame(
         out,
         "outputs",
-        {{"compute_s", taken.count()}, {"peak_memory_bytes", peak_memory_bytes()}},
+        {{"compute_s", taken.count()}, {"peak_memory_bytes", lola::peak_memory_bytes()}},
         outputs);
   } catch (const lola::Refusal& error) {
     lola::skip_bytes(STDIN_FILENO, unread);

@@ -1,9 +1,11 @@
 #include "manifest.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <numeric>
 
 #include "digest.h"
 #include "refusal.h"
@@ -40,7 +42,10 @@ FileSpec file_of(const json& value) {
 
 ProgramSpec program_of(const json& value) {
   ProgramSpec program{
-      value.at("block").get<int64_t>(), file_of(value.at("file")), {}};
+      value.at("block").get<int64_t>(),
+      file_of(value.at("file")),
+      {},
+      value.at("arena_bytes").get<uint64_t>()};
   program.outputs.push_back({"loss", {}, "<f4"});
   for (const json& gradient : value.at("gradients")) {
     program.outputs.push_back(array_of(gradient));
@@ -57,11 +62,22 @@ void check_file(const Manifest& manifest, const FileSpec& file) {
         path + " cannot be read (" + error.message() +
         "); copy the whole directory.");
   }
-  if (size != file.num_bytes || sha256_of(path) != file.sha256) {
+  if (size != file.num_bytes || sha256_of_file(path) != file.sha256) {
     throw Refusal(
         path +
         " is not the file that was exported: its size or SHA-256 differs from the "
         "manifest's; copy it anew, or export anew.");
+  }
+}
+
+// Values lie one behind the other in what a device is sent, without a gap.
+void check_offsets(const Manifest& manifest) {
+  uint64_t end = 0;
+  for (const std::size_t i : manifest.in_order_of_names()) {
+    if (manifest.offsets_bytes[i] != end || manifest.inputs[i].dtype != "<f4") {
+      throw Refusal("its values are not where its names put them; export anew.");
+    }
+    end += manifest.inputs[i].num_bytes();
   }
 }
 
@@ -70,11 +86,22 @@ Manifest parsed(const std::string& directory, const json& found) {
   manifest.directory = directory;
   manifest.base_fingerprint = found.at("base_fingerprint").get<std::string>();
   manifest.runtime = found.at("runtime").get<std::string>();
-  for (const char* key : {"values", "batch"}) {
-    for (const json& value : found.at(key)) {
-      manifest.inputs.push_back(array_of(value));
-    }
+  manifest.model = found.at("model").get<std::string>();
+  manifest.head = found.at("head").get<std::vector<std::string>>();
+  manifest.batch_size = found.at("batch_size").get<int64_t>();
+  manifest.takes_fewer_examples = found.at("takes_fewer_examples").get<bool>();
+  manifest.takes_fewer_tokens = found.at("takes_fewer_tokens").get<bool>();
+  for (const json& value : found.at("values")) {
+    manifest.inputs.push_back(array_of(value));
+    manifest.offsets_bytes.push_back(value.at("offset_bytes").get<uint64_t>());
   }
+  for (const json& value : found.at("batch")) {
+    manifest.inputs.push_back(array_of(value));
+    const json& fill = value.at("fill");
+    manifest.fills.push_back(
+        fill.is_null() ? std::nullopt : std::optional(fill.get<double>()));
+  }
+  check_offsets(manifest);
   manifest.frozen = file_of(found.at("frozen"));
   for (const json& value : found.at("programs")) {
     manifest.programs.push_back(program_of(value));
@@ -112,6 +139,28 @@ std::size_t ArraySpec::num_bytes() const {
 
 std::string Manifest::path_of(const FileSpec& file) const {
   return (std::filesystem::path(directory) / file.name).string();
+}
+
+std::vector<std::size_t> Manifest::in_order_of_names() const {
+  std::vector<std::size_t> places(offsets_bytes.size());
+  std::iota(places.begin(), places.end(), std::size_t{0});
+  std::sort(places.begin(), places.end(), [&](std::size_t one, std::size_t other) {
+    return inputs[one].name < inputs[other].name;
+  });
+  return places;
+}
+
+const ProgramSpec& Manifest::program(int64_t block) const {
+  const auto found =
+      std::find_if(programs.begin(), programs.end(), [&](const ProgramSpec& each) {
+        return block == each.block;
+      });
+  if (found == programs.end()) {
+    throw Refusal(
+        "No program trains block " + std::to_string(block) + " of '" + model +
+        "'; export it, too: lola-flwr export --blocks " + std::to_string(block) + ".");
+  }
+  return *found;
 }
 
 Manifest read_manifest(const std::string& directory) {

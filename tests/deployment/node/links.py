@@ -41,7 +41,7 @@ def wait_until(true, seconds=60):
 class Link:
     """A SuperLink on the loopback."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, *options, is_secure=False):
         self.port, self.directory = free_port(), directory
         self.home = directory / "link"
         self.environment = environment(self.home)
@@ -50,9 +50,8 @@ class Link:
             f'address = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
         self.programs = []
-        self.start(
-            ["flower-superlink", "--insecure", "--port", str(self.port)], self.home
-        )
+        options = [*map(str, options)] if is_secure else ["--insecure"]
+        self.start(["flower-superlink", *options, "--port", str(self.port)], self.home)
         wait_until(self.answers)
 
     def answers(self):

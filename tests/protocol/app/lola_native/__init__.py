@@ -1,0 +1,1 @@
+"""An app whose devices may be native ones."""
