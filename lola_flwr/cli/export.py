@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,16 +13,32 @@ from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError, si
 
 if TYPE_CHECKING:
+    from lola_flwr.export.describe import ExportedModel
     from lola_flwr.export.manifest import ExportManifest
 
 
+# What an app's own configuration says of its run.
+_OF_A_MODEL = ("task", "num_labels", "tuning", "tuning_options", "stack", "seed")
+_OF_A_RUN = (*_OF_A_MODEL, "batch_size", "max_length")
+
+
 def export(
-    model: Annotated[
-        str, typer.Option(help="minilm-l6, random:roberta-base, or a directory.")
-    ],
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option(click_type=LOCAL_PATH, help="Directory to make.")
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Overrides of the app's configuration: key=value."),
+    ] = None,
+    app: Annotated[
+        Path | None,
+        typer.Option(click_type=LOCAL_PATH, help="The app whose run it is for."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="minilm-l6, random:roberta-base, or a directory."),
+    ] = None,
     task: Annotated[str, typer.Option(help="classification or causal.")] = (
         "classification"
     ),
@@ -51,7 +68,11 @@ def export(
     needs ExecuTorch, and neither PyTorch nor Python. The frozen weights are one file
     that all programs share, and a manifest describes it all.
 
+    Of an app's run, its configuration says all: the model, its blocks and batches, so
+    that devices with these programs can take part in it.
+
     Example: `lola-flwr export --model minilm-l6 --blocks 5 --out steps`
+    Example: `lola-flwr export --app simulations/glue --out steps batch-size=16`
     """
     from lola_flwr.machine.installation import require_extra
 
@@ -68,24 +89,68 @@ def export(
     from lola_flwr.export.write import export_steps
     from lola_flwr.run.config import keyword_arguments
 
-    named = NamedModel(
-        model=model,
-        task="causal" if task == "causal" else "classification",
-        num_labels=num_labels,
-        tuning=tuning,
-        tuning_options=keyword_arguments(tuning_options),
-        stack=stack,
-        seed=seed,
-    )
-    manifest = export_steps(
-        load_exported(named, batch_size=batch_size, sequence_length=max_length),
-        out,
-        blocks=chosen,
-    )
+    if app is not None:
+        _refuse_options(context, ("model", *_OF_A_RUN), "the app's configuration says")
+        exported = _of_app(app, overrides or [])
+    else:
+        if model is None or overrides:
+            raise UserError(
+                "Name what to export: --model minilm-l6, or --app and its directory, "
+                "with overrides of its configuration as key=value."
+            )
+        named = NamedModel(
+            model=model,
+            task="causal" if task == "causal" else "classification",
+            num_labels=num_labels,
+            tuning=tuning,
+            tuning_options=keyword_arguments(tuning_options),
+            stack=stack,
+            seed=seed,
+        )
+        exported = load_exported(
+            named, batch_size=batch_size, sequence_length=max_length
+        )
+    manifest = export_steps(exported, out, blocks=chosen)
     if as_json:
         print_json(_as_json(manifest, out))
     else:
         _print(manifest, out)
+
+
+def _refuse_options(context: typer.Context, names: Sequence[str], why: str) -> None:
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} and --app: {why} that; leave {option} out, and override the "
+                "app's key as key=value."
+            )
+
+
+def _of_app(directory: Path, overrides: Sequence[str]) -> ExportedModel:
+    """Return what an app's run trains."""
+    from lola_flwr.cli.app_config import read_overrides
+    from lola_flwr.simulation.flower_app import (
+        check_config,
+        importable,
+        named,
+        read_app,
+    )
+
+    app = read_app(directory)
+    config = {**app.config, **read_overrides(app, overrides)}
+    check_config(app, config)
+    function = named(app, "export", app.export)
+    if function is None:
+        raise UserError(
+            f"{directory} names no 'export' in [tool.lola-flwr] of its pyproject.toml; "
+            "name a function of the run configuration that returns an ExportedModel, "
+            "or export a model: --model."
+        )
+    with importable(directory):
+        exported: ExportedModel = function(config)
+    return exported
 
 
 def _chosen(blocks: str) -> list[int] | None:

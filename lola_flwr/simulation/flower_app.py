@@ -41,6 +41,9 @@ class FlowerApp:
         ``"package.module:prepare"``, called with the configuration in each further
         process of devices while the server starts, so that it loads what its devices
         share: ``prepare`` of ``[tool.lola-flwr]``.
+    export
+        ``"package.module:exported"``, called with the configuration by ``lola-flwr
+        export``; gives what is exported: ``export`` of ``[tool.lola-flwr]``.
     """
 
     directory: Path
@@ -50,6 +53,7 @@ class FlowerApp:
     schema: str | None = None
     check: str | None = None
     prepare: str | None = None
+    export: str | None = None
 
 
 def read_app(directory: Path) -> FlowerApp:
@@ -86,6 +90,7 @@ def read_app(directory: Path) -> FlowerApp:
         schema=own.get("run-config"),
         check=own.get("check"),
         prepare=own.get("prepare"),
+        export=own.get("export"),
     )
 
 
