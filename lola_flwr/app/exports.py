@@ -37,6 +37,22 @@ def exportable(config: AppConfig) -> LolaDeftConfig:
     return config
 
 
+def batch_size_of(config: AppConfig) -> int:
+    """Return how many examples a program computes.
+
+    Raises
+    ------
+    UserError
+        Rounds choose that, and a program has one batch size.
+    """
+    if isinstance(config.batch_size, str):
+        raise UserError(
+            f"batch-size={config.batch_size!r}: an exported program has one batch "
+            "size; set batch-size to a number."
+        )
+    return config.batch_size
+
+
 def example_of(batch: Batch, num_tokens: int) -> Batch:
     """Return a batch's first example with so many tokens, whichever they are.
 

@@ -56,6 +56,7 @@ def test_a_device_of_the_run_takes_the_export_for_its_own(name):
     [
         ("glue", {"method": "d2ft"}, "method='d2ft': exported programs train blocks"),
         ("glue", {"precision": "bf16"}, "precision='bf16': exported programs compute"),
+        ("glue", {"batch-size": "auto"}, "an exported program has one batch size"),
         ("glue", {"zeroth-order": "always"}, "exported programs back-propagate"),
         ("causal", {"packing": True}, "rows of several sequences have no program"),
     ],

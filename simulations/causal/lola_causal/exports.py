@@ -8,7 +8,7 @@ from lola_causal.config import CausalConfig
 from lola_causal.model import causal_costs, causal_loss, load_model
 from lola_causal.records import load_records
 from lola_causal.sequences import encode, padded
-from lola_flwr.app.exports import example_of, exportable
+from lola_flwr.app.exports import batch_size_of, example_of, exportable
 from lola_flwr.app.model import model_blocks
 from lola_flwr.errors import UserError
 from lola_flwr.export.describe import ExportedModel
@@ -28,7 +28,7 @@ def exported(run_config: Mapping[str, object]) -> ExportedModel:
             "packing=true: rows of several sequences have no program; set "
             "packing=false."
         )
-    costed = exportable(config)
+    exportable(config)
     train, _ = load_records(config.data, config.eval_data, seed=config.seed)
     model, tokenizer = load_model(config)
     sequences = encode(
@@ -40,8 +40,8 @@ def exported(run_config: Mapping[str, object]) -> ExportedModel:
         model=model,
         partition=model_blocks(config, model),
         example=example_of(batch, config.max_length),
-        batch_size=config.batch_size,
+        batch_size=batch_size_of(config),
         sequence_length=config.max_length,
-        costs=causal_costs(costed, model),
+        costs=causal_costs(config, model),
         loss_function=causal_loss,
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lola_flwr.app.exports import example_of, exportable
+from lola_flwr.app.exports import batch_size_of, example_of, exportable
 from lola_flwr.app.model import model_costs
 from lola_flwr.export.describe import ExportedModel
 from lola_glue.config import GlueConfig
@@ -34,7 +34,7 @@ def exported(run_config: Mapping[str, object]) -> ExportedModel:
         model=model,
         partition=model_blocks(config, model),
         example=example_of(batch, config.max_length),
-        batch_size=config.batch_size,
+        batch_size=batch_size_of(config),
         sequence_length=config.max_length,
         costs=model_costs(costed, model),
     )
