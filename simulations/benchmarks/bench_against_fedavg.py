@@ -6,11 +6,11 @@ model, where all that counts is what a strategy needs itself, and with a wide on
 50 MB. Without device evaluation LoLa-DEFT sends half the messages, so both evaluate.
 
 The time is the median of all rounds but the first, which starts the clients; start-up
-is left out, too. The simulation asks for replies every 0.1 s, so that times come in
-such steps; what hides in them shows in the CPU time of the server's process (the
-simulation's, all but Ray's workers), a median as well. Memory is the peak of the
-proportional set sizes of all processes of a run, start-up included. Both sides run
-several times in turn; the range of a figure is its noise.
+is left out, too. A simulation hands messages out, and FedAvg asks for replies, every
+0.1 s, so that times come in such steps; what hides in them shows in the CPU time of the
+server's process (the simulation's, all but Ray's workers), a median as well. Memory is
+the peak of the proportional set sizes of all processes of a run, start-up included.
+Both sides run several times in turn; the range of a figure is its noise.
 """
 
 from __future__ import annotations
