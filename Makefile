@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all test-testbed check mutants matrix migration bench figures compare attacks testbed docs clean
+.PHONY: venv demo test test-all test-testbed test-arm64 check mutants matrix migration bench figures compare attacks testbed docs clean
 
 venv: $(VENV)/.installed
 
@@ -31,8 +31,13 @@ test: venv
 test-testbed: venv
 	$(BIN)/python -m pytest -m testbed tests/testbed
 
+# As root: the kits on an arm64 Debian, which qemu emulates (docs/deployment.md). The Debian
+# is kept in LOLA_ARM64_DIR (/var/cache/lola-flwr-arm64), 2 GB.
+test-arm64: venv
+	$(BIN)/python -m pytest -n 0 -m arm64 tests/arm64
+
 test-all: venv
-	$(BIN)/python -m pytest -m 'not testbed'
+	$(BIN)/python -m pytest -m 'not testbed and not arm64'
 
 check: venv
 	$(BIN)/ruff check .

@@ -93,7 +93,8 @@ else
 fi
 install -m 644 -t /etc/systemd/system \
     "$here/lola-worker.service" "$here/lola-supernode.service"
-systemctl daemon-reload
+# An image that is being made has no systemd that runs.
+if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 
 cat <<DONE
 Installed. Give the device its part of the data (LOLA_NODE_CONFIG in $etc/device.env),

@@ -83,8 +83,11 @@ def ancestor_running(program: str) -> ProcessId | None:
 
 def _stat(pid: int) -> tuple[int, int]:
     """Return the parent and the start of a process; zeros if there is no such one."""
+    # Its first thread's: into a process's own `stat` qemu, which runs programs of other
+    # processors, writes a start that others do not read.
+    path = _PROC / str(pid) / "task" / str(pid) / "stat"
     try:
-        text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0, 0
     # The program's name stands in parentheses, and may hold anything.
