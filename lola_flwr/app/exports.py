@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lola_flwr.app.config import AppConfig, LolaDeftConfig
 from lola_flwr.errors import UserError
-from lola_flwr.model.backprop import Batch
+
+if TYPE_CHECKING:
+    from lola_flwr.model.backprop import Batch
 
 
 def exportable(config: AppConfig) -> LolaDeftConfig:

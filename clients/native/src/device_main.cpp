@@ -3,6 +3,7 @@
 // says how.
 
 #include <curl/curl.h>
+#include <malloc.h>
 
 #include <iostream>
 #include <map>
@@ -17,6 +18,10 @@
 #include "stopping.h"
 
 namespace {
+
+// What is larger goes back to the system when it is freed. Left alone, glibc keeps more
+// and more: it learns from the chunks of arrays that come and go.
+[[maybe_unused]] constexpr int kMappedBytes = 1 << 20;
 
 constexpr char kUsage[] =
     "usage: lola-device DIRECTORY --superlink HOST:PORT --profile FILE --data DIRECTORY\n"
@@ -151,6 +156,9 @@ void stay(const Options& options, lola::Device& device) {
 }
 
 int run(const Options& options) {
+#ifdef M_MMAP_THRESHOLD
+  mallopt(M_MMAP_THRESHOLD, kMappedBytes);
+#endif
   const lola::Manifest manifest = lola::read_manifest(options.directory);
   const lola::Examples examples(
       options.data, manifest, options.seed, mean_over_of(options, manifest));

@@ -43,18 +43,22 @@ std::string utc_now() {
 }
 
 std::string said_in(const Response& response) {
-  std::string text = response.body.substr(0, kMostOfAnError);
-  std::replace_if(
-      text.begin(), text.end(), [](unsigned char c) { return c < ' ' || c > '~'; }, ' ');
+  const std::string text = printable(response.body.substr(0, kMostOfAnError));
   return "status " + std::to_string(response.status) + (text.empty() ? "" : ", " + text);
 }
 
 } // namespace
 
+std::string printable(std::string text) {
+  std::replace_if(
+      text.begin(), text.end(), [](unsigned char c) { return c < ' ' || c > '~'; }, ' ');
+  return text;
+}
+
 void log_line(const std::string& text) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  std::cerr << text << std::endl;
+  std::cerr << printable(text) << std::endl;
 }
 
 double backoff_s(int failures) {

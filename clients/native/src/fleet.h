@@ -104,6 +104,9 @@ class Node {
 // Seconds before the next try, after so many that failed: 1, 2, 4, ... 20.
 double backoff_s(int failures);
 
+// Return what a server said as it may stand in a line: without control characters.
+std::string printable(std::string text);
+
 void log_line(const std::string& text);
 
 } // namespace lola

@@ -155,7 +155,7 @@ void answer(Fleet& fleet, const Node& node, Device& device, const proto::Metadat
   std::string error;
   Answer work;
   const auto refuse = [&](const Refusal& refusal) {
-    error = refusal.what();
+    error = printable(refusal.what());
     log_line("Refused: " + error);
   };
   try {
