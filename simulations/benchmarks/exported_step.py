@@ -107,17 +107,19 @@ def main():
         base_fingerprint=manifest.base_fingerprint,
     )
     values = {VALUES: np.load(args.values)}
-    first_s, steps_s = None, []
+    first_s, first_cpu_s, steps_s = None, None, []
     for _ in range(1 + STEPS):
         begin = time.perf_counter()
         update = device.train(asked, values)
         steps_s.append(time.perf_counter() - begin)
         first_s = first_s or since_start_s()
+        first_cpu_s = first_cpu_s or time.process_time()
     gradients = update.arrays[GRADIENTS]
     print(
         json.dumps(
             {
                 "first_s": first_s,
+                "first_cpu_s": first_cpu_s,
                 "step_s": min(steps_s[1:]),
                 "peak_bytes": peak_memory_bytes(),
                 "runner_bytes": getattr(device, "runner", None)

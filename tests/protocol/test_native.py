@@ -291,6 +291,7 @@ def asked_of(question):
         ({"manifest": "+" + "0" * 32 + ":0-1,1-2"}, "a position twice"),
         ({"manifest": "+" + "0" * 32 + ":0-1"}, "is of 2 arrays; this model has"),
         ({"manifest": "x"}, "describes no pieces"),
+        ({"codec": "in\nt4\x1b[0m"}, "codec='in t4 [0m' is not among"),
         ({"manifest": "+" + "0" * 32}, "impossible positions"),
     ],
 )
