@@ -5,20 +5,23 @@ over few examples of a mini-batch and over all of them tells both terms (McCandl
 Kaplan, Amodei et al., arXiv:1812.06162, appendix A.1). Their ratio, the noise scale
 ``tr(Sigma) / |G|^2``, is the number of examples from which on more bring little. A
 single pair of squares tells it badly; it is the ratio of what is kept of many.
+
+The noise scale grows while a model learns. Where it falls, steps are too long for the
+valley that they are in: what the gradients have in common then leads from one side of
+it to the other. Batches therefore follow from the largest that was measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lola_flwr.arrays import Float64Array
 
-# What is believed before anything is known, and what that weighs, in observations of
-# one block.
-_ASSUMED, _ASSUMED_COUNTS = 128.0, 2.0
+# What is believed before anything is known.
+_ASSUMED = 128.0
 # Observations of a block that count: gradients change as the model learns.
 _WINDOW = 24
 # Part of them that is left out at either end: one that is far off says nothing.
@@ -27,7 +30,9 @@ _LEFT_OUT = 0.2
 _COMMON_COUNTS = 6.0
 # No block is believed to be so many times more or less noisy than the median of all:
 # who trains a block may lie about it.
-_FURTHEST = 8.0
+_FURTHEST = 3.0
+# So many observations of a block, on average, tell what all have in common.
+_ENOUGH = 3.0
 _LARGEST = 1e5
 
 
@@ -72,10 +77,13 @@ class GradientNoise:
     ----------
     signal, variance
         Latest estimates of ``|G|^2`` and ``tr(Sigma)``, oldest first, by block index.
+    largest
+        Largest noise scale of the median block so far; 0: too little is known.
     """
 
     signal: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     variance: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    largest: float = 0.0
 
     def update(self, observations: Iterable[NoiseObservation]) -> GradientNoise:
         """Return what is known after some observations."""
@@ -84,35 +92,33 @@ class GradientNoise:
             block = seen.block_index
             signal[block] = (*signal.get(block, ()), seen.signal)[-_WINDOW:]
             variance[block] = (*variance.get(block, ()), seen.variance)[-_WINDOW:]
-        return GradientNoise(signal, variance)
+        known = GradientNoise(signal, variance, self.largest)
+        counts = [len(kept) for kept in signal.values()]
+        if not counts or np.mean(counts) < _ENOUGH:
+            return known
+        median = float(np.median([known.measured(block) for block in signal]))
+        return replace(known, largest=max(self.largest, min(median, _LARGEST)))
+
+    def measured(self, block_index: int) -> float:
+        """Return a block's noise scale as it is measured, examples; at least 1."""
+        signal = _middle(self.signal.get(block_index, ()))
+        variance = _middle(self.variance.get(block_index, ()))
+        if variance <= signal:
+            return 1.0
+        return _LARGEST if signal <= 0.0 else min(variance / signal, _LARGEST)
 
     def scales(self, num_blocks: int) -> Float64Array:
-        """Return the noise scale of each block's gradient, examples, shape [N].
+        """Return the noise scale that each block's batch is to follow from, shape [N].
 
         The fewer observations a block has, the more it is what all have in common. It
         is the inverses that are averaged: they are linear in ``|G|^2``, which is known
         worse than ``tr(Sigma)``.
         """
+        common = 1.0 / (self.largest or _ASSUMED)
         counts = np.array([len(self.signal.get(n, ())) for n in range(num_blocks)])
-        own = np.array([self._inverse(n) for n in range(num_blocks)])
-        common = 1.0 / _ASSUMED
-        if counts.any():
-            known, median = counts.sum(), float(np.median(own[counts > 0]))
-            common = (known * median + _ASSUMED_COUNTS * common) / (
-                known + _ASSUMED_COUNTS
-            )
-        common = float(np.clip(common, 1.0 / _LARGEST, 1.0))
+        own = np.array([1.0 / self.measured(n) for n in range(num_blocks)])
         inverse = (counts * own + _COMMON_COUNTS * common) / (counts + _COMMON_COUNTS)
-        inverse = inverse.clip(common / _FURTHEST, common * _FURTHEST)
-        return np.asarray(1.0 / inverse.clip(1.0 / _LARGEST, 1.0))
-
-    def _inverse(self, block_index: int) -> float:
-        """Return a block's ``|G|^2 / tr(Sigma)``, 0 to 1; 0 if nothing is known."""
-        signal = _middle(self.signal.get(block_index, ()))
-        variance = _middle(self.variance.get(block_index, ()))
-        if signal <= 0.0:
-            return 0.0
-        return 1.0 if variance <= signal else signal / variance
+        return np.asarray(1.0 / inverse.clip(common / _FURTHEST, common * _FURTHEST))
 
 
 def _middle(values: tuple[float, ...]) -> float:
