@@ -32,8 +32,8 @@ _EXPONENT = 0.5
 # its maximum the rate is flat: the error of the length counts by its square.
 _LENGTHS, _NARROWINGS = 12, 4
 _BISECTIONS = 28
-# Newton's steps to the best batch for a multiplier.
-_STEPS = 6
+# Newton's steps to the best batch for a multiplier, and how far one may lead (log).
+_STEPS, _LONGEST_STEP = 9, 5.0
 # Of a sum of shares: in the shortest round there is no room to err.
 _ROUNDING = 1e-9
 # Passes over the devices that try one example more or less than what was rounded.
@@ -148,7 +148,7 @@ def own_batches(problem: BatchProblem) -> OwnBatches:
     found = max((each.astype(np.int64) for each in rounded), key=problem.rate)
     found = _improved(problem, np.clip(found, problem.least, problem.most))
     rate = problem.rate(found)
-    bound = _bound(problem, float(lengths_s[best]), shortest_s)
+    bound = _bound(problem, (low_s, high_s), shortest_s)
     return OwnBatches(found, rate, max(bound, rate))
 
 
@@ -181,7 +181,7 @@ def _lagrangian_batches(
     ``m tau a / (T - c - a B)^2``. With p = 1 their roots are linear in B, which tells
     where to begin. The logarithm of their ratio is a concave function of log B, and
     falls: from its right Newton's method comes down to the zero, and from anywhere it
-    is on its right after a step.
+    is on its right after a step, unless that leads past what there is time for.
     """
     left_s = lengths_s[:, None] - problem.fixed_s
     example_s, scale = problem.example_s, problem.noise_scale
@@ -194,15 +194,17 @@ def _lagrangian_batches(
         )
         log_gain, log_cost = np.log(gain), np.log(cost)
         several = (gain > 0.0) & (cost > 0.0)
+        batch = np.where(several, np.clip(batch, 1e-3, 0.5 * longest), batch)
         for _ in range(_STEPS):
-            batch = np.clip(batch, 1e-3, longest * (1.0 - 1e-9))
             rest_s = left_s - example_s * batch
             ratio = log_gain - log_cost + 2.0 * np.log(rest_s)
             ratio += (_EXPONENT - 1.0) * np.log(batch)
             ratio -= (_EXPONENT + 1.0) * np.log(batch + scale)
             slope = (_EXPONENT - 1.0) - (_EXPONENT + 1.0) * batch / (batch + scale)
             slope = slope - 2.0 * example_s * batch / rest_s
-            nearer = batch * np.exp(-ratio / slope)
+            # A step may lead past what there is time for: half of the way, then.
+            nearer = batch * np.exp(np.minimum(-ratio / slope, _LONGEST_STEP))
+            nearer = np.minimum(nearer, 0.5 * (batch + longest))
             batch = np.where(several & np.isfinite(nearer), nearer, batch)
     # Where neither counts, examples bring nothing and cost nothing.
     batch = np.where(np.isnan(batch), problem.least, batch)
@@ -241,41 +243,46 @@ def _improved(problem: BatchProblem, batch_size: IntArray) -> IntArray:
     return best
 
 
-def _bound(problem: BatchProblem, length_s: float, shortest_s: float) -> float:
+def _bound(
+    problem: BatchProblem, range_s: tuple[float, float], shortest_s: float
+) -> float:
     """Return a rate that no batches exceed, by duality.
 
     For any multiplier m >= 0 the progress of a round of T is at most
     ``D(T) = m + sum max_B (w (B / (B + S))^p - m tau / (T - c - a B))``. D is concave,
-    so it lies below its tangent, here in ``length_s``; and that over T has its maximum
-    at an end of the range of lengths. The multiplier that says most is searched for.
+    so it lies below its tangent in any length; and that over T has its maximum at an
+    end of the range of lengths. The multiplier, and the length in a given range, that
+    say most are searched for.
     """
-    low, high = -60.0, 20.0
+    low, high = np.array([-60.0, range_s[0]]), np.array([20.0, range_s[1]])
     bound = np.inf
-    for _ in range(_NARROWINGS):
-        logs = np.linspace(low, high, 2 * _LENGTHS)
-        bounds = _bounds_at(problem, length_s, shortest_s, np.exp(logs))
-        best = int(bounds.argmin())
-        bound = min(bound, float(bounds[best]))
-        low, high = logs[max(best - 1, 0)], logs[min(best + 1, logs.size - 1)]
+    for _ in range(2 * _NARROWINGS):
+        logs, lengths_s = np.linspace(low, high, _LENGTHS).T
+        each_s, each = np.meshgrid(lengths_s, logs)
+        bounds = _bounds_at(problem, each_s.ravel(), shortest_s, np.exp(each.ravel()))
+        best = np.array(divmod(int(bounds.argmin()), _LENGTHS))
+        bound = min(bound, float(bounds.min()))
+        step = (high - low) / (_LENGTHS - 1)
+        middle = low + step * best
+        low, high = np.maximum(low, middle - step), np.minimum(high, middle + step)
     return bound
 
 
 def _bounds_at(
     problem: BatchProblem,
-    length_s: float,
+    lengths_s: Float64Array,
     shortest_s: float,
     multiplier: Float64Array,
 ) -> Float64Array:
-    """Return the bounds that some multipliers give, [M]."""
-    lengths_s = np.full(multiplier.size, length_s)
+    """Return the bounds that some lengths and multipliers give, [M]."""
     batch = _lagrangian_batches(problem, lengths_s, multiplier)
     share = _shares(problem, lengths_s, batch)
-    left_s = length_s - problem.fixed_s - problem.example_s * batch
+    left_s = lengths_s[:, None] - problem.fixed_s - problem.example_s * batch
     brought = (problem.weight * progress(batch, problem.noise_scale)).sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         slope = multiplier * np.where(share > 0.0, share / left_s, 0.0).sum(axis=1)
         dual = brought + multiplier * (1.0 - share.sum(axis=1))
-        rest = dual - slope * (length_s + problem.constant_s)
+        rest = dual - slope * (lengths_s + problem.constant_s)
         bound = slope + np.maximum(rest, 0.0) / (shortest_s + problem.constant_s)
     return np.asarray(np.nan_to_num(bound, nan=np.inf, posinf=np.inf))
 

@@ -60,20 +60,21 @@ def test_brute_force_finds_nothing_better_and_nothing_beyond_the_bound(
         assert best <= found.bound * (1 + 1e-9), seed
 
 
-@pytest.mark.parametrize("devices", [6, 24])
-def test_with_many_examples_the_bound_is_as_good_as_reached(devices: int) -> None:
-    rng = np.random.default_rng(devices)
+@pytest.mark.parametrize("seed", rest_slow(range(40), fast=6))
+def test_with_many_examples_the_bound_is_as_good_as_reached(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    devices = int(rng.integers(2, 25))
     problem = BatchProblem(
-        fixed_s=rng.uniform(0, 1, devices),
+        fixed_s=rng.uniform(0, 1, devices) * rng.integers(0, 2),
         example_s=10 ** rng.uniform(-3, -1, devices),
         full_band_upload_s=10 ** rng.uniform(-2, 0.5, devices),
-        noise_scale=10 ** rng.uniform(0, 3, devices),
+        noise_scale=10 ** rng.uniform(1, 3, devices),
         weight=np.ones(devices),
         least=np.full(devices, 8),
-        most=np.full(devices, 512),
-        constant_s=0.1,
+        most=np.full(devices, 4096),
+        constant_s=float(rng.integers(0, 2)),
     )
-    assert 0 <= own_batches(problem).gap < 1e-3
+    assert 0 <= own_batches(problem).gap < 2e-3
 
 
 def test_slow_devices_are_given_fewer_examples_and_noisy_blocks_more() -> None:
