@@ -17,7 +17,7 @@ from lola_flwr.allocation.batches import (
 from tests.marks import rest_slow
 
 _INSTANCES = 300
-_AT_ONCE = 30
+_AT_ONCE = 15
 
 
 def small_problem(rng: np.random.Generator, devices: int = 3) -> BatchProblem:
@@ -74,7 +74,7 @@ def test_with_many_examples_the_bound_is_as_good_as_reached(seed: int) -> None:
         most=np.full(devices, 4096),
         constant_s=float(rng.integers(0, 2)),
     )
-    assert 0 <= own_batches(problem).gap < 2e-3
+    assert 0 <= own_batches(problem).gap < 5e-3
 
 
 def test_slow_devices_are_given_fewer_examples_and_noisy_blocks_more() -> None:
