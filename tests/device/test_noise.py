@@ -1,0 +1,58 @@
+"""What a device says of the noise of its gradient, where it is asked and can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lola_flwr.costs.estimated import estimate_costs
+from lola_flwr.model.adapter_blocks import model_partition
+from lola_flwr.wire.packing import GRADIENTS
+from tests.device.test_tokens import (
+    LENGTHS,
+    device_for,
+    texts,
+    trained,
+    without_dropout,
+)
+
+
+def test_a_device_that_is_asked_says_two_squares(roberta):
+    model = without_dropout(roberta)
+    device = device_for(model, texts())
+    usual, told = trained(device, model), trained(device, model, measures_noise=True)
+    assert usual.report.few_examples is None
+    report = told.report
+    assert report.few_examples == len(LENGTHS) // 8
+    assert report.all_examples == len(LENGTHS)
+    assert report.few_square > report.all_square > 0
+    # The gradient is the same.
+    usual, told = usual.arrays[GRADIENTS], told.arrays[GRADIENTS]
+    assert abs(told - usual).max() <= 1e-5 * abs(usual).max()
+
+
+def test_a_device_without_memory_for_a_sum_of_gradients_says_none(roberta):
+    shapes = {name: tuple(p.shape) for name, p in roberta.named_parameters()}
+    costs = estimate_costs(
+        shapes, model_partition(roberta), batch_size=len(LENGTHS), sequence_length=36
+    )
+    large = replace(costs.step, array_bytes=costs.step.array_bytes + 1e12)
+    costs = replace(costs, step=large)
+    device = device_for(roberta, texts(), costs=lambda: costs)
+    report = trained(device, roberta, measures_noise=True).report
+    assert report.few_examples is None
+    assert report.all_square is None
+
+
+@pytest.mark.slow
+def test_forward_passes_alone_say_nothing_of_noise(roberta):
+    asked = {
+        "direction_seed": 3,
+        "num_directions": 2,
+        "perturbation": 1e-2,
+        "smallest_share": 1.0,
+    }
+    device = device_for(roberta, texts())
+    report = trained(device, roberta, measures_noise=True, **asked).report
+    assert report.few_examples is None
