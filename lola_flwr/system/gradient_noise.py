@@ -20,8 +20,9 @@ import numpy as np
 
 from lola_flwr.arrays import Float64Array
 
-# What is believed before anything is known.
-_ASSUMED = 128.0
+# What is believed before anything is known, and what that weighs, in observations of
+# all blocks: so few of them may well say that there is no signal.
+_ASSUMED, _ASSUMED_COUNTS = 128.0, 6.0
 # Observations of a block that count: gradients change as the model learns.
 _WINDOW = 24
 # Part of them that is left out at either end: one that is far off says nothing.
@@ -31,8 +32,6 @@ _COMMON_COUNTS = 6.0
 # No block is believed to be so many times more or less noisy than the median of all:
 # who trains a block may lie about it.
 _FURTHEST = 3.0
-# So many observations of a block, on average, tell what all have in common.
-_ENOUGH = 3.0
 _LARGEST = 1e5
 
 
@@ -78,7 +77,7 @@ class GradientNoise:
     signal, variance
         Latest estimates of ``|G|^2`` and ``tr(Sigma)``, oldest first, by block index.
     largest
-        Largest noise scale of the median block so far; 0: too little is known.
+        Largest noise scale of the median block so far; 0: nothing is known.
     """
 
     signal: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
@@ -93,11 +92,12 @@ class GradientNoise:
             signal[block] = (*signal.get(block, ()), seen.signal)[-_WINDOW:]
             variance[block] = (*variance.get(block, ()), seen.variance)[-_WINDOW:]
         known = GradientNoise(signal, variance, self.largest)
-        counts = [len(kept) for kept in signal.values()]
-        if not counts or np.mean(counts) < _ENOUGH:
+        if not signal:
             return known
-        median = float(np.median([known.measured(block) for block in signal]))
-        return replace(known, largest=max(self.largest, min(median, _LARGEST)))
+        count = sum(len(kept) for kept in signal.values())
+        inverse = count * np.median([1.0 / known.measured(block) for block in signal])
+        inverse = (inverse + _ASSUMED_COUNTS / _ASSUMED) / (count + _ASSUMED_COUNTS)
+        return replace(known, largest=max(self.largest, float(1.0 / inverse)))
 
     def measured(self, block_index: int) -> float:
         """Return a block's noise scale as it is measured, examples; at least 1."""

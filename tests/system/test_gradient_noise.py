@@ -128,6 +128,15 @@ def test_blocks_differ_once_they_are_known():
     assert 2 < second / first < 4
 
 
+def test_few_observations_without_a_signal_say_little():
+    noise = GradientNoise()
+    for _ in range(3):
+        seen = [NoiseObservation(n, 16, 10.0, 128, 0.5) for n in range(6)]
+        noise = noise.update(seen)
+    assert noise.measured(0) == 1e5
+    assert 128 < noise.scales(6).max() < 2000
+
+
 def test_a_scale_that_falls_is_not_followed():
     rng, noise = np.random.default_rng(0), GradientNoise()
     for scale in (*[400.0] * 24, *[10.0] * 24):
