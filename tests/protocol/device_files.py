@@ -32,10 +32,11 @@ def device_files():
     return directory
 
 
-def command(address, *options, data="data", insecure=True):
+def command(address, *options, data="data", steps="steps", insecure=True):
+    """Return how a device is started; ``data`` and ``steps`` may be elsewhere."""
     directory = device_files()
     return [
-        *(built_device(), directory / "steps", "--superlink", address),
+        *(built_device(), directory / steps, "--superlink", address),
         *("--profile", directory / "device.json", "--data", directory / data),
         *("--seed", str(recorded.SEED), *["--insecure"] * insecure, *options),
     ]

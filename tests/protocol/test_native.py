@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from flwr.common.constant import ErrorCode
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.proto.message_pb2 import PullObjectResponse
@@ -19,9 +20,12 @@ from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 from flwr.superlink.routers.fleet.node_auth import verify_signature
 
+from lola_flwr.export.data import ArrayFiles
+from lola_flwr.model.backprop import block_gradient
 from lola_flwr.wire.packing import VALUES, pack
-from lola_flwr.wire.records import REPORT_KEY
+from lola_flwr.wire.records import OUT_OF_MEMORY, REPORT_KEY
 from tests.deployment.node.links import free_port
+from tests.export.programs import programs
 from tests.protocol import recorded
 from tests.protocol.compare import assert_same_reply
 from tests.protocol.conversation import (
@@ -32,7 +36,8 @@ from tests.protocol.conversation import (
 from tests.protocol.device_files import WAIT_S, command, device_files, running
 from tests.protocol.replay import Replay, serving
 
-pytestmark = pytest.mark.slow
+# An export of a model, and perhaps the build, are within the first tests.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 pytest.importorskip("executorch", reason="needs the extra [export]")
 
 TALKS = [name for name in names() if name != "join"]
@@ -43,10 +48,10 @@ def of():
     return recorded.what_is_exported()
 
 
-def spoken(exchanges):
+def spoken(exchanges, *options, **how):
     """Let a device join and answer; return the replay, and what the device said."""
     replay = Replay(exchanges)
-    with serving(replay) as address, running(address) as process:
+    with serving(replay) as address, running(address, *options, **how) as process:
         assert replay.pushed.wait(WAIT_S), process.poll()
     assert process.returncode == 0, process.said
     return replay, process.said
@@ -355,3 +360,50 @@ def test_arrays_that_contradict_themselves_are_refused(of, change, said):
     reply = recorded.reply_of(None, question)
     replay, _ = spoken(recorded.conversation(question, reply))
     assert said in reply_in(replay).error.reason
+
+
+def test_a_language_model_with_adapters_weighs_by_its_tokens(tmp_path):
+    of, steps, _ = programs("llama-lora")
+    rng = np.random.default_rng(2)
+    ids = rng.integers(5, 60, (8, 9))  # a column less than the programs have
+    mask, labels = np.ones_like(ids), ids.copy()
+    labels[::2, :4], labels[1, 6:], mask[1, 6:] = -100, -100, 0
+    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    question = recorded.training(of, block_index=0, batch_size=5)
+    where = {"steps": steps, "data": tmp_path}
+    replay, _ = spoken(asked_of(question), "--mean-over", "next-tokens", **where)
+    reply = reply_in(replay)
+    drawn = ArrayFiles(arrays=arrays, seed=recorded.SEED)(1, 5)
+    weight = int((drawn["labels"][:, 1:] != -100).sum())
+    assert reply.content["metrics"]["num-examples"] == weight
+    expected = block_gradient(
+        *(of.model, of.partition, 0),
+        {name: torch.from_numpy(array) for name, array in drawn.items()},
+        loss_function=of.loss_function,
+    )
+    assert reply.content[REPORT_KEY]["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    gradient = pack({n: g.numpy() for n, g in expected.gradients.items()})
+    found = reply.content["arrays"]["gradients"].numpy()
+    assert np.abs(found - gradient).max() <= 1e-4 * np.abs(gradient).max() > 0
+    # Of what the loss is a mean over it does not guess.
+    code, said = refused(**where)
+    assert code == 1 and "say what the loss is a mean over" in said
+
+
+def test_too_little_memory_is_said_as_other_devices_say_it(of, tmp_path):
+    shutil.copytree(device_files() / "steps", tmp_path / "steps")
+    path = tmp_path / "steps" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for program in manifest["programs"]:
+        program["arena_bytes"] = 10**15
+    path.write_text(json.dumps(manifest))
+    question = recorded.training(of)
+    replay, _ = spoken(asked_of(question), steps=tmp_path / "steps")
+    content = reply_in(replay).content
+    assert list(content) == ["metrics", REPORT_KEY]
+    assert content["metrics"] == {"num-examples": 0}
+    report = content[REPORT_KEY]
+    assert report["failure"] == OUT_OF_MEMORY
+    assert "block 1 of 'recorded' needs" in report["detail"]
