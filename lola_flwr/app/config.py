@@ -287,6 +287,8 @@ class UpdatesConfig(AppConfig):
     micro_batch_size: int = Field(0, ge=0)
     fit_memory: bool = False
     norm_factor: float = Field(3.0, ge=0)
+    influence_factor: float = Field(2.0, ge=0, allow_inf_nan=False)
+    own_examples: int = Field(0, ge=0)
     reputation: bool = True
     block_mean: Literal[BLOCK_MEANS] = "mean"  # type: ignore[valid-type]
     longest_round_s: float = Field(3600.0, gt=0)

@@ -28,12 +28,15 @@ from lola_flwr.build import (
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.of_model import zeroth_order_costs
 from lola_flwr.errors import UserError
+from lola_flwr.model.backprop import Batch, LossFunction, model_loss
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.example_gradients import example_gradients
 from lola_flwr.model.loading import load_values
 from lola_flwr.model.stored_base import stored_values
 from lola_flwr.randomness import rng_for
 from lola_flwr.run.config import keyword_arguments
 from lola_flwr.server.coordinator import Coordinator
+from lola_flwr.server.own_examples import ExampleGradients
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.server.selection.importance import Response
 from lola_flwr.system.own_channel import find_channel
@@ -49,6 +52,7 @@ def make_coordinator(
     costs: BlockCosts,
     example_weight: int = 1,
     response: Response | None = None,
+    own_examples: ExampleGradients | None = None,
 ) -> Coordinator:
     """Put the coordinator together for a model and a run configuration.
 
@@ -64,15 +68,18 @@ def make_coordinator(
         What an example of a mini-batch weighs at most.
     response
         What measures how important blocks are, if anything needs it.
+    own_examples
+        Gives the gradients of the server's own examples, if it has any.
     """
     settings = settings_of(config, model, partition, response)
+    devices = replace(settings.devices, own_examples=own_examples)
     return coordinator_for(
         model,
         partition,
         costs=costs,
         batch_size=config.largest_batch,
         step=server_step_of(config),
-        settings=replace(settings, example_weight=example_weight),
+        settings=replace(settings, devices=devices, example_weight=example_weight),
     )
 
 
@@ -121,6 +128,7 @@ def settings_of(
             codec_slack=config.codec_slack,
             longest_round_s=config.longest_round_s,
             batch_sizes=config.batch_sizes,
+            influence_factor=config.influence_factor or math.inf,
         ),
         devices=DeviceOptions(
             correct_profiles=config.correct_profiles, reputation=config.reputation
@@ -195,9 +203,7 @@ def response_of(
     """
     if config.selector != NEEDS_RESPONSE:
         return None
-    rng = rng_for(config.seed, "proxy")
-    count = min(config.proxy_examples, num_examples)
-    drawn = rng.choice(num_examples, count, replace=False)
+    drawn = _drawn(config.seed, "proxy", config.proxy_examples, num_examples)
 
     def response(values: Float32Arrays) -> float:
         load_values(
@@ -206,6 +212,46 @@ def response_of(
         return mean_loss(drawn)
 
     return response
+
+
+def own_examples_of(
+    config: UpdatesConfig,
+    model: Any,
+    partition: BlockPartition,
+    num_examples: int,
+    example: Callable[[int], Batch],
+    loss_function: LossFunction = model_loss,
+) -> ExampleGradients | None:
+    """Return what gives the gradients of the server's own examples, if it has any.
+
+    Parameters
+    ----------
+    config
+        Run configuration.
+    model, partition
+        The server's model; its values are overwritten at every call.
+    num_examples
+        Training examples; the server holds some of them.
+    example
+        Gives the example of a number, as a batch.
+    loss_function
+        As devices have it.
+    """
+    if not config.own_examples:
+        return None
+    drawn = _drawn(config.seed, "own examples", config.own_examples, num_examples)
+    return example_gradients(
+        model,
+        partition,
+        [example(int(number)) for number in drawn],
+        loss_function=loss_function,
+    )
+
+
+def _drawn(seed: int, purpose: str, wanted: int, num_examples: int) -> IntArray:
+    """Draw those of the training examples that the server holds."""
+    count = min(wanted, num_examples)
+    return rng_for(seed, purpose).choice(num_examples, count, replace=False)
 
 
 def zeroth_order_of(

@@ -19,6 +19,11 @@ from lola_flwr.allocation.infeasible import is_feasible
 from lola_flwr.allocation.matching import slots_of
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 
+# Updates of a block, the latest ones, of which a device is to give but a part.
+WINDOW = 20
+# It is asked more often than others where it gave so many times its even part of all.
+_ASKED_MORE = 1.1
+
 
 def spared(
     problem: AllocationProblem,
@@ -52,6 +57,28 @@ def spared(
         latency_s = latency_s + wait_s[:, None]
     late = latency_s > longest_s
     return np.asarray(late | (required_bytes >= memory_limit_bytes[:, None]))
+
+
+def beyond_part(given: IntArray, able: BoolArray, most: float) -> BoolArray:
+    """Tell which devices have given their part of a block's latest updates, [K, N].
+
+    A device that is asked no more often than others is never meant.
+
+    Parameters
+    ----------
+    given
+        How many of each block's latest ``WINDOW`` updates each device gave, [K, N].
+    able
+        Which device can be asked for which block, shape [K, N].
+    most
+        How many times its even part, among the devices that can be asked, a device may
+        give of a block; infinite: any number.
+    """
+    num_able = np.maximum(able.sum(axis=0), 1)  # [N]
+    largest = np.maximum(np.floor(most * WINDOW / num_able), 1)
+    even = given.sum() / max(able.any(axis=1).sum(), 1)
+    asked_more = given.sum(axis=1) >= _ASKED_MORE * even  # [K]
+    return np.asarray((given >= largest) & asked_more[:, None])
 
 
 def lifted(

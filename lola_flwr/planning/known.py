@@ -59,12 +59,17 @@ class AllocationOptions:
         progress a second, and then each device its own, see
         `lola_flwr.planning.batches`. With it a codec is chosen, too, for all: none
         finer than its error costs. Empty: all rounds have the run's batch.
+    influence_factor
+        How many times its even part of a block's latest updates a device may give that
+        is asked more often than others, see `lola_flwr.planning.candidates`; infinite:
+        any number. Where others do not suffice it is asked in any case.
 
     Raises
     ------
     UserError
         Unknown name of an allocator, negative ``codec_slack`` or ``sharing_eps``,
-        ``returned_by`` less than 1, or a batch that is no whole number of examples.
+        ``returned_by`` or ``influence_factor`` less than 1, or a batch that is no whole
+        number of examples.
     """
 
     allocator: str | Allocator = "exact"
@@ -76,6 +81,7 @@ class AllocationOptions:
     returned_by: int = 1
     longest_round_s: float = 3600.0
     batch_sizes: tuple[int, ...] = ()
+    influence_factor: float = 2.0
 
     def __post_init__(self) -> None:
         """Check now what would else be an error in round 1."""
@@ -87,8 +93,9 @@ class AllocationOptions:
         sizes = tuple(self.batch_sizes)
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise UserError(f"batch_sizes={sizes} must be whole numbers of examples.")
-        if self.returned_by < 1:
-            raise UserError(f"returned_by={self.returned_by} must be at least 1.")
+        for name in ("returned_by", "influence_factor"):
+            if not getattr(self, name) >= 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -176,6 +183,8 @@ class Known:
         How often each device failed, [K].
     meetings
         How often each device's update of each block was accepted, shape [K, N].
+    given
+        How many of each block's latest updates each device gave, shape [K, N].
     wanted
         Which blocks are to be trained, and by how many devices each.
     worth
@@ -204,6 +213,7 @@ class Known:
     memory_limit_bytes: Float64Array
     failures: tuple[int, ...]
     meetings: IntArray
+    given: IntArray
     wanted: RoundMode
     worth: Float64Array | None = None
     block_updates: IntArray
@@ -230,6 +240,7 @@ class Known:
             memory_limit_bytes=np.full(len(profiles), np.inf),
             failures=(0,) * len(profiles),
             meetings=np.zeros((len(profiles), run.num_blocks), np.int64),
+            given=np.zeros((len(profiles), run.num_blocks), np.int64),
             wanted=run.allocation.mode,
             block_updates=np.zeros(run.num_blocks, np.int64),
         )

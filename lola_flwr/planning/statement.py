@@ -14,10 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from lola_flwr.allocation import AllocationProblem
+from lola_flwr.allocation.infeasible import is_feasible
 from lola_flwr.arrays import BoolArray, Float64Array
 from lola_flwr.d2ft.reduced import reduced_costs
 from lola_flwr.d2ft.rescue import with_reduced_schedules
-from lola_flwr.planning.candidates import lifted, narrowed, spared
+from lola_flwr.planning.candidates import beyond_part, lifted, narrowed, spared
 from lola_flwr.planning.downlink import alone_s, heard_by_some, received
 from lola_flwr.planning.known import Known, RunStatement
 from lola_flwr.planning.latency_target import choose_blocks, fits_any_block
@@ -49,6 +50,7 @@ def stated_round(run: RunStatement, known: Known) -> RoundProblem:
     stated = without_backward(run, known, stated)
     stated = charged(run, stated)
     stated = received(run, known, stated)
+    stated = bounded(run, known, stated)
     stated = in_time(run, known, stated)
     stated = uploading(run, known, stated)
     stated = asked(run, known, stated)
@@ -199,6 +201,31 @@ def charged(run: RunStatement, stated: RoundProblem) -> RoundProblem:
         claimed_s[rows] = costs.flops[None, :] / speed[rows, None]
         required_bytes[rows] = costs.memory_bytes
     return replace(stated, claimed_s=claimed_s, required_bytes=required_bytes)
+
+
+def bounded(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:
+    """Leave out who gave too many of a block's latest updates, where others suffice."""
+    problem = stated.problem
+    able = problem.feasible & ~_spared(run, stated, stated.memory_limit_bytes)
+    given = np.stack(
+        [known.given[:, stated.blocks(b)].max(axis=1) for b in range(run.num_blocks)], 1
+    )
+    beyond = beyond_part(given, able, run.allocation.influence_factor)
+    if problem.all_devices or not beyond.any():
+        return stated
+    left = replace(problem, feasible=able & ~beyond)
+    if known.worth is None:
+        suffices = is_feasible(left)
+    else:
+        suffices = any(
+            fits_any_block(p, run.latency_target_s)
+            for p in heard_by_some(left, stated.broadcast)
+        )
+    if not suffices:
+        return stated
+    return replace(
+        stated, problem=replace(problem, feasible=problem.feasible & ~beyond)
+    )
 
 
 def in_time(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:

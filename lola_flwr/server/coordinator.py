@@ -224,6 +224,7 @@ class Coordinator:
             self.state.norms,
             self._settings.limits,
             self.state.reputation if self._judges else None,
+            self._settings.devices.own_examples,
         )
         # In the plan's order, so that the sum does not depend on who came first.
         updates = [

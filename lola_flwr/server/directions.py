@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -79,18 +80,29 @@ def sketch(gradients: Float32Arrays, names: Iterable[str], key: int) -> Sketch |
     """
     total = np.zeros(_SIZE)
     for name in names:
-        rng = rng_for(key, "sketch", name)
-        flat = _evened(_some_rows(gradients[name], rng)).reshape(-1)
-        places = rng.integers(_SIZE, size=flat.size, dtype=np.uint8)
-        signs = np.unpackbits(
-            rng.integers(256, size=-(-flat.size // 8), dtype=np.uint8), count=flat.size
-        )
-        signed = np.where(signs, flat, -flat)
-        total += np.bincount(places, weights=signed, minlength=_SIZE)
+        drawn = _drawn(key, name, gradients[name].shape)
+        total += drawn.projected(_evened(drawn.rows_of(gradients[name])))
     length = math.sqrt(float(total @ total))
     if not length:
         return None
     return np.rint(total * (_LENGTH / length)).astype(np.int16)
+
+
+def projection(
+    gradients: Float32Arrays, names: Iterable[str], key: int
+) -> Float64Array:
+    """Return what a sketch is made of, as it is: sums of gradients have their sums.
+
+    Parameters
+    ----------
+    gradients, names, key
+        As for `sketch`.
+    """
+    total = np.zeros(_SIZE)
+    for name in names:
+        drawn = _drawn(key, name, gradients[name].shape)
+        total += drawn.projected(drawn.rows_of(gradients[name]))
+    return total
 
 
 def agreements(
@@ -127,6 +139,8 @@ def agreements(
     trusted = np.asarray(weights, np.float64) * (names != names[places, None])
     apart = np.abs(rounds - rounds[places, None])
     shares = trusted * np.exp(-apart / _ROUNDS)
+    # Who is asked more often is not thereby heard more.
+    shares /= np.maximum(shares @ (names[:, None] == names), 1.0)
     most = _variation(products, trusted, left_out)
     of_mean = np.einsum("pn,pnk->pk", shares @ products, most)
     of_own = np.einsum("pn,pnk->pk", products[places], most)
@@ -172,13 +186,51 @@ def _variation(
     return np.asarray(sums / lengths)
 
 
-def _some_rows(gradient: Float32Array, rng: np.random.Generator) -> Float32Array:
-    """Return a gradient as rows, or some of them where it is large."""
-    rows = gradient.reshape(len(gradient), -1) if gradient.ndim > 1 else gradient[None]
-    if rows.size <= _VALUES:
-        return rows
-    kept = max(_VALUES // rows.shape[1], 1)
-    return np.take(rows, np.sort(rng.choice(len(rows), kept, replace=False)), axis=0)
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """What of a parameter's gradient is sketched, and how.
+
+    Parameters
+    ----------
+    rows
+        Rows of it; None: all of them.
+    places, signs
+        Where in the sketch each value is added, and whether as it is.
+    """
+
+    rows: npt.NDArray[np.int64] | None
+    places: npt.NDArray[np.uint8]
+    signs: npt.NDArray[np.uint8]
+
+    def rows_of(self, gradient: Float32Array) -> Float32Array:
+        """Return a gradient as rows, or some of them where it is large."""
+        rows = _as_rows(gradient)
+        return rows if self.rows is None else np.take(rows, self.rows, axis=0)
+
+    def projected(self, rows: Float32Array) -> Float64Array:
+        """Return the sums of values that fall together."""
+        flat = rows.reshape(-1)
+        signed = np.where(self.signs, flat, -flat)
+        sums = np.bincount(self.places, weights=signed, minlength=_SIZE)
+        return np.asarray(sums, np.float64)
+
+
+@lru_cache(maxsize=256)
+def _drawn(key: int, name: str, shape: tuple[int, ...]) -> _Drawn:
+    rng = rng_for(key, "sketch", name)
+    count, width = (shape[0], math.prod(shape[1:])) if shape[1:] else (1, sum(shape))
+    rows = None
+    if count * width > _VALUES:
+        count, of = max(_VALUES // width, 1), count
+        rows = np.sort(rng.choice(of, count, replace=False))
+    size = count * width
+    places = rng.integers(_SIZE, size=size, dtype=np.uint8)
+    signs = rng.integers(256, size=-(-size // 8), dtype=np.uint8)
+    return _Drawn(rows, places, np.unpackbits(signs, count=size))
+
+
+def _as_rows(gradient: Float32Array) -> Float32Array:
+    return gradient.reshape(len(gradient), -1) if gradient.ndim > 1 else gradient[None]
 
 
 def _evened(rows: Float32Array) -> Float32Array:

@@ -36,6 +36,8 @@ from lola_flwr.server.directions import Direction, agreements
 HEAD = -1
 # Ways in which gradients are compared.
 _KINDS = ("blocks whole", "blocks rest", "head whole", "head rest")
+# And those with the server's own examples.
+_SHOWN = ("blocks shown", "head shown")
 
 # Updates of a block, before and behind one, that its direction is compared with.
 _BESIDE = 8
@@ -60,6 +62,12 @@ _ERRORS = 2.0
 _STRONGEST = 20.0
 # Updates of a device that it cannot send again without being noticed.
 _DIGESTS = 32
+# A device that was compared less often than this, and than half as often as the median
+# one, counts accordingly less.
+_ENOUGH = 10.0
+# The least deviation of honest devices' means, as a part of m: of agreements with other
+# devices, and with the server's own examples.
+_LEAST_BETWEEN, _LEAST_BETWEEN_SHOWN = 1 / 2, 1 / 3
 # Agreements of a device before it is judged by them, and devices that have some before
 # any is.
 _FEW_AGREEMENTS, _FEWEST = 4.0, 4
@@ -118,11 +126,16 @@ class Evidence:
     def agreed(self, part: int, direction: Direction) -> Evidence:
         """Take in how far others agreed with a gradient of a part of the model."""
         found = dict(self.agreements)
-        name = "head" if part == HEAD else "blocks"
         for how, cosine in (("whole", direction.whole), ("rest", direction.rest)):
             if cosine is not None:
-                kind = f"{name} {how}"
+                kind = f"{_name(part)} {how}"
                 found[kind] = self.of_kind(kind).and_one(cosine)
+        return replace(self, agreements=found)
+
+    def was_shown(self, part: int, cosine: float) -> Evidence:
+        """Take in how far the server's own examples agreed."""
+        kind = f"{_name(part)} shown"
+        found = {**self.agreements, kind: self.of_kind(kind).and_one(cosine)}
         return replace(self, agreements=found)
 
     def was_long(self, times_usual: float) -> Evidence:
@@ -157,8 +170,21 @@ class Reputation:
 
     def weight(self, device: str) -> float:
         """Return what an update of a device counts, 0 to 1; 0: it is not used."""
-        odds = _ODDS * math.exp(self.log_likelihood(device))
-        return 0.0 if odds < _LEAST else min(odds, 1.0)
+        trust = self.trust(device)
+        return 0.0 if trust < _LEAST else trust * self._earned(device)
+
+    def trust(self, device: str) -> float:
+        """Return the odds that a device is honest, or 1 where they are better."""
+        return min(_ODDS * math.exp(self.log_likelihood(device)), 1.0)
+
+    def _earned(self, device: str) -> float:
+        """Return what a device counts for having been compared, 0 to 1.
+
+        A newcomer counts less among devices that are known; where all are new, none
+        does.
+        """
+        counts, enough = self._compared
+        return min((counts.get(device, 0.0) + 1.0) / (enough + 1.0), 1.0)
 
     def log_likelihood(self, device: str) -> float:
         """Return the logarithm of the ratio of likelihoods, honest to hostile."""
@@ -209,6 +235,14 @@ class Reputation:
                 lately[part] = tuple(seen[-2 * _BESIDE :])
         return replace(self, lately=lately, of_device=of_device)
 
+    def after_shown(self, shown: Iterable[tuple[str, int, float]]) -> Reputation:
+        """Take in how far the server's own examples agreed with devices' updates."""
+        of_device = dict(self.of_device)
+        for device, part, cosine in shown:
+            known = of_device.get(device, Evidence())
+            of_device[device] = known.was_shown(part, cosine)
+        return replace(self, of_device=of_device)
+
     def after_lengths(self, times_usual: Iterable[tuple[str, float]]) -> Reputation:
         """Take in how many times as long as is usual devices' updates were."""
         of_device = dict(self.of_device)
@@ -232,16 +266,37 @@ class Reputation:
         return seen, first
 
     @cached_property
-    def _log_likelihoods(self) -> Mapping[str, float]:
-        """Logarithms of the likelihood ratios, by device."""
+    def _compared(self) -> tuple[Mapping[str, float], float]:
+        """How often each device was compared, and how often is enough."""
+        counts = {
+            device: max(one.count for one in known.agreements.values())
+            for device, known in self._known.items()
+            if known.agreements
+        }
+        enough = median(counts.values()) / 2 if len(counts) >= _FEWEST else 0.0
+        # Where all are new, none is a newcomer.
+        return counts, min(enough, _ENOUGH) if enough >= _FEW_AGREEMENTS else 0.0
+
+    @cached_property
+    def _known(self) -> Mapping[str, Evidence]:
+        """Evidence by device, what is still being judged included."""
         known = dict(self.of_device)
         for part, seen in self.lately.items():
             for one in seen[-_BESIDE:]:
                 before = known.get(one.device, Evidence())
                 known[one.device] = before.agreed(part, one)
+        return known
+
+    @cached_property
+    def _log_likelihoods(self) -> Mapping[str, float]:
+        """Logarithms of the likelihood ratios, by device."""
+        known = self._known
         honest = {
-            kind: _Honest.of(one.of_kind(kind) for one in known.values())
-            for kind in _KINDS
+            kind: _Honest.of(
+                (one.of_kind(kind) for one in known.values()),
+                _LEAST_BETWEEN_SHOWN if kind in _SHOWN else _LEAST_BETWEEN,
+            )
+            for kind in (*_KINDS, *_SHOWN)
         }
         return {
             device: evidence.lengths + _by_directions(evidence, honest)
@@ -249,13 +304,18 @@ class Reputation:
         }
 
 
+def _name(part: int) -> str:
+    return "head" if part == HEAD else "blocks"
+
+
 def _by_directions(evidence: Evidence, honest: Mapping[str, _Honest]) -> float:
     """Return the logarithm of the likelihood ratio by a device's agreements."""
     parts = []
     for part in ("blocks", "head"):
         # Of whole gradients those of honest devices differ where their classes do.
-        kind = f"{part} rest" if honest[f"{part} rest"].mean else f"{part} whole"
-        parts.append(honest[kind].log_likelihood(evidence.of_kind(kind)))
+        others = f"{part} rest" if honest[f"{part} rest"].mean else f"{part} whole"
+        for kind in (others, f"{part} shown"):
+            parts.append(honest[kind].log_likelihood(evidence.of_kind(kind)))
     # Who is honest about one part is not thereby so about the other.
     return min(*parts, sum(parts))
 
@@ -277,8 +337,16 @@ class _Honest:
     between: float = 0.0
 
     @classmethod
-    def of(cls, devices: Iterable[Agreements]) -> _Honest:
-        """Tell it from all devices', of which more than half are honest."""
+    def of(cls, devices: Iterable[Agreements], least_between: float) -> _Honest:
+        """Tell it from all devices', of which more than half are honest.
+
+        Parameters
+        ----------
+        devices
+            Agreements of each.
+        least_between
+            Their own means deviate by at least this part of their median.
+        """
         judged = [one for one in devices if one.count]
         if len(judged) < _FEWEST:
             return cls()
@@ -293,7 +361,7 @@ class _Honest:
         deviations = sorted(abs(a.mean - middle) for a in judged)
         spread = (1.034 * deviations[2 * (len(judged) - 1) // 3]) ** 2
         by_chance = variance / median(a.count for a in judged)
-        between = max(spread - by_chance, middle**2 / 4)
+        between = max(spread - by_chance, (least_between * middle) ** 2)
         return cls(middle, variance, between)
 
     def log_likelihood(self, agreements: Agreements) -> float:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from lola_flwr.errors import UserError, brief
 from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.norm_limits import NormLimits
+from lola_flwr.server.own_examples import ExampleGradients
 from lola_flwr.server.selection import Selection
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile
@@ -90,6 +91,9 @@ class DeviceOptions:
         Whether devices whose gradients point away from those of the others, or are
         often far too long, count less, and rest (`lola_flwr.server.reputation`). Not
         where devices return weights.
+    own_examples
+        Gives the gradients of some examples of the server's, with which those of
+        devices are compared (`lola_flwr.server.own_examples`) (default: it has none).
     zeroth_order
         How devices without the memory for back-propagation are used (default: they are
         not).
@@ -107,9 +111,17 @@ class DeviceOptions:
     assumed_profile: DeviceProfile | None = None
     correct_profiles: bool = True
     reputation: bool = True
+    own_examples: ExampleGradients | None = None
     zeroth_order: ZerothOrder | None = None
     reduced_schedules: bool = False
     train_all: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.own_examples is not None and not self.reputation:
+            raise UserError(
+                "own_examples are what devices are judged by, and reputation=False "
+                "judges nobody; drop one of the two."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +153,8 @@ class RoundSettings:
     Raises
     ------
     UserError
-        The selection does not go with the allocation's mode.
+        The selection does not go with the allocation's mode, or the server's examples
+        not with projected gradients.
     """
 
     channel: Channel = field(default_factory=Channel)
@@ -155,6 +168,11 @@ class RoundSettings:
 
     def __post_init__(self) -> None:
         self.selection.check(self.allocation.mode)
+        if self.devices.own_examples is not None and self.transfer.low_rank is not None:
+            raise UserError(
+                "own_examples: their gradients are not compared with projected ones; "
+                "drop them, or low_rank."
+            )
 
     def check_for_weights(self) -> None:
         """Refuse what only gradients can have, where devices return weights.
@@ -176,6 +194,7 @@ class RoundSettings:
         for name, value, usual in (
             ("low_rank", transfer.low_rank, None),
             ("downlink_codec", transfer.downlink_codec, "fp32"),
+            ("own_examples", devices.own_examples, None),
             ("zeroth_order", devices.zeroth_order, None),
             ("reduced_schedules", devices.reduced_schedules, False),
             ("batch_sizes", self.allocation.batch_sizes, ()),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from lola_flwr.errors import UserError
 from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.fleet import Fleet
+from lola_flwr.server.influence import Influence
 from lola_flwr.server.norm_limits import NormHistory
 from lola_flwr.server.reputation import Reputation
 from lola_flwr.server.selection.history import BlockHistory
@@ -55,6 +56,8 @@ class RunState:
     meetings
         How often a device's update of each of the N blocks was accepted, [N] by the
         device's name.
+    influence
+        Who gave the latest updates of each block.
     history
         What became of each block.
     norms
@@ -74,6 +77,7 @@ class RunState:
     rates: RateEstimate = field(default_factory=RateEstimate)
     downlinks: DownlinkEstimate = field(default_factory=DownlinkEstimate)
     meetings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    influence: Influence = field(default_factory=Influence)
     history: BlockHistory
     norms: NormHistory = field(default_factory=NormHistory)
     reputation: Reputation = field(default_factory=Reputation)
@@ -110,6 +114,7 @@ class RunState:
             "downlinks": to_values(DownlinkEstimate()),
             "reputation": to_values(Reputation()),
             "noise": to_values(GradientNoise()),
+            "influence": to_values(Influence()),
         }
         values = {**missing, **values}
         if "norms" in values:

@@ -62,6 +62,7 @@ def outcomes(options: argparse.Namespace) -> Iterator[Row]:
                             codec=codec,
                             seed=seed,
                             rounds=options.rounds,
+                            own_examples=options.own_examples,
                         )
                         key = json.dumps([name, asdict(scenario)])
                         if key not in known_outcomes:
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--splits", nargs="+", choices=_SPLITS, default=[*_SPLITS])
     parser.add_argument("--codecs", nargs="+", default=["fp32"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--own-examples", type=int, default=Scenario.own_examples)
     parser.add_argument("--rounds", type=int, default=Scenario.rounds)
     return parser
 

@@ -18,6 +18,7 @@ from lola_flwr.arrays import Float32Arrays
 from lola_flwr.build import (
     AllocationOptions,
     Channel,
+    DeviceOptions,
     NormLimits,
     RoundSettings,
     ServerStep,
@@ -42,7 +43,7 @@ from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.packing import GRADIENTS, unpack
 from lola_flwr.wire.records import Assignment
 from simulations.attacks.attack import Attack, Gang, Turn, npy
-from simulations.attacks.small import LENGTH, SmallTask, small_model
+from simulations.attacks.small import LENGTH, SmallTask, example_gradients, small_model
 
 # The model is evaluated so often, every so many rounds, the last time after the last.
 _EVALUATIONS, _EVERY = 5, 5
@@ -63,7 +64,9 @@ class Scenario:
     seed
         Seed of the run, of its task, and of who is hostile.
     num_devices, rounds, batch_size, lr
-        As in any run.
+        As in any run; the rate falls to nothing, lest accuracy go up and down.
+    own_examples
+        Examples that the server has to judge devices by.
     """
 
     share: float = 0.0
@@ -74,6 +77,7 @@ class Scenario:
     rounds: int = 120
     batch_size: int = 16
     lr: float = 1e-2
+    own_examples: int = 0
 
     @property
     def hostile(self) -> frozenset[int]:
@@ -96,9 +100,9 @@ class Outcome:
     honest_refused
         Updates of honest devices that were not used, as a part of all of theirs.
     honest_distrusted
-        Honest devices that counted less than half in the end.
+        Honest devices that were trusted less than half in the end.
     found
-        Hostile devices that were refused in the end, or counted less than half, as a
+        Hostile devices that were refused in the end, or trusted less than half, as a
         part of them.
     found_after
         Rounds until the median one of those was for the first time; None of none.
@@ -229,7 +233,7 @@ def run(
         scenario.num_devices, alpha=scenario.alpha, seed=scenario.seed
     )
     model, partition = small_model(scenario.seed)
-    coordinator = _coordinator(scenario, model, partition, limits)
+    coordinator = _coordinator(scenario, task, (model, partition), limits)
     records, accuracies, backdoors = [], [], []
     distrusted: list[set[str]] = []
     with TemporaryDirectory() as store:
@@ -257,21 +261,27 @@ def run(
 
 def _coordinator(
     scenario: Scenario,
-    model: nn.Module,
-    partition: BlockPartition,
+    task: SmallTask,
+    trained: tuple[nn.Module, BlockPartition],
     limits: NormLimits | None,
 ) -> Coordinator:
+    own_examples = None
+    if scenario.own_examples:
+        examples = task.own_examples(scenario.own_examples)
+        own_examples = example_gradients(*small_model(scenario.seed), examples)
+    model, partition = trained
     return coordinator_for(
         model,
         partition,
         costs=_costs(scenario.batch_size),
         batch_size=scenario.batch_size,
-        step=ServerStep(lr=scenario.lr),
+        step=ServerStep(lr=scenario.lr, linear_decay_steps=scenario.rounds),
         settings=RoundSettings(
             channel=Channel(bandwidth_hz=1e6),
             transfer=Transfer(codec=scenario.codec),
             allocation=AllocationOptions(rotation_eps=0.5),
             limits=NormLimits() if limits is None else limits,
+            devices=DeviceOptions(own_examples=own_examples),
             seed=scenario.seed,
         ),
     )
@@ -309,7 +319,7 @@ def _outcome(
 
 
 def _distrusted(state: RunState) -> set[str]:
-    """Return the names of the devices that count less than half, or failed lately."""
-    weight, failures = state.reputation.weight, state.fleet.absences.failures
+    """Return the names of those trusted less than half, or that failed lately."""
+    trust, failures = state.reputation.trust, state.fleet.absences.failures
     names = [profile.name for profile in state.fleet.profiles.values()]
-    return {name for name in names if weight(name) < 0.5 or failures(name)}
+    return {name for name in names if trust(name) < 0.5 or failures(name)}

@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from lola_flwr.app.d2ft import schedules_of
 from lola_flwr.app.methods import (
     low_rank_of,
+    own_examples_of,
     response_of,
     selection_of,
     zeroth_order_of,
@@ -146,6 +148,27 @@ def test_the_response_is_the_loss_on_the_servers_own_examples(tiny):
     assert set(proxy) < set(range(50))
     name = partition.trainable[0]
     np.testing.assert_array_equal(parameters[name].detach(), values[name] + 1)
+
+
+def test_the_servers_own_examples_are_some_of_the_training_examples(tiny):
+    model, partition = tiny
+    seen = []
+
+    def example(number):
+        seen.append(number)
+        ids = torch.tensor([[5, 6, 7 + number]])
+        return {"input_ids": ids, "labels": torch.tensor([number % 2])}
+
+    assert own_examples_of(config(), model, partition, 50, example) is None
+    chosen = config(own_examples=3)
+    gradients = own_examples_of(chosen, model, partition, 50, example)
+    assert len(seen) == len(set(seen)) == 3
+    assert set(seen) < set(range(50))
+    parameters = dict(model.named_parameters())
+    values = {n: parameters[n].detach().numpy().copy() for n in partition.trainable}
+    found = list(gradients(values))
+    assert len(found) == len(seen)
+    assert {*found[0]} == {*partition.trainable}
 
 
 @pytest.mark.parametrize(

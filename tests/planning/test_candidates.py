@@ -14,7 +14,7 @@ from lola_flwr.allocation import (
     allocate,
 )
 from lola_flwr.allocation.infeasible import is_feasible
-from lola_flwr.planning.candidates import narrowed
+from lola_flwr.planning.candidates import WINDOW, beyond_part, narrowed
 
 FREE = np.inf
 
@@ -147,3 +147,35 @@ def test_whatever_is_known_of_devices_a_round_takes_place_if_it_can(data):
             assert list(rows) == [*rows[active]]
     else:
         assert chosen is problem
+
+
+@given(st.data())
+def test_who_is_asked_more_gives_its_part_of_a_block_and_others_suffice(data):
+    num_devices, num_blocks = (
+        data.draw(st.integers(1, 12)),
+        data.draw(st.integers(1, 4)),
+    )
+    most = data.draw(st.sampled_from([1.0, 2.0, 2.5, np.inf]))
+    # Who gave each block's latest updates; of a block that is new, fewer.
+    givers = st.lists(st.integers(0, num_devices - 1), max_size=WINDOW)
+    counts = np.stack(
+        [
+            np.bincount(data.draw(givers), minlength=num_devices)
+            for _ in range(num_blocks)
+        ],
+        axis=1,
+    )
+    able = np.ones_like(counts, dtype=bool)
+    beyond = beyond_part(counts, able, most)
+    totals = [sum(row) for row in counts.tolist()]
+    for (device, block), is_beyond in np.ndenumerate(beyond):
+        excess = 10 * totals[device] * num_devices - 11 * sum(totals)
+        if not excess:
+            continue  # Rounding decides.
+        asked_more = excess > 0
+        part = max(int(most * WINDOW / num_devices), 1) if most < np.inf else np.inf
+        assert is_beyond == (asked_more and counts[device, block] >= part)
+    # Nobody is meant where all are asked alike, and never all of those who gave any.
+    alike = np.full_like(counts, WINDOW)
+    assert not beyond_part(alike, able, most).any()
+    assert not beyond.all(axis=1).all() or not counts.any()

@@ -100,6 +100,38 @@ def test_nobody_is_judged_by_one_or_two_gradients():
     assert {reputation.weight(device) for device in (*DEVICES, "new")} == {1.0}
 
 
+def test_newcomers_count_less_until_they_were_compared_and_at_the_start_none_does():
+    def compared(times):
+        return Reputation().after_shown(
+            (device, 0, 0.5) for device, n in times.items() for _ in range(n)
+        )
+
+    for n in (0, 1, 5, 60):
+        alike = compared(dict.fromkeys(DEVICES, n))
+        assert {alike.weight(device) for device in DEVICES} == {1.0}
+    known = dict.fromkeys(DEVICES, 60)
+    weights = [compared({**known, "new": n}).weight("new") for n in range(14)]
+    assert 0 < weights[0] < 0.1
+    assert weights == sorted(weights)
+    assert weights[-1] == 1
+    assert compared(known).weight("never seen") == weights[0]
+    # A device that is asked a third as often as others is no newcomer for long.
+    assert compared({**known, "slow": 20}).weight("slow") == 1
+
+
+@pytest.mark.parametrize("part", [0, HEAD])
+def test_who_works_against_the_servers_examples_is_found(part):
+    rng = np.random.default_rng(0)
+    reputation = Reputation()
+    for _ in range(24):
+        reputation = reputation.after_shown(
+            (device, part, (-0.1 if device in HOSTILE else 0.14) + 0.14 * noise)
+            for device, noise in zip(DEVICES, rng.standard_normal(8), strict=True)
+        )
+    assert all(reputation.weight(device) < 0.1 for device in HOSTILE)
+    assert {reputation.weight(d) for d in DEVICES if d not in HOSTILE} == {1.0}
+
+
 def test_far_too_long_updates_speak_against_a_device_until_they_are_long_past():
     usual = Reputation().after_lengths([("a", 2.9), ("b", 0.0)] * 30)
     assert usual.weight("a") == usual.weight("b") == 1

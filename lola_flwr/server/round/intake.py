@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
+from lola_flwr.server.own_examples import ExampleGradients
 from lola_flwr.server.received import UpdateRefused
 from lola_flwr.server.replies import DeviceReply, UpdateReader, Upload
 from lola_flwr.server.reputation import Reputation
@@ -102,6 +103,7 @@ def read_replies(
     norms: NormHistory,
     limits: NormLimits,
     reputation: Reputation | None = None,
+    own_examples: ExampleGradients | None = None,
 ) -> RoundReplies:
     """Check replies, none of which is trusted.
 
@@ -121,6 +123,8 @@ def read_replies(
         How large updates may be.
     reputation
         How far devices are trusted; None: nobody is judged by what they sent before.
+    own_examples
+        Gives the gradients of the server's own examples, if it has any.
     """
     accepted: dict[str, AcceptedReply] = {}
     refusals: dict[str, str] = {}
@@ -163,6 +167,7 @@ def read_replies(
         norms,
         limits,
         reputation,
+        None if own_examples is None else lambda: own_examples(sent),
     )
     for device, why in judgement.refused.items():
         refused[why.reason] += 1

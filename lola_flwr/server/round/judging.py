@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 
+from lola_flwr.arrays import Float32Arrays
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.assembly import BlockUpdate
-from lola_flwr.server.directions import Direction, sketch
+from lola_flwr.server.directions import Direction, projection, sketch
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
+from lola_flwr.server.own_examples import agreement, projected_examples
 from lola_flwr.server.received import UpdateRefused
 from lola_flwr.server.reputation import HEAD, Reputation
 from lola_flwr.server.round.plan import RoundPlan
@@ -48,6 +50,7 @@ def judged(
     norms: NormHistory,
     limits: NormLimits,
     reputation: Reputation | None,
+    own_gradients: Callable[[], Iterable[Float32Arrays]] | None = None,
 ) -> Judgement:
     """Judge a round's updates.
 
@@ -65,6 +68,8 @@ def judged(
         How large updates may be.
     reputation
         How far devices are trusted; None: only their updates' norms are judged.
+    own_gradients
+        Gives the gradients of the server's own examples.
     """
     asked = {device: plan.assignments[device] for device in updates}
     names = {device: plan.profiles[device].name for device in updates}
@@ -91,11 +96,17 @@ def judged(
                     "distrusted", "the device's updates are not as those of others"
                 )
             scale[device] *= reputation.weight(names[device])
-        reputation = (
-            reputation.keyed(digests.values())
-            .after_digests((names[d], digests[d]) for d in updates)
-            .after_lengths((names[d], norm_of[d] / usual[d]) for d in updates)
-        )
+        reputation = reputation.keyed(digests.values())
+        if own_gradients is not None:
+            shown = _shown(partition, asked, updates, own_gradients(), reputation.key)
+            reputation = reputation.after_shown(
+                (names[d], part, cosine)
+                for d, of_part in shown.items()
+                for part, cosine in of_part.items()
+            )
+        reputation = reputation.after_digests(
+            (names[d], digests[d]) for d in updates
+        ).after_lengths((names[d], norm_of[d] / usual[d]) for d in updates)
         reputation = reputation.after_directions(
             found
             for device, update in updates.items()
@@ -125,6 +136,42 @@ def _digest(update: BlockUpdate) -> str:
     return digest.hexdigest()
 
 
+def _parts(
+    partition: BlockPartition, assignment: Assignment
+) -> dict[int, Sequence[str]]:
+    """Return the parameters that a device sends, by part of the model."""
+    parts: dict[int, Sequence[str]] = {
+        block: partition.blocks[block] for block in assignment.blocks
+    }
+    if assignment.sends_head:
+        parts[HEAD] = partition.head
+    return parts
+
+
+def _shown(
+    partition: BlockPartition,
+    asked: Mapping[str, Assignment],
+    updates: Mapping[str, BlockUpdate],
+    own: Iterable[Float32Arrays],
+    key: int,
+) -> dict[str, dict[int, float]]:
+    """Return how far the server's examples agree with each part of the updates."""
+    parts_of = {d: _parts(partition, assignment) for d, assignment in asked.items()}
+    every = {
+        part: names for parts in parts_of.values() for part, names in parts.items()
+    }
+    examples = projected_examples(own, every, key)
+    return {
+        device: {
+            part: agreement(
+                projection(updates[device].gradients, names, key), examples[part]
+            )
+            for part, names in parts.items()
+        }
+        for device, parts in parts_of.items()
+    }
+
+
 def _directions(
     partition: BlockPartition,
     assignment: Assignment,
@@ -133,10 +180,7 @@ def _directions(
     key: int,
 ) -> Iterator[tuple[int, Direction]]:
     """Give where an update points, by part of the model."""
-    parts = {block: partition.blocks[block] for block in assignment.blocks}
-    if assignment.sends_head:
-        parts[HEAD] = partition.head
-    for part, names in parts.items():
+    for part, names in _parts(partition, assignment).items():
         drawn = sketch(update.gradients, names, key)
         if drawn is not None:
             yield part, Direction(device, assignment.server_round, drawn)

@@ -59,6 +59,12 @@ def learned(
         wireless_s=record.wireless_s,
         fleet=replace(state.fleet, absences=absences),
         meetings=meetings,
+        influence=state.influence.after(
+            (block, plan.profiles[device].name)
+            for device in plan.device_ids
+            if device in replies.accepted
+            for block in plan.assignments[device].blocks
+        ),
         history=state.history.after_round(plan.server_round, relative_moves),
         norms=replies.norms,
         reputation=replies.reputation or state.reputation,

@@ -155,6 +155,7 @@ class RoundPlanner:
             ),
             failures=tuple(absences.failures(name) for name in names),
             meetings=np.array([state.meetings_of(name) for name in names], np.int64),
+            given=state.influence.given(names, state.history.num_blocks),
             wanted=settings.selection.wanted(
                 settings.allocation.mode,
                 state.history,

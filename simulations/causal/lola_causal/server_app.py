@@ -13,15 +13,16 @@ from torch.nn.functional import cross_entropy
 
 from lola_causal.config import CausalConfig, D2ftConfig
 from lola_causal.device import split
-from lola_causal.model import causal_costs, load_base, load_model
+from lola_causal.model import causal_costs, causal_loss, load_base, load_model
 from lola_causal.records import load_records
 from lola_causal.sequences import IGNORED, Tokens, batches_of, encode, padded
 from lola_flwr.app.config import LolaDeftConfig, UpdatesConfig
 from lola_flwr.app.d2ft import make_trainer
-from lola_flwr.app.methods import make_coordinator, response_of
+from lola_flwr.app.methods import make_coordinator, own_examples_of, response_of
 from lola_flwr.app.model import model_blocks
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
+from lola_flwr.model.backprop import Batch
 from lola_flwr.model.stored_base import evaluation_mode
 from lola_flwr.run.digest import data_digest
 from lola_flwr.server.coordinator import Coordinator
@@ -54,6 +55,9 @@ def fine_tune(grid: Grid, context: Context) -> None:
     def metrics_on(some: Sequence[Tokens]) -> dict[str, float]:
         return evaluate_model(model, tokenizer, some, batch_size)
 
+    def row_of_one(index: int) -> Batch:
+        return padded([sequences[index]], tokenizer.pad_token_id)
+
     def mean_loss(drawn: IntArray) -> float:
         return metrics_on([sequences[index] for index in drawn])["loss"]
 
@@ -69,6 +73,9 @@ def fine_tune(grid: Grid, context: Context) -> None:
             costs=causal_costs(config, model),
             example_weight=config.max_length,
             response=response,
+            own_examples=own_examples_of(
+                config, model, partition, len(sequences), row_of_one, causal_loss
+            ),
         )
     elif isinstance(config, D2ftConfig):
         trained = make_trainer(

@@ -11,9 +11,10 @@ from flwr.server import Grid
 
 from lola_flwr.app.config import LolaDeftConfig
 from lola_flwr.app.d2ft import make_trainer
-from lola_flwr.app.methods import make_coordinator, response_of
+from lola_flwr.app.methods import make_coordinator, own_examples_of, response_of
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
+from lola_flwr.model.backprop import Batch
 from lola_flwr.model.saved_adapters import keep_class_names
 from lola_flwr.model.stored_base import evaluation_mode
 from lola_flwr.run.digest import data_digest
@@ -48,6 +49,12 @@ def fine_tune(grid: Grid, context: Context) -> None:
     def metrics_on(examples: Examples) -> dict[str, float]:
         return evaluate_model(model, tokenizer, task, examples, config.max_length)
 
+    def batch_of_one(index: int) -> Batch:
+        drawn = np.array([index])
+        return make_batch(
+            train_examples, drawn, tokenizer, max_length=config.max_length
+        )
+
     def mean_loss(drawn: IntArray) -> float:
         return metrics_on(train_examples.at(drawn))["loss"]
 
@@ -64,6 +71,9 @@ def fine_tune(grid: Grid, context: Context) -> None:
             partition,
             costs=model_costs(config, model),
             response=response,
+            own_examples=own_examples_of(
+                config, model, partition, len(train_examples), batch_of_one
+            ),
         )
     elif isinstance(config, D2ftConfig):
         trained = make_trainer(config, model, partition)
