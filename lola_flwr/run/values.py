@@ -38,9 +38,13 @@ def from_values(of: type[_Value], values: Mapping[str, Any]) -> _Value:
         The values are those of another dataclass, or of another version of it.
     """
     hints = get_type_hints(of)
-    # What an earlier version did not know it did not do.
-    undone = {f.name: False for f in fields(of) if f.default is False}  # type: ignore[arg-type]
-    given = {**undone, **values}
+    # What an earlier version did not know it did not do, or did not say.
+    unknown = {
+        f.name: f.default
+        for f in fields(of)  # type: ignore[arg-type]
+        if f.default is False or f.default is None
+    }
+    given = {**unknown, **values}
     names = [field.name for field in fields(of)]  # type: ignore[arg-type]
     if differing := sorted({*names} ^ {*given}):
         raise ValueError(f"{of.__name__}: {', '.join(differing)}")
