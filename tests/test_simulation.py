@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lola_flwr.errors import UserError
-from lola_flwr.simulation import FinishedRun, programs, ray_directory, run_app, runs
+from lola_flwr.simulation import FinishedRun, programs, ray_directory, run_app, status
 from lola_flwr.simulation.watch import how_it_ended
 from tests.marks import rest_slow
 
@@ -136,7 +136,9 @@ class TestOutput:
 class TestStatus:
     def status(self, directory, body, output=STARTED):
         flwr = program(directory, "flwr", body)
-        return runs._status(flwr, output, dict(os.environ))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(status, "program", lambda name: flwr)
+            return status.status_of(output, "own", dict(os.environ))
 
     def test_how_it_ended(self, tmp_path):
         body = """
@@ -156,13 +158,13 @@ print('{"runs": [{"status": "finished:failed"}]}')"""
         ),
     )
     def test_no_answer(self, tmp_path, body, monkeypatch):
-        monkeypatch.setattr(runs, "_STATUS_S", 1.0)
+        monkeypatch.setattr(status, "_STATUS_S", 1.0)
         assert self.status(tmp_path, body).startswith("unknown: `flwr list` ")
 
     def test_answer_that_does_not_come(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(runs, "_STATUS_S", 0.2)
-        status = self.status(tmp_path, "time.sleep(30)")
-        assert status == "unknown: `flwr list` took more than 0.2 s"
+        monkeypatch.setattr(status, "_STATUS_S", 0.2)
+        told = self.status(tmp_path, "time.sleep(30)")
+        assert told == "unknown: `flwr list` took more than 0.2 s"
 
     def test_answer_that_comes_late(self, tmp_path):
         body = f"""
@@ -176,10 +178,10 @@ open(flag, "w")"""
         output = (
             "Using\n╭─ Error ─╮\n│ [code: 15] Invalid run   │\n│ nonsense.    │\n╰──╯"
         )
-        status = self.status(tmp_path, "", output)
-        assert status == "not started: [code: 15] Invalid run nonsense."
-        status = self.status(tmp_path, "", output.replace("nonsense", "configuration"))
-        assert "tool.flwr.app.config" in status
+        told = self.status(tmp_path, "", output)
+        assert told == "not started: [code: 15] Invalid run nonsense."
+        told = self.status(tmp_path, "", output.replace("nonsense", "configuration"))
+        assert "tool.flwr.app.config" in told
 
 
 class TestStart:
