@@ -8,7 +8,8 @@ server has it, from the start of the process, in seconds and in those of them th
 had the core; its memory is the largest proportional set size (PSS) that samples saw,
 and what it says itself, its largest resident set. Both count pages of files that it has
 mapped. Where PyTorch trains, it is the process of bench_exported: imports, model and
-training, without what speaks with the server.
+training; once as it is, and once with what `lola-flwr node` has loaded beside it, which
+speaks with the server as the native device does.
 """
 
 from __future__ import annotations
@@ -95,28 +96,28 @@ def test_a_native_device(capsys, tmp_path):
     device = native_runner.built(tmp_path).with_name("lola-device")
     values = f"--values={tmp_path / 'values.npy'}"
     torch = run("torch", tmp_path / "steps", last, values)
+    node = run("node", tmp_path / "steps", last, values)
     question = recorded.training(of, block_index=last)
     told = [trained(device, tmp_path, question) for _ in range(ROUNDS)]
     with capsys.disabled():
         print(f"\nblock {last} of {of.name}, {BATCH_SIZE} x {TOKENS} tokens")
         reports, took_s, had_s, peaks = zip(*told, strict=True)
-        for name, one, other in [
-            (
-                "largest resident set, MB",
-                torch["peak_bytes"] / 1e6,
-                max(report["peak-memory-bytes"] for report in reports) / 1e6,
-            ),
-            ("largest PSS, MB", None, max(peaks) / 1e6),
-            ("first gradient, s", torch["first_s"], min(took_s)),
-            ("first gradient, s of a core", torch["first_cpu_s"], min(had_s)),
-            (
-                "its computation, s",
-                torch["step_s"],
-                min(report["compute-s"] for report in reports),
-            ),
+        largest = max(report["peak-memory-bytes"] for report in reports) / 1e6
+        compute_s = min(report["compute-s"] for report in reports)
+        print(f"{'':28}  PyTorch and node   native   ratio to each")
+        for name, key, scale, own in [
+            ("largest resident set, MB", "peak_bytes", 1e6, largest),
+            ("first gradient, s", "first_s", 1, min(took_s)),
+            ("first gradient, s of a core", "first_cpu_s", 1, min(had_s)),
+            ("its computation, s", "step_s", 1, compute_s),
         ]:
-            ratio = "" if one is None else f"{other / one:5.2f}"
-            print(f"{name:28} {one or 0:8.2f} {other:8.2f}   {ratio}", flush=True)
+            one, other = torch[key] / scale, node[key] / scale
+            print(
+                f"{name:28} {one:8.2f} {other:8.2f} {own:8.2f}   {own / one:5.2f} "
+                f"{own / other:5.2f}",
+                flush=True,
+            )
+        print(f"its largest PSS: {max(peaks) / 1e6:.1f} MB")
         own, system = native_runner.installed_bytes(device)
         print(f"installed: {own / 1e6:.1f} MB, and {system / 1e6:.1f} MB of the system")
     for report in reports:

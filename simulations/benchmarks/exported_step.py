@@ -63,6 +63,16 @@ def torch_device(args, manifest):
     )
 
 
+def node_device(args, manifest):
+    """Return a device with PyTorch, beside what `lola-flwr node` has loaded."""
+    import flwr.supernode.fleet_http_connection  # noqa: F401
+
+    import lola_flwr.clients.client_app
+    import lola_flwr.deployment.node.serve  # noqa: F401
+
+    return torch_device(args, manifest)
+
+
 def exported_device(args, manifest):
     """Return a device with programs."""
     from lola_flwr.export.device import ExportedDevice
@@ -78,7 +88,7 @@ def exported_device(args, manifest):
     )
 
 
-KINDS = {"torch": torch_device, "native": exported_device}
+KINDS = {"torch": torch_device, "node": node_device, "native": exported_device}
 
 
 def main():

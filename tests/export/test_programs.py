@@ -37,6 +37,7 @@ def test_gradients_are_those_of_block_gradient(kind):
         assert program.arena_bytes > 0
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["minilm-l6", "random:roberta-base"])
 def test_so_are_those_of_models_of_real_size(name, tmp_path):
     of = load_exported(NamedModel(model=name), batch_size=4, sequence_length=16)
