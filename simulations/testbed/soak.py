@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from scipy.stats import theilslopes
 
 from lola_flwr.machine.files import local_path
 from simulations.testbed.federation import Federation, federation
@@ -181,8 +182,9 @@ class Watch:
             if over < max(_FEWEST_ROUNDS, longest.get(name, (0, 0, 0))[2]):
                 continue
             longest[name] = (
-                float(np.polyfit(rounds[late], memory[late], 1)[0]),
-                float(np.polyfit(rounds[late], files[late], 1)[0]),
+                # The median of all pairs' slopes: a single step is none.
+                float(theilslopes(memory[late], rounds[late])[0]),
+                float(theilslopes(files[late], rounds[late])[0]),
                 over,
             )
         return longest
