@@ -19,11 +19,14 @@ used for them, of K n^2 2^K steps: exact, and quick for up to `_MOST_EXACT` devi
 With more of them, that each device has just one span is relaxed: devices get prices,
 the cheapest cover under prices is a shortest path over the blocks, and its spans are
 matched to devices. A linear program gives the bound that the best prices would, which
-tells how far from the optimum the best cover found can be.
+tells how far from the optimum the best cover found can be. Prices say nothing of covers
+that leave blocks or devices out: where they find no other, an integer program does; few
+pairs are possible then, and it takes some hundredths of a second.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,6 +36,7 @@ import numpy as np
 from lola_flwr.allocation.band import least_share, upload_s
 from lola_flwr.allocation.problem import IMPOSSIBLE_S
 from lola_flwr.allocation.shares import best_deadline
+from lola_flwr.allocation.span_program import cheapest_cover, least_band
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 
 # Each device more doubles the table: with 10 and 24 blocks a cover takes 20 ms.
@@ -42,7 +46,8 @@ _MOST_EXACT = 10
 _MOST_STEPS = 400
 _PATIENCE = 10
 
-_INFEASIBLE = 2  # what milp says where no solution exists
+# How long covers that leave something out are looked for, seconds.
+_TIME_LIMIT_S = 1.0
 
 
 class Span(NamedTuple):
@@ -125,6 +130,11 @@ class SpanProblem:
         snr = None if self.snr is None else self.snr[index[0]]
         return best_deadline(self.compute_s[index], self.full_band_upload_s[index], snr)
 
+    def rank(self, spans: Sequence[Span]) -> tuple[float, int, float]:
+        """Return what of two covers the better one has more of."""
+        worth = sum(self.worth[list(span.blocks)].sum() for span in spans)
+        return worth, len(spans), -self.deadline_s(spans)
+
     @property
     def _snr(self) -> Float64Array | None:
         return None if self.snr is None else self.snr[:, None, None]
@@ -167,8 +177,13 @@ def solve_spans(problem: SpanProblem) -> SpanCover | None:
     if not able.size:
         return None
     problem = problem.of(able)
-    solve = _by_subsets if able.size <= _MOST_EXACT else _by_prices
-    spans, bound, iterations = solve(problem)
+    if able.size <= _MOST_EXACT:
+        spans, bound, iterations = _by_subsets(problem)
+    else:
+        spans, bound, iterations = _by_prices(problem)
+        if problem.rank(spans)[:2] < (problem.worth.sum(), able.size):
+            spans, bound, more = _by_program(problem, spans)
+            iterations += more
     deadline_s = problem.deadline_s(spans)
     return SpanCover(
         spans=tuple(span._replace(device=int(able[span.device])) for span in spans),
@@ -276,11 +291,10 @@ def _by_prices(problem: SpanProblem) -> Solved:
         priced = cost + prices[:, None, None]
         path, least = _cheapest_path(priced.min(axis=0), problem.worth, num_devices)
         spans = _matched(problem, cost, path)
-        covered = sum(problem.worth[list(span.blocks)].sum() for span in spans)
-        deadline_s = problem.deadline_s(spans)
-        if (covered, len(spans), -deadline_s) > rank:
-            best, rank = spans, (covered, len(spans), -deadline_s)
-            cost, highest, pace, waited = problem.cost(deadline_s), 0.0, 1.0, 0
+        found = problem.rank(spans)
+        if found > rank:
+            best, rank = spans, found
+            cost, highest, pace, waited = problem.cost(-rank[2]), 0.0, 1.0, 0
             continue
         dual = least - prices.sum()
         waited = 0 if dual > highest else waited + 1
@@ -298,36 +312,25 @@ def _by_prices(problem: SpanProblem) -> Solved:
         prices = prices + step * excess
     # Nothing is known of covers that leave blocks or devices out.
     is_whole = rank[:2] == (problem.worth.sum(), num_devices)
-    return best, _least_band(cost) if is_whole else 0.0, iterations
+    return best, least_band(cost) if is_whole else 0.0, iterations
 
 
-def _least_band(cost: Float64Array) -> float:
-    """Bound what all blocks cost with all devices, by a linear program.
-
-    It is that of the prices' highest bound; capped at 1, by what costs as much alone.
-    """
-    from scipy.optimize import LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    num_devices, num_blocks = cost.shape[:2]
-    device, first, last = np.nonzero(cost < 1.0)
-    if not device.size:
-        return 1.0
-    arcs, ones = np.arange(device.size), np.ones(device.size)
-    # Spans lead from the block where they begin to the one behind them.
-    nodes = (num_blocks + 1, device.size)
-    leaving = csr_array((ones, (first, arcs)), shape=nodes)
-    path = leaving - csr_array((ones, (last + 1, arcs)), shape=nodes)
-    used = csr_array((ones, (device, arcs)), shape=(num_devices, device.size))
-    ends = np.zeros(num_blocks + 1)
-    ends[[0, -1]] = 1.0, -1.0
-    found = milp(  # none of the numbers has to be whole
-        cost[device, first, last],
-        constraints=[LinearConstraint(path, ends, ends), LinearConstraint(used, 1, 1)],
-    )
-    if found.status == 0:
-        return min(float(found.fun), 1.0)
-    return 1.0 if found.status == _INFEASIBLE else 0.0
+def _by_program(problem: SpanProblem, best: list[Span]) -> Solved:
+    """Solve as `_by_subsets`, by integer programs; give up ``best`` only for better."""
+    started, iterations = time.perf_counter(), 0
+    rank, cost = problem.rank(best), problem.relative_latency()
+    while True:
+        left_s = _TIME_LIMIT_S - (time.perf_counter() - started)
+        pairs, is_best = cheapest_cover(cost, problem.worth, max(left_s, 0.0))
+        iterations += 1
+        spans = [Span(*pair) for pair in pairs]
+        if spans and problem.rank(spans) > rank:
+            best, rank = spans, problem.rank(spans)
+        elif iterations > 1:
+            return best, float(is_best), iterations
+        if not is_best:
+            return best, 0.0, iterations
+        cost = problem.cost(-rank[2])
 
 
 def _cheapest_path(

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 
 from lola_flwr.allocation import AllocationProblem
-from lola_flwr.arrays import Float64Array
+from lola_flwr.arrays import BoolArray, Float64Array
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.reduced import reduced_costs, reduced_schedule
@@ -28,6 +28,7 @@ def with_reduced_schedules(
     costs: BlockCosts,
     *,
     flops: Float64Array,
+    whole: BoolArray,
     latency_target_s: float = math.inf,
 ) -> tuple[AllocationProblem, Schedules]:
     """Let devices take blocks that are too much for them, by doing less.
@@ -40,6 +41,8 @@ def with_reduced_schedules(
         Costs of the blocks.
     flops
         Operations that the problem's times are of, shape [K, N].
+    whole
+        Who trains by whole steps alone, shape [K].
     latency_target_s
         Time that the round may take, seconds.
 
@@ -71,17 +74,16 @@ def with_reduced_schedules(
     lacking = costs.memory_bytes[None, :] > problem.memory_bytes[:, None]  # [K, N]
     lacking &= ~problem.feasible
     late = problem.compute_s > latency_target_s
-    for row, block in np.argwhere(lacking | late).tolist():
+    for row, block in np.argwhere((lacking | late) & ~whole[:, None]).tolist():
         behind = num_blocks - 1 - block
         spare = float(problem.memory_bytes[row] - costs.memory_bytes[block])
         kept = behind + math.floor(spare / one_layer) if spare < 0 else behind
         # Forward passes of a layer: all forward, those behind it back, its weights.
-        whole = num_blocks + behind + 2
+        budget = num_blocks + behind + 2
         limit_s = _COMPUTE_SHARE * latency_target_s
-        budget = whole
         if late[row, block]:
             all_s = problem.compute_s[row, block] * costs.flops[block]
-            budget = math.floor(whole * limit_s * flops[row, block] / all_s)
+            budget = math.floor(budget * limit_s * flops[row, block] / all_s)
         found = best(block, budget, kept) if kept >= 0 else None
         if found is None:
             continue

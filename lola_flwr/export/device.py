@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,7 +43,7 @@ class ExportedDevice:
     Parameters
     ----------
     profile
-        What this device offers.
+        What this device offers; besides, that it trains one block alone.
     manifest
         What was exported.
     runner
@@ -67,6 +67,10 @@ class ExportedDevice:
     batch_weight: Callable[[ArrayBatch], int] = num_examples
     store: Path | None = None
     simulated_compute_s: Callable[[Assignment], float] | None = None
+
+    def __post_init__(self) -> None:
+        profile = replace(self.profile, trains_one_block=True)
+        object.__setattr__(self, "profile", profile)
 
     def train(
         self,

@@ -256,6 +256,11 @@ class Known:
         return rates_up_bps(self.profiles, run.channel, self.moment(run))
 
     @property
+    def one_block(self) -> BoolArray:
+        """Tell which devices train one block alone, shape [K]."""
+        return np.array([profile.trains_one_block for profile in self.profiles], bool)
+
+    @property
     def names(self) -> list[str]:
         """Names of the devices."""
         return [profile.name for profile in self.profiles]

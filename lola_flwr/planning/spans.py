@@ -1,8 +1,9 @@
 """Which blocks a device trains together, where there are fewer devices than blocks.
 
 Each device trains several consecutive ones of the round's blocks, in one backward pass
-down to the first. Where the devices have not the memory for all of them, the blocks
-that had fewest updates come first: the round trains a part, the next one another.
+down to the first, unless it can train but one. Where the devices have not the memory
+for all of them, or can train but one each, the blocks that had fewest updates come
+first: the round trains a part, the next one another.
 """
 
 from __future__ import annotations
@@ -119,6 +120,9 @@ class _Pairs:
         self._memory_bytes = np.array([p.memory_bytes for p in known.profiles])
         updates = np.asarray(known.block_updates, np.float64)[blocks]
         self._worth = 1.0 + updates.max() - updates
+        self._beyond_one = known.one_block[:, None, None] & ~np.eye(
+            blocks.size, dtype=bool
+        )
         self._compute_s = np.zeros(shape)
         self._upload_s = np.zeros(shape)
         self._required_bytes = np.full(shape, np.inf)
@@ -146,6 +150,7 @@ class _Pairs:
             (self._required_bytes <= self._memory_bytes[:, None, None])
             & (self._required_bytes < memory_limit_bytes[:, None, None])
             & (self._compute_s + self._upload_s <= self._longest_s)
+            & ~self._beyond_one
         )
         return SpanProblem(
             compute_s=self._compute_s,

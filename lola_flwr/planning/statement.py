@@ -24,7 +24,7 @@ from lola_flwr.planning.known import Known, RunStatement
 from lola_flwr.planning.latency_target import choose_blocks, fits_any_block
 from lola_flwr.planning.round_problem import RoundProblem
 from lola_flwr.planning.spans import chosen_spans, rotates
-from lola_flwr.planning.windows import chosen_windows, window_costs
+from lola_flwr.planning.windows import beyond_one, chosen_windows, window_costs
 from lola_flwr.zeroth_order.mixing import mix
 
 
@@ -46,7 +46,7 @@ def stated_round(run: RunStatement, known: Known) -> RoundProblem:
     stated = claimed(run, known)
     stated = together(run, known, stated)
     stated = training_all(run, known, stated)
-    stated = reduced(run, stated)
+    stated = reduced(run, known, stated)
     stated = without_backward(run, known, stated)
     stated = charged(run, stated)
     stated = received(run, known, stated)
@@ -102,7 +102,7 @@ def training_all(run: RunStatement, known: Known, stated: RoundProblem) -> Round
     speed = np.array([profile.flops_per_s for profile in profiles])
     costs = run.costs.joined([range(run.num_blocks)])
     whole_bytes = costs.required_bytes(profiles)[:, :1]  # [K, 1]
-    chosen = whole_bytes <= memory_bytes[:, None]
+    chosen = ~known.one_block[:, None] & (whole_bytes <= memory_bytes[:, None])
     chosen &= whole_bytes < stated.memory_limit_bytes[:, None]
     whole_s = costs.required_flops(profiles)[:, :1] / speed[:, None]
     claimed_s = np.where(chosen, whole_s, stated.claimed_s)
@@ -139,10 +139,11 @@ def together(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProb
     flops, required_bytes = window_costs(run, known, spans)
     claimed_s = flops / speed[:, None]  # [K, N]
     memory_bytes = np.array([profile.memory_bytes for profile in stated.profiles])
+    fits = required_bytes <= memory_bytes[:, None]
     problem = replace(
         problem,
         compute_s=known.estimate.correct(claimed_s, known.names),
-        feasible=required_bytes <= memory_bytes[:, None],
+        feasible=fits & ~beyond_one(run, known, spans),
         required_memory_bytes=required_bytes.min(axis=0),
         mode=mode,
     )
@@ -157,7 +158,7 @@ def together(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProb
     return uploading(run, known, joined)
 
 
-def reduced(run: RunStatement, stated: RoundProblem) -> RoundProblem:
+def reduced(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:
     """Let devices take blocks that are too much for them, by doing less."""
     if not run.reduced_schedules:
         return stated
@@ -165,6 +166,7 @@ def reduced(run: RunStatement, stated: RoundProblem) -> RoundProblem:
         stated.problem,
         run.costs,
         flops=run.costs.required_flops(stated.profiles),
+        whole=known.one_block,
         latency_target_s=run.latency_target_s,
     )
     return replace(stated, problem=problem, schedules=schedules)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lola_flwr.allocation import AllocationProblem, RoundMode
-from lola_flwr.arrays import Float64Array
+from lola_flwr.arrays import BoolArray, Float64Array
 from lola_flwr.planning.known import Known, RunStatement
 
 Windows = Mapping[int, tuple[int, ...]]
@@ -28,7 +28,7 @@ def chosen_windows(
 ) -> tuple[Windows, RoundMode] | None:
     """Choose the windows of a round's devices, as short as they can be.
 
-    They are shorter yet where that is too much for a device that can hold one block.
+    They are shorter yet where that is too much for a device that can train one block.
 
     Parameters
     ----------
@@ -62,6 +62,7 @@ def chosen_windows(
         required_bytes = window_costs(run, known, windows)[1][:, [*windows]]
         fits = required_bytes <= memory_bytes[:, None]
         fits &= required_bytes < memory_limit_bytes[:, None]
+        fits &= ~beyond_one(run, known, windows)[:, [*windows]]
         return int(fits.any(axis=1).sum())
 
     count = able({block: (block,) for block in range(num_blocks)})
@@ -107,3 +108,13 @@ def window_costs(
         flops[:, again] = whole.required_flops(known.profiles)[:, :1]
         required_bytes[:, again] = whole.required_bytes(known.profiles)[:, :1]
     return flops, required_bytes
+
+
+def beyond_one(run: RunStatement, known: Known, windows: Windows) -> BoolArray:
+    """Tell which devices train one block, and windows' first blocks lead to more.
+
+    Shape [K, N].
+    """
+    several = np.zeros(run.num_blocks, bool)
+    several[[first for first, window in windows.items() if len(window) > 1]] = True
+    return known.one_block[:, None] & several

@@ -21,8 +21,9 @@ _BOUNDS = {
 # What a device may leave unsaid.
 _UNSAID = {"uplink_bps", "num_examples"}
 
-# What a device can do where its memory asks for it.
-_ABILITIES = ("splits_batch", "streams_prefix", "recomputes_suffix")
+# What is so of a device only if it says so: what it can do where its memory asks for
+# it, and all that it can do.
+_FLAGS = ("splits_batch", "streams_prefix", "recomputes_suffix", "trains_one_block")
 
 
 class InvalidProfile(UserError):
@@ -58,6 +59,9 @@ class DeviceProfile:
         compute, where its memory asks for it.
     num_examples
         Examples that it holds, where it says so: it is asked for no more at a time.
+    trains_one_block
+        Whether all that it trains in a round is one block, by a whole step of
+        back-propagation, as exported programs do: it is asked for nothing else.
 
     Raises
     ------
@@ -74,6 +78,7 @@ class DeviceProfile:
     streams_prefix: bool = False
     recomputes_suffix: bool = False
     num_examples: int | None = None
+    trains_one_block: bool = False
 
     def __post_init__(self) -> None:
         # The name goes into logs: no line breaks, no control characters.
@@ -100,7 +105,7 @@ class DeviceProfile:
                     f"{field}={brief(value)} of device {self.name!r} must be a "
                     f"number from {low:g} to {high:g}."
                 )
-        for field in _ABILITIES:
+        for field in _FLAGS:
             if not isinstance(getattr(self, field), bool):
                 raise InvalidProfile(
                     f"{field}={brief(getattr(self, field))} of device "
@@ -128,7 +133,7 @@ class DeviceProfile:
         # Either of them tells the rate of the link.
         link = {"snr-db", "uplink-bps"} & set(properties)
         optional = {"snr-db", "uplink-bps"} if link else {"uplink-bps"}
-        optional |= {field.replace("_", "-") for field in (*_ABILITIES, *_UNSAID)}
+        optional |= {field.replace("_", "-") for field in (*_FLAGS, *_UNSAID)}
         missing = [k for k in keys if k not in properties and k not in optional]
         if missing:
             raise InvalidProfile(

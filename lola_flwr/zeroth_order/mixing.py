@@ -32,7 +32,8 @@ class ZerothOrder:
     use
         "fallback": where the devices that can back-propagate do not suffice for the
         round's blocks, those that can hold the back-propagation of none of them train
-        without it; "always": all devices do.
+        without it; "always": all devices do. But for those that can train by
+        back-propagation alone.
     lr
         Learning rate of these updates, a plain step of gradient descent: an optimizer
         that normalises its steps would turn their noise into full steps.
@@ -128,6 +129,7 @@ def mix(
         chosen = np.asarray(~problem.feasible[:, problem.demand > 0].any(axis=1))
     else:
         chosen[:] = True
+    chosen &= ~np.array([profile.trains_one_block for profile in profiles], bool)
     costs = settings.costs
     speed = np.array([profile.flops_per_s for profile in profiles])
     memory_bytes = np.array([profile.memory_bytes for profile in profiles])

@@ -10,7 +10,9 @@ from scipy.optimize import linprog
 
 from lola_flwr.allocation import spans
 from lola_flwr.allocation.problem import IMPOSSIBLE_S
+from lola_flwr.allocation.span_program import least_band
 from lola_flwr.allocation.spans import SpanProblem, solve_spans
+from tests.marks import rest_slow
 
 
 def random_problem(rng, num_devices, num_blocks, *, possible=0.75, power=False):
@@ -204,7 +206,34 @@ class TestPrices:
         found = solve_spans(with_changed(problem, feasible=feasible))
         assert [n for span in found.spans for n in span.blocks] == [0, 1, 3, 4, 5]
         assert not found.is_whole
-        assert found.bound_s == 0.0  # nothing is proven
+        assert found.bound_s == found.deadline_s
+
+    @pytest.mark.parametrize("seed", rest_slow(range(20), fast=3))
+    def test_are_none_where_much_is_left_out_and_a_program_is_as_good_as_subsets(
+        self, seed, monkeypatch
+    ):
+        """Few train several blocks, and not all: most covers leave some out."""
+        rng = np.random.default_rng(seed)
+        num_devices, num_blocks = int(rng.integers(4, 8)), int(rng.integers(9, 14))
+        problem = random_problem(rng, num_devices, num_blocks, possible=1.0)
+        longest = rng.choice([1, 1, 1, 2, 3], num_devices)
+        first, last = np.indices((num_blocks, num_blocks))
+        short = last - first < longest[:, None, None]
+        problem = with_changed(problem, feasible=problem.feasible & short)
+        best = solve_spans(problem)
+        monkeypatch.setattr(spans, "_MOST_EXACT", 0)
+        found = solve_spans(problem)
+        assert problem.rank(found.spans) == pytest.approx(problem.rank(best.spans))
+        if not found.is_whole:
+            assert found.bound_s == found.deadline_s
+
+    def test_keep_what_they_found_where_the_program_has_no_time(self, monkeypatch):
+        monkeypatch.setattr(spans, "_MOST_EXACT", 0)
+        monkeypatch.setattr(spans, "_TIME_LIMIT_S", 0.0)
+        problem = random_problem(np.random.default_rng(1), 12, 24, possible=1.0)
+        single = np.eye(24, dtype=bool)[None]
+        found = solve_spans(with_changed(problem, feasible=problem.feasible & single))
+        assert len(found.spans) == 12 and found.bound_s == 0.0
 
 
 class TestLeastBand:
@@ -215,7 +244,7 @@ class TestLeastBand:
             cost = rng.uniform(0.0, 0.5, (3, 5, 5))
             cost[rng.random(cost.shape) < rng.choice([0.5, 0.8])] = 1.0
             cost = np.where(np.triu(np.ones((5, 5), bool)), cost, np.inf)
-            found = spans._least_band(cost)
+            found = least_band(cost)
             device, first, last = np.nonzero(cost < 1.0)
             block = np.arange(5)[:, None]
             program = linprog(
@@ -237,13 +266,13 @@ class TestLeastBand:
     @pytest.mark.parametrize("dear", [np.s_[1], np.s_[:, :, -1], np.s_[:, 0]])
     def test_is_all_of_it_where_a_device_or_a_block_has_no_cheaper_span(self, dear):
         cost = np.full((2, 2, 2), 0.1)
-        assert spans._least_band(cost) == pytest.approx(0.2)
+        assert least_band(cost) == pytest.approx(0.2)
         cost[dear] = 1.0
-        assert spans._least_band(cost) == 1.0
+        assert least_band(cost) == 1.0
 
     def test_is_never_more_than_the_band(self):
         for each in (0.9, 1.0):
-            assert spans._least_band(np.full((2, 2, 2), each)) == 1.0
+            assert least_band(np.full((2, 2, 2), each)) == 1.0
 
 
 def all_paths(num_blocks, num_spans):

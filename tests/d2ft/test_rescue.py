@@ -106,6 +106,7 @@ def test_costs_are_those_of_the_schedule():
         problem,
         COSTS,
         flops=np.tile(COSTS.flops, (2, 1)),
+        whole=np.zeros(2, bool),
         latency_target_s=target_s,
     )
     assert set(schedules) == {(0, 0), (0, 1), (1, 0)}

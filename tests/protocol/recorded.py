@@ -7,6 +7,8 @@ every machine but for the last bits of what was computed.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, RecordDict
@@ -37,6 +39,11 @@ from tests.protocol.conversation import Exchange, write
 NODE, SUPERLINK, RUN, TASK = 4_711, 1, 815, 42
 CREATED, ANSWERED = 1_800_000_000.0, 1_800_000_002.5
 PROFILE = DeviceProfile("device-0", 2e10, 4e9, snr_db=12.5)
+# What devices say of themselves, with PyTorch and with programs.
+PROFILES = {
+    "profile": PROFILE,
+    "profile-programs": replace(PROFILE, trains_one_block=True),
+}
 SEED = 3
 # Small, so that the values are several chunks.
 CHUNK_BYTES = 8192
@@ -74,11 +81,11 @@ def values_of(of):
     return {n: parameters[n].numpy(force=True) for n in of.partition.trainable}
 
 
-def device(of):
+def device(of, profile=PROFILE):
     """Return the device that answers, with PyTorch."""
     draw = ArrayFiles(arrays=examples(), seed=SEED)
     return BlockDevice(
-        profile=PROFILE,
+        profile=profile,
         load_model=lambda: (of.model, of.partition),
         batch_source=lambda *given: {
             name: torch.from_numpy(array) for name, array in draw(*given).items()
@@ -137,7 +144,7 @@ def questions(of):
     """Return what the device is asked, by the conversation's name."""
     whole, nothing = versions(of)
     return {
-        "profile": message("query.lola_profile", {}),
+        **{name: message("query.lola_profile", {}) for name in PROFILES},
         **{f"train-{codec}": training(of, codec=codec) for codec in CODECS},
         "train-block": training(of, block_index=2, sends_head=False, batch_size=4),
         "train-version": training(of, manifest=whole),
@@ -302,7 +309,8 @@ def main():
         slice_small(question)
     write("join", joining())
     for name, question in asked.items():
-        write(name, conversation(question, reply_of(device(of), question)))
+        answers = device(of, PROFILES.get(name, PROFILE))
+        write(name, conversation(question, reply_of(answers, question)))
 
 
 def slice_small(question):

@@ -136,7 +136,7 @@ def test_a_native_device_that_is_killed_costs_its_update_only(files, tmp_path):
     with ExitStack() as devices:
         try:
             torch_node(link)
-            first, second = (
+            first, _ = (
                 devices.enter_context(native(link, files, index))
                 for index in range(DEVICES - 1)
             )
@@ -152,14 +152,9 @@ def test_a_native_device_that_is_killed_costs_its_update_only(files, tmp_path):
     assert len(statuses) == 4
     assert set(statuses[0].values()) == {"accepted"}
     for blocks in statuses:
-        if len(blocks) < DEVICES:
-            # Who is left may be asked for several blocks, which no program trains.
-            continue
         others = {name: s for name, s in blocks.items() if name != "device-0"}
-        assert set(others.values()) == {"accepted"}, second.said
-    lost = [
-        b["device-0"] for b in statuses if b.get("device-0", "accepted") != "accepted"
-    ]
+        assert set(others.values()) == {"accepted"}
+    lost = [s for b in statuses for n, s in b.items() if s != "accepted"]
     assert 1 <= len(lost) <= 3
 
 

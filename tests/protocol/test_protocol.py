@@ -16,9 +16,13 @@ from tests.protocol.compare import assert_same_reply
 from tests.protocol.conversation import PULL, answered, asked, names, read
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
+KINDS = ["torch", "program"]
 TALKS = [name for name in names() if name != "join"]
-QUICK = ["train-fp32", "held", "profile", "refused-model", "evaluate"]
+QUICK = ["train-fp32", "held", *recorded.PROFILES, "refused-model", "evaluate"]
 ORDERED = QUICK + [name for name in TALKS if name not in QUICK]
+# A device says of itself what it is.
+SAID = {"profile": ["torch"], "profile-programs": ["program"]}
+CASES = [(kind, name) for name in ORDERED for kind in SAID.get(name, KINDS)]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,10 @@ def devices(of):
     }
 
 
-@pytest.mark.parametrize("name", rest_slow(ORDERED, fast=len(QUICK)))
-@pytest.mark.parametrize("kind", ["torch", "program"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    rest_slow(CASES, fast=sum(name in QUICK for _, name in CASES)),
+)
 def test_devices_answer_with_the_recorded_bytes(devices, kind, name):
     exchanges = read(name)
     reply = recorded.reply_of(devices[kind], asked(exchanges))

@@ -139,10 +139,14 @@ def test_the_first_layout_of_a_coordinators_state_is_read():
     state = RunState.from_values(then)
     assert state.server_round == then["server_round"] == 2
     assert state.wireless_s == then["wireless_s"] > 0
-    # Devices could not do then what they can since.
+    # Devices could not say then what they can since.
+    unsaid = {
+        "recomputes_suffix": False,
+        "num_examples": None,
+        "trains_one_block": False,
+    }
     assert {d: to_values(p) for d, p in state.fleet.profiles.items()} == {
-        d: {**p, "recomputes_suffix": False, "num_examples": None}
-        for d, p in then["profiles"].items()
+        d: {**p, **unsaid} for d, p in then["profiles"].items()
     }
     met = [
         [name, block, times]

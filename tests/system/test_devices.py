@@ -21,15 +21,20 @@ PROPERTIES = {
 }
 
 
-ABILITIES = {"splits-batch": True, "streams-prefix": True, "recomputes-suffix": True}
+ABILITIES = {
+    "splits-batch": True,
+    "streams-prefix": True,
+    "recomputes-suffix": True,
+    "trains-one-block": True,
+}
 
 
 @pytest.mark.parametrize("more", [{}, ABILITIES])
 def test_round_trip(more):
     properties = {**PROPERTIES, **more}
     profile = DeviceProfile.from_properties({**properties, "other": "ignored"})
-    abilities = profile.splits_batch, profile.streams_prefix, profile.recomputes_suffix
-    assert abilities == (bool(more),) * 3
+    abilities = [getattr(profile, name.replace("-", "_")) for name in ABILITIES]
+    assert abilities == [bool(more)] * 4
     assert profile.to_properties() == properties
 
 
@@ -53,6 +58,7 @@ def test_round_trip(more):
         ({"splits-batch": 1}, "splits_batch=1 of device 'jetson-1' must be true"),
         ({"streams-prefix": "yes"}, "streams_prefix='yes'"),
         ({"recomputes-suffix": 0}, "recomputes_suffix=0 of device 'jetson-1' must be"),
+        ({"trains-one-block": "no"}, "trains_one_block='no' of device 'jetson-1'"),
     ],
 )
 def test_claims_that_cannot_be_believed(change, message):

@@ -158,6 +158,8 @@ Profile read_profile(const std::string& path) {
   add_number("memory-bytes", true, std::nullopt);
   add_number("snr-db", !found.contains("uplink-bps"), 0.0);
   add_number("uplink-bps", false, std::nullopt);
+  // All that programs do in a round: the server is to ask for nothing else.
+  add("trains-one-block").set_bool_(true);
   return profile;
 }
 
