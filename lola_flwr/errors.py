@@ -1,10 +1,16 @@
 """The base of errors that a user can put right, and what goes into messages."""
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 
 _LONGEST_QUOTE = 200
+
+# Directories of a path from the root or the home on: where that is a whole value (also
+# behind "random:"), which may hold spaces; and where it is part of a sentence.
+_OF_A_VALUE = re.compile(r"(?<![^:])(?:~/|/(?!/))(?:[^/]+/)*")
+_IN_A_SENTENCE = re.compile(r"""(?<![\w.…/~-])~?/(?:[^\s/'"<>|:;,]+/)+""")
 
 
 class UserError(ValueError):
@@ -32,9 +38,21 @@ brief = _Brief().repr
 
 
 def quoted(said: object) -> str:
-    """Return what a device said, fit for a log line: on one line, and short."""
+    """Return what a device said, fit for a log line: on one line, and short.
+
+    Without the directories of its paths, which tell whose it is.
+    """
     text = str(said) if isinstance(said, (str, Exception)) else brief(said)
+    text = _IN_A_SENTENCE.sub("…/", text[: 2 * _LONGEST_QUOTE])
     return repr(text[:_LONGEST_QUOTE])[:_LONGEST_QUOTE]
+
+
+def without_directories(value: object) -> object:
+    """Return a value of a configuration without the directories that a path is in.
+
+    They tell who ran it and where, and logs, reports and trackers go to others.
+    """
+    return _OF_A_VALUE.sub("…/", value) if isinstance(value, str) else value
 
 
 def reason_of(error: Exception) -> str:

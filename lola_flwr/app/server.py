@@ -32,7 +32,7 @@ from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
 from lola_flwr.model.saved_adapters import merge, save_model
-from lola_flwr.run.directory import RunDirectory, describe_run, run_directory
+from lola_flwr.run.directory import RunDirectory, describe_run, run_directory, told
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import read_rounds, require_training
 from lola_flwr.run.target import Target
@@ -206,11 +206,11 @@ def _save(config: AppConfig, subject: Subject, directory: Path) -> None:
             save_model(model, saved)
             tokenizer.save_pretrained(saved)
             said = subject.keep_beside(model, saved)
-        log(INFO, "model written to %s", directory / "model")
+        log(INFO, "model written to %s/model", told(directory))
         if said:
             log(WARNING, "%s", said)
     if config.save_merged:
         with filling(directory / "merged") as saved:
             merge(model).save_pretrained(saved)
             tokenizer.save_pretrained(saved)
-        log(INFO, "merged model written to %s", directory / "merged")
+        log(INFO, "merged model written to %s/merged", told(directory))

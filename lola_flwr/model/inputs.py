@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lola_flwr.errors import UserError, reason_of
+from lola_flwr.errors import UserError, reason_of, without_directories
 from lola_flwr.model.example import token_ids, word_embeddings
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _fit_padding(name: str, model: Any, tokenizer: Any) -> None:
     _logger.warning(
         "model=%r: what it says of a sentence depends on the padding beside it, and "
         "differs for the sentence alone",
-        name,
+        without_directories(name),
     )
 
 

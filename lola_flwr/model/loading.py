@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lola_flwr.errors import UserError, reason_of
+from lola_flwr.errors import UserError, reason_of, without_directories
 from lola_flwr.machine.files import expanded
 from lola_flwr.model.head import check_class_names, fit_head, own_names, set_task
 from lola_flwr.model.inputs import fit_tokenizer
@@ -278,7 +278,7 @@ def _pretrained(
         mismatched=[key for key, *_ in loading["mismatched_keys"]],
     )
     if said:
-        _logger.warning("model=%r: %s", name, said)
+        _logger.warning("model=%r: %s", without_directories(name), said)
     return model, tokenizer
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_flwr.errors import UserError, si
+from lola_flwr.errors import UserError, si, without_directories
 from lola_flwr.machine.files import replacing
 from lola_flwr.report.runs import MOST_PARTS, MOST_ROUNDS, Run
 from lola_flwr.report.targets import cost_columns, target_rows
@@ -27,8 +26,6 @@ _HERE = files("lola_flwr.report")
 _NOTEBOOK_HEIGHT = 900
 # The rest is under the configuration.
 _TOLD_VERSIONS = ("lola-flwr", "flwr", "torch", "python")
-# Of a path from the root on, also behind "random:".
-_DIRECTORIES = re.compile(r"(?<![^:])(?:~/|/(?!/))(?:[^/]+/)*")
 # Later ones use what earlier ones define.
 _SCRIPT = (
     *("helpers", "files", "line_chart", "heat_map"),
@@ -96,7 +93,10 @@ class Report:
             learns=any(run.learns for run in self.runs),
             config=_side_by_side(
                 [
-                    {key: _mailable(value) for key, value in run.config.items()}
+                    {
+                        key: without_directories(value)
+                        for key, value in run.config.items()
+                    }
                     for run in self.runs
                 ]
             ),
@@ -164,14 +164,6 @@ def _number(value: float | None) -> str:
 
 def _size(value: int | None) -> str:
     return "–" if value is None else si(value, "B")
-
-
-def _mailable(value: object) -> object:
-    """Return a value of a configuration without the directories that a path is in.
-
-    They tell who ran it and where; a report is sent by mail. run.json has them.
-    """
-    return _DIRECTORIES.sub("…/", value) if isinstance(value, str) else value
 
 
 def _left_out(columns: Mapping[str, Any]) -> str:

@@ -110,7 +110,7 @@ class Checkpoints:
             try:
                 return read(path), damaged
             except CheckpointDamaged as error:
-                damaged.append(f"{path}: {error}")
+                damaged.append(f"{path.name}: {error}")
         return None, damaged
 
     def _paths(self) -> list[Path]:

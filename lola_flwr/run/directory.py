@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import shlex
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -19,9 +18,10 @@ from typing import IO, Any, Protocol, Self
 
 import numpy as np
 
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, without_directories
 from lola_flwr.machine.files import filling, local_path, replacing, writing
 from lola_flwr.run.checkpoint import Checkpoints, Snapshot
+from lola_flwr.run.digest import data_digest
 from lola_flwr.run.records import Record
 from lola_flwr.run.round_log import RoundLog
 
@@ -109,7 +109,7 @@ class RunDirectory:
             self._lock = (path / "lock").open("a")
         _lock(self._lock, path)
         self._resumable = resumable
-        self._configuration, self._data = dict(configuration), data
+        self._configuration, self._data = _without_paths(configuration), data
         self._every, self._last = every, last
         self._checkpoints = Checkpoints(path / "checkpoints", keep)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -127,12 +127,14 @@ class RunDirectory:
             self._save(0)
             self._settle()
             return
-        self._require_same_configuration(path, found)
+        self._require_same_configuration(path, found, configuration)
         if not other_data:
             self._require_same_data(path, found)
         resumable.restore(found)
         self.log = RoundLog(path / "rounds.jsonl", found.values["log_bytes"])
-        _logger.info("going on after round %s in %s", resumable.server_round, path)
+        _logger.info(
+            "going on after round %s in %s", resumable.server_round, told(path)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -197,12 +199,15 @@ class RunDirectory:
         if written is not None:
             written.result()
 
-    def _require_same_configuration(self, path: Path, found: Snapshot) -> None:
+    def _require_same_configuration(
+        self, path: Path, found: Snapshot, whole: Mapping[str, Scalar]
+    ) -> None:
         then, now = found.values["configuration"], self._configuration
         different = [
             f"{key}={now.get(key)!r} instead of {then.get(key)!r}"
             for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
+            # Earlier versions kept whole paths.
+            if then.get(key) not in (now.get(key), whole.get(key))
         ]
         if different:
             raise UserError(
@@ -236,7 +241,7 @@ def _lock(file: IO[str], path: Path) -> None:
         # NFS without lockd, Lustre without -o flock, some FUSE file systems.
         _logger.warning(
             "the file system of %s has no locks (%s): see that no other run uses it",
-            path,
+            told(path),
             error.strerror,
         )
 
@@ -251,11 +256,39 @@ def say_where(rounds: Path) -> None:
     """
     # A run that fails in its first round leaves an empty file.
     if rounds.is_file() and rounds.stat().st_size:
+        where = told(rounds.parent)
         _logger.info(
-            "rounds are in %s; for their report: lola-flwr report %s",
-            rounds,
-            shlex.quote(str(rounds.parent)),
+            "rounds are in %s/%s; for their report: lola-flwr report %s",
+            where,
+            rounds.name,
+            where,
         )
+
+
+def told(directory: Path) -> str:
+    """Return what a run's log may say of its directory: others read it, too.
+
+    That is its name alone, which a user has given; or where it is in Flower's home, as
+    a shell on the same host understands it.
+    """
+    home = os.environ.get("FLWR_HOME")
+    if directory.is_relative_to(_flower_home()):
+        within = directory.relative_to(_flower_home())
+        return f"{'~/.flwr' if home is None else '$FLWR_HOME'}/{within}"
+    return f"…/{directory.name}"
+
+
+def _without_paths(configuration: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return what a checkpoint keeps of a configuration: of a path a digest."""
+    kept = {key: without_directories(value) for key, value in configuration.items()}
+    return {
+        key: value if kept[key] == value else f"{kept[key]} ({data_digest([value])})"
+        for key, value in configuration.items()
+    }
+
+
+def _flower_home() -> Path:
+    return local_path(os.environ.get("FLWR_HOME", "~/.flwr"))
 
 
 def run_directory(output_dir: str, run_id: int) -> Path:
@@ -270,8 +303,7 @@ def run_directory(output_dir: str, run_id: int) -> Path:
     """
     if output_dir:
         return local_path(output_dir).absolute()
-    home = local_path(os.environ.get("FLWR_HOME", "~/.flwr"))
-    return home / "lola-flwr" / str(run_id)
+    return _flower_home() / "lola-flwr" / str(run_id)
 
 
 def describe_run(

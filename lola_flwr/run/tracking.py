@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lola_flwr.errors import UserError, nearest, quoted
+from lola_flwr.errors import UserError, nearest, quoted, without_directories
 from lola_flwr.run.records import Record, RoundRecord, StepRecord
 
 _logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def tracking(
         The run's directory: what a tracker keeps in files goes there, and the run has
         its name.
     config
-        The run's configuration, which trackers show beside the figures.
+        The run's configuration, which trackers show beside the figures; of a path its
+        last part alone.
 
     Raises
     ------
@@ -53,6 +54,7 @@ def tracking(
         Unknown tracker, its package is not installed, or it does not start.
     """
     check_trackers(names)
+    config = {key: without_directories(value) for key, value in config.items()}
     with ExitStack() as stack:
         started = []
         for name in names:
