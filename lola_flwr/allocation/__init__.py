@@ -7,6 +7,7 @@ Fine-tuning of Foundation Models at the Network Edge", arXiv:2407.09873.
 
 from lola_flwr.allocation.allocators import (
     ALLOCATORS,
+    ENERGY_ALLOCATORS,
     RANDOM_ALLOCATORS,
     Allocator,
     allocate,
@@ -28,6 +29,7 @@ from lola_flwr.allocation.broadcast import (
     settled,
 )
 from lola_flwr.allocation.codec_levels import refine_payloads
+from lola_flwr.allocation.joules import EnergyCosts
 from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
 from lola_flwr.allocation.rotation import rotate
 from lola_flwr.allocation.sharing import share_blocks
@@ -36,12 +38,14 @@ from lola_flwr.allocation.spans import SpanCover, SpanProblem, solve_spans
 
 __all__ = [
     "ALLOCATORS",
+    "ENERGY_ALLOCATORS",
     "RANDOM_ALLOCATORS",
     "Allocation",
     "AllocationProblem",
     "Allocator",
     "BatchProblem",
     "Broadcast",
+    "EnergyCosts",
     "Heard",
     "InfeasibleAllocation",
     "OwnBatches",

@@ -14,6 +14,7 @@ from lola_flwr.allocation.baselines import (
     solve_random_with_shares,
 )
 from lola_flwr.allocation.crunch import solve_crunch, solve_crunch_with_shares
+from lola_flwr.allocation.energy import solve_energy, solve_energy_worst
 from lola_flwr.allocation.exact import solve_exact
 from lola_flwr.allocation.infeasible import is_feasible
 from lola_flwr.allocation.jbba import solve_jbba
@@ -45,6 +46,12 @@ ALLOCATORS: Mapping[str, Callable[..., Allocation]] = {
     "greedy": solve_greedy,
 }
 
+# Allocators of problems with ``energy``, the fleet's and the worst device's.
+ENERGY_ALLOCATORS: Mapping[str, Callable[..., Allocation]] = {
+    "energy": solve_energy,
+    "energy-worst": solve_energy_worst,
+}
+
 # Allocators that take a ``seed``; give them another one each round.
 RANDOM_ALLOCATORS = frozenset({"random", "random+shares"})
 
@@ -61,11 +68,11 @@ def allocate(
     problem
         The instance.
     allocator
-        A name from `ALLOCATORS`, ``"package.module:function"``, or any function from a
-        problem to an `Allocation`.
+        A name from `ALLOCATORS` or `ENERGY_ALLOCATORS`, ``"package.module:function"``,
+        or any function from a problem to an `Allocation`.
     options
         Passed on to the allocator: ``seed`` for the random ones, ``max_iterations`` and
-        others for the iterative ones.
+        others for the iterative ones, ``slack`` for those of energy.
 
     Returns
     -------
@@ -105,20 +112,22 @@ def find_allocator(name: str) -> Callable[..., Allocation]:
     Parameters
     ----------
     name
-        A name from `ALLOCATORS`, or ``"package.module:function"``.
+        A name from `ALLOCATORS` or `ENERGY_ALLOCATORS`, or
+        ``"package.module:function"``.
 
     Raises
     ------
     UserError
         Unknown name, or nothing callable at that place.
     """
-    if name in ALLOCATORS:
-        return ALLOCATORS[name]
+    known = {**ALLOCATORS, **ENERGY_ALLOCATORS}
+    if name in known:
+        return known[name]
     if ":" in name:
         return imported("allocator", name)
     raise UserError(
-        f"Unknown allocator {name!r}; use one of {', '.join(ALLOCATORS)}, or "
-        f"'package.module:function'.{nearest(name, ALLOCATORS)}"
+        f"Unknown allocator {name!r}; use one of {', '.join(known)}, or "
+        f"'package.module:function'.{nearest(name, known)}"
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lola_flwr.allocation.band import PowerLimitedUplink
+from lola_flwr.allocation.joules import EnergyCosts
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.errors import UserError
 
@@ -159,6 +160,8 @@ class AllocationProblem:
     power_limited
         Full-band SNRs if the devices are power-limited; None for uniform power per
         sub-carrier.
+    energy
+        What devices' parts take of their batteries; None where nothing is known of it.
     mode
         Which blocks are trained and who takes part.
 
@@ -177,6 +180,7 @@ class AllocationProblem:
     device_names: Sequence[str] | None = field(default=None, kw_only=True)
     constant_s: float = field(default=0.0, kw_only=True)
     power_limited: PowerLimitedUplink | None = field(default=None, kw_only=True)
+    energy: EnergyCosts | None = field(default=None, kw_only=True)
     mode: RoundMode = field(default=RoundMode(), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -202,6 +206,9 @@ class AllocationProblem:
             _require_shape("power_limited.snr", snr, (num_devices,))
             feasible &= (snr > 0.0)[:, np.newaxis]  # [K, 1] against [K, N]
         feasible.setflags(write=False)
+        if self.energy is not None:
+            _require_shape("energy.compute_j", self.energy.compute_j, shape)
+            _require_shape("energy.transmit_w", self.energy.transmit_w, shape[:1])
         for name, length in (
             ("memory_bytes", num_devices),
             ("required_memory_bytes", num_blocks),

@@ -165,6 +165,28 @@ def with_best_shares(
     return _allocation(problem, devices, blocks, share, outcome)
 
 
+def with_shares(
+    problem: AllocationProblem,
+    devices: IntArray,
+    blocks: IntArray,
+    share: Float64Array,
+    **outcome: Any,
+) -> Allocation:
+    """Allocation of a matching that gives the whole band out in given proportions.
+
+    Parameters
+    ----------
+    problem, devices, blocks, outcome
+        As for `with_best_shares`.
+    share
+        What the shares are in proportion to, shape (A,); 0 for a device with nothing to
+        send.
+    """
+    total = float(share.sum())
+    whole = share * (_ROUNDING_GUARD / total) if total else share
+    return _allocation(problem, devices, blocks, whole, outcome)
+
+
 def with_equal_shares(
     problem: AllocationProblem, devices: IntArray, blocks: IntArray, **outcome: Any
 ) -> Allocation:

@@ -40,6 +40,9 @@ class Allocation:
     stop_reason
         Why the solver stopped: "optimal", "gap", "iterations", "time", "rotation",
         "sharing", "payloads" or "heuristic".
+    bound_j
+        Of an energy allocator: proven lower bound on what it minimises, joules; NaN of
+        others.
     """
 
     block_of_device: IntArray
@@ -49,6 +52,7 @@ class Allocation:
     bound_s: float = math.nan
     iterations: int = 0
     stop_reason: str = "heuristic"
+    bound_j: float = math.nan
 
     def __post_init__(self) -> None:
         """Make the arrays read-only."""
@@ -84,6 +88,20 @@ class Allocation:
             problem.snr_of(active),
         )
         return seconds
+
+    def joules(self, problem: AllocationProblem) -> Float64Array:
+        """Energy of each device, joules, shape (K,); 0 when idle, NaN if not known."""
+        joules = np.zeros(self.share.size)
+        active = np.flatnonzero(self.block_of_device >= 0)
+        energy = problem.energy
+        if energy is None:
+            joules[active] = math.nan
+            return joules
+        joules[active] = (
+            energy.compute_j[active, self.block_of_device[active]]
+            + energy.transmit_w[active] * self.upload_s(problem)[active]
+        )
+        return joules
 
     def check(self, problem: AllocationProblem, *, rel_tol: float = 1e-9) -> None:
         """Recompute every constraint from scratch.
