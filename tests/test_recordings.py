@@ -28,6 +28,8 @@ ADDED = frozenset(
         "server_s",
         "noise_scale",
         "batch_size",
+        "joules",
+        "measured_compute_j",
     }
 )
 DROPPED: dict[str, frozenset[str]] = {}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_a
 
 from pydantic import AfterValidator, Field, model_validator
 
-from lola_flwr.allocation import ALLOCATORS, find_allocator
+from lola_flwr.allocation import ALLOCATORS, ENERGY_ALLOCATORS, find_allocator
 from lola_flwr.app.batch_size import BatchSize
 from lola_flwr.app.interface import Interface, interface_of
-from lola_flwr.errors import UserError
+from lola_flwr.app.link_rates import LinkRates
 from lola_flwr.model.bases import Base
 from lola_flwr.planning import BATCH_SIZES
 from lola_flwr.run.config import RunConfig, keyword_arguments
@@ -33,31 +33,6 @@ if TYPE_CHECKING:
 
 def _checked(text: str) -> str:
     keyword_arguments(text)
-    return text
-
-
-def link_rates_bps(text: str) -> tuple[float, ...]:
-    """Read the devices' link rates, in Mbit/s: ``"8 4 2 1"``; bit/s come back.
-
-    Raises
-    ------
-    UserError
-        Something else is in the text.
-    """
-    try:
-        rates = tuple(1e6 * float(word) for word in text.replace(",", " ").split())
-    except ValueError:
-        rates = (0.0,)
-    if not all(1e3 <= rate <= 1e12 for rate in rates):
-        raise UserError(
-            f"uplink-mbps={text!r}: write one rate in Mbit/s for each device, such as "
-            "'8 4 2 1'."
-        )
-    return rates
-
-
-def _checked_rates(text: str) -> str:
-    link_rates_bps(text)
     return text
 
 
@@ -99,7 +74,9 @@ def _known_target(text: str) -> str:
 Trackers = Annotated[str, AfterValidator(_known_trackers), Field(examples=[*TRACKERS])]
 OwnChannel = Annotated[str, AfterValidator(_known_channel)]
 Allocator = Annotated[
-    str, AfterValidator(_known_allocator), Field(examples=[*ALLOCATORS])
+    str,
+    AfterValidator(_known_allocator),
+    Field(examples=[*ALLOCATORS, *ENERGY_ALLOCATORS]),
 ]
 CodecName = Annotated[
     str, AfterValidator(_codec), Field(examples=[*CODECS, "topk:0.01", AUTO])
@@ -159,7 +136,7 @@ class AppConfig(RunConfig):
     bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
     snr_min_db: float = Field(ge=-60, le=80)
     snr_max_db: float = Field(ge=-60, le=80)
-    uplink_mbps: Annotated[str, AfterValidator(_checked_rates)]
+    uplink_mbps: LinkRates
     seed: int = Field(ge=0)
     eval_every: int = Field(ge=1)
     target: Annotated[str, AfterValidator(_known_target)] = ""
@@ -293,6 +270,7 @@ class UpdatesConfig(AppConfig):
     block_mean: Literal[BLOCK_MEANS] = "mean"  # type: ignore[valid-type]
     longest_round_s: float = Field(3600.0, gt=0)
     allocator: Allocator = "exact"
+    energy_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
     correct_profiles: bool = True
     low_rank: Options = ""
     codec: CodecName = "fp32"
@@ -318,6 +296,13 @@ class UpdatesConfig(AppConfig):
                 f"channel={self.channel!r} and uplink-mbps={self.uplink_mbps!r} both "
                 "say what links carry; drop one of the two"
             )
+        for key in ("batch_size", "codec"):
+            if self.allocator in ENERGY_ALLOCATORS and getattr(self, key) == AUTO:
+                key = key.replace("_", "-")
+                yield (
+                    f'{key}="auto" chooses for time, and allocator={self.allocator!r} '
+                    f"for energy; give a {key}"
+                )
         yield from super()._contradictions()
 
 

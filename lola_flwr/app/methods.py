@@ -126,6 +126,7 @@ def settings_of(
             # The one block of full fine-tuning: every device trains it.
             mode=RoundMode(participation="all"),
             codec_slack=config.codec_slack,
+            energy_slack=config.energy_slack,
             longest_round_s=config.longest_round_s,
             batch_sizes=config.batch_sizes,
             influence_factor=config.influence_factor or math.inf,

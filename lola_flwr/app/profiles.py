@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lola_flwr.app.config import AppConfig, UpdatesConfig, link_rates_bps
+from lola_flwr.app.config import AppConfig, UpdatesConfig
+from lola_flwr.app.link_rates import link_rates_bps
 from lola_flwr.errors import UserError
 from lola_flwr.system.devices import DeviceProfile, FleetRanges, simulated_device
 from lola_flwr.system.fleet_file import read_fleet

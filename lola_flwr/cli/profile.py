@@ -92,6 +92,8 @@ def profile(
     console().print(rows)
     for line in (f"{key}: {value}" for key, value in measured.host.items()):
         console().print(line)
+    if measured.compute_power_w is not None:
+        console().print(f"power {measured.compute_power_w:.2f} W while it trained")
     console().print(
         f"speed {si(measured.flops_per_s, 'flop/s')}, memory "
         f"{si(measured.memory_bytes, 'B')} to use; written to {out}"

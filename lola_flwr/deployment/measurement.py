@@ -22,6 +22,7 @@ from lola_flwr.deployment.host import describe_host
 from lola_flwr.errors import UserError, quoted
 from lola_flwr.machine.files import replacing
 from lola_flwr.machine.memory import available_memory_bytes
+from lola_flwr.machine.power import measured_energy
 from lola_flwr.system.devices import DeviceProfile
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class DeviceMeasurement:
         Step by depth.
     host
         What identifies the device.
+    compute_power_w
+        What it drew meanwhile, watts, mean; None where no sensor tells.
     """
 
     name: str
@@ -89,6 +92,7 @@ class DeviceMeasurement:
     uplink_bps: float | None
     depths: tuple[DepthMeasurement, ...]
     host: Mapping[str, Any]
+    compute_power_w: float | None = None
 
     @property
     def flops_per_s(self) -> float:
@@ -103,6 +107,7 @@ class DeviceMeasurement:
             flops_per_s=self.flops_per_s,
             memory_bytes=self.memory_bytes,
             uplink_bps=self.uplink_bps,
+            compute_power_w=self.compute_power_w,
         )
 
     def to_json(self) -> str:
@@ -230,18 +235,19 @@ def measure_device(
     deepest_s, _ = _step(model, partition, 0, batch)
     depths = chosen_depths(num_blocks, deepest_s * _REPEATS, budget_s)
     steps = []
-    for done, depth in enumerate(depths):
-        progress(f"depth {depth}", done, len(depths))
-        block_index = num_blocks - depth
-        timed = [_step(model, partition, block_index, batch) for _ in range(_REPEATS)]
-        steps.append(
-            DepthMeasurement(
-                depth=depth,
-                compute_s=statistics.median(seconds for seconds, _ in timed),
-                peak_memory_bytes=max(peak for _, peak in timed),
-                flops=float(costs.flops[block_index]),
+    with measured_energy() as energy:
+        for done, depth in enumerate(depths):
+            progress(f"depth {depth}", done, len(depths))
+            block = num_blocks - depth
+            timed = [_step(model, partition, block, batch) for _ in range(_REPEATS)]
+            steps.append(
+                DepthMeasurement(
+                    depth=depth,
+                    compute_s=statistics.median(seconds for seconds, _ in timed),
+                    peak_memory_bytes=max(peak for _, peak in timed),
+                    flops=float(costs.flops[block]),
+                )
             )
-        )
     progress("done", len(depths), len(depths))
     return DeviceMeasurement(
         name=name or socket.gethostname(),
@@ -252,6 +258,7 @@ def measure_device(
         memory_bytes=memory_bytes,
         uplink_bps=uplink_bps,
         depths=tuple(steps),
+        compute_power_w=energy.mean_w,
         host={
             **describe_host(),
             "torch": torch.__version__,

@@ -25,6 +25,7 @@ from lola_flwr.device.memory import measured_peak
 from lola_flwr.device.out_of_memory import reports_out_of_memory
 from lola_flwr.device.part import compute_part
 from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
+from lola_flwr.device.sensors import reports_energy
 from lola_flwr.device.sent_model import sent_model
 from lola_flwr.device.steps import StepResult, step_for
 from lola_flwr.device.store import LostCopy
@@ -45,12 +46,7 @@ from lola_flwr.model.recompute import recomputed_suffix
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.packing import GRADIENTS
-from lola_flwr.wire.records import (
-    PROJECTION_TYPE,
-    Assignment,
-    PartTask,
-    UpdateReport,
-)
+from lola_flwr.wire.records import PROJECTION_TYPE, Assignment, PartTask, UpdateReport
 
 # Gives a mini-batch: (number, batch_size) -> arguments of the model. The number is that
 # of the round, or of a micro-batch where the model is spread over devices; there it has
@@ -131,6 +127,7 @@ class BlockDevice:
             profile = replace(self.profile, memory_bytes=left)
             object.__setattr__(self, "profile", profile)
 
+    @reports_energy
     @reports_out_of_memory
     def train(
         self,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from lola_flwr.device.base_model import check_fingerprint
 from lola_flwr.device.contract import LocalUpdate, OutOfMemory, nothing_report
 from lola_flwr.device.encoding import encoded_gradients
+from lola_flwr.device.sensors import reports_energy
 from lola_flwr.device.sent_model import sent_model
 from lola_flwr.device.store import LostCopy
 from lola_flwr.errors import UserError
@@ -72,6 +73,7 @@ class ExportedDevice:
         profile = replace(self.profile, trains_one_block=True)
         object.__setattr__(self, "profile", profile)
 
+    @reports_energy
     def train(
         self,
         assignment: Assignment,

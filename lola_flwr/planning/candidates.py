@@ -171,7 +171,7 @@ def _only(
     if problem.all_devices and 0 < able.size < rows.size:
         rows = able
     power, names = problem.power_limited, problem.device_names
-    memory_bytes = problem.memory_bytes
+    memory_bytes, energy = problem.memory_bytes, problem.energy
     return rows, replace(
         problem,
         compute_s=problem.compute_s[rows],
@@ -180,6 +180,7 @@ def _only(
         memory_bytes=None if memory_bytes is None else memory_bytes[rows],
         device_names=None if names is None else [names[int(row)] for row in rows],
         power_limited=None if power is None else replace(power, snr=power.snr[rows]),
+        energy=None if energy is None else energy.of_rows(rows),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lola_flwr.allocation import (
@@ -22,7 +22,7 @@ from lola_flwr.planning.batches import solve_round
 from lola_flwr.planning.known import AllocationOptions, Known, RunStatement
 from lola_flwr.planning.solution import planned_blocks
 from lola_flwr.planning.statement import stated_round
-from lola_flwr.run.records import RoundRecord
+from lola_flwr.run.records import RoundRecord, added
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile
 
@@ -213,6 +213,7 @@ def plan_rounds(
     by_name = sorted(fleet, key=lambda device: device.name)
     records: list[RoundRecord] = []
     wireless_s = 0.0
+    joules: float | None = 0.0
     for server_round in range(1, rounds + 1):
         start = time.perf_counter()
         known = Known.at_first(run, by_name, server_round, wireless_s)
@@ -220,17 +221,17 @@ def plan_rounds(
         seconds = time.perf_counter() - start
         allocation = solved.allocation
         wireless_s += allocation.round_s
-        records.append(
-            RoundRecord(
-                server_round=server_round,
-                num_devices=solved.problem.num_devices,
-                num_excluded=solved.num_excluded,
-                wireless_s=wireless_s,
-                round_s=allocation.round_s,
-                observed_s=allocation.round_s,
-                bound_s=allocation.bound_s,
-                blocks=planned_blocks(run, solved),
-                measured_strategy_s=seconds,
-            )
+        record = RoundRecord(
+            server_round=server_round,
+            num_devices=solved.problem.num_devices,
+            num_excluded=solved.num_excluded,
+            wireless_s=wireless_s,
+            round_s=allocation.round_s,
+            observed_s=allocation.round_s,
+            bound_s=allocation.bound_s,
+            blocks=planned_blocks(run, solved),
+            measured_strategy_s=seconds,
         )
+        joules = added(joules, record.round_j)
+        records.append(replace(record, joules=joules))
     return records

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lola_flwr.allocation import Allocator, RoundMode, find_allocator
+from lola_flwr.allocation import (
+    ENERGY_ALLOCATORS,
+    Allocator,
+    RoundMode,
+    find_allocator,
+)
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.errors import UserError
@@ -51,6 +56,9 @@ class AllocationOptions:
     returned_by
         How many devices are to return each block, where a round has so many: each then
         returns several, see `lola_flwr.planning.windows`. 1: what ``mode`` says.
+    energy_slack
+        Under an energy allocator: relative latency that may be given up for less
+        energy. A latency target is kept.
     longest_round_s
         A device that would need longer for a block, had it the whole band to itself, is
         not given that block.
@@ -67,9 +75,10 @@ class AllocationOptions:
     Raises
     ------
     UserError
-        Unknown name of an allocator, negative ``codec_slack`` or ``sharing_eps``,
-        ``returned_by`` or ``influence_factor`` less than 1, or a batch that is no whole
-        number of examples.
+        Unknown name of an allocator, negative ``codec_slack``, ``energy_slack`` or
+        ``sharing_eps``, ``returned_by`` or ``influence_factor`` less than 1, or a batch
+        that is no whole number of examples. An energy allocator, whose shares are no
+        others, with something that would change them.
     """
 
     allocator: str | Allocator = "exact"
@@ -79,6 +88,7 @@ class AllocationOptions:
     codec_slack: float = 0.1
     partial: bool = False
     returned_by: int = 1
+    energy_slack: float = 0.1
     longest_round_s: float = 3600.0
     batch_sizes: tuple[int, ...] = ()
     influence_factor: float = 2.0
@@ -87,7 +97,7 @@ class AllocationOptions:
         """Check now what would else be an error in round 1."""
         if isinstance(self.allocator, str):
             find_allocator(self.allocator)
-        for name in ("codec_slack", "sharing_eps"):
+        for name in ("codec_slack", "energy_slack", "sharing_eps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0.")
         sizes = tuple(self.batch_sizes)
@@ -96,6 +106,18 @@ class AllocationOptions:
         for name in ("returned_by", "influence_factor"):
             if not getattr(self, name) >= 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("batch_sizes", "rotation_eps", "sharing_eps"):
+            if self.saves_energy and getattr(self, name):
+                raise UserError(
+                    f"{name}={getattr(self, name)} does not go with "
+                    f"allocator={self.allocator!r}, whose shares it would change; drop "
+                    "one of the two."
+                )
+
+    @property
+    def saves_energy(self) -> bool:
+        """Whether the allocator is one of those that minimise energy."""
+        return isinstance(self.allocator, str) and self.allocator in ENERGY_ALLOCATORS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,6 +146,11 @@ class RunStatement:
         Time that a round may take, seconds.
     seed
         Seed of the run: the channel and random allocators follow from it.
+
+    Raises
+    ------
+    UserError
+        Devices are to have codecs of their own under an energy allocator.
     """
 
     costs: BlockCosts
@@ -135,6 +162,16 @@ class RunStatement:
     train_all: bool = False
     latency_target_s: float = math.inf
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what goes together."""
+        codecs = () if self.sizes is None else self.sizes.ladder
+        if self.allocation.saves_energy and len(codecs) > 1:
+            raise UserError(
+                f"A codec out of {', '.join(codecs)} for each device does not go with "
+                f"allocator={self.allocation.allocator!r}, whose shares it would "
+                "change; give all one codec."
+            )
 
     @property
     def num_blocks(self) -> int:

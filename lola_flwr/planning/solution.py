@@ -126,9 +126,17 @@ def _allocated(run: RunStatement, known: Known, stated: RoundProblem) -> Heard:
     options: dict[str, Any] = {}
     if run.allocation.allocator in RANDOM_ALLOCATORS:
         options["seed"] = matching_seed(run.seed, known.server_round)
+    if run.allocation.saves_energy:
+        options["slack"] = run.allocation.energy_slack
+        options["longest_s"] = run.latency_target_s
     problem, allocator = stated.problem, run.allocation.allocator
     if stated.broadcast is None:
         return Heard(problem, allocate(problem, allocator, **options), 0.0)
+    if run.allocation.saves_energy:
+        # Who is to hear is who makes the round shortest; energy is saved among these.
+        heard = allocate_broadcast(problem, stated.broadcast)
+        saving = allocate(heard.problem, allocator, **options)
+        return heard._replace(allocation=saving)
     return allocate_broadcast(problem, stated.broadcast, allocator, **options)
 
 
@@ -162,6 +170,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
     records = []
     for row, block in solved.active():
         level, downlink_s = solved.codec_level[row], float(solved.downlink_s[row])
+        compute_s = float(solved.problem.compute_s[row, block]) - downlink_s
         codec = stated.payloads.codecs[level]
         payload_bits = stated.payloads.bits[level, block]
         if run.zeroth_order is not None and stated.without_backward[row]:
@@ -174,7 +183,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
                 device=stated.profiles[row].name,
                 share=float(allocation.share[row]),
                 downlink_s=downlink_s,
-                compute_s=float(solved.problem.compute_s[row, block]) - downlink_s,
+                compute_s=compute_s,
                 upload_s=float(upload_s[row]),
                 reported_compute_s=None,
                 compute_clock="",
@@ -187,6 +196,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
                 further_blocks=stated.blocks(block)[1:],
                 batch_size=_at_row(solved.batch_size, row, int),
                 noise_scale=_at_row(solved.noise_scale, row, float),
+                joules=stated.profiles[row].joules(compute_s, float(upload_s[row])),
             )
         )
     return tuple(sorted(records, key=lambda record: record.block_index))

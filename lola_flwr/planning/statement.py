@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lola_flwr.allocation import AllocationProblem
+from lola_flwr.allocation import AllocationProblem, EnergyCosts
 from lola_flwr.allocation.infeasible import is_feasible
 from lola_flwr.arrays import BoolArray, Float64Array
 from lola_flwr.d2ft.reduced import reduced_costs
@@ -49,6 +49,7 @@ def stated_round(run: RunStatement, known: Known) -> RoundProblem:
     stated = reduced(run, known, stated)
     stated = without_backward(run, known, stated)
     stated = charged(run, stated)
+    stated = powered(stated)
     stated = received(run, known, stated)
     stated = bounded(run, known, stated)
     stated = in_time(run, known, stated)
@@ -203,6 +204,26 @@ def charged(run: RunStatement, stated: RoundProblem) -> RoundProblem:
         claimed_s[rows] = costs.flops[None, :] / speed[rows, None]
         required_bytes[rows] = costs.memory_bytes
     return replace(stated, claimed_s=claimed_s, required_bytes=required_bytes)
+
+
+def powered(stated: RoundProblem) -> RoundProblem:
+    """State what devices' parts take of their batteries, where any says what it draws.
+
+    The computation alone: a device draws nothing that counts while it waits for its
+    message, with which the times to compute begin later on.
+    """
+    compute_w, transmit_w = (
+        np.array([np.nan if power is None else power for power in powers], np.float64)
+        for powers in (
+            [profile.compute_power_w for profile in stated.profiles],
+            [profile.transmit_power_w for profile in stated.profiles],
+        )
+    )
+    if np.isnan(compute_w + transmit_w).all():
+        return stated
+    problem = stated.problem
+    energy = EnergyCosts.of_powers(problem.compute_s, compute_w, transmit_w)
+    return replace(stated, problem=replace(problem, energy=energy))
 
 
 def bounded(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:

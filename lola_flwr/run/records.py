@@ -28,6 +28,10 @@ class BlockRecord:
     the device trains besides, behind ``block_index``. ``unexplained_s`` is how long it
     kept the round waiting for no known reason, None if it did not. ``downlink_s`` is
     how long it takes to have its message and begin, 0 where nothing tells.
+    ``joules`` is what the device draws in that time, computing and sending, by its
+    powers and the seconds observed, or else planned; None where it does not say them.
+    Of these ``measured_compute_j`` is what computing took by the device's own sensors,
+    None without any.
     ``batch_size`` is the examples that it was asked for where rounds choose them, and
     ``noise_scale`` the noise scale of its block's gradient that they follow from.
     """
@@ -58,6 +62,8 @@ class BlockRecord:
     measured_downlink_s: float | None = None
     batch_size: int | None = None
     noise_scale: float | None = None
+    joules: float | None = None
+    measured_compute_j: float | None = None
 
     def __post_init__(self) -> None:
         """JSON knows no tuples."""
@@ -123,6 +129,9 @@ class Record(ABC):
         In the run's first record: evaluation of the model that it started from.
     measured_round_s
         How long the round took here, from waiting for devices to its evaluation.
+    joules
+        Sum of all devices' energy up to and with this round; None where that of any is
+        not known.
     """
 
     server_round: int
@@ -135,6 +144,7 @@ class Record(ABC):
     metrics: Mapping[str, float] = field(default_factory=dict)
     start_metrics: Mapping[str, float] = field(default_factory=dict)
     measured_round_s: float = 0.0
+    joules: float | None = None
 
     def lines(self) -> list[str]:
         """Return the record as log lines."""
@@ -156,14 +166,16 @@ class Record(ABC):
 
     def figures(self) -> dict[str, float]:
         """Return the round's figures by name, but for those of an evaluation."""
-        return {"wireless_s": self.wireless_s} | (
-            {} if self.train_loss is None else {"train_loss": self.train_loss}
-        )
+        known = {"train_loss": self.train_loss, "joules": self.joules}
+        return {"wireless_s": self.wireless_s} | {
+            name: value for name, value in known.items() if value is not None
+        }
 
     def final_line(self) -> str:
         """Sum a run up from its last record: metrics, rounds, wireless time, loss."""
         parts = [f"{k}={v:.4f}" for k, v in self.metrics.items() if k != "loss"]
         parts += [f"rounds={self.server_round}", f"wireless_s={self.wireless_s:.3f}"]
+        parts += [] if self.joules is None else [f"joules={self.joules:.3f}"]
         parts += [f"loss={self.metrics['loss']:.4f}"] if "loss" in self.metrics else []
         return f"final: {' '.join(parts)}"
 
@@ -217,12 +229,19 @@ class RoundRecord(Record):
     measured_deadline_s: float | None = None
     server_s: float = 0.0
 
+    @property
+    def round_j(self) -> float | None:
+        """Energy of the round's devices; None where that of any is not known."""
+        joules = [block.joules for block in self.blocks]
+        return None if None in joules else sum(filter(None, joules))
+
     def _lines(self) -> list[str]:
         bound = "" if math.isnan(self.bound_s) else f", bound {self.bound_s:.3f} s"
         loss = "none" if self.train_loss is None else f"{self.train_loss:.4f}"
         lines = [
             f"round {self.server_round}: latency {self.round_s:.3f} s planned{bound}, "
             f"{self.observed_s:.3f} s observed; wireless time {self.wireless_s:.3f} s; "
+            f"{_joules(self.round_j, self.joules)}"
             f"{len(self.blocks)} of {self.num_devices} devices active; train loss "
             f"{loss}"
         ]
@@ -243,12 +262,13 @@ class RoundRecord(Record):
             )
             status = "" if block.status == "accepted" else f" [{block.status}]"
             batch = "" if block.batch_size is None else f", batch {block.batch_size}"
+            energy = "" if block.joules is None else f", {block.joules:.3f} J"
             downlink = f"downlink {block.downlink_s:.3f} s + " * (block.downlink_s > 0)
             lines.append(
                 f"  block {block.numbers:>2s} depth {block.depth:2d} "
                 f"{block.device}: share {block.share:.4f}{batch}, {downlink}compute "
                 f"{block.compute_s:.3f} s{reported} + upload {block.upload_s:.3f} s"
-                f"{measured} = {block.latency_s:.3f} s{mark}{status}"
+                f"{measured} = {block.latency_s:.3f} s{mark}{energy}{status}"
             )
         for block in self.blocks:
             if block.exceeds_memory:
@@ -359,6 +379,18 @@ class StepRecord(Record):
 def _all_fields() -> dict[str, Any]:
     """Return what the fields say that one kind of record has and another lacks."""
     return {**asdict(RoundRecord(0, 0, 0.0)), **asdict(StepRecord(0, 0, 0.0))}
+
+
+def added(joules: float | None, round_j: float | None) -> float | None:
+    """Return a run's energy with one more round's; None where either is not known."""
+    return None if joules is None or round_j is None else joules + round_j
+
+
+def _joules(round_j: float | None, joules: float | None) -> str:
+    if round_j is None:
+        return ""
+    total = "" if joules is None else f", {joules:.3f} J so far"
+    return f"{round_j:.3f} J{total}; "
 
 
 def _finite(value: float) -> float | None:

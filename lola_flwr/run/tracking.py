@@ -118,6 +118,7 @@ def figures(record: Record) -> dict[str, float]:
     """Return a round's figures by name; what is not known is left out."""
     values: dict[str, float | None] = {
         "wireless_s": record.wireless_s,
+        "joules": record.joules,
         "devices": record.num_devices,
         "train_loss": record.train_loss,
         **record.metrics,

@@ -239,6 +239,7 @@ class Coordinator:
             self._planner.statement,
             sizes_down=self._planner.sizes_down,
             wireless_s=self.state.wireless_s,
+            joules=self.state.joules,
         )
         self.state = learned(
             self.state,
@@ -257,6 +258,7 @@ class Coordinator:
             server_round=server_round,
             num_devices=len(self.state.fleet.profiles),
             wireless_s=self.state.wireless_s,
+            joules=self.state.joules,
             skipped=reason,
         )
 

@@ -104,6 +104,7 @@ _LONGEST_COMPUTE_S = 86_400.0
 _LARGEST_LOSS = 1e6
 _LARGEST_PEAK_BYTES = 1e15
 _LARGEST_SQUARE = 1e18
+_LARGEST_COMPUTE_J = 1e9
 
 
 def _failure(record: Mapping[str, object]) -> UpdateRefused:
@@ -311,6 +312,9 @@ class UpdateReader:
         peak_bytes = report.peak_memory_bytes
         if peak_bytes is not None and not 0 <= peak_bytes <= _LARGEST_PEAK_BYTES:
             raise UpdateRefused("implausible", f"peak_memory_bytes={peak_bytes:g}")
+        joules = report.compute_j
+        if joules is not None and not 0 <= joules <= _LARGEST_COMPUTE_J:
+            raise UpdateRefused("implausible", f"compute_j={joules:g}")
         return _with_checked_squares(report, assignment)
 
     def _statistics(

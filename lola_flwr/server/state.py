@@ -45,6 +45,8 @@ class RunState:
         Last complete round; 0 before the first.
     wireless_s
         Sum of the rounds' observed latencies so far.
+    joules
+        Sum of their devices' energy; None where that of any is not known.
     fleet
         The devices that are there, and who failed lately.
     estimate
@@ -72,6 +74,7 @@ class RunState:
 
     server_round: int = 0
     wireless_s: float = 0.0
+    joules: float | None = 0.0
     fleet: Fleet = field(default_factory=Fleet)
     estimate: ComputeEstimate = field(default_factory=ComputeEstimate)
     rates: RateEstimate = field(default_factory=RateEstimate)
@@ -111,6 +114,7 @@ class RunState:
             values = _of_first_layout(values)
         # Earlier versions did not know it.
         missing = {
+            "joules": None,
             "downlinks": to_values(DownlinkEstimate()),
             "reputation": to_values(Reputation()),
             "noise": to_values(GradientNoise()),

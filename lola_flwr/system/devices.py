@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from lola_flwr.errors import UserError, brief
 from lola_flwr.randomness import rng_for
@@ -16,10 +16,12 @@ _BOUNDS = {
     "snr_db": (-60.0, 80.0),
     "uplink_bps": (1e3, 1e12),
     "num_examples": (1, 1e12),
+    "compute_power_w": (0.0, 1e4),
+    "transmit_power_w": (0.0, 1e4),
 }
 
 # What a device may leave unsaid.
-_UNSAID = {"uplink_bps", "num_examples"}
+_UNSAID = {"uplink_bps", "num_examples", "compute_power_w", "transmit_power_w"}
 
 # What is so of a device only if it says so: what it can do where its memory asks for
 # it, and all that it can do.
@@ -62,6 +64,9 @@ class DeviceProfile:
     trains_one_block
         Whether all that it trains in a round is one block, by a whole step of
         back-propagation, as exported programs do: it is asked for nothing else.
+    compute_power_w, transmit_power_w
+        What the whole device draws while it computes, and while it sends, watts; None:
+        it does not say, and nothing is claimed about its energy.
 
     Raises
     ------
@@ -79,6 +84,8 @@ class DeviceProfile:
     recomputes_suffix: bool = False
     num_examples: int | None = None
     trains_one_block: bool = False
+    compute_power_w: float | None = None
+    transmit_power_w: float | None = None
 
     def __post_init__(self) -> None:
         # The name goes into logs: no line breaks, no control characters.
@@ -111,6 +118,24 @@ class DeviceProfile:
                     f"{field}={brief(getattr(self, field))} of device "
                     f"{self.name!r} must be true or false."
                 )
+
+    def joules(
+        self, compute_s: float, upload_s: float, compute_j: float | None = None
+    ) -> float | None:
+        """Return what computing and sending take; None where something is not known.
+
+        Parameters
+        ----------
+        compute_s, upload_s
+            How long it computes, and sends, seconds.
+        compute_j
+            What computing took, where that was measured.
+        """
+        if compute_j is None and self.compute_power_w is not None:
+            compute_j = self.compute_power_w * compute_s
+        if compute_j is None or self.transmit_power_w is None:
+            return None
+        return compute_j + self.transmit_power_w * upload_s
 
     def to_properties(self) -> dict[str, str | float]:
         """Return the profile as flat properties, without what is not known or so."""
@@ -159,11 +184,31 @@ class FleetRanges:
         Smallest and largest memory; drawn log-uniformly.
     snr_db
         Lowest and highest mean SNR, dB; drawn uniformly.
+    compute_power_w
+        What the slowest and the fastest device draw while they compute, watts; of
+        others it is on a line through these, of logarithms. None: they do not say.
+    transmit_power_w
+        Least and most that a device draws while it sends, watts; drawn
+        log-uniformly. None: they do not say.
     """
 
     flops_per_s: tuple[float, float] = (2e10, 4e11)
     memory_bytes: tuple[float, float] = (1e9, 8e9)
     snr_db: tuple[float, float] = (0.0, 20.0)
+    compute_power_w: tuple[float, float] | None = None
+    transmit_power_w: tuple[float, float] | None = None
+
+    def with_powers(self) -> FleetRanges:
+        """Return the same with what such devices draw by published figures.
+
+        From the 3 W of a Raspberry Pi 4 ("typical bare-board active current" of 0.6 A
+        at 5 V, by its documentation) to the 15 W that a Jetson Orin Nano's data sheet
+        allows; sending over LTE, from 1.3 W for the radio alone to 3.8 W at 5.6 Mbit/s
+        (Huang et al., MobiSys 2012, table 4: 1.288 W, and 0.438 W for each Mbit/s).
+        """
+        return replace(
+            self, compute_power_w=(3.0, 15.0), transmit_power_w=(1.288, 3.76)
+        )
 
 
 def simulated_device(
@@ -187,12 +232,20 @@ def simulated_device(
     """
     ranges = FleetRanges() if ranges is None else ranges
     rng = rng_for(seed, "fleet", index)
-    return DeviceProfile(
+    speed = rng.random()
+    profile = DeviceProfile(
         name=f"device-{index:04d}",
-        flops_per_s=_log_uniform(rng.random(), ranges.flops_per_s),
+        flops_per_s=_log_uniform(speed, ranges.flops_per_s),
         memory_bytes=_log_uniform(rng.random(), ranges.memory_bytes),
         snr_db=float(rng.uniform(*ranges.snr_db)),
     )
+    compute_w, transmit_w = ranges.compute_power_w, ranges.transmit_power_w
+    if compute_w is not None:
+        profile = replace(profile, compute_power_w=_log_uniform(speed, compute_w))
+    if transmit_w is not None:
+        radio = rng_for(seed, "fleet radio", index).random()
+        profile = replace(profile, transmit_power_w=_log_uniform(radio, transmit_w))
+    return profile
 
 
 def _log_uniform(unit: float, bounds: tuple[float, float]) -> float:

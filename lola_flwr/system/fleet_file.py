@@ -9,7 +9,8 @@ A fleet file names each device and what it offers::
     snr-db = 12.0        # mean uplink SNR at the server over the whole band
 
 The keys of a device are those of its profile; ``uplink-bps`` is the rate of a link that
-is known, in place of the SNR. In place of a file's path, ``jetson-orin-nano:4`` and the
+is known, in place of the SNR, ``compute-power-w`` and ``transmit-power-w`` what the
+device draws. In place of a file's path, ``jetson-orin-nano:4`` and the
 like are devices by published figures (`lola_flwr.system.presets`).
 """
 

@@ -248,6 +248,9 @@ class UpdateReport(_Record):
     peak_memory_bytes
         Memory that the training step took at its peak, weights included, as measured;
         None if it was not.
+    compute_j
+        Energy that the device took in ``compute_s``, joules, as its sensors measured
+        it; None without any.
     direction_seed
         Seed of the directions that a zeroth-order update is about.
     projections
@@ -274,6 +277,7 @@ class UpdateReport(_Record):
     few_square: float | None = None
     all_examples: int | None = None
     all_square: float | None = None
+    compute_j: float | None = None
 
 
 @dataclass(frozen=True)

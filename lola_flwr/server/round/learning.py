@@ -57,6 +57,7 @@ def learned(
         _acknowledged(state, plan, replies),
         server_round=plan.server_round,
         wireless_s=record.wireless_s,
+        joules=record.joules,
         fleet=replace(state.fleet, absences=absences),
         meetings=meetings,
         influence=state.influence.after(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from lola_flwr.planning import RunStatement, planned_blocks
-from lola_flwr.run.records import BlockRecord, RoundRecord
+from lola_flwr.run.records import BlockRecord, RoundRecord, added
 from lola_flwr.server.round.intake import RoundReplies
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.wire.payload import SizesDown
@@ -20,6 +20,7 @@ def round_record(
     *,
     sizes_down: SizesDown,
     wireless_s: float,
+    joules: float | None,
 ) -> RoundRecord:
     """Return the record of a round.
 
@@ -33,21 +34,22 @@ def round_record(
         What the problems of the run's rounds have in common.
     sizes_down
         How large what devices are sent is.
-    wireless_s
-        Observed latencies of the rounds before, seconds.
+    wireless_s, joules
+        Observed latencies of the rounds before, seconds, and their energy; None where
+        that is not known.
     """
     device_of = {profile.name: device for device, profile in plan.profiles.items()}
     blocks = tuple(
         _with_reply(planned, device_of[planned.device], plan, replies, sizes_down)
         for planned in planned_blocks(run, plan.solved)
     )
-    observed_s = run.channel.constant_s + max(map(_observed_s, blocks))
+    observed_s = run.channel.constant_s + max(sum(_observed(block)) for block in blocks)
     losses, weights = [], []
     for accepted in replies.accepted.values():
         if accepted.report.loss is not None:
             losses.append(accepted.report.loss)
             weights.append(accepted.update.num_examples)
-    return RoundRecord(
+    record = RoundRecord(
         server_round=plan.server_round,
         num_devices=len(plan.device_ids),
         num_excluded=plan.solved.num_excluded,
@@ -60,16 +62,22 @@ def round_record(
         refused=replies.refused,
         blocks=blocks,
     )
+    return replace(record, joules=added(joules, record.round_j))
 
 
-def _observed_s(block: BlockRecord) -> float:
-    """Return a device's latency, as measured where it was, else as planned."""
-    parts = (
-        (block.measured_downlink_s, block.downlink_s),
-        (block.reported_compute_s, block.compute_s),
-        (block.measured_upload_s, block.upload_s),
+def _observed(block: BlockRecord) -> tuple[float, float, float]:
+    """Return the seconds to wait, compute and send: as measured, else as planned."""
+    seen = (
+        block.measured_downlink_s,
+        block.reported_compute_s,
+        block.measured_upload_s,
     )
-    return sum(planned if seen is None else seen for seen, planned in parts)
+    planned = (block.downlink_s, block.compute_s, block.upload_s)
+    wait_s, compute_s, upload_s = (
+        expected if measured is None else measured
+        for measured, expected in zip(seen, planned, strict=True)
+    )
+    return wait_s, compute_s, upload_s
 
 
 def _with_reply(
@@ -86,7 +94,7 @@ def _with_reply(
     if accepted is None:
         return replace(sent, status=replies.refusals.get(device, "no reply"))
     report, upload = accepted.report, accepted.upload
-    return replace(
+    seen = replace(
         sent,
         status="accepted",
         reported_compute_s=report.compute_s,
@@ -99,4 +107,8 @@ def _with_reply(
         measured_downlink_s=accepted.downlink_s,
         unexplained_s=replies.unexplained_s.get(device),
         received_bytes=int(upload.payload_bits) // 8,
+        measured_compute_j=report.compute_j,
     )
+    _, compute_s, upload_s = _observed(seen)
+    profile = plan.profiles[device]
+    return replace(seen, joules=profile.joules(compute_s, upload_s, report.compute_j))
