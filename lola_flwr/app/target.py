@@ -58,4 +58,4 @@ def spent_words(target: Target | None, rounds: Iterable[Record]) -> str:
     words = f" target_round={spent.server_round} target_s={spent.wireless_s:.3f}"
     for name, count in (("up", spent.up_bytes), ("down", spent.down_bytes)):
         words += "" if count is None else f" target_{name}_mb={count / 1e6:.3f}"
-    return words
+    return words + ("" if spent.joules is None else f" target_j={spent.joules:.3f}")

@@ -83,6 +83,7 @@ def cost_columns(run: Run) -> dict[str, Any]:
             "wireless_s": rounded(p.wireless_s for p in points),
             "up_bytes": rounded(p.up_bytes for p in points),
             "down_bytes": rounded(p.down_bytes for p in points),
+            "joules": rounded(p.joules for p in points),
         }
     return columns
 

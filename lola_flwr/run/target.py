@@ -97,6 +97,8 @@ class Spent:
     up_bytes, down_bytes
         Bytes of the arrays that were received from devices, and sent to them; None
         where the records do not tell.
+    joules
+        Energy of all devices; None where it is not known.
     """
 
     server_round: int
@@ -104,6 +106,7 @@ class Spent:
     wireless_s: float
     up_bytes: float | None = None
     down_bytes: float | None = None
+    joules: float | None = None
 
 
 def reached(course: Iterable[Spent], target: Target) -> Spent | None:
