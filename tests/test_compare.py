@@ -182,9 +182,11 @@ def test_a_row_tells_where_all_blocks_was_at_that_time():
     assert comparison_rows(curves[-1:])[0]["all_blocks_then"] == ""
 
 
-def test_a_row_tells_what_a_target_cost_where_all_runs_got_there():
+@pytest.mark.parametrize("untold", [False, True])
+def test_a_row_tells_what_a_target_cost_where_all_runs_got_there(untold):
     def point(seed, server_round, value):
         spent = {"wireless_s": 10.0 * server_round, "payload_bytes": 1e6 * server_round}
+        spent["joules"] = "" if seed == 1 and untold else 3.0 * server_round
         return {
             **{"task": "t", "method": "m", "seed": seed, "metric": "accuracy"},
             **{"server_round": server_round, "value": value, "flops": 1.0},
@@ -199,6 +201,7 @@ def test_a_row_tells_what_a_target_cost_where_all_runs_got_there():
         *(6.0, 60.0),
         6.0,
     )
+    assert row["j_to_target"] == ("" if untold else 18.0)
     (row,) = comparison_rows(curves, Target("accuracy", 0.5))
     assert (row["reached"], row["s_to_target"]) == ("1 of 2", "")
     (row,) = comparison_rows(curves, Target("accuracy", 5.0))

@@ -90,6 +90,7 @@ class Report:
             targets=target_rows(self.runs, names, self.targets),
             left_out=[words for run in columns if (words := _left_out(run))],
             is_plan=self.is_plan,
+            tells_energy=any(run.tells_energy for run in self.runs),
             learns=any(run.learns for run in self.runs),
             config=_side_by_side(
                 [
@@ -139,6 +140,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     environment.filters["size"] = _size
+    environment.filters["joules"] = _joules
     return environment.from_string(_asset("page.html.j2"))
 
 
@@ -164,6 +166,10 @@ def _number(value: float | None) -> str:
 
 def _size(value: int | None) -> str:
     return "–" if value is None else si(value, "B")
+
+
+def _joules(value: float | None) -> str:
+    return "–" if value is None else si(value, "J")
 
 
 def _left_out(columns: Mapping[str, Any]) -> str:

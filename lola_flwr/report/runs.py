@@ -102,6 +102,16 @@ class Run:
         return asked if isinstance(asked, int) else len(self.rounds)
 
     @property
+    def joules(self) -> float | None:
+        """Energy of all devices in all rounds; None where it is not known."""
+        return self.tally.rounds[-1].joules
+
+    @property
+    def tells_energy(self) -> bool:
+        """Whether it is known of any round what it took."""
+        return any(record.joules for record in self.tally.rounds)
+
+    @property
     def duration_s(self) -> float:
         """How long the rounds took here; 0 if the log does not tell."""
         return sum(record.measured_round_s for record in self.tally.rounds)

@@ -79,8 +79,10 @@ def compare(options: argparse.Namespace) -> None:
                     )
                     content = {"config": config, "points": points}
                     file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+                about = {"task": task_name, "method": name, "seed": seed}
                 curves += [
-                    {"task": task_name, "method": name, "seed": seed, **point}
+                    # Points of an earlier version do not tell it.
+                    {**about, "joules": "", **point}
                     for point in points
                 ]
     write_csv(out / "curves.csv", curves)
@@ -159,6 +161,7 @@ def _row(point: Point) -> Row:
         "flops": point.flops,
         "payload_bytes": point.payload_bytes,
         "memory_bytes": point.memory_bytes,
+        "joules": "" if point.joules is None else point.joules,
     }
 
 

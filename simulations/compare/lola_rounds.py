@@ -35,7 +35,7 @@ from lola_flwr.planning import BATCH_SIZES
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
-from lola_flwr.system.devices import simulated_device
+from lola_flwr.system.devices import FleetRanges, simulated_device
 from lola_flwr.wire.codec import AUTO
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.records import Assignment
@@ -51,7 +51,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
     devices = {f"id-{i}": _device(run, i) for i in range(settings.num_devices)}
     coordinator = _coordinator(run, devices, _latency_target_s(run, devices))
     effort = _Effort(task.model)
-    payload, wireless_s = 0, 0.0
+    payload, wireless_s, joules = 0, 0.0, None
     for server_round in range(1, settings.rounds + 1):
         try:
             plan = coordinator.plan_round(server_round, devices)
@@ -67,7 +67,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
             if record.refused:
                 raise RuntimeError(f"round {server_round}: refused {record.refused}")
             payload += sum(block.received_bytes for block in record.blocks)
-            wireless_s = record.wireless_s
+            wireless_s, joules = record.wireless_s, record.joules
         if settings.is_evaluated(server_round):
             values, names = coordinator.values(), run.partition.trainable
             load_values(task.model, names, [values[name] for name in names])
@@ -79,6 +79,7 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
                     effort.flops,
                     payload,
                     effort.memory,
+                    joules,
                 )
             )
 
@@ -194,7 +195,8 @@ def _latency_target_s(run: _Run, devices: Mapping[str, BlockDevice]) -> float:
 
 def _device(run: _Run, index: int) -> BlockDevice:
     """Make one of the simulated devices, which share the model."""
-    profile = simulated_device(index, seed=run.settings.seed)
+    ranges = FleetRanges().with_powers()
+    profile = simulated_device(index, seed=run.settings.seed, ranges=ranges)
     if run.method.chooses_batches:
         profile = replace(profile, num_examples=run.task.num_examples(index))
 

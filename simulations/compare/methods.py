@@ -105,6 +105,7 @@ class Point:
 
     ``memory_bytes`` is the most that one device has used beyond the weights, for its
     first mini-batch of a block; under D2FT, that all together have, in the first step.
+    ``joules`` is None where it is not known what devices' parts take of batteries.
     """
 
     server_round: int
@@ -113,6 +114,7 @@ class Point:
     flops: int
     payload_bytes: int
     memory_bytes: int
+    joules: float | None = None
 
 
 Report = Callable[[Point], object]

@@ -84,9 +84,12 @@ def _cost_to(target: Target, points: Sequence[Row]) -> Row:
         ("rounds_to_target", "server_round", 1.0),
         ("s_to_target", "wireless_s", 1.0),
         ("mb_to_target", "payload_bytes", 1e6),
+        ("j_to_target", "joules", 1.0),
     ):
-        mean = np.mean(numbers(firsts, key)) / unit if firsts else np.nan
-        row[name] = float(f"{mean:.4g}") if len(firsts) == len(runs) else ""
+        # Of some methods it is not known what they take of batteries.
+        known = [point for point in firsts if point.get(key, "") != ""]
+        mean = np.mean(numbers(known, key)) / unit if known else np.nan
+        row[name] = float(f"{mean:.4g}") if len(known) == len(runs) else ""
     return row
 
 

@@ -417,6 +417,19 @@ def test_the_curve_of_costs_has_what_is_better_than_all_before(runs):
     assert loss["value"] == sorted(loss["value"], reverse=True)
     assert accuracy["wireless_s"] == loss["wireless_s"]
     assert accuracy["up_bytes"] == [0, *[None] * 6]
+    assert set(accuracy["joules"]) == {None}
+
+
+def test_energy_is_shown_where_it_is_known(runs):
+    goal = Target("accuracy", 0.6)
+    assert "energy" not in Report(runs, targets=[goal]).html()
+    rounds = [replace(r, joules=2000.0 * r.server_round) for r in runs[0].tally.rounds]
+    told = replace(runs[0], rounds=rounds)
+    page = Report([told, runs[1]], targets=[goal]).html()
+    assert page.count('data-label="energy">24 kJ<') == 1
+    assert [row[-1] for row in costs_table(page)] == ["8 kJ", "–"]
+    assert '<option value="joules">energy (J)</option>' in page
+    assert cost_columns(told)["accuracy"]["joules"][-1] == 24_000.0
 
 
 def test_a_run_that_ended_at_its_target_is_finished(runs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -131,5 +132,7 @@ def test_the_final_line_says_what_a_target_took():
     assert not was_reached(None, rounds)
     said = spent_words(target, rounds)
     assert said == " target_round=2 target_s=3.000 target_up_mb=2.000"
+    rounds[1] = replace(rounds[1], joules=2.5)
+    assert spent_words(target, rounds) == f"{said} target_j=2.500"
     assert spent_words(target, rounds[:1]) == " target_round=none"
     assert spent_words(None, rounds) == ""

@@ -34,7 +34,7 @@ function drawLearning() {
 function drawCosts() {
   const metric = byId("metric").value;
   const cost = byId("cost").value;
-  const unit = cost === "wireless_s" ? 1 : 1e6;
+  const unit = cost.endsWith("_bytes") ? 1e6 : 1;
   const tables = runs.map((run) => {
     const found = run.costs[metric] || { value: [], [cost]: [] };
     const known = found.value.map((_, i) => i).filter((i) => found[cost][i] !== null);
