@@ -162,5 +162,6 @@ def _known(problem: AllocationProblem) -> EnergyCosts:
     raise UserError(
         "An energy allocator has to know what devices draw, and these do not say: "
         f"{', '.join(names)}{f' and {more} more' if more else ''}. State "
-        "compute-power-w and transmit-power-w, in watts, in their profiles."
+        "compute-power-w and transmit-power-w, in watts, in their profiles; fleets of "
+        "`lola-flwr fleet generate 6 --power` do."
     )

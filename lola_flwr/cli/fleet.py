@@ -40,14 +40,19 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fleet.")] = 0,
+    power: Annotated[
+        bool, typer.Option("--power", help="Say what each draws, by published figures.")
+    ] = False,
 ) -> None:
     """Draw a heterogeneous fleet, from single-board computers to small accelerators.
 
     Example: `lola-flwr fleet generate 20 --seed 1 --out fleet.toml`
     """
+    from lola_flwr.system.devices import FleetRanges
     from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
 
-    text = fleet_toml(generate_fleet(devices, seed=seed))
+    ranges = FleetRanges().with_powers() if power else None
+    text = fleet_toml(generate_fleet(devices, seed=seed, ranges=ranges))
     if out is None:
         print(text, end="")
         return
@@ -67,19 +72,35 @@ def generate(
 
 
 @app.command()
-def show(path: FleetFile, as_json: AsJson = False) -> None:
+def show(
+    path: FleetFile,
+    as_json: AsJson = False,
+    as_toml: Annotated[
+        bool, typer.Option("--toml", help="Print a fleet file, to be completed.")
+    ] = False,
+) -> None:
     """Show a fleet as a table.
 
     Example: `lola-flwr fleet show fleet.toml`
+
+    Presets as a file: `lola-flwr fleet show raspberry-pi-5:8 --toml > fleet.toml`
     """
-    from lola_flwr.system.fleet_file import read_fleet
+    from lola_flwr.system.fleet_file import fleet_toml, read_fleet
 
     fleet = read_fleet(path)
+    if as_toml:
+        print(fleet_toml(fleet), end="")
+        return
     if as_json:
         print_json([device.to_properties() for device in fleet])
         return
     rows = table(f"{path}: {len(fleet)} devices", "device", "speed", "memory", "uplink")
-    for device in fleet:
+    powers = [(d.compute_power_w, d.transmit_power_w) for d in fleet]
+    tells_power = set(powers) != {(None, None)}
+    if tells_power:
+        rows.add_column("computes at", justify="right")
+        rows.add_column("sends at", justify="right")
+    for device, stated in zip(fleet, powers, strict=True):
         rows.add_row(
             device.name,
             si(device.flops_per_s, "FLOP/s"),
@@ -87,6 +108,7 @@ def show(path: FleetFile, as_json: AsJson = False) -> None:
             f"{device.snr_db:.1f} dB"
             if device.uplink_bps is None
             else si(device.uplink_bps, "bit/s"),
+            *[_watts(power) for power in stated] * tells_power,
         )
     console().print(rows)
 
@@ -120,7 +142,7 @@ def presets(as_json: AsJson = False) -> None:
         return
     rows = table(
         "Datasheet figures, not measured: `lola-flwr profile` measures a device.",
-        *("preset", "peak", "speed", "installed", "memory", "uplink"),
+        *("preset", "peak", "speed", "installed", "memory", "uplink", "power"),
     )
     for preset in known:
         rows.add_row(
@@ -130,20 +152,28 @@ def presets(as_json: AsJson = False) -> None:
             si(preset.installed_bytes, "B"),
             si(preset.memory_bytes, "B"),
             si(preset.uplink_bps, "bit/s"),
+            _watts(preset.compute_power_w),
         )
     out = console()
     out.print(rows)
     out.print(
         "\nspeed: what training is assumed to sustain of the peak; memory: what it is "
-        "assumed to have of the installed; uplink: as stated below, and often slower."
+        "assumed to have of the installed; uplink: as stated below, and often slower; "
+        "power: of the module while it computes, where that is published."
     )
     for preset in known:
         out.print(f"\n{preset.name}: {preset.what}")
         out.print(f"  peak: {preset.speed_source}")
         out.print(f"  installed: {preset.memory_source}")
         out.print(f"  uplink: {preset.uplink_source}")
+        if preset.power_source:
+            out.print(f"  power: {preset.power_source}")
         if preset.note:
             out.print(f"  note: {preset.note}")
+
+
+def _watts(power: float | None) -> str:
+    return "–" if power is None else si(power, "W")
 
 
 def fleet_of(path: Path | None, num_devices: int, seed: int) -> Fleet:

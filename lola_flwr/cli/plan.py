@@ -58,6 +58,9 @@ def plan(
     fading: Annotated[
         bool, typer.Option(help="Rayleigh fading, or every device's mean SNR.")
     ] = True,
+    energy_slack: Annotated[
+        float, typer.Option(min=0, help="Latency given up for less energy, relative.")
+    ] = 0.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Plan one round: a block and a share of the uplink for every device.
@@ -85,12 +88,13 @@ def plan(
     largest, batch_sizes = _batches(batch_size)
     there = fleet_of(fleet, 20 if devices is None else devices, seed)
 
-    from lola_flwr.allocation import ALLOCATORS, find_allocator
+    from lola_flwr.allocation import ENERGY_ALLOCATORS, find_allocator
     from lola_flwr.planning import (
         AllocationOptions,
         Known,
         Plan,
         RunStatement,
+        comparable,
         compare,
         matching_seed,
         named_model_costs,
@@ -101,6 +105,11 @@ def plan(
     from lola_flwr.system.own_channel import find_channel
 
     find_allocator(allocator)
+    if batch_sizes and allocator in ENERGY_ALLOCATORS:
+        raise UserError(
+            f"--batch-size=auto chooses for time, and --allocator={allocator} for "
+            "energy; give a --batch-size."
+        )
     costs = named_model_costs(
         model,
         batch_size=largest,
@@ -115,7 +124,9 @@ def plan(
             fading=fading,
             own_rates=find_channel(channel),
         ),
-        allocation=AllocationOptions(allocator=allocator, batch_sizes=batch_sizes),
+        allocation=AllocationOptions(
+            allocator=allocator, batch_sizes=batch_sizes, energy_slack=energy_slack
+        ),
         seed=seed,
     )
     by_name = sorted(there, key=lambda device: device.name)
@@ -126,12 +137,14 @@ def plan(
     problem = solved.stated.problem
     if batch_sizes:
         # Another allocator's round would have other batches.
-        plans = [Plan(allocator, solved.allocation, solve_s)]
+        joules = [part.joules for part in parts]
+        plans = [Plan(allocator, solved.allocation, solve_s, joules)]
     else:
         plans = compare(
             problem,
-            list(dict.fromkeys([allocator, *ALLOCATORS])),
+            list(dict.fromkeys([allocator, *comparable(problem)])),
             seed=matching_seed(seed, server_round),
+            energy_slack=energy_slack,
         )
     if as_json:
         print_json(_as_json(problem, plans, parts, model))
@@ -178,7 +191,7 @@ def _as_json(
                 "payload_bits": 8.0 * part.payload_bytes,
                 "required_memory_bytes": part.required_memory_bytes,
                 "memory_bytes": part.memory_bytes,
-                **({} if part.batch_size is None else {"batch_size": part.batch_size}),
+                **_known(batch_size=part.batch_size, joules=part.joules),
             }
             for part in parts
         ],
@@ -188,10 +201,15 @@ def _as_json(
                 "round_s": finite(plan.allocation.round_s),
                 "bound_s": finite(plan.allocation.bound_s),
                 "solve_s": plan.solve_s,
+                **_known(joules=plan.total_j, worst_device_j=plan.worst_j),
             }
             for plan in plans
         ],
     }
+
+
+def _known(**values: float | None) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _print(
@@ -210,6 +228,9 @@ def _print(
     chosen = any(part.batch_size is not None for part in parts)
     if chosen:
         rows.add_column("batch", justify="right")
+    tells_energy = all(part.joules is not None for part in parts)
+    if tells_energy:
+        rows.add_column("energy", justify="right")
     rows.add_column("▒ compute  █ upload", justify="left")
     for part in parts:
         rows.add_row(
@@ -222,19 +243,23 @@ def _print(
             f"{si(part.required_memory_bytes or 0, 'B')} of "
             f"{si(part.memory_bytes or 0, 'B')}",
             *[str(part.batch_size)] * chosen,
+            *[si(part.joules or 0, "J")] * tells_energy,
             bars(part.compute_s, part.upload_s, round_s),
         )
     if chosen:
         console().print(rows)
         return
     best_s = min(plan.allocation.round_s for plan in plans)
-    side = table("\nAllocators", "allocator", "latency", "above best", "solved in")
+    columns = ["allocator", "latency", "above best", "solved in"]
+    columns[3:3] = ["energy", "worst device"] * tells_energy
+    side = table("\nAllocators", *columns)
     for plan in sorted(plans, key=lambda plan: plan.allocation.round_s):
         allocation = plan.allocation
         side.add_row(
             plan.allocator,
             f"{allocation.round_s:.3f} s",
             f"{allocation.round_s / best_s - 1:.1%}",
+            *[si(j or 0, "J") for j in (plan.total_j, plan.worst_j)] * tells_energy,
             f"{1e3 * plan.solve_s:.1f} ms",
         )
     out = console()

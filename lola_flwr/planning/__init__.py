@@ -7,6 +7,7 @@ rounds will take, and a run's own rounds are planned by the same functions.
 from lola_flwr.planning.batches import BATCH_SIZES, solve_round
 from lola_flwr.planning.fleet_plans import (
     Plan,
+    comparable,
     compare,
     named_model_costs,
     plan_rounds,
@@ -30,6 +31,7 @@ __all__ = [
     "RoundProblem",
     "RunStatement",
     "SolvedRound",
+    "comparable",
     "compare",
     "matching_seed",
     "most_valuable_blocks",

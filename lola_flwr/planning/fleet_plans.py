@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 
 from lola_flwr.allocation import (
     ALLOCATORS,
+    ENERGY_ALLOCATORS,
     RANDOM_ALLOCATORS,
     Allocation,
     AllocationProblem,
@@ -39,11 +41,25 @@ class Plan:
         The answer.
     solve_s
         Seconds that it took here.
+    joules
+        Energy of each device; None where it is not known.
     """
 
     allocator: str
     allocation: Allocation
     solve_s: float
+    joules: Sequence[float | None]
+
+    @property
+    def total_j(self) -> float | None:
+        """Energy of the round, joules; None where it is not known."""
+        return None if None in self.joules else sum(filter(None, self.joules))
+
+    @property
+    def worst_j(self) -> float | None:
+        """Energy of the device that it takes most of, joules; None if not known."""
+        known = [*filter(None, self.joules)]
+        return None if None in self.joules else max(known, default=0.0)
 
 
 def named_model_costs(
@@ -142,9 +158,10 @@ def round_problem(
 
 def compare(
     problem: AllocationProblem,
-    allocators: Sequence[str] = tuple(ALLOCATORS),
+    allocators: Sequence[str] | None = None,
     *,
     seed: int = 0,
+    energy_slack: float = AllocationOptions.energy_slack,
 ) -> list[Plan]:
     """Solve one problem under several allocators.
 
@@ -153,9 +170,11 @@ def compare(
     problem
         The instance.
     allocators
-        Names as for `allocate`.
+        Names as for `allocate` (default: all that know enough of the problem).
     seed
         Seed of the random ones.
+    energy_slack
+        Relative latency that those of energy may give up.
 
     Raises
     ------
@@ -169,12 +188,24 @@ def compare(
     import scipy.sparse.csgraph  # noqa: F401
 
     plans = []
-    for name in allocators:
+    for name in comparable(problem) if allocators is None else allocators:
         options: dict[str, Any] = {"seed": seed} if name in RANDOM_ALLOCATORS else {}
+        if name in ENERGY_ALLOCATORS:
+            options["slack"] = energy_slack
         start = time.perf_counter()
         allocation = allocate(problem, name, **options)
-        plans.append(Plan(name, allocation, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        joules = [None if math.isnan(j) else j for j in allocation.joules(problem)]
+        plans.append(Plan(name, allocation, seconds, joules))
     return plans
+
+
+def comparable(problem: AllocationProblem) -> tuple[str, ...]:
+    """Return the names of the allocators that know enough of a problem."""
+    energy = problem.energy
+    if energy is None or energy.unknown.any():
+        return tuple(ALLOCATORS)
+    return (*ALLOCATORS, *ENERGY_ALLOCATORS)
 
 
 def plan_rounds(

@@ -109,7 +109,7 @@ class AllocationOptions:
         for name in ("batch_sizes", "rotation_eps", "sharing_eps"):
             if self.saves_energy and getattr(self, name):
                 raise UserError(
-                    f"{name}={getattr(self, name)} does not go with "
+                    f"{name} does not go with "
                     f"allocator={self.allocator!r}, whose shares it would change; drop "
                     "one of the two."
                 )

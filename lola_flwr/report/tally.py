@@ -115,19 +115,16 @@ class Tally:
             _sums(self.bytes[name]) for name in ("received_bytes", "sent_bytes")
         )
         start = self.rounds[0].start_metrics if self.rounds else {}
-        known = 0.0 if self.rounds and self.rounds[0].joules is not None else None
-        points = [Spent(0, start[metric], 0.0, 0, 0, known)] if metric in start else []
-        return points + [
-            Spent(
-                record.server_round,
-                record.metrics[metric],
-                record.wireless_s,
-                *sent,
-                record.joules,
-            )
-            for record, *sent in zip(self.rounds, up_bytes, down_bytes, strict=True)
-            if metric in record.metrics
-        ]
+        points = []
+        if metric in start:
+            known = None if self.rounds[0].joules is None else 0.0
+            points.append(Spent(0, start[metric], 0.0, 0, 0, known))
+        for record, up, down in zip(self.rounds, up_bytes, down_bytes, strict=True):
+            if metric in record.metrics:
+                spent = (record.wireless_s, up, down, record.joules)
+                value = record.metrics[metric]
+                points.append(Spent(record.server_round, value, *spent))
+        return points
 
 
 def _sums(counts: Sequence[float | None]) -> Sequence[float | None]:

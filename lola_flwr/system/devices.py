@@ -201,13 +201,14 @@ class FleetRanges:
     def with_powers(self) -> FleetRanges:
         """Return the same with what such devices draw by published figures.
 
-        From the 3 W of a Raspberry Pi 4 ("typical bare-board active current" of 0.6 A
-        at 5 V, by its documentation) to the 15 W that a Jetson Orin Nano's data sheet
-        allows; sending over LTE, from 1.3 W for the radio alone to 3.8 W at 5.6 Mbit/s
-        (Huang et al., MobiSys 2012, table 4: 1.288 W, and 0.438 W for each Mbit/s).
+        Computing, from the 5 W mode of a Jetson Nano to the 15 W mode of a Jetson Orin
+        Nano, by their data sheets; sending over LTE, from 1.3 W for the radio alone to
+        3.8 W at 5.6 Mbit/s (Huang et al., A Close Examination of Performance and Power
+        Characteristics of 4G LTE Networks, MobiSys 2012, table 4: 1.288 W, and 0.438 W
+        for each Mbit/s).
         """
         return replace(
-            self, compute_power_w=(3.0, 15.0), transmit_power_w=(1.288, 3.76)
+            self, compute_power_w=(5.0, 15.0), transmit_power_w=(1.288, 3.76)
         )
 
 

@@ -133,10 +133,13 @@ def parse_fleet(text: str) -> Fleet:
 
 def fleet_toml(fleet: Sequence[DeviceProfile]) -> str:
     """Return the text of a fleet file."""
+    tells_power = any(device.compute_power_w is not None for device in fleet)
     return (
         "# A fleet for lola-flwr. Of each device: training speed (floating-point\n"
         "# operations a second), memory that fine-tuning may use (bytes), and mean\n"
-        "# uplink SNR over the whole band (dB).\n\n"
+        "# uplink SNR over the whole band (dB).\n"
+        + "# Power: what the whole device draws, in watts.\n" * tells_power
+        + "\n"
     ) + tomli_w.dumps({"device": [device.to_properties() for device in fleet]})
 
 

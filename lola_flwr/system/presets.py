@@ -50,6 +50,11 @@ class Preset:
         Rate of its link, bit/s.
     speed_source, memory_source, uplink_source
         Where the figures are published.
+    compute_power_w
+        What it draws while it computes, watts; None where nothing is published of the
+        whole device. Of sending nothing is: that is for whoever measures.
+    power_source
+        Where that is published; may be empty.
     note
         What else to know; may be empty.
     """
@@ -64,6 +69,8 @@ class Preset:
     speed_source: str
     memory_source: str
     uplink_source: str
+    compute_power_w: float | None = None
+    power_source: str = ""
     note: str = ""
 
     def device(self, name: str) -> DeviceProfile:
@@ -73,6 +80,7 @@ class Preset:
             flops_per_s=self.flops_per_s,
             memory_bytes=self.memory_bytes,
             uplink_bps=self.uplink_bps,
+            compute_power_w=self.compute_power_w,
         )
 
 
@@ -150,5 +158,7 @@ def _preset(
         speed_source=table["speed-source"],
         memory_source=table["memory-source"],
         uplink_source=table["uplink-source"],
+        compute_power_w=table.get("compute-power-w"),
+        power_source=table.get("power-source", ""),
         note=table.get("note", ""),
     )

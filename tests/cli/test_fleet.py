@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,12 @@ from hypothesis import strategies as st
 from lola_flwr.cli.main import main
 from lola_flwr.errors import UserError
 from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.system.fleet_file import fleet_toml, generate_fleet, parse_fleet
+from lola_flwr.system.fleet_file import (
+    fleet_toml,
+    generate_fleet,
+    parse_fleet,
+    read_fleet,
+)
 
 PROFILES = st.builds(
     DeviceProfile,
@@ -22,6 +28,8 @@ PROFILES = st.builds(
     uplink_bps=st.none() | st.floats(1e3, 1e12),
     splits_batch=st.booleans(),
     recomputes_suffix=st.booleans(),
+    compute_power_w=st.none() | st.floats(0, 1e4),
+    transmit_power_w=st.none() | st.floats(0, 1e4),
 )
 
 
@@ -55,6 +63,24 @@ def test_generate_show_validate(tmp_path, capsys):
         for device in json.loads(capsys.readouterr().out)
     ]
     assert tuple(shown) == generate_fleet(5, seed=2)
+
+
+def test_a_fleet_that_says_what_it_draws_is_the_same_otherwise(tmp_path, capsys):
+    path = tmp_path / "fleet.toml"
+    command = ["fleet", "generate", "5", "--seed", "2", "--power", "--out", str(path)]
+    assert main(command) == 0
+    told, plain = read_fleet(path), generate_fleet(5, seed=2)
+    unsaid = {"compute_power_w": None, "transmit_power_w": None}
+    assert tuple(replace(device, **unsaid) for device in told) == plain
+    by_speed = sorted(told, key=lambda device: device.flops_per_s)
+    powers = [device.compute_power_w for device in by_speed]
+    assert powers == sorted(powers)
+    assert powers[0] >= 5 and powers[-1] <= 15
+    sending = [device.transmit_power_w for device in told]
+    assert 1.288 <= min(sending) < max(sending) <= 3.76
+    capsys.readouterr()
+    assert main(["fleet", "show", str(path)]) == 0
+    assert "sends at" in capsys.readouterr().out
 
 
 def test_a_name_is_no_markup(tmp_path, capsys):

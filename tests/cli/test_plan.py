@@ -19,7 +19,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from lola_flwr.allocation import ALLOCATORS, allocate
+from lola_flwr.allocation import ALLOCATORS, ENERGY_ALLOCATORS, allocate
 from lola_flwr.cli.main import main
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.costs.shapes import KNOWN_MODELS, model_shapes
@@ -27,6 +27,7 @@ from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.loading import load_classifier
 from lola_flwr.model.sources import RANDOM_SHAPES
 from lola_flwr.planning import named_model_costs, round_problem
+from lola_flwr.system.devices import FleetRanges
 from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
 from tests.marks import rest_slow
 
@@ -62,6 +63,61 @@ def test_table_shows_every_active_device_and_allocator(capsys):
     assert "6 of 20 devices train 6 blocks" in shown
     assert "(crunch)" in shown
     assert all(name in shown for name in ALLOCATORS)
+
+
+def test_joules_are_shown_where_devices_say_what_they_draw(capsys, tmp_path):
+    fleet = generate_fleet(8, seed=1, ranges=FleetRanges().with_powers())
+    file = tmp_path / "fleet.toml"
+    file.write_text(fleet_toml(fleet))
+    arguments = ["--fleet", str(file), "--model", "minilm-l6", "--energy-slack", "0.3"]
+    shown = planned(capsys, *arguments, "--allocator", "energy")
+    parts, rows = shown["blocks"], {r["allocator"]: r for r in shown["allocators"]}
+    assert {*rows} == {*ALLOCATORS, *ENERGY_ALLOCATORS}
+    powers = {device.name: device for device in fleet}
+    for part in parts:
+        device = powers[part["device"]]
+        assert part["joules"] == pytest.approx(
+            device.compute_power_w * part["compute_s"]
+            + device.transmit_power_w * part["upload_s"]
+        )
+    least_j = sum(part["joules"] for part in parts)
+    assert rows["energy"]["joules"] == pytest.approx(least_j)
+    assert least_j < rows["exact"]["joules"]
+    worst_j = rows["energy-worst"]["worst_device_j"]
+    assert worst_j < max(part["joules"] for part in parts)
+    for name in ENERGY_ALLOCATORS:
+        assert rows[name]["round_s"] <= 1.3 * rows["exact"]["round_s"] * (1 + 1e-9)
+    assert main(["plan", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "worst device" in said and " J" in said
+
+
+@pytest.mark.slow
+def test_joules_of_batches_that_are_chosen_are_those_of_the_devices(capsys, tmp_path):
+    fleet = generate_fleet(8, seed=1, ranges=FleetRanges().with_powers())
+    (tmp_path / "fleet.toml").write_text(fleet_toml(fleet))
+    arguments = ["--fleet", str(tmp_path / "fleet.toml"), "--model", "minilm-l6"]
+    shown = planned(capsys, *arguments, "--batch-size", "auto")
+    joules = [part["joules"] for part in shown["blocks"]]
+    (row,) = shown["allocators"]
+    assert row["joules"] == pytest.approx(sum(joules))
+    assert row["worst_device_j"] == max(joules)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--allocator", "energy"], "State compute-power-w and transmit-power-w"),
+        (
+            ["--allocator", "energy-worst", "--batch-size", "auto"],
+            "--batch-size=auto chooses for time, and --allocator=energy-worst for ene",
+        ),
+    ],
+)
+def test_energy_allocators_say_what_they_lack(capsys, arguments, says):
+    assert main(["plan", "--devices", "8", "--model", "minilm-l6", *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
 
 
 def test_without_fading_the_round_does_not_matter(capsys):

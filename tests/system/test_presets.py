@@ -13,6 +13,7 @@ from lola_flwr.system.fleet_file import (
     fleet_toml,
     from_anywhere,
     generate_fleet,
+    parse_fleet,
     read_fleet,
 )
 from lola_flwr.system.presets import presets
@@ -36,6 +37,11 @@ def test_every_preset_is_a_device_with_its_sources(name):
     assert device.uplink_bps == presets()[name].uplink_bps
     for source in ("speed_source", "memory_source", "uplink_source"):
         assert len(getattr(presets()[name], source)) > 10
+    preset = presets()[name]
+    assert device.compute_power_w == preset.compute_power_w
+    assert (preset.compute_power_w is None) == (preset.power_source == "")
+    # Of none is it published.
+    assert device.transmit_power_w is None
 
 
 def test_a_fleet_of_presets_is_planned(capsys):
@@ -46,6 +52,12 @@ def test_a_fleet_of_presets_is_planned(capsys):
         *(f"jetson-orin-nano-{number}" for number in range(1, 5)),
         *(f"raspberry-pi-5-{number}" for number in range(1, 9)),
     }
+
+
+def test_presets_can_be_completed_in_a_file(capsys):
+    assert main(["fleet", "show", "jetson-nano:2,laptop", "--toml"]) == 0
+    text = capsys.readouterr().out
+    assert parse_fleet(text) == read_fleet("jetson-nano:2,laptop")
 
 
 def test_names_sort_as_numbers():
