@@ -51,7 +51,6 @@ SECAGG_REFUSAL = (
 # What the projections of zeroth-order training travel as, in a report.
 PROJECTION_TYPE = np.dtype("<f4")
 
-
 # Before keys of ours, where a project's own stand beside them.
 OURS = "lola-"
 
@@ -249,8 +248,7 @@ class UpdateReport(_Record):
         Memory that the training step took at its peak, weights included, as measured;
         None if it was not.
     compute_j
-        Energy that the device took in ``compute_s``, joules, as its sensors measured
-        it; None without any.
+        Joules that its sensors measured in ``compute_s``; None without any.
     direction_seed
         Seed of the directions that a zeroth-order update is about.
     projections
