@@ -7,16 +7,21 @@ import json
 import tomllib
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.container import ErrorbarContainer
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from lola_flwr.allocation import ALLOCATORS
 from lola_flwr.simulation import FinishedRun
 from simulations.figures import depth, latency, learning, outcomes, plots, summary
+from simulations.figures.pages import SCREEN, Page
 from simulations.figures.tables import markdown_table, write_csv
 
 DRAWS = latency.draws(3, rounds=2)
@@ -34,12 +39,33 @@ def points(rows):
     return summary.summarize(rows, "transmit_snr_db")
 
 
-def assert_drawn(figure, path):
-    plots.save(figure, path)
-    pixels = imread(path)[:, :, :3]
+def assert_drawn(draw, path):
+    SCREEN.save(draw, path, "title")
+    pixels = imread(path.with_suffix(".png"))[:, :, :3]
     background = pixels[0, 0]
     # Less would be a title on an empty page.
     assert (pixels != background).any(axis=2).mean() > 0.03
+
+
+def assert_fits_a_column(draw, path):
+    """Draw for a paper; return the figure."""
+    drawn = []
+    page = Page(is_paper=True, format="pdf")
+    page.save(lambda p: drawn.append(draw(p)) or drawn[0], path, "what it shows")
+    (figure,) = drawn
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    assert path.with_suffix(".txt").read_text() == "what it shows\n"
+    assert figure.get_figwidth() == 3.5
+    assert figure.get_suptitle() == ""
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
+    assert len(texts) > 10
+    assert min(text.get_fontsize() for text in texts) >= 7.0
+    # Nothing reaches beyond the page: it was laid out for it.
+    box = figure.get_tightbbox()
+    assert box.x0 >= -0.05 and box.x1 <= 3.55
+    assert {axes.get_xscale() for axes in figure.axes} == {"linear"}
+    assert {axes.get_yscale() for axes in figure.axes} == {"linear"}
+    return figure
 
 
 class TestLatency:
@@ -148,15 +174,18 @@ class TestSummary:
 
 class TestDepth:
     def test_measures_every_depth_and_the_whole_model(self, tmp_path):
-        threads = torch.get_num_threads()
+        threads, lines = torch.get_num_threads(), []
         rows = depth.depth_rows(
             model_name="random:roberta-tiny",
             batch_size=2,
             sequence_length=16,
-            repeats=1,
-            num_threads=1,
+            least=2,
+            most=2,
+            report=lines.append,
         )
         assert torch.get_num_threads() == threads
+        assert [row["steps"] for row in rows] == [2] * 5
+        assert len(lines) == 5
         assert [row["depth"] for row in rows] == [1, 2, 3, 4, depth.WHOLE_MODEL]
         for key in ("saved_bytes", "model_saved_bytes", "model_flops"):
             values = [row[key] for row in rows]
@@ -166,7 +195,44 @@ class TestDepth:
         # The cost model's speed is fitted to the sum of all that was measured.
         measured_s = sum(row["forward_s"] + row["backward_s"] for row in rows)
         assert sum(row["model_s"] for row in rows) == pytest.approx(measured_s)
-        assert_drawn(plots.depth_figure(rows, "title"), tmp_path / "depth.png")
+        draw = partial(plots.depth_figure, rows)
+        assert_drawn(draw, tmp_path / "depth")
+        assert_fits_a_column(draw, tmp_path / "depth")
+        # Bars have their spread on top.
+        left, _ = draw(SCREEN).axes
+        (bars,) = (c for c in left.containers if isinstance(c, ErrorbarContainer))
+        assert len(bars.lines[2][0].get_segments()) == 5
+
+    def test_steps_are_repeated_until_their_spread_is_small(self):
+        seconds = {
+            "steady": cycle([1.0]),
+            "jumpy": cycle([1.0, 1.2]),
+            "wild": cycle([1.0, 9.0]),
+        }
+        lines = []
+        timed = depth.repeated(
+            {
+                name: lambda values=values: (next(values), 1.0)
+                for name, values in seconds.items()
+            },
+            spread=0.02,
+            least=3,
+            most=25,
+            report=lines.append,
+        )
+        counts = {name: len(found.steps_s) for name, found in timed.items()}
+        assert counts["steady"] == 3
+        assert 3 < counts["jumpy"] < 25
+        assert counts["wild"] == 25
+        for name in ("steady", "jumpy"):
+            assert timed[name].spread <= 0.02
+        before = depth.Timed(timed["jumpy"].steps_s[:-1])
+        assert before.spread > 0.02
+        assert [line.split(":")[0] for line in lines] == [
+            f"  depth {name}" for name in ("steady", "jumpy", "wild")
+        ]
+        steps_s = timed["jumpy"].steps_s.sum(axis=1)
+        assert timed["jumpy"].deviation_s == pytest.approx(np.std(steps_s, ddof=1))
 
     def test_cooperation_needs_the_mean_block(self, tmp_path):
         rows = depth.memory_rows(DRAWS[:2], batch_sizes=(4, 16))
@@ -178,7 +244,8 @@ class TestDepth:
         for row in rows:
             parts = ("weights_bytes", "gradients_bytes", "activations_bytes")
             assert sum(row[part] for part in parts) == pytest.approx(row["mean_bytes"])
-        assert_drawn(plots.memory_figure(rows, "title"), tmp_path / "memory.png")
+        assert_drawn(partial(plots.memory_figure, rows), tmp_path / "memory")
+        assert_fits_a_column(partial(plots.memory_figure, rows), tmp_path / "memory")
 
 
 class TestOutput:
@@ -198,12 +265,15 @@ class TestOutput:
         assert set(learning.METHODS) | set(learning.ROTATIONS) <= set(plots.STYLES)
 
     def test_latency_figure(self, points, tmp_path):
-        figure = plots.latency_figure(points, "transmit_snr_db", "title")
-        assert_drawn(figure, tmp_path / "latency.png")
-        left, right = figure.axes
+        draw = partial(plots.latency_figure, points, "transmit_snr_db")
+        assert_drawn(draw, tmp_path / "latency")
+        left, right = draw(SCREEN).axes
         assert len(left.lines) == len(latency.CONTENDERS)
         # The exact optimum is not compared with itself; the target is a line, too.
         assert len(right.lines) == len(latency.CONTENDERS)
+        paper = assert_fits_a_column(draw, tmp_path / "latency")
+        region_s = [p["mean_s"] for p in points if p["allocator"] == plots.REGION]
+        assert paper.axes[0].get_ylim() == pytest.approx((0, 1.05 * max(region_s)))
 
     def test_markdown(self):
         table = markdown_table([{"name": "a", "value": 1.5}])
@@ -301,6 +371,45 @@ class TestReuse:
         run_all(tmp_path, changed, longer)
         assert len(changed.configs) == 8
 
+    def test_a_stopped_run_finds_what_it_left(self, tmp_path):
+        run_all(tmp_path, FakeApp())
+        directory = tmp_path / "acceptability-exact-seed0"
+        log = directory / "rounds.jsonl"
+        log.write_text(log.read_text().splitlines(keepends=True)[0])
+        (directory / "checkpoints").mkdir()
+        found = []
+
+        class Resumed(FakeApp):
+            def __call__(self, app, **arguments):
+                found.append((directory / "checkpoints").is_dir())
+                return super().__call__(app, **arguments)
+
+        run_all(tmp_path, Resumed())
+        assert found == [True]
+        # Of another configuration nothing is left.
+        (directory / "checkpoints").mkdir()
+        run_all(tmp_path, Resumed(), replace(TINY, rounds=6))
+        assert found[1] is False
+
+    def test_a_run_is_complete_at_its_target(self, tmp_path):
+        def complete(records, **changes):
+            config = {"rounds": 3, "target": "", **changes}
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            lines = [
+                json.dumps({"server_round": r, "metrics": m}) + "\n"
+                for r, m in enumerate(records, start=1)
+            ]
+            (tmp_path / "rounds.jsonl").write_text("".join(lines))
+            return learning.reusable_records(tmp_path, config) is not None
+
+        low, high = {"f1": 0.6}, {"f1": 0.8}
+        assert complete([{}, {}, low])
+        assert not complete([{}, high])
+        assert complete([{}, high], target="f1>=0.7")
+        assert not complete([{}, low], target="f1>=0.7")
+        assert complete([{}, {}, low], target="f1>=0.7")
+        assert not complete([], target="f1>=0.7")
+
     @pytest.mark.parametrize(
         "app", [FakeApp(status="finished:failed"), FakeApp(stop_after=2)]
     )
@@ -330,8 +439,35 @@ class TestLearning:
         assert block["largest_memory_bytes"] > block["mean_memory_bytes"]
         (line, *_) = outcomes.outcome_table(ends)
         assert line["final"] == "0.4000 ± 0.0000"
-        figure = plots.learning_figure(curves, list(learning.METHODS), "title")
-        assert_drawn(figure, tmp_path / "learning.png")
+        draw = partial(plots.learning_figure, curves, list(learning.METHODS))
+        assert_drawn(draw, tmp_path / "learning")
+
+    def test_a_paper_shows_time_until_all_but_the_slowest_end(self, tmp_path):
+        rows = [
+            {
+                **{"task": "cola", "method": method, "seed": seed, "metric": "f1"},
+                **{"server_round": r, "wireless_s": r * step_s, "value": 0.2 * r},
+            }
+            for method, step_s in (("exact", 2.0), ("fedavg-full+shares", 50.0))
+            for seed in range(2)
+            for r in range(1, 5)
+        ]
+        names = ["exact", "fedavg-full+shares"]
+        draw = partial(plots.learning_figure, rows, names)
+        figure = assert_fits_a_column(draw, tmp_path / "learning")
+        (axes,) = figure.axes
+        assert axes.get_xlim() == pytest.approx((0.0, 1.25 * 8.0))
+        assert [text.get_text() for text in axes.texts] == ["at 200 s"]
+
+    def test_a_mean_is_one_of_all_seeds(self):
+        rows = [
+            {"seed": seed, "server_round": r, "wireless_s": 2.0 * r + seed, "value": v}
+            for seed, values in enumerate(([0.1, 0.5, 0.9], [0.3, 0.7]))
+            for r, v in enumerate(values, start=1)
+        ]
+        np.testing.assert_allclose(
+            plots.mean_curve(rows), [[2.5, 0.2, 0.1, 0.3], [4.5, 0.6, 0.5, 0.7]]
+        )
 
     def test_rotation_is_compared_at_equal_wireless_time(self, tmp_path):
         runs = run_all(tmp_path, FakeApp(), methods=learning.ROTATIONS)

@@ -18,7 +18,7 @@ from simulations.compare.methods import Method, Point, RunSettings
 from simulations.compare.report import comparison_figure, comparison_rows
 from simulations.compare.runs import run_method
 from simulations.compare.tasks import Task, image_task, text_task
-from simulations.figures.plots import save
+from simulations.figures.pages import SCREEN
 from simulations.figures.tables import Row, markdown_table, write_csv
 
 METHODS = Path(__file__).with_name("comparison.toml")
@@ -90,7 +90,7 @@ def compare(options: argparse.Namespace) -> None:
         target.require_in({str(point["metric"]): 0.0 for point in curves})
     rows = comparison_rows(curves, target)
     write_csv(out / "comparison.csv", rows)
-    save(comparison_figure(curves), out / "comparison.png")
+    SCREEN.save(lambda _: comparison_figure(curves), out / "comparison")
     print(markdown_table(rows))
 
 

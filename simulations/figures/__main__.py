@@ -7,11 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import local_path
-from simulations.figures import depth, latency, learning, outcomes, plots, summary
+from simulations.figures import (
+    depth,
+    latency,
+    learning,
+    outcomes,
+    pages,
+    plots,
+    summary,
+)
 from simulations.figures.tables import Row, markdown_table, numbers, write_csv
 
 _OUR_CHOICE = "Fleets (20–400 GFLOP/s, 1–8 GB), batch and 16-bit payload are our choice"
@@ -31,6 +40,7 @@ class Options:
     out: Path
     fleets: int
     learning: learning.LearningSetting
+    page: pages.Page
 
     @property
     def draws(self) -> list[latency.Draw]:
@@ -40,13 +50,21 @@ class Options:
 
 def fig4a(options: Options) -> None:
     """Time and memory of each depth."""
-    rows = depth.depth_rows()
+    rows = depth.depth_rows(report=partial(print, flush=True))
     write_csv(options.out / "fig4a.csv", rows)
     title = (
         "Fine-tuning one layer of RoBERTa-base, by depth "
-        "(batch of 16 × 64 tokens, two CPU cores, fastest of 3 steps, no dropout)"
+        "(batch of 16 × 64 tokens, one CPU core, "
+        f"means of {_least_and_most(rows)} steps, no dropout)"
     )
-    plots.save(plots.depth_figure(rows, title), options.out / "fig4a.png")
+    options.page.save(
+        lambda page: plots.depth_figure(rows, page), options.out / "fig4a", title
+    )
+
+
+def _least_and_most(rows: Sequence[Row]) -> str:
+    counts = sorted({int(row["steps"]) for row in rows})
+    return "–".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
 
 
 def fig4b(options: Options) -> None:
@@ -54,7 +72,9 @@ def fig4b(options: Options) -> None:
     rows = depth.memory_rows(options.draws)
     write_csv(options.out / "fig4b.csv", rows)
     title = "Memory to fine-tune RoBERTa-base, 64 tokens (cost model, no dropout)"
-    plots.save(plots.memory_figure(rows, title), options.out / "fig4b.png")
+    options.page.save(
+        lambda page: plots.memory_figure(rows, page), options.out / "fig4b", title
+    )
 
 
 def fig5a(options: Options) -> None:
@@ -91,10 +111,11 @@ def learning_curves(options: Options) -> None:
     write_csv(options.out / "learning.csv", curves)
     write_csv(options.out / "learning_outcomes.csv", ends)
     _print_table(options.out / "learning_outcomes.md", table)
-    figure = plots.learning_figure(
-        curves, list(learning.METHODS), _learning_title(options.learning)
+    options.page.save(
+        lambda page: plots.learning_figure(curves, list(learning.METHODS), page),
+        options.out / "learning",
+        _learning_title(options.learning),
     )
-    plots.save(figure, options.out / "learning.png")
 
 
 def rotation(options: Options) -> None:
@@ -114,13 +135,12 @@ def rotation(options: Options) -> None:
     _print_table(
         options.out / "rotation_equal_time.md", outcomes.rotation_table(comparison)
     )
-    figure = plots.learning_figure(
-        curves,
-        list(learning.ROTATIONS),
+    names = list(learning.ROTATIONS)
+    options.page.save(
+        lambda page: plots.learning_figure(curves, names, page, log_time=False),
+        options.out / "rotation",
         f"Dirichlet(0.3) split: {_learning_title(setting)}",
-        log_time=False,
     )
-    plots.save(figure, options.out / "rotation.png")
 
 
 FIGURES: Mapping[str, Callable[[Options], None]] = {
@@ -180,7 +200,9 @@ def _latency_figure(
         f"{title}\n{_OUR_CHOICE}; at least {least} draws a point\n"
         f"FedAvg-full leaves out {excluded:.0%} of the devices for want of memory"
     )
-    plots.save(plots.latency_figure(points, x, title), options.out / f"{name}.png")
+    options.page.save(
+        lambda page: plots.latency_figure(points, x, page), options.out / name, title
+    )
     return points
 
 
@@ -220,6 +242,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="learning: runs of each")
     parser.add_argument("--rounds", type=int, default=30, help="learning: rounds")
     parser.add_argument("--model", default="minilm-l6", help="learning: model")
+    pages.add_page_options(parser)
     arguments = parser.parse_args()
     options = Options(
         out=arguments.out,
@@ -230,6 +253,7 @@ def main() -> int:
             rounds=arguments.rounds,
             model=arguments.model,
         ),
+        page=pages.page_of(arguments),
     )
     for name in arguments.only or FIGURES:
         start = time.perf_counter()

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lola_flwr.run.target import Target
 from lola_flwr.simulation import FinishedRun, run_app
+from lola_flwr.simulation.flower_app import check_config, check_start, read_app
+from lola_flwr.simulation.process import own_processes
 
 APP = Path(__file__).parents[1] / "glue"
 EMBEDDED_TASK = "acceptability"
@@ -164,6 +167,21 @@ def run_all(
     return runs
 
 
+def run_in_processes(
+    app: Path, *, num_devices: int, run_config: Sequence[str], home: Path
+) -> FinishedRun:
+    """Run an app as `run_app` does, but in this process and others beside it.
+
+    Neither Ray nor a SuperLink is started; the records are the same.
+    """
+    found = read_app(app)
+    config = {**found.config, **tomllib.loads("\n".join(run_config))}
+    check_config(found, config)
+    check_start(found, config, num_devices)
+    with own_processes(found, num_devices=num_devices, config=config, home=home) as run:
+        return run(None)
+
+
 def finished_run(
     directory: Path,
     overrides: Mapping[str, Any],
@@ -177,7 +195,8 @@ def finished_run(
     Parameters
     ----------
     directory
-        The run's directory: config.json and rounds.jsonl.
+        The run's directory: config.json and rounds.jsonl. A run of this configuration
+        that was stopped goes on there from its last checkpoint.
     overrides
         What differs from the app's own configuration; names num-devices.
     home
@@ -195,10 +214,12 @@ def finished_run(
     if records is not None:
         report(f"{directory.name}: finished before")
         return config, records
-    # What an earlier configuration left must not be taken for this one's.
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    _config_file(directory).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    if not _is_of(directory, config):
+        # What an earlier configuration left must not be taken for this one's.
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        text = json.dumps(config, indent=1)
+        _config_file(directory).write_text(text, encoding="utf-8")
     run_config = {**overrides, "output-dir": str(directory.absolute())}
     finished = launch(
         APP,
@@ -227,16 +248,32 @@ def app_config() -> dict[str, Any]:
 def reusable_records(
     directory: Path, config: Mapping[str, Any]
 ) -> Sequence[Record] | None:
-    """Return the round log of a complete run of this configuration, if there is one."""
+    """Return the round log of a complete run of this configuration, if there is one.
+
+    It is complete after all rounds, or the one in which the target was reached.
+    """
+    if not _is_of(directory, config):
+        return None
     try:
-        known = json.loads(_config_file(directory).read_text(encoding="utf-8"))
         lines = (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
         records: list[Record] = [json.loads(line) for line in lines]
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    expected = list(range(1, int(config["rounds"]) + 1))
-    complete = [record["server_round"] for record in records] == expected
-    return records if complete and known == dict(config) else None
+    numbers = [record["server_round"] for record in records]
+    if not records or numbers != list(range(1, len(records) + 1)):
+        return None
+    target = str(config["target"])
+    is_there = bool(target) and Target.parse(target).holds(records[-1]["metrics"])
+    return records if is_there or len(records) == int(config["rounds"]) else None
+
+
+def _is_of(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Tell whether a run's directory is that of a configuration."""
+    try:
+        text = _config_file(directory).read_text(encoding="utf-8")
+        return bool(json.loads(text) == dict(config))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
 
 
 def _config_file(directory: Path) -> Path:
