@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all test-testbed test-arm64 check mutants matrix migration bench figures compare attacks testbed docs clean
+.PHONY: venv demo test test-all test-testbed test-arm64 check mutants matrix migration bench figures compare evidence attacks testbed docs clean
 
 venv: $(VENV)/.installed
 
@@ -62,13 +62,19 @@ migration: venv
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest simulations/benchmarks -o python_files='bench_*.py'
 
-# The paper's figures. GLUE=DIR adds learning curves on SST-2 and CoLA.
+# The paper's figures. GLUE=DIR adds learning curves on SST-2 and CoLA. For a paper's column:
+# FIGURES='--format pdf --style paper'.
 figures: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.figures --out runs/figures $(if $(GLUE),--glue $(GLUE))
+	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.figures --out runs/figures $(if $(GLUE),--glue $(GLUE)) $(FIGURES)
 
 # Every method side by side (docs/methods.md). COMPARE passes options on: see --help.
 compare: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.compare --out runs/compare $(COMPARE)
+
+# CoLA, MRPC and SST-2 beside FedAvg, three seeds (docs/measured.md); it goes on where it was
+# stopped. EVIDENCE='--tasks mrpc --seeds 1', '--format pdf --style paper'.
+evidence: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.evidence --out runs/evidence $(if $(GLUE),--glue $(GLUE)) $(EVIDENCE)
 
 # What hostile devices do to a run (docs/security.md). ATTACKS='--seeds 1 --shares 0.2'.
 attacks: venv

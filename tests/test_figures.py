@@ -63,6 +63,10 @@ def assert_fits_a_column(draw, path):
     # Nothing reaches beyond the page: it was laid out for it.
     box = figure.get_tightbbox()
     assert box.x0 >= -0.05 and box.x1 <= 3.55
+    for axes in figure.axes:
+        # Nor does a label beyond its own panel.
+        height = axes.get_window_extent().height
+        assert axes.yaxis.label.get_window_extent().height <= 1.25 * height
     assert {axes.get_xscale() for axes in figure.axes} == {"linear"}
     assert {axes.get_yscale() for axes in figure.axes} == {"linear"}
     return figure

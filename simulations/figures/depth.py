@@ -170,7 +170,9 @@ def depth_rows(
             most=most,
             report=report,
         )
-    flops, model_bytes = _modelled(model, shapes, layers, batch_size, sequence_length)
+    flops, model_bytes = _modelled(
+        model.config.hidden_size, shapes, layers, batch_size, sequence_length
+    )
     measured_s = sum(float(found.mean_s.sum()) for found in timed.values())
     flops_per_s = sum(flops) / measured_s
     rows: list[Row] = []
@@ -198,7 +200,7 @@ def depth_rows(
 
 
 def _modelled(
-    model: nn.Module,
+    hidden_size: int,
     shapes: Mapping[str, Sequence[int]],
     layers: BlockPartition,
     batch_size: int,
@@ -217,8 +219,8 @@ def _modelled(
         )
         assert costs.step is not None
         # Besides, one hidden state is on its way back.
-        passing = 4.0 * sequence_length * model.config.hidden_size
-        kept = batch_size * (costs.step.pass_bytes.per_sequence - passing)
+        passing = _FLOAT_BYTES * sequence_length * hidden_size
+        kept = batch_size * (np.asarray(costs.step.pass_bytes.per_sequence) - passing)
         flops += costs.flops[::-1].tolist()
         kept_bytes += kept[::-1].tolist()
     return flops, kept_bytes

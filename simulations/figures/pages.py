@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _PAPER_WIDTH_IN = 3.5
-# Of a column's panels; legend and labels come to it.
+# Of a column's panels, and of each line of the legend below them.
 _PAPER_PANEL_IN = 2.2
-_PAPER_LEGEND_IN = 0.8
+_PAPER_LINE_IN = 0.15
 _FORMATS = ("png", "pdf", "svg")
 _SCREEN_TEXT = {
     "figure.titlesize": 11.0,
@@ -66,7 +66,7 @@ class Page:
             Width and height on a screen, where panels are side by side.
         """
         if self.is_paper:
-            size_in = _PAPER_WIDTH_IN, _PAPER_PANEL_IN * count + _PAPER_LEGEND_IN
+            size_in = _PAPER_WIDTH_IN, _PAPER_PANEL_IN * count
         figure = Figure(figsize=size_in, layout="constrained")
         grid = (count, 1) if self.is_paper else (1, count)
         return figure, [*figure.subplots(*grid, squeeze=False).flat]
@@ -82,6 +82,9 @@ class Page:
             Its columns on a screen.
         """
         handles, labels = axes.get_legend_handles_labels()
+        if self.is_paper:
+            height_in = figure.get_figheight() + _PAPER_LINE_IN * (len(labels) + 1)
+            figure.set_figheight(height_in)
         figure.legend(
             handles,
             labels,
@@ -117,7 +120,7 @@ class Page:
             figure.savefig(path.with_suffix(f".{self.format}"), dpi=130)
 
     @property
-    def _text(self) -> Mapping[str, Any]:
+    def _text(self) -> Any:
         return _PAPER_TEXT if self.is_paper else _SCREEN_TEXT
 
 

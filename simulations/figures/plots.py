@@ -99,7 +99,11 @@ def latency_figure(summary: Sequence[Row], x: str, page: Page = SCREEN) -> Figur
     right.axhline(TARGET_REDUCTION, color=GREY, linestyle=":", linewidth=1.5)
     right.set_ylim(-0.02, 1.02)
     right.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
-    right.set_ylabel("mean latency of the exact optimum below ...")
+    right.set_ylabel(
+        "exact optimum below it"
+        if page.is_paper
+        else "mean latency of the exact optimum below ..."
+    )
     for axes in (left, right):
         axes.set_xlabel(X_LABELS[x])
         axes.grid(alpha=0.3)
@@ -259,7 +263,8 @@ def memory_figure(rows: Sequence[Row], page: Page = SCREEN) -> Figure:
         fontsize=7 if page.is_paper else 8,
         rotation=90 if page.is_paper else 0,
     )
-    axes.set_ylabel("average memory of a device (GiB)")
+    of_whom = "" if page.is_paper else " of a device"
+    axes.set_ylabel(f"mean memory{of_whom} (GiB)")
     axes.set_ylim(top=(1.6 if page.is_paper else 1.12) * axes.get_ylim()[1])
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
