@@ -37,7 +37,7 @@ def least_band(cost: Float64Array) -> float:
         cost[device, first, last],
         constraints=[LinearConstraint(path, ends, ends), LinearConstraint(used, 1, 1)],
     )
-    if found.status == _OPTIMAL:
+    if found.status == _OPTIMAL and found.fun is not None:
         return min(float(found.fun), 1.0)
     return 1.0 if found.status == _INFEASIBLE else 0.0
 
