@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median_low
 from typing import Any, TypeVar
 
@@ -97,7 +98,7 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         self._sent_at, self._longest_s = time.monotonic(), math.inf
         packed: dict[tuple[str, tuple[str, ...]], Encoded] = {}
         pack = {
-            VALUES: self._coordinator.packed,
+            VALUES: partial(self._coordinator.packed, codec=plan.whole_codec),
             MOVES: self._coordinator.packed_moves,
         }
         for device in plan.assignments:

@@ -54,7 +54,9 @@ def sent_model(
     def shapes_of(some: Sequence[str]) -> dict[str, Sequence[int]]:
         return {name: shapes[name] for name in some}
 
-    received = received_values(values, shapes_of(manifest.sent_names(names)))
+    whole = codec_named(manifest.whole_codec or "fp32")
+    sent = shapes_of(manifest.sent_names(names))
+    received = received_values(values, sent, whole)
     moves: Mapping[str, npt.NDArray[Any]] = {}
     if moved := manifest.moved_names(names):
         codec = codec_named(manifest.codec)

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,12 @@ from safetensors.numpy import load_file, save_file
 
 from lola_flwr.arrays import Float32Array
 from lola_flwr.machine.files import local_path, replacing, writing
+from lola_flwr.wire.packing import moved_by
 from lola_flwr.wire.versions import Manifest, digest
 
 _DAY_S = 86_400
+# What a piece was before, and what was evaluated: the server's own values.
+_OTHERS = 2
 
 
 class LostCopy(Exception):
@@ -68,7 +71,7 @@ def run_store(run_id: int, root: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class PieceStore:
-    """The pieces of the model that a device holds, by the digest of their content.
+    """The pieces of the model that a device holds, by place and digest.
 
     Devices may share it, as those of one simulation do: equal pieces are one file.
 
@@ -80,16 +83,15 @@ class PieceStore:
 
     directory: Path
 
-    def read(self, content: str) -> list[npt.NDArray[Any]] | None:
+    def read(self, place: int, content: str) -> list[npt.NDArray[Any]] | None:
         """Return the arrays of a piece; None if they are not here, or damaged.
 
         A damaged file is removed, so that the piece is written anew when it comes.
         """
-        path = self._path(content)
+        path = self._path(place, content)
         with suppress(SafetensorError):
             try:
                 arrays = load_file(path)
-                os.utime(path)  # used now: not to be removed next
             except FileNotFoundError:
                 return None
             values = [arrays[key] for key in sorted(arrays)]
@@ -98,45 +100,46 @@ class PieceStore:
         path.unlink(missing_ok=True)
         return None
 
-    def write(self, content: str, arrays: Sequence[npt.NDArray[Any]]) -> bool:
+    def write(
+        self, place: int, content: str, arrays: Sequence[npt.NDArray[Any]]
+    ) -> bool:
         """Keep the arrays of a piece, whose digest is known to be ``content``.
 
         Returns
         -------
         Whether they were not here yet.
         """
-        path = self._path(content)
-        with suppress(FileNotFoundError):
-            os.utime(path)
+        path = self._path(place, content)
+        if path.exists():
             return False
         _write(path, {f"{i:07d}": array for i, array in enumerate(arrays)})
         return True
 
-    def keep_only(self, contents: Collection[str]) -> None:
-        """Remove what was not used for longest.
+    def keep_only(self, contents: Sequence[str]) -> None:
+        """Remove what no device can have a use for any more.
 
-        Besides the pieces of ``contents``, only as many bytes of others stay: those of
-        the version before, which another device on this disk may be about to read.
+        Parameters
+        ----------
+        contents
+            Digest of what each place holds now. Besides, the latest others of each
+            stay, `_OTHERS` of them: another device on this disk, which was idle
+            meanwhile, may be sent how the piece has changed since, or be evaluating it.
         """
-        kept_bytes, others = 0, []
+        others: dict[str, list[tuple[float, Path]]] = {}
         for path in self.directory.glob("piece-*"):
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                if path.stem.removeprefix("piece-") in contents:
-                    kept_bytes += status.st_size
-                else:
-                    others.append((status.st_mtime, status.st_size, path))
-        spare_bytes = kept_bytes
-        for _, nbytes, path in sorted(others, reverse=True):
-            spare_bytes -= nbytes
-            if spare_bytes < 0:
+            _, place, content = path.stem.split("-")
+            if content != contents[int(place)]:
+                with suppress(FileNotFoundError):
+                    others.setdefault(place, []).append((path.stat().st_mtime, path))
+        for written in others.values():
+            for _, path in sorted(written, reverse=True)[_OTHERS:]:
                 path.unlink(missing_ok=True)
 
-    def _path(self, content: str) -> Path:
+    def _path(self, place: int, content: str) -> Path:
         # From the network: no other name may come to stand in a path.
         if not re.fullmatch("[0-9a-f]{32}", content):
             raise ValueError(f"{content!r} is no digest.")
-        return self.directory / f"piece-{content}.safetensors"
+        return self.directory / f"piece-{place:03d}-{content}.safetensors"
 
 
 def complete(
@@ -177,25 +180,25 @@ def complete(
     arrays: dict[int, npt.NDArray[Any]] = {}
     missing = []
     has_grown = False
-    for piece in manifest.pieces:
+    for place, piece in enumerate(manifest.pieces):
         if piece.sent and piece.base is None:
             values = [sent[position] for position in piece.positions]
             if store is not None:
-                has_grown |= store.write(piece.digest, values)
+                has_grown |= store.write(place, piece.digest, values)
         else:
             content = piece.base or piece.digest
-            held = None if store is None else store.read(content)
+            held = None if store is None else store.read(place, content)
             if held is None or len(held) != len(piece.positions):
                 missing.append(content)
                 continue
             values = held
             if piece.base is not None and store is not None:
                 steps = [moved[position] for position in piece.positions]
-                values = [a + b for a, b in zip(held, steps, strict=True)]
+                values = [*map(moved_by, held, steps)]
                 if digest(values) != piece.digest:
                     missing.append(piece.digest)
                     continue
-                has_grown |= store.write(piece.digest, values)
+                has_grown |= store.write(place, piece.digest, values)
         arrays |= zip(piece.positions, values, strict=True)
     if missing:
         raise LostCopy(
@@ -203,7 +206,7 @@ def complete(
             f"{missing[0]}, are neither in the message nor in {directory}."
         )
     if store is not None and has_grown:
-        store.keep_only({piece.digest for piece in manifest.pieces})
+        store.keep_only([piece.digest for piece in manifest.pieces])
     return [arrays[position] for position in range(manifest.num_arrays)]
 
 

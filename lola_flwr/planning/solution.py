@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from lola_flwr.allocation import (
     RANDOM_ALLOCATORS,
     Allocation,
@@ -73,6 +75,16 @@ class SolvedRound:
         for row, block in enumerate(self.allocation.block_of_device.tolist()):
             if block >= 0:
                 yield row, block
+
+    def overhearing(self) -> IntArray:
+        """Return the rows of idle devices whom the broadcast brings all they lack."""
+        broadcast = self.stated.broadcast
+        if broadcast is None:
+            return np.empty(0, np.int64)
+        active = np.array([row for row, _ in self.active()], np.int64)
+        hears = broadcast.waits & (broadcast.own_s(active) <= broadcast.wait_s(active))
+        hears[active] = False
+        return np.flatnonzero(hears)
 
 
 def solve_round_at(run: RunStatement, known: Known) -> SolvedRound:

@@ -303,10 +303,18 @@ class Coordinator:
         """Return the trainable parameters' current values, as views."""
         return self._model.state()
 
-    def packed(self, names: Sequence[str]) -> WireArray:
-        """Return what devices are sent of some parameters, perhaps as a view."""
+    def packed(self, names: Sequence[str], codec: str = "") -> WireArray:
+        """Return what devices are sent of some parameters, perhaps as a view.
+
+        Parameters
+        ----------
+        names
+            The parameters.
+        codec
+            What they travel in; "": they are sent as they are.
+        """
         if self._reference is not None:
-            return self._reference.packed(names)
+            return self._reference.packed(names, codec or "fp32")
         return self._model.packed(names)
 
     def packed_moves(self, names: Sequence[str]) -> WireArray:

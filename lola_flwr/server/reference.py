@@ -4,7 +4,8 @@ The server keeps the values that its devices hold, the *reference*. Each round i
 encodes by how much its own differ from these, decodes that as the devices will, and
 adds it: the reference is the devices' model bit for bit, and what the code has left out
 is part of the next change (*error feedback*). Devices that hold the reference of the
-round before are sent the change; all others the reference itself.
+round before are sent the change; all others the reference itself, whose values are
+rounded to bfloat16 for that: in half the bytes it comes as it is.
 
 References
 ----------
@@ -22,7 +23,7 @@ import numpy as np
 from lola_flwr.arrays import Float32Arrays
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.wire.codec import WireArray, codec_named
-from lola_flwr.wire.packing import pack
+from lola_flwr.wire.packing import WHOLE_CODEC, moved_by, pack
 from lola_flwr.wire.versions import ModelVersion, Versions, digest
 
 # Prefix, in a snapshot, of the reference's values.
@@ -64,10 +65,10 @@ class Reference:
         """
         now = self._versions.of([*values.values()])
         if not self._values:
-            self._values = {name: v.copy() for name, v in values.items()}
-            self._encoded, self._version = now.digests, now
-            return now
-        before = self._version or self._versions.of([*self._values.values()])
+            self._values = {n: moved_by(v, np.zeros_like(v)) for n, v in values.items()}
+            self._encoded, self._version = now.digests, self._of_values()
+            return self._version
+        before = self._version or self._of_values()
         names = [*values]
         digests, bases = [*before.digests], [*before.bases]
         for place, positions in enumerate(now.pieces):
@@ -79,20 +80,22 @@ class Reference:
                 self._moves[name] = move
                 shape = values[name].shape
                 # A new array: the old one may be on its way to a checkpoint.
-                self._values[name] = self._values[name] + self._codec.decode(
-                    move, shape
-                )
+                change = self._codec.decode(move, shape)
+                self._values[name] = moved_by(self._values[name], change)
             bases[place] = before.digests[place]
             digests[place] = digest(self._values[name] for name in piece)
         self._encoded = now.digests
-        self._version = replace(
-            before, digests=tuple(digests), bases=tuple(bases), codec=self._name
-        )
+        self._version = replace(before, digests=tuple(digests), bases=tuple(bases))
         return self._version
 
-    def packed(self, names: Sequence[str]) -> WireArray:
+    def _of_values(self) -> ModelVersion:
+        version = self._versions.of([*self._values.values()])
+        return replace(version, codec=self._name, whole_codec=WHOLE_CODEC)
+
+    def packed(self, names: Sequence[str], codec: str = "fp32") -> WireArray:
         """Return the reference's values of some parameters in one array."""
-        return pack({name: self._values[name] for name in names})
+        whole = codec_named(codec)
+        return pack({name: whole.encode(self._values[name]) for name in names})
 
     def packed_moves(self, names: Sequence[str]) -> WireArray:
         """Return the last changes of some parameters, encoded, in one array."""
@@ -112,7 +115,8 @@ class Reference:
         """Go on from a snapshot, which may hold more; no device holds anything then."""
         self.forget()
         self._values = {
-            name.removeprefix(_SENT): np.array(values)
+            # Those of earlier versions are not rounded.
+            name.removeprefix(_SENT): moved_by(values, np.zeros_like(values))
             for name, values in snapshot.arrays.items()
             if name.startswith(_SENT)
         }

@@ -39,6 +39,8 @@ class HeldVersions:
             piece = Piece(content, positions, sent)
             if sent and base in held:
                 piece = replace(piece, base=base, codec=version.codec)
+            elif sent:
+                piece = replace(piece, codec=version.whole_codec)
             pieces.append(piece)
         return Manifest(tuple(pieces))
 

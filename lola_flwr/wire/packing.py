@@ -22,6 +22,9 @@ GRADIENTS = "gradients"
 VALUES = "values"
 MOVES = "moves"
 
+# What the model comes down in where its changes are coded.
+WHOLE_CODEC = "bf16"
+
 _VALUES_CODEC = codec_named("fp32")
 
 
@@ -74,6 +77,12 @@ def unpack(
     }
 
 
+def moved_by(values: Float32Array, change: Float32Array) -> Float32Array:
+    """Return values after a change, rounded as they come down whole."""
+    whole = codec_named(WHOLE_CODEC)
+    return whole.decode(whole.encode(values + change), values.shape)
+
+
 def received_moves(
     received: Mapping[str, npt.NDArray[Any]],
     codec: Codec,
@@ -110,7 +119,9 @@ def received_moves(
 
 
 def received_values(
-    received: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, Sequence[int]]
+    received: Mapping[str, npt.NDArray[Any]],
+    shapes: Mapping[str, Sequence[int]],
+    codec: Codec = _VALUES_CODEC,
 ) -> dict[str, Float32Array]:
     """Return the values that a device was sent, by name.
 
@@ -121,6 +132,8 @@ def received_values(
         values themselves by name.
     shapes
         Shapes, by name, of the device's own parameters of which values were sent.
+    codec
+        What they travel in, if in one array (default: as they are).
 
     Returns
     -------
@@ -134,14 +147,12 @@ def received_values(
     if VALUES not in received:
         return {name: received[name] for name in shapes if name in received}
     packed = received[VALUES]
-    expected = packed_type(_VALUES_CODEC, shapes.values())
+    expected = packed_type(codec, shapes.values())
     if (packed.shape, packed.dtype) != expected:
         raise UserError(
             f"{packed.size} values of type {packed.dtype} received; this model has "
             f"{expected.size} in {len(shapes)} parameters, of type {expected.dtype}. "
             "Use the same model on server and device."
         )
-    wire = unpack(packed, _VALUES_CODEC, shapes)
-    return {
-        name: _VALUES_CODEC.decode(wire[name], shape) for name, shape in shapes.items()
-    }
+    wire = unpack(packed, codec, shapes)
+    return {name: codec.decode(wire[name], shape) for name, shape in shapes.items()}

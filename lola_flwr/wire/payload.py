@@ -8,7 +8,7 @@ and the records around it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,13 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.wire.codec import Codec, codec_ladder, codec_named
 from lola_flwr.wire.npy import NPY_HEADER_BYTES
-from lola_flwr.wire.packing import GRADIENTS, MOVES, VALUES, packed_type
+from lola_flwr.wire.packing import (
+    GRADIENTS,
+    MOVES,
+    VALUES,
+    WHOLE_CODEC,
+    packed_type,
+)
 from lola_flwr.wire.records import PROJECTION_TYPE
 from lola_flwr.wire.versions import Manifest
 
@@ -55,6 +61,8 @@ class SizesDown:
         Bytes of each array of the model, by name in the order of sending.
     moves
         Bytes of the change of each, as it is encoded.
+    coded
+        Bytes of each array, where it travels in the codec of what comes down whole.
     by_name
         Whether each is an array of its own; else all values are in one, and all
         changes.
@@ -62,6 +70,7 @@ class SizesDown:
 
     values: Mapping[str, int]
     moves: Mapping[str, int]
+    coded: Mapping[str, int] = field(default_factory=dict)
     by_name: bool = False
 
     @classmethod
@@ -69,11 +78,12 @@ class SizesDown:
         cls, arrays: Mapping[str, npt.NDArray[Any]], codec: str, *, by_name: bool
     ) -> SizesDown:
         """Return the sizes of a model's arrays, and of their changes in a codec."""
-        wire = codec_named(codec)
+        moves, whole = codec_named(codec), codec_named(WHOLE_CODEC)
         return cls(
             {name: values.nbytes for name, values in arrays.items()},
-            {name: wire.wire_type(v.shape).nbytes for name, v in arrays.items()},
-            by_name,
+            {name: moves.wire_type(v.shape).nbytes for name, v in arrays.items()},
+            {name: whole.wire_type(v.shape).nbytes for name, v in arrays.items()},
+            by_name=by_name,
         )
 
     def nbytes(self, manifest: Manifest | None) -> tuple[int, int]:
@@ -84,8 +94,9 @@ class SizesDown:
         if manifest is None:
             return sum(self.values.values()), 0
         names = [*self.values]
+        sizes = self.coded if manifest.whole_codec else self.values
         return (
-            sum(self.values[name] for name in manifest.sent_names(names)),
+            sum(sizes[name] for name in manifest.sent_names(names)),
             sum(self.moves[name] for name in manifest.moved_names(names)),
         )
 

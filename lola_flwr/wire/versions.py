@@ -36,7 +36,8 @@ _DIGEST_LENGTH = 32
 _RUN = "[0-9]{1,7}-[0-9]{1,7}"
 _DIGEST = "[0-9a-f]{32}"
 _PIECE = re.compile(
-    rf"(\+?)({_DIGEST})(?:~([a-z0-9]{{1,9}})~({_DIGEST}))?:({_RUN}(?:,{_RUN})*)"
+    rf"(\+?)({_DIGEST})(?:~([a-z0-9]{{1,9}})(?:~({_DIGEST}))?)?:"
+    rf"({_RUN}(?:,{_RUN})*)"
 )
 
 
@@ -98,7 +99,8 @@ class Piece:
         Digest of the content that the message holds the changes from; None: it holds
         the arrays themselves, or nothing.
     codec
-        Name of the codec that the changes travel in.
+        Name of the codec that the changes, or the arrays, travel in; "": arrays travel
+        as they are.
     """
 
     digest: str
@@ -140,12 +142,19 @@ class Manifest:
         MalformedManifest
             They are in several.
         """
-        codecs = {piece.codec for piece in self.pieces if piece.base}
-        if len(codecs) > 1:
-            raise MalformedManifest(
-                f"Changes in several codecs: {', '.join(sorted(codecs))}."
-            )
-        return codecs.pop() if codecs else ""
+        return _one_codec("Changes", (p.codec for p in self.pieces if p.base))
+
+    @property
+    def whole_codec(self) -> str:
+        """Name of the codec of the arrays that it holds; "": they are as they are.
+
+        Raises
+        ------
+        MalformedManifest
+            They are in several.
+        """
+        sent = (p.codec for p in self.pieces if p.sent and p.base is None)
+        return _one_codec("Arrays", sent)
 
     @property
     def leaves_out(self) -> bool:
@@ -230,12 +239,13 @@ class Manifest:
     def to_text(self) -> str:
         """Write it for the wire: ``+<digest>:0-15,32-35 ...``, where + means sent.
 
-        Of changes their codec and the content that they are from follow:
-        ``+<digest>~int8~<digest>:...``.
+        Of changes their codec and the content that they are from follow,
+        ``+<digest>~int8~<digest>:...``, and of arrays in a codec that.
         """
         return " ".join(
             f"{'+' * piece.sent}{piece.digest}"
-            f"{f'~{piece.codec}~{piece.base}' if piece.base else ''}:"
+            f"{f'~{piece.codec}' if piece.codec else ''}"
+            f"{f'~{piece.base}' if piece.base else ''}:"
             + ",".join(f"{first}-{last}" for first, last in _runs(piece.positions))
             for piece in self.pieces
         )
@@ -287,6 +297,15 @@ def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
+def _one_codec(what: str, codecs: Iterable[str]) -> str:
+    """Return the codec of what a message holds in one array."""
+    names = {*codecs}
+    if len(names) > 1:
+        listed = ", ".join(name or "none" for name in sorted(names))
+        raise MalformedManifest(f"{what} in several codecs: {listed}.")
+    return names.pop() if names else ""
+
+
 @dataclass(frozen=True)
 class ModelVersion:
     """What one version of the model consists of.
@@ -302,12 +321,16 @@ class ModelVersion:
         can be sent the change; None where nobody can.
     codec
         Name of the codec that changes travel in.
+    whole_codec
+        Name of the codec that arrays travel in, which says all of them; "": they travel
+        as they are.
     """
 
     pieces: tuple[tuple[int, ...], ...]
     digests: tuple[str, ...]
     bases: tuple[str | None, ...] = ()
     codec: str = ""
+    whole_codec: str = ""
 
     def __post_init__(self) -> None:
         """Without any, there are no changes to send."""

@@ -21,48 +21,54 @@ KINDS = [
 def test_what_was_written_is_read_and_nothing_else(tmp_path):
     store = PieceStore(tmp_path / "new")
     content = digest(KINDS)
-    assert store.read(content) is None
-    store.write(content, KINDS)
-    for read, written in zip(store.read(content), KINDS, strict=True):
+    assert store.read(0, content) is None
+    store.write(0, content, KINDS)
+    for read, written in zip(store.read(0, content), KINDS, strict=True):
         assert read.dtype == written.dtype
         np.testing.assert_array_equal(read, written)
-    assert store.read("0" * 32) is None
+    assert store.read(0, "0" * 32) is None
 
 
 def test_many_arrays_keep_their_order(tmp_path):
     arrays = [np.float32([i]) for i in range(120)]
     store = PieceStore(tmp_path)
-    store.write(digest(arrays), arrays)
-    np.testing.assert_array_equal(store.read(digest(arrays)), arrays)
+    store.write(0, digest(arrays), arrays)
+    np.testing.assert_array_equal(store.read(0, digest(arrays)), arrays)
 
 
 @pytest.mark.parametrize("damage", [b"", b"x" * 100, save({"0": KINDS[0]})])
 def test_a_damaged_file_is_as_none_and_written_anew(tmp_path, damage):
     store, content = PieceStore(tmp_path), digest(KINDS)
-    store.write(content, KINDS)
-    (tmp_path / f"piece-{content}.safetensors").write_bytes(damage)
-    assert store.read(content) is None
-    store.write(content, KINDS)
-    assert store.read(content) is not None
+    store.write(0, content, KINDS)
+    (tmp_path / f"piece-000-{content}.safetensors").write_bytes(damage)
+    assert store.read(0, content) is None
+    store.write(0, content, KINDS)
+    assert store.read(0, content) is not None
 
 
 def test_names_from_the_network_stay_inside_the_directory(tmp_path):
     with pytest.raises(ValueError, match="is no digest"):
-        PieceStore(tmp_path).read("../secret")
+        PieceStore(tmp_path).read(0, "../secret")
 
 
-def test_the_pieces_unused_for_longest_go_first(tmp_path):
+def test_what_nobody_can_be_sent_the_change_of_goes(tmp_path):
+    """Of each place what it holds and the two latest before stay, used or not."""
     store = PieceStore(tmp_path)
-    contents = []
-    for age in range(4):
-        arrays = [np.full(1000, age, np.float32)]
-        contents.append(digest(arrays))
-        store.write(contents[-1], arrays)
-        path = tmp_path / f"piece-{contents[-1]}.safetensors"
-        os.utime(path, (age, age))
-    store.keep_only({contents[0]})
-    held = [content for content in contents if store.read(content) is not None]
-    assert held == [contents[0], contents[3]], "as many bytes of others as of its own"
+    pieces = [[np.full(1000, age, np.float32)] for age in range(5)]
+    contents = [digest(arrays) for arrays in pieces]
+    for age, arrays in enumerate(pieces):
+        for place in (0, 1):
+            store.write(place, contents[age], arrays)
+            path = tmp_path / f"piece-{place:03d}-{contents[age]}.safetensors"
+            os.utime(path, (age, age))
+    # The second place was trained last three rounds ago, and read since.
+    assert store.read(1, contents[0]) is not None
+    store.keep_only([contents[4], contents[1]])
+    held = [
+        [age for age in range(5) if store.read(place, contents[age]) is not None]
+        for place in (0, 1)
+    ]
+    assert held == [[2, 3, 4], [1, 3, 4]]
 
 
 def test_another_run_s_directory_goes_when_a_day_old(tmp_path):

@@ -131,7 +131,7 @@ def test_a_damaged_copy_is_never_used(tmp_path):
     held = HeldVersions().acknowledged("a", first, first.version)
     second = held.manifest("a", VERSIONS.of(arrays))
     assert second.sent_positions == ()
-    victim = tmp_path / f"piece-{second.pieces[0].digest}.safetensors"
+    victim = tmp_path / f"piece-000-{second.pieces[0].digest}.safetensors"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(bytes(content))

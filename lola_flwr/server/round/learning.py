@@ -87,6 +87,8 @@ def _noise_observed(replies: RoundReplies) -> Iterator[NoiseObservation]:
 def _acknowledged(state: RunState, plan: RoundPlan, replies: RoundReplies) -> RunState:
     """Take in what devices hold now, where they were sent what they lacked."""
     held = state.held
+    for device, manifest in plan.overheard.items():
+        held = held.acknowledged(device, manifest, manifest.version)
     for device in replies.lost_copies:
         held = held.without(device)
     for device, accepted in replies.accepted.items():

@@ -28,12 +28,16 @@ class RoundPlan:
     manifests
         Which of the model's arrays each active device is sent, by device id; without
         one a device is sent all of them.
+    overheard
+        What idle devices that hear the broadcast have by it, by device id: all that
+        they lacked.
     """
 
     device_ids: tuple[str, ...]
     solved: SolvedRound
     assignments: Mapping[str, Assignment]
     manifests: Mapping[str, Manifest]
+    overheard: Mapping[str, Manifest]
 
     @property
     def server_round(self) -> int:
@@ -84,6 +88,11 @@ class RoundPlan:
         """Return the names, out of all in order, of what a device is sent."""
         manifest = self.manifests.get(device_id)
         return tuple(names) if manifest is None else manifest.sent_names(names)
+
+    @property
+    def whole_codec(self) -> str:
+        """Name of the codec that arrays travel in; "": as they are."""
+        return max((m.whole_codec for m in self.manifests.values()), default="")
 
     def moved_names(self, device_id: str, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names of that of which a device is sent the changes."""

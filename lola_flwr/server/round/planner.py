@@ -119,6 +119,11 @@ class RoundPlanner:
             solved=solved,
             assignments=self._assignments(solved, left, manifests),
             manifests=manifests,
+            overheard={
+                left[row]: state.held.manifest(left[row], version)
+                for row in solved.overhearing()
+                if version is not None and left[row] in state.held.of_device
+            },
         )
 
     def _download_bits(
