@@ -156,6 +156,77 @@ def test_what_a_device_holds_is_not_sent_again():
     assert name in parts, "the test is about this device"
 
 
+def holding(coordinator, server_round):
+    """Complete a round whose devices say what they hold; return its plan."""
+    plan = coordinator.plan_round(server_round, IDS)
+    replies = []
+    for device in plan.assignments:
+        reply = honest_reply(plan, device)
+        report = {**reply.report, "held": plan.manifests[device].version}
+        replies.append(replace(reply, report=report))
+    coordinator.complete_round(plan, replies)
+    return plan
+
+
+def test_idle_devices_hear_a_broadcast_if_they_hear_no_worse():
+    # Drawn at random, devices that hear badly take part while others are idle.
+    options = {"downlink": "changed", "downlink_codec": "int8"}
+    coordinator = cell("broadcast", allocator="random", **options)
+    overheard = 0
+    for server_round in range(1, 13):
+        known = dict(coordinator.state.held.of_device)
+        plan = holding(coordinator, server_round)
+        slowest_bps = min(
+            rates_bps(server_round)[plan.profiles[device].name]
+            for device in plan.assignments
+        )
+        most_bytes = max(
+            sum(coordinator_bytes(coordinator, manifest))
+            for manifest in plan.manifests.values()
+        )
+        now = coordinator.state.held
+        for device in set(IDS) - set(plan.assignments):
+            hears = rates_bps(server_round)[plan.profiles[device].name] >= slowest_bps
+            lacks = plan.overheard.get(device)
+            # Whoever was never asked has nothing that the change is from.
+            assert (lacks is not None) <= (hears and device in known)
+            if lacks is not None:
+                overheard += 1
+                assert sum(coordinator_bytes(coordinator, lacks)) <= most_bytes
+                assert now.of_device[device] == tuple(p.digest for p in lacks.pieces)
+            elif device in known:
+                assert now.of_device[device] == known[device]
+    assert overheard > 3
+
+
+def coordinator_bytes(coordinator, manifest):
+    sizes = SizesDown.of(coordinator.arrays(), "int8", by_name=False)
+    return sizes.nbytes(manifest)
+
+
+def test_who_is_sent_each_its_own_overhears_nothing():
+    coordinator = cell("unicast", downlink="changed", downlink_codec="int8")
+    for server_round in (1, 2, 3):
+        assert not holding(coordinator, server_round).overheard
+
+
+def test_a_device_whose_update_is_refused_still_holds_what_it_was_sent():
+    coordinator = cell("broadcast", downlink="changed", norm_factor=3.0)
+    for server_round in range(1, 4):
+        holding(coordinator, server_round)
+    plan = coordinator.plan_round(4, IDS)
+    device, *others = plan.assignments
+    replies = []
+    for each in (device, *others):
+        reply = honest_reply(plan, each, value=0.5 if each in others else 1e6)
+        report = {**reply.report, "held": plan.manifests[each].version}
+        replies.append(replace(reply, report=report))
+    record = coordinator.complete_round(plan, replies)
+    assert sum(record.refused.values()) == 1
+    held = coordinator.state.held.of_device[device]
+    assert held == tuple(p.digest for p in plan.manifests[device].pieces)
+
+
 def test_a_device_that_would_hear_for_hours_is_not_asked():
     coordinator = cell("broadcast", longest_round_s=20.0)
     far = DeviceProfile("far", flops_per_s=1e15, memory_bytes=1e12, snr_db=-60.0)

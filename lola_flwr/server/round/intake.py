@@ -79,6 +79,9 @@ class RoundReplies:
         used, but they have failed.
     lost_copies
         Devices that said they no longer hold what the server left out.
+    held
+        Which version the others say that they hold, whether or not their update was
+        used; None: they keep nothing.
     norms
         Norms of the updates of this round and of those before.
     reputation
@@ -90,6 +93,7 @@ class RoundReplies:
     refused: Mapping[str, int]
     lacked_bytes: Mapping[str, float | None]
     lost_copies: Set[str]
+    held: Mapping[str, str | None]
     unexplained_s: Mapping[str, float]
     norms: NormHistory
     reputation: Reputation | None
@@ -155,6 +159,7 @@ def read_replies(
         upload = Upload.of(reply, report, num_used)
         accepted[device] = AcceptedReply(update, report, upload, reply.answered_s)
         lacked_bytes[device] = None
+    held = {device: reply.report.held for device, reply in accepted.items()}
     # First-order updates, in the plan's order, lest it matters who came first.
     judgement = judged(
         reader.partition,
@@ -186,6 +191,7 @@ def read_replies(
         refused=dict(refused),
         lacked_bytes=lacked_bytes,
         lost_copies=lost_copies,
+        held=held,
         unexplained_s=unexplained_s,
         norms=judgement.norms,
         reputation=judgement.reputation,

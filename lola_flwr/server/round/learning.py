@@ -70,6 +70,7 @@ def learned(
         norms=replies.norms,
         reputation=replies.reputation or state.reputation,
         noise=state.noise.update(_noise_observed(replies)),
+        pace=state.pace.after(plan.solved.progress, plan.allocation.round_s),
     )
 
 
@@ -91,11 +92,9 @@ def _acknowledged(state: RunState, plan: RoundPlan, replies: RoundReplies) -> Ru
         held = held.acknowledged(device, manifest, manifest.version)
     for device in replies.lost_copies:
         held = held.without(device)
-    for device, accepted in replies.accepted.items():
+    for device, version in replies.held.items():
         if device in plan.manifests:
-            held = held.acknowledged(
-                device, plan.manifests[device], accepted.report.held
-            )
+            held = held.acknowledged(device, plan.manifests[device], version)
     return replace(state, held=held)
 
 
