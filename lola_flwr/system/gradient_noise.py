@@ -78,20 +78,26 @@ class GradientNoise:
         Latest estimates of ``|G|^2`` and ``tr(Sigma)``, oldest first, by block index.
     largest
         Largest noise scale of the median block so far; 0: nothing is known.
+    examples
+        Of how many examples each of these is: what few of them say of ``|G|^2`` is
+        mostly noise.
     """
 
     signal: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     variance: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     largest: float = 0.0
+    examples: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def update(self, observations: Iterable[NoiseObservation]) -> GradientNoise:
         """Return what is known after some observations."""
         signal, variance = dict(self.signal), dict(self.variance)
+        examples = {block: self._examples(block) for block in signal}
         for seen in observations:
             block = seen.block_index
             signal[block] = (*signal.get(block, ()), seen.signal)[-_WINDOW:]
             variance[block] = (*variance.get(block, ()), seen.variance)[-_WINDOW:]
-        known = GradientNoise(signal, variance, self.largest)
+            examples[block] = (*examples.get(block, ()), seen.examples)[-_WINDOW:]
+        known = GradientNoise(signal, variance, self.largest, examples)
         if not signal:
             return known
         count = sum(len(kept) for kept in signal.values())
@@ -101,11 +107,17 @@ class GradientNoise:
 
     def measured(self, block_index: int) -> float:
         """Return a block's noise scale as it is measured, examples; at least 1."""
-        signal = _middle(self.signal.get(block_index, ()))
-        variance = _middle(self.variance.get(block_index, ()))
+        weights = self._examples(block_index)
+        signal = _middle(self.signal.get(block_index, ()), weights)
+        variance = _middle(self.variance.get(block_index, ()), weights)
         if variance <= signal:
             return 1.0
         return _LARGEST if signal <= 0.0 else min(variance / signal, _LARGEST)
+
+    def _examples(self, block_index: int) -> tuple[int, ...]:
+        """Return the weights of a block's observations; earlier versions kept none."""
+        count = len(self.signal.get(block_index, ()))
+        return ((1,) * count + self.examples.get(block_index, ()))[-count:][:count]
 
     def scales(self, num_blocks: int) -> Float64Array:
         """Return the noise scale that each block's batch is to follow from, shape [N].
@@ -121,9 +133,10 @@ class GradientNoise:
         return np.asarray(1.0 / inverse.clip(common / _FURTHEST, common * _FURTHEST))
 
 
-def _middle(values: tuple[float, ...]) -> float:
+def _middle(values: tuple[float, ...], weights: tuple[int, ...]) -> float:
     """Return the mean of what is neither among the largest nor among the smallest."""
     if not values:
         return 0.0
     left_out = int(_LEFT_OUT * len(values))
-    return float(np.mean(np.sort(values)[left_out : len(values) - left_out]))
+    order = np.argsort(values)[left_out : len(values) - left_out]
+    return float(np.average(np.array(values)[order], weights=np.array(weights)[order]))

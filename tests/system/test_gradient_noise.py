@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -112,6 +114,23 @@ def observation(block: int, scale: float, rng: np.random.Generator) -> NoiseObse
     """One that is right on average, of ``|G| = 1``."""
     squares = [1.0 + scale / n * rng.uniform(0.8, 1.2) for n in (16, 128)]
     return NoiseObservation(block, 16, squares[0], 128, squares[1])
+
+
+def test_what_few_examples_say_counts_for_little():
+    """Of 4 examples, noise alone is 50 times the signal; of 512 it is not."""
+    rng, scale = np.random.default_rng(0), 200.0
+    noise = GradientNoise()
+    for n in range(24):
+        few, most = (1, 8) if n % 2 else (32, 256)
+        squares = [1 + scale / count * rng.uniform(0.3, 1.7) for count in (few, most)]
+        seen = NoiseObservation(0, few, squares[0], most, squares[1])
+        noise = noise.update([seen])
+    assert noise.measured(0) == pytest.approx(scale, rel=0.4)
+    # A checkpoint of an earlier version says nothing of numbers of examples.
+    earlier = replace(noise, examples={})
+    seen = observation(0, scale, rng)
+    assert earlier.measured(0) != noise.measured(0)
+    assert len(earlier.update([seen]).examples[0]) == 24
 
 
 def test_without_observations_all_blocks_have_the_same_scale():
