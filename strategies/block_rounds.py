@@ -97,7 +97,7 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
         """
         self._sent_at, self._longest_s = time.monotonic(), math.inf
         packed: dict[tuple[str, tuple[str, ...]], Encoded] = {}
-        pack = {
+        pack: dict[str, Callable[[Sequence[str]], npt.NDArray[Any]]] = {
             VALUES: partial(self._coordinator.packed, codec=plan.whole_codec),
             MOVES: self._coordinator.packed_moves,
         }

@@ -4,22 +4,28 @@ The gradient of B examples has the share ``B / (B + S)`` of the signal in its sq
 where S is its noise scale (McCandlish, Kaplan, Amodei et al., arXiv:1812.06162). With
 the learning rate that is best for each batch a step brings as much of what one without
 noise would. An optimizer that divides by the root of that square, such as AdamW, and
-keeps its learning rate, brings the root of it: a step is as long whatever the noise,
-and noise takes a part of it that goes nowhere. What a round brings is the mean of that
-over the model's blocks, and the time to a target falls as that over the round's
-latency, its rate, rises.
+keeps its learning rate, makes steps that are as long whatever the noise, of which the
+root of the share leads on; but what leads nowhere also keeps it from where it is going
+to, the more the nearer it is. Between both, the power 3/4 was measured to be best. What
+a round brings is the mean of that over the model's blocks. The time to a target falls
+as what all rounds bring over the time that they all take, the *pace*, rises. That is
+not the sum of each round's own best: where links differ from round to round, a second
+is worth what it brings in the others. That round is best whose progress less the pace
+times its latency is largest (the renewal-reward theorem; Dinkelbach, Management Science
+13, 1967): a bad one is short, and the next comes sooner.
 
 With the matching given, a device that computes ``c + a B`` and uploads for ``tau`` over
 the whole band needs the share ``tau / (T - c - a B)`` of it for a round of T seconds.
 That is convex in B and T together, and the progress is concave in B: the best progress
-P(T) is concave, its rate has one maximum, and a multiplier of the band's constraint
-bounds it.
+P(T) is concave, its gain over the pace has one maximum, and a multiplier of the band's
+constraint bounds it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,11 +33,11 @@ from lola_flwr.allocation.shares import best_deadline
 from lola_flwr.arrays import Float64Array, IntArray
 
 # Power of the signal's share that a step brings.
-_EXPONENT = 0.5
+_EXPONENT = 0.75
 # Lengths of a round that are looked at together, and how often their range narrows. At
-# its maximum the rate is flat: the error of the length counts by its square.
+# its maximum the gain is flat: the error of the length counts by its square.
 _LENGTHS, _NARROWINGS = 12, 4
-_BISECTIONS = 28
+_BISECTIONS = 20
 # Newton's steps to the best batch for a multiplier, and how far one may lead (log).
 _STEPS, _LONGEST_STEP = 9, 5.0
 # Of a sum of shares: in the shortest round there is no room to err.
@@ -67,6 +73,8 @@ class BatchProblem:
         Bounds of each device's batch, whole examples, shape (A,); at least 1.
     constant_s
         Time that every round takes besides, seconds.
+    pace
+        Progress that a second brings in other rounds.
     """
 
     fixed_s: Float64Array
@@ -77,6 +85,7 @@ class BatchProblem:
     least: IntArray
     most: IntArray
     constant_s: float = 0.0
+    pace: float = 0.0
 
     def compute_s(self, batch_size: IntArray) -> Float64Array:
         """Return the time that each device computes, shape (A,)."""
@@ -87,10 +96,14 @@ class BatchProblem:
         compute_s = self.compute_s(batch_size)
         return self.constant_s + best_deadline(compute_s, self.full_band_upload_s)
 
-    def rate(self, batch_size: IntArray) -> float:
-        """Return the round's progress a second at its best shares."""
+    def progress(self, batch_size: Float64Array | IntArray) -> Float64Array:
+        """Return what the round brings, of batches ``[..., A]``."""
         brought = self.weight * progress(batch_size, self.noise_scale)
-        return float(brought.sum()) / self.round_s(batch_size)
+        return np.asarray(brought.sum(axis=-1))
+
+    def gain(self, batch_size: IntArray) -> float:
+        """Return what the round brings more than other rounds in the same time."""
+        return float(self.progress(batch_size)) - self.pace * self.round_s(batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,24 +114,19 @@ class OwnBatches:
     ----------
     batch_size
         Examples of each device, shape (A,).
-    rate
-        The round's progress a second with them.
+    gain
+        What the round brings with them, less the pace times its latency.
     bound
-        No batches whatever, whole or not, have a higher rate: proven.
+        No batches whatever, whole or not, have a higher gain: proven.
     """
 
     batch_size: IntArray
-    rate: float
+    gain: float
     bound: float
-
-    @property
-    def gap(self) -> float:
-        """How far the rate can be from the best one, relative."""
-        return self.bound / self.rate - 1.0
 
 
 def own_batches(problem: BatchProblem) -> OwnBatches:
-    """Give each device the batch with which the round brings most progress a second.
+    """Give each device the batch with which the round brings most for its time.
 
     Parameters
     ----------
@@ -130,30 +138,35 @@ def own_batches(problem: BatchProblem) -> OwnBatches:
     For a length T and a multiplier of the band's constraint the best batches are a
     formula. The multiplier is bisected for several lengths at once, and the range of
     lengths narrowed around the best. What comes out is rounded, and then improved by an
-    example at a time. The bound holds whatever the search has found: it is the dual
-    function, and its tangent in T.
+    example at a time. The bound holds whatever the search has found: for any multiplier
+    m >= 0 the progress of a round of T is at most
+    ``D(T) = m + sum max_B (w (B / (B + S))^p - m tau / (T - c - a B))``, and as D is
+    concave, at most what its tangent in any length says.
     """
     shortest_s = problem.round_s(problem.least) - problem.constant_s
-    longest_s = problem.round_s(problem.most) - problem.constant_s
-    low_s, high_s = shortest_s, max(longest_s, shortest_s)
+    longest_s = max(problem.round_s(problem.most) - problem.constant_s, shortest_s)
+    low_s, high_s = shortest_s, longest_s
+    tangents = []
     for _ in range(_NARROWINGS):
-        lengths_s = np.linspace(low_s, high_s, _LENGTHS)
-        batch = _best_at(problem, lengths_s)
-        brought = (problem.weight * progress(batch, problem.noise_scale)).sum(axis=1)
-        best = int((brought / (lengths_s + problem.constant_s)).argmax())
+        lengths_s = np.geomspace(low_s, high_s, _LENGTHS) if low_s else np.zeros(1)
+        multiplier = _multipliers(problem, lengths_s)
+        batch = _lagrangian_batches(problem, lengths_s, multiplier)
+        tangents.append(_tangents(problem, lengths_s, multiplier, batch))
+        best = int((problem.progress(batch) - problem.pace * lengths_s).argmax())
         low_s = float(lengths_s[max(best - 1, 0)])
-        high_s = float(lengths_s[min(best + 1, _LENGTHS - 1)])
+        high_s = float(lengths_s[min(best + 1, lengths_s.size - 1)])
     # Between the devices' bounds every whole number is within them, too.
     rounded = [np.floor(batch[best] + 1e-9), np.rint(batch[best])]
-    found = max((each.astype(np.int64) for each in rounded), key=problem.rate)
+    found = max((each.astype(np.int64) for each in rounded), key=problem.gain)
     found = _improved(problem, np.clip(found, problem.least, problem.most))
-    rate = problem.rate(found)
-    bound = _bound(problem, (low_s, high_s), shortest_s)
-    return OwnBatches(found, rate, max(bound, rate))
+    gain = problem.gain(found)
+    bound = _highest(np.hstack(tangents), problem.pace, (shortest_s, longest_s))
+    bound -= problem.pace * problem.constant_s
+    return OwnBatches(found, gain, max(bound, gain))
 
 
-def _best_at(problem: BatchProblem, lengths_s: Float64Array) -> Float64Array:
-    """Return the best batches of rounds of some lengths, [T, A]."""
+def _multipliers(problem: BatchProblem, lengths_s: Float64Array) -> Float64Array:
+    """Return the multipliers at which rounds of some lengths need the whole band."""
     # The multiplier that brings every batch to its least is not above this.
     slopes = problem.weight * problem.noise_scale * _EXPONENT
     slopes /= problem.least ** (1.0 - _EXPONENT)
@@ -169,7 +182,7 @@ def _best_at(problem: BatchProblem, lengths_s: Float64Array) -> Float64Array:
         batch = _lagrangian_batches(problem, lengths_s, np.exp(middle))
         fits = _shares(problem, lengths_s, batch).sum(axis=1) <= 1.0 + _ROUNDING
         high, low = np.where(fits, middle, high), np.where(fits, low, middle)
-    return _lagrangian_batches(problem, lengths_s, np.exp(high))
+    return np.asarray(np.exp(high))
 
 
 def _lagrangian_batches(
@@ -226,65 +239,56 @@ def _shares(
 
 def _improved(problem: BatchProblem, batch_size: IntArray) -> IntArray:
     """Return batches that no device's one example more or less makes better."""
-    best, rate = batch_size, problem.rate(batch_size)
+    best, gain = batch_size, problem.gain(batch_size)
     for _ in range(_MOST_PASSES):
-        before = rate
+        before = gain
         for device in range(best.size):
             for step in (1, -1):
                 other = best.copy()
                 other[device] += step
                 if not problem.least[device] <= other[device] <= problem.most[device]:
                     continue
-                if (found := problem.rate(other)) > rate:
-                    best, rate = other, found
+                if (found := problem.gain(other)) > gain:
+                    best, gain = other, found
                     break
-        if rate <= before:
+        if gain <= before:
             break
     return best
 
 
-def _bound(
-    problem: BatchProblem, range_s: tuple[float, float], shortest_s: float
-) -> float:
-    """Return a rate that no batches exceed, by duality.
-
-    For any multiplier m >= 0 the progress of a round of T is at most
-    ``D(T) = m + sum max_B (w (B / (B + S))^p - m tau / (T - c - a B))``. D is concave,
-    so it lies below its tangent in any length; and that over T has its maximum at an
-    end of the range of lengths. The multiplier, and the length in a given range, that
-    say most are searched for.
-    """
-    low, high = np.array([-60.0, range_s[0]]), np.array([20.0, range_s[1]])
-    bound = np.inf
-    for _ in range(2 * _NARROWINGS):
-        logs, lengths_s = np.linspace(low, high, _LENGTHS).T
-        each_s, each = np.meshgrid(lengths_s, logs)
-        bounds = _bounds_at(problem, each_s.ravel(), shortest_s, np.exp(each.ravel()))
-        best = np.array(divmod(int(bounds.argmin()), _LENGTHS))
-        bound = min(bound, float(bounds.min()))
-        step = (high - low) / (_LENGTHS - 1)
-        middle = low + step * best
-        low, high = np.maximum(low, middle - step), np.minimum(high, middle + step)
-    return bound
-
-
-def _bounds_at(
+def _tangents(
     problem: BatchProblem,
     lengths_s: Float64Array,
-    shortest_s: float,
     multiplier: Float64Array,
+    batch_size: Float64Array,
 ) -> Float64Array:
-    """Return the bounds that some lengths and multipliers give, [M]."""
-    batch = _lagrangian_batches(problem, lengths_s, multiplier)
-    share = _shares(problem, lengths_s, batch)
-    left_s = lengths_s[:, None] - problem.fixed_s - problem.example_s * batch
-    brought = (problem.weight * progress(batch, problem.noise_scale)).sum(axis=1)
+    """Return lines that no round's progress is above: at 0 s, and a second, [2, T]."""
+    share = _shares(problem, lengths_s, batch_size)
+    left_s = lengths_s[:, None] - problem.fixed_s - problem.example_s * batch_size
     with np.errstate(divide="ignore", invalid="ignore"):
         slope = multiplier * np.where(share > 0.0, share / left_s, 0.0).sum(axis=1)
-        dual = brought + multiplier * (1.0 - share.sum(axis=1))
-        rest = dual - slope * (lengths_s + problem.constant_s)
-        bound = slope + np.maximum(rest, 0.0) / (shortest_s + problem.constant_s)
-    return np.asarray(np.nan_to_num(bound, nan=np.inf, posinf=np.inf))
+        dual = problem.progress(batch_size) + multiplier * (1.0 - share.sum(axis=1))
+        lines = np.array([dual - slope * lengths_s, slope])
+    return lines[:, np.isfinite(lines).all(axis=0)]
+
+
+def _highest(lines: Float64Array, pace: float, all_s: tuple[float, float]) -> float:
+    """Return the most that a length has below all lines, less the pace times it."""
+    at_zero, slope = lines
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Where two meet, or at an end.
+        meet_s = -np.subtract.outer(at_zero, at_zero) / np.subtract.outer(slope, slope)
+    lengths_s = np.clip(np.append(meet_s[np.isfinite(meet_s)], all_s), *all_s)
+    below = (at_zero[:, None] + slope[:, None] * lengths_s).min(axis=0, initial=np.inf)
+    return float((below - pace * lengths_s).max())
+
+
+class Candidate(NamedTuple):
+    """A common batch, the index of a codec, and the progress a second they bring."""
+
+    batch_size: int
+    level: int
+    rate: float
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -305,20 +309,16 @@ class Tried:
     round_s: float
     bound_s: float
 
-    @property
-    def rate(self) -> float:
-        """Progress a second."""
-        return self.progress / self.round_s
-
 
 def best_candidate(
     batch_sizes: Sequence[int],
     errors: Sequence[float],
     attempt: Callable[[int, int], Tried | None],
     *,
+    pace: float | None = None,
     finer_is_longer: bool = True,
-) -> tuple[int, int] | None:
-    """Return the common batch and the codec with which rounds bring most a second.
+) -> Candidate | None:
+    """Return the common batch and the codec with which a round brings most.
 
     Parameters
     ----------
@@ -331,30 +331,39 @@ def best_candidate(
     attempt
         Solves the round of a batch size and the codec of an index, without regard to
         its error; None if there is none.
+    pace
+        Progress that a second brings in other rounds; None: there were none, and the
+        round with most progress a second is best.
     finer_is_longer
         Whether with a finer codec no round is shorter: what cannot win then is not
         solved.
 
     Returns
     -------
-    Batch size and index of the codec; exact if what is attempted is. None if no
-    candidate has a round.
+    The best one; exact if what is attempted is. None if no candidate has a round.
     """
-    best: tuple[float, int, int] | None = None
-    # What is known of each batch: no finer codec has a higher rate, but for its error.
-    bounds = dict.fromkeys(batch_sizes, np.inf)
+
+    def worth(brought: float, round_s: float) -> float:
+        return brought / round_s if pace is None else brought - pace * round_s
+
+    best: Candidate | None = None
+    highest = -np.inf
+    # Of each batch: its progress, and a latency that no finer codec has less than.
+    known: dict[int, tuple[float, float] | None] = {}
     for level, error in enumerate(errors):
+        left = (1.0 + error) ** -_EXPONENT
         for batch_size in batch_sizes:
-            left = (1.0 + error) ** -_EXPONENT
-            if best is not None and bounds[batch_size] * left <= best[0]:
+            before = known.get(batch_size, (np.inf, 1.0))
+            if before is None or worth(before[0] * left, before[1]) <= highest:
                 continue
             tried = attempt(batch_size, level)
             if tried is None:
-                bounds[batch_size] = 0.0
+                known[batch_size] = None
                 continue
-            rate = tried.rate * left
-            if best is None or rate > best[0]:
-                best = (rate, batch_size, level)
+            brought = tried.progress * left
+            if best is None or worth(brought, tried.round_s) > highest:
+                highest = worth(brought, tried.round_s)
+                best = Candidate(batch_size, level, brought / tried.round_s)
             if finer_is_longer and tried.bound_s > 0.0:
-                bounds[batch_size] = tried.progress / tried.bound_s
-    return None if best is None else best[1:]
+                known[batch_size] = (tried.progress, tried.bound_s)
+    return best

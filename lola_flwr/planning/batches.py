@@ -1,8 +1,8 @@
 """How many examples a round asks of each device: for the least time to a target.
 
 Where batches are to be chosen, a round is solved for each common batch of a grid and
-each codec, whole: another batch may be another matching. The one with most progress a
-second wins, and then each device is given a batch of its own.
+each codec, whole: another batch may be another matching. The one that brings most for
+its time wins, and then each device is given a batch of its own.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.gradient_noise import GradientNoise
 from lola_flwr.wire.codec import relative_error
 
-# Powers of two and halves between. Smaller ones leave devices' processors idle, larger
+# What is between, devices' own batches find. Smaller ones leave processors idle, larger
 # ones hardly any task needs.
-BATCH_SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
 
 # Examples that are asked of a device that does not say how many it holds, at most.
 _UNTOLD = 32
@@ -83,15 +83,18 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
         grid,
         [relative_error(codec) if codec else 0.0 for codec in codecs],
         attempt,
+        pace=known.pace,
         # Within a latency target finer codecs leave blocks out.
         finer_is_longer=math.isinf(run.latency_target_s),
     )
     if chosen is None:
         # Says what is lacking.
         return solve_round_at(_at(runs[0], grid[0]), known)
-    batch_size, level = chosen
+    batch_size, level, rate = chosen
+    if known.pace is None:
+        known = replace(known, pace=rate)
     own = partial(_with_own_batches, _at(runs[level], batch_size), run, batch_size)
-    return _without_what_waits(own, known, own(known, solved[chosen]))
+    return _without_what_waits(own, known, own(known, solved[batch_size, level]))
 
 
 class _Own(Protocol):
@@ -103,12 +106,13 @@ class _Own(Protocol):
 
 
 def _without_what_waits(own: _Own, known: Known, found: SolvedRound) -> SolvedRound:
-    """Leave blocks out of this round that take the others more time than they bring.
+    """Leave blocks out of this round that take more time than they bring.
 
     A device in a fade has nearly all of the band, and all others wait. With a block
-    less it is idle. One at a time those are left out that were trained last, as long as
-    the round brings more a second without, and half of them stay: the longer a block
-    has not been trained, the more it brings.
+    less it is idle. As long as the round gains by it, and half of them stay, one more
+    is left out: that of the device that brings least for its time, or the block that
+    brings least, whose device another block is then for. The longer a block has not
+    been trained, the more it brings.
     """
     mode = known.wanted
     wanted = mode.demand(found.allocation.num_blocks) > 0
@@ -119,17 +123,43 @@ def _without_what_waits(own: _Own, known: Known, found: SolvedRound) -> SolvedRo
         and not found.stated.spans
         and wanted.sum() > fewest
     ):
-        rows = np.array([row for row, _ in found.active()])
-        blocks = found.allocation.block_of_device[rows]
-        waited = _waited(known, wanted.size)[blocks]
-        least = np.lexsort((-found.allocation.share[rows], waited))[0]
-        wanted[blocks[least]] = False
-        mode = replace(mode, blocks=tuple(np.flatnonzero(wanted).tolist()))
-        fewer = own(replace(known, wanted=mode))
-        if _rate(fewer, known) <= _rate(found, known):
+        without = {}
+        for block in _dispensable(found, known):
+            blocks = np.flatnonzero(wanted)
+            fewer = replace(mode, blocks=tuple(blocks[blocks != block].tolist()))
+            without[block] = own(replace(known, wanted=fewer))
+        best = max(without, key=lambda block: _gain(without[block], known), default=-1)
+        if best < 0 or _gain(without[best], known) <= _gain(found, known):
             break
-        found = fewer
+        wanted[best], found = False, without[best]
     return found
+
+
+def _dispensable(found: SolvedRound, known: Known) -> set[int]:
+    """Return the blocks that a round may best do without, if any.
+
+    What the device of a block takes is its share of the band, at the price at which a
+    little more of it saves as much time, and what the broadcast takes longer for it.
+    The more of the band there is, the less more of it saves: while all bring more than
+    that, none is dispensable.
+    """
+    assert found.batch_size is not None and known.pace is not None
+    parts, share = _Parts.of(found, known), found.allocation.share
+    rows, upload_s = parts.rows, found.allocation.upload_s(found.problem)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        a_second = np.where(upload_s[rows] > 0, share[rows] / upload_s[rows], 0.0).sum()
+    takes_s = share[rows] / a_second if a_second > 0 else np.zeros(rows.size)
+    broadcast = found.stated.broadcast
+    if broadcast is not None:
+        all_s = broadcast.wait_s(rows)
+        takes_s += [
+            all_s - broadcast.wait_s(np.delete(rows, n)) for n in range(rows.size)
+        ]
+    brought = parts.weight * progress(found.batch_size[rows], parts.noise_scale)
+    left = brought - known.pace * takes_s
+    if left.min() >= 0.0:
+        return set()
+    return {int(parts.blocks[n]) for n in (left.argmin(), parts.weight.argmin())}
 
 
 def _waited(known: Known, num_blocks: int) -> IntArray:
@@ -138,12 +168,10 @@ def _waited(known: Known, num_blocks: int) -> IntArray:
     return known.rounds_since
 
 
-def _rate(solved: SolvedRound, known: Known) -> float:
-    """Return the progress a second of a round whose devices have their batches."""
-    assert solved.batch_size is not None
-    parts = _Parts.of(solved, known)
-    brought = parts.progress(solved.batch_size[parts.rows])
-    return brought / solved.allocation.round_s
+def _gain(solved: SolvedRound, known: Known) -> float:
+    """Return what a round whose devices have their batches brings over its time."""
+    assert solved.progress is not None and known.pace is not None
+    return solved.progress - known.pace * solved.allocation.round_s
 
 
 def _of_codec(run: RunStatement, codec: str) -> RunStatement:
@@ -253,6 +281,7 @@ def _with_own_batches(
             least=least,
             most=most,
             constant_s=problem.constant_s,
+            pace=0.0 if known.pace is None else known.pace,
         )
     ).batch_size
     all_s = problem.compute_s.copy()
@@ -271,7 +300,7 @@ def _with_own_batches(
         problem=problem,
         # What bounds the latency of the common batch bounds no other.
         allocation=with_best_shares(
-            problem, rows, blocks, iterations=allocation.iterations, stop_reason="rate"
+            problem, rows, blocks, iterations=allocation.iterations, stop_reason="gain"
         ),
     )
     asked.allocation.check(problem)
@@ -283,7 +312,12 @@ def _asking(solved: SolvedRound, parts: _Parts, batch_size: IntArray) -> SolvedR
     asked[parts.rows] = batch_size
     scales = np.zeros(solved.problem.num_devices)
     scales[parts.rows] = parts.noise_scale
-    return replace(solved, batch_size=asked, noise_scale=scales)
+    return replace(
+        solved,
+        batch_size=asked,
+        noise_scale=scales,
+        progress=parts.progress(batch_size),
+    )
 
 
 def _bounds(

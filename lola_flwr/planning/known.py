@@ -237,6 +237,9 @@ class Known:
     rounds_since
         Rounds since each block was trained, 1 for those of the last round, shape [N];
         None: it is not known.
+    pace
+        Progress that a second has brought so far, where batches are chosen; None: there
+        were no rounds.
     uplink_bps
         What the channel lets each device send over the whole band, bit/s, shape [K];
         None: it has not been drawn yet.
@@ -259,6 +262,7 @@ class Known:
     time_s: float = 0.0
     noise_scale: Float64Array | None = None
     rounds_since: IntArray | None = None
+    pace: float | None = None
     uplink_bps: Float64Array | None = None
 
     @classmethod

@@ -55,6 +55,8 @@ class SolvedRound:
     batch_size, noise_scale
         Where batches are chosen: examples of each device's mini-batch, and the noise
         scale of its block that this follows from, shape [k]; 0 where idle.
+    progress
+        Then, too: what the round brings.
     """
 
     server_round: int
@@ -66,6 +68,7 @@ class SolvedRound:
     num_excluded: int
     batch_size: IntArray | None = None
     noise_scale: Float64Array | None = None
+    progress: float | None = None
 
     def active(self) -> Iterator[tuple[int, int]]:
         """Give row and block of each active device, in the order of the rows.

@@ -22,6 +22,7 @@ from lola_flwr.system.estimation import (
     RateEstimate,
 )
 from lola_flwr.system.gradient_noise import GradientNoise
+from lola_flwr.system.pace import Pace
 from lola_flwr.wire.held_versions import HeldVersions
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class RunState:
         Which pieces of the model devices hold.
     noise
         How noisy the blocks' gradients are, where batches follow from it.
+    pace
+        How fast the run comes on, likewise.
     """
 
     server_round: int = 0
@@ -86,6 +89,7 @@ class RunState:
     reputation: Reputation = field(default_factory=Reputation)
     held: HeldVersions = field(default_factory=HeldVersions)
     noise: GradientNoise = field(default_factory=GradientNoise)
+    pace: Pace = field(default_factory=Pace)
 
     def meetings_of(self, device_name: str) -> tuple[int, ...]:
         """Return how often each block met a device's data, [N]."""
@@ -119,6 +123,7 @@ class RunState:
             "reputation": to_values(Reputation()),
             "noise": to_values(GradientNoise()),
             "influence": to_values(Influence()),
+            "pace": to_values(Pace()),
         }
         values = {**missing, **values}
         if "norms" in values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ _AT_ONCE = 15
 def small_problem(rng: np.random.Generator, devices: int = 3) -> BatchProblem:
     """Draw an instance whose batches can all be tried; some parts of it are 0."""
     least = rng.integers(1, 3, devices)
-    return BatchProblem(
+    problem = BatchProblem(
         fixed_s=rng.uniform(0, 1, devices) * rng.integers(0, 2, devices),
         example_s=10 ** rng.uniform(-2, 0, devices) * (rng.random(devices) < 0.9),
         full_band_upload_s=10 ** rng.uniform(-2, 0.5, devices)
@@ -34,12 +35,21 @@ def small_problem(rng: np.random.Generator, devices: int = 3) -> BatchProblem:
         most=least + rng.integers(0, 8, devices),
         constant_s=float(rng.integers(0, 2) * rng.random()),
     )
+    return at_pace(problem, rng.uniform(0.2, 2.0) * rng.integers(0, 4))
+
+
+def at_pace(problem: BatchProblem, times: float = 1.0) -> BatchProblem:
+    """Let a second be worth so many times what it brings with the least batches."""
+    least = problem.least
+    if not (round_s := problem.round_s(least)):
+        return problem
+    return replace(problem, pace=times * float(problem.progress(least)) / round_s)
 
 
 def brute_force(problem: BatchProblem) -> float:
     bounds = zip(problem.least, problem.most, strict=True)
     tried = itertools.product(*(range(low, high + 1) for low, high in bounds))
-    return max(problem.rate(np.array(batches)) for batches in tried)
+    return max(problem.gain(np.array(batches)) for batches in tried)
 
 
 @pytest.mark.parametrize("first", rest_slow(range(0, _INSTANCES, _AT_ONCE)))
@@ -54,10 +64,11 @@ def test_brute_force_finds_nothing_better_and_nothing_beyond_the_bound(
         best = brute_force(problem)
         assert (problem.least <= found.batch_size).all()
         assert (found.batch_size <= problem.most).all()
-        assert math.isclose(found.rate, problem.rate(found.batch_size))
+        assert math.isclose(found.gain, problem.gain(found.batch_size))
         # Whole examples are a coarse grid where there are so few of them.
-        assert best * 0.97 <= found.rate <= best * (1 + 1e-12), seed
-        assert best <= found.bound * (1 + 1e-9), seed
+        brought = float(problem.progress(found.batch_size))
+        assert best - 0.03 * brought <= found.gain <= best + 1e-12, seed
+        assert best <= found.bound + 1e-9, seed
 
 
 @pytest.mark.parametrize("seed", rest_slow(range(40), fast=6))
@@ -74,7 +85,55 @@ def test_with_many_examples_the_bound_is_as_good_as_reached(seed: int) -> None:
         most=np.full(devices, 4096),
         constant_s=float(rng.integers(0, 2)),
     )
-    assert 0 <= own_batches(problem).gap < 5e-3
+    problem = at_pace(problem, rng.uniform(0.5, 1.5))
+    found = own_batches(problem)
+    brought = float(problem.progress(found.batch_size))
+    assert 0 <= found.bound - found.gain < 5e-3 * brought
+
+
+def drawn_round(rng: np.random.Generator) -> BatchProblem:
+    """Draw the links of a round; processors and blocks are always the same."""
+    return BatchProblem(
+        fixed_s=np.full(4, 0.1),
+        example_s=np.array([0.005, 0.01, 0.02, 0.04]),
+        full_band_upload_s=rng.exponential(size=4),
+        noise_scale=np.full(4, 200.0),
+        weight=np.full(4, 0.25),
+        least=np.full(4, 8),
+        most=np.full(4, 512),
+        constant_s=0.5,
+    )
+
+
+def brought_and_taken(problem: BatchProblem, pace: float) -> tuple[float, float]:
+    batch_size = own_batches(replace(problem, pace=pace)).batch_size
+    return float(problem.progress(batch_size)), problem.round_s(batch_size)
+
+
+@pytest.mark.parametrize("seed", rest_slow(range(10)))
+def test_by_the_pace_rounds_bring_more_in_all_than_by_each_one_s_own_best(
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    rounds = [drawn_round(rng) for _ in range(20)]
+    own = []
+    for problem in rounds:
+        pace = 0.0
+        for _ in range(8):
+            brought, taken_s = brought_and_taken(problem, pace)
+            pace = brought / taken_s
+        own.append((brought, taken_s))
+    # As in a run: the pace is that of the rounds so far.
+    so_far = (0.0, 0.0)
+    run = []
+    for problem, first in zip(rounds, own, strict=True):
+        pace = so_far[0] / so_far[1] if so_far[1] else first[0] / first[1]
+        run.append(brought_and_taken(problem, pace))
+        so_far = so_far[0] + run[-1][0], so_far[1] + run[-1][1]
+    by_own, by_pace = (
+        sum(b for b, _ in each) / sum(t for _, t in each) for each in (own, run)
+    )
+    assert by_pace > by_own
 
 
 def test_slow_devices_are_given_fewer_examples_and_noisy_blocks_more() -> None:
@@ -87,7 +146,7 @@ def test_slow_devices_are_given_fewer_examples_and_noisy_blocks_more() -> None:
         least=np.ones(3, np.int64),
         most=np.full(3, 10_000),
     )
-    usual, slow, clear = own_batches(problem).batch_size
+    usual, slow, clear = own_batches(at_pace(problem)).batch_size
     assert slow < clear < usual
 
 
@@ -108,7 +167,7 @@ def test_the_grid_is_solved_exactly_and_what_cannot_win_is_not_solved() -> None:
     rng = np.random.default_rng(0)
     batches, errors = [8, 16, 32, 64], [1e-2, 1e-6, 0.0]
     solved: set[tuple[int, int]] = set()
-    for _ in range(50):
+    for n_th in range(50):
         length = np.cumsum(rng.random((len(errors), len(batches))), axis=0) + 0.5
         progress = rng.random(len(batches))
         missing = int(rng.integers(0, 8))
@@ -131,9 +190,20 @@ def test_the_grid_is_solved_exactly_and_what_cannot_win_is_not_solved() -> None:
             return rounds.get((batch, level))
 
         solved.clear()
-        found = best_candidate(batches, errors, attempt)
-        rates = {k: t.rate / (1 + errors[k[1]]) ** 0.5 for k, t in rounds.items()}
-        best = max(rates, key=lambda key: rates[key])
-        assert found == best
+        pace = None if n_th % 2 else float(rng.random())
+        found = best_candidate(batches, errors, attempt, pace=pace)
+        left = {
+            key: tried.progress / (1 + errors[key[1]]) ** 0.75
+            for key, tried in rounds.items()
+        }
+        worth = {
+            key: left[key] / tried.round_s
+            if pace is None
+            else left[key] - pace * tried.round_s
+            for key, tried in rounds.items()
+        }
+        best = max(worth, key=lambda key: worth[key])
+        assert found is not None and found[:2] == best
+        assert math.isclose(found.rate, left[best] / rounds[best].round_s)
         assert len(solved) < len(batches) * len(errors)
     assert best_candidate(batches, errors, lambda *_: None) is None

@@ -175,6 +175,7 @@ class RoundPlanner:
             downlink_bits=self._download_bits(state, ids, version),
             noise_scale=state.noise.scales(self.partition.num_blocks),
             rounds_since=state.history.staleness(server_round),
+            pace=state.pace.a_second,
         )
 
     def _assignments(
