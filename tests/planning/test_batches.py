@@ -32,6 +32,8 @@ GRID = (8, 16, 32, 64, 128)
 TOKENS = 64
 COSTS = estimate_costs(SHAPES, PARTITION, batch_size=max(GRID), sequence_length=TOKENS)
 NOISE = np.array([20.0, 100.0, 400.0])
+# Where it differs much, the noisiest block of a round with small batches is left out.
+EVEN_NOISE = np.full(3, 50.0)
 
 
 def fleet(count: int, **fields) -> list[DeviceProfile]:
@@ -62,24 +64,28 @@ def statement(
     )
 
 
-def known(run: RunStatement, devices: list[DeviceProfile]) -> Known:
-    return replace(Known.at_first(run, devices), noise_scale=NOISE)
+def known(run: RunStatement, devices: list[DeviceProfile], noise=NOISE) -> Known:
+    return replace(Known.at_first(run, devices), noise_scale=noise)
 
 
-def rate_of(parts: tuple[BlockRecord, ...], batch_sizes: list[int]) -> float:
+def rate_of(
+    parts: tuple[BlockRecord, ...], batch_sizes: list[int], noise=NOISE
+) -> float:
     """Progress a second, from a plan's records alone."""
     blocks = [part.block_index for part in parts]
-    brought = progress(np.array(batch_sizes), NOISE[blocks]).sum() / NOISE.size
+    brought = progress(np.array(batch_sizes), noise[blocks]).sum() / noise.size
     return float(brought / max(part.latency_s for part in parts))
 
 
-def common_rates(run: RunStatement, devices: list[DeviceProfile]) -> list[float]:
+def common_rates(
+    run: RunStatement, devices: list[DeviceProfile], noise=NOISE
+) -> list[float]:
     rates = []
     for size in GRID:
         options = replace(run.allocation, batch_sizes=())
         at = replace(run, costs=run.costs.at(size), allocation=options)
-        parts = planned_blocks(at, solve_round(at, known(at, devices)))
-        rates.append(rate_of(parts, [size] * len(parts)))
+        parts = planned_blocks(at, solve_round(at, known(at, devices, noise)))
+        rates.append(rate_of(parts, [size] * len(parts), noise))
     return rates
 
 
@@ -100,7 +106,7 @@ def test_own_batches_bring_more_a_second_than_any_common_one(bandwidth_hz):
 
 def test_the_matching_is_that_of_the_best_common_batch():
     run, devices = statement(), even_fleet(4)
-    rates = dict(zip(GRID, common_rates(run, devices), strict=True))
+    rates = dict(zip(GRID, common_rates(run, devices, EVEN_NOISE), strict=True))
     best = max(rates, key=lambda size: rates[size])
     at = replace(
         run,
@@ -108,8 +114,8 @@ def test_the_matching_is_that_of_the_best_common_batch():
         allocation=replace(run.allocation, batch_sizes=()),
     )
     np.testing.assert_array_equal(
-        solve_round(run, known(run, devices)).allocation.block_of_device,
-        solve_round(at, known(at, devices)).allocation.block_of_device,
+        solve_round(run, known(run, devices, EVEN_NOISE)).allocation.block_of_device,
+        solve_round(at, known(at, devices, EVEN_NOISE)).allocation.block_of_device,
     )
 
 
@@ -148,14 +154,14 @@ def test_blocks_that_large_batches_leave_no_memory_for_are_trained():
     run = statement(partial=True)
     small = max(float(COSTS.at(16).memory_bytes.max()), 1e5)
     devices = even_fleet(3, memory_bytes=small)
-    solved = solve_round(run, replace(known(run, devices), partial=True))
+    solved = solve_round(run, replace(known(run, devices, EVEN_NOISE), partial=True))
     assert solved.stated.trained.all()
 
 
 def test_a_device_in_a_fade_keeps_nobody_waiting_until_its_block_is_stale():
     run, devices = statement(), even_fleet(2)
     faded = replace(simulated_device(2, seed=3), flops_per_s=1e7, num_examples=1000)
-    before = known(run, [*devices, replace(faded, uplink_bps=1e3)])
+    before = known(run, [*devices, replace(faded, uplink_bps=1e3)], EVEN_NOISE)
     trained = {}
     for rounds in (1, 4, 400):
         waited = np.array([1, 1, rounds])
@@ -165,7 +171,7 @@ def test_a_device_in_a_fade_keeps_nobody_waiting_until_its_block_is_stale():
     # What has waited longest is trained by those with a good link.
     assert trained[4][2] and sum(trained[4]) == 2
     assert trained[400][2]
-    better = known(run, [*devices, replace(faded, uplink_bps=1e5)])
+    better = known(run, [*devices, replace(faded, uplink_bps=1e5)], EVEN_NOISE)
     assert solve_round(run, better).stated.trained.all()
 
 
