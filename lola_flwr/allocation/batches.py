@@ -39,7 +39,7 @@ _EXPONENT = 0.75
 _LENGTHS, _NARROWINGS = 12, 4
 _BISECTIONS = 20
 # Newton's steps to the best batch for a multiplier, and how far one may lead (log).
-_STEPS, _LONGEST_STEP = 9, 5.0
+_STEPS, _LONGEST_STEP = 6, 5.0
 # Of a sum of shares: in the shortest round there is no room to err.
 _ROUNDING = 1e-9
 # Passes over the devices that try one example more or less than what was rounded.
