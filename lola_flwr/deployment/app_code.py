@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -108,6 +109,10 @@ def forget_app(reference: str, root: Path | None) -> None:
 
 def free_memory() -> None:
     """Give back the memory of what nobody refers to any more, on the GPU as well."""
+    # What is annotated with a function of an app's, as by pydantic's validators, typing
+    # keeps in its caches, and by the function's globals all of the app's modules.
+    for clear in getattr(typing, "_cleanups", ()):
+        clear()
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -241,6 +243,22 @@ def test_only_a_path_that_was_added_is_taken_away(tmp_path):
     assert str(tmp_path) in sys.path
     forget_app(TOY, tmp_path)
     assert str(tmp_path) not in sys.path
+
+
+def test_nothing_of_a_forgotten_app_is_kept(tmp_path, monkeypatch):
+    """An app that is loaded whenever its node is killed took 1.3 MB more each time."""
+    (tmp_path / "validating.py").write_text(
+        "from typing import Annotated\n"
+        "from pydantic import AfterValidator, BaseModel\n"
+        "def known(name): return name\n"
+        "class Config(BaseModel):\n"
+        "    task: Annotated[str, AfterValidator(known)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = weakref.ref(importlib.import_module("validating").Config)
+    assert config().__name__ == "Config"
+    forget_app("validating:device_fn", None)
+    assert config() is None
 
 
 def test_a_client_that_is_killed_costs_its_message_only(served, path, tmp_path):
