@@ -23,7 +23,11 @@ INNER: Mapping[str, Mapping[str, tuple[str, ...] | None]] = {
         "get_fused_config_from_fab": ("fab_file", "run"),
         "get_project_dir": ("fab_id", "fab_version", "fab_hash"),
     },
-    "flwr.common.constant": {"ErrorCode": None},
+    "flwr.common.constant": {
+        "ErrorCode": None,
+        "SYSTEM_TIME_TOLERANCE": None,
+        "TIMESTAMP_TOLERANCE": None,
+    },
     "flwr.proto.fleet_pb2": {"DeactivateNodeRequest": None},
     "flwr.proto.message_pb2": {"ObjectTree": None},
     "flwr.supercore": {"log": None},

@@ -38,6 +38,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.start_client_internal import FAB_VERIFICATION_ERROR, _verify_fab
 
 from lola_flwr.deployment.node.apps import Apps
+from lola_flwr.deployment.node.clock import clocks_compared
 from lola_flwr.deployment.node.place import Place, place_of
 from lola_flwr.deployment.node.stopping import Stop, Stopped
 from lola_flwr.deployment.node.tending import tended
@@ -102,14 +103,17 @@ def _serve(options: SuperNodeLifespanConfig, stop: Stop, place: Place | None) ->
     while not stop.is_asked:
         if place is not None:
             place.vacate(stop)
-        with http_request_response(
-            server_address=options.server_address,
-            insecure=options.insecure,
-            root_certificates=options.root_certificates,
-            authentication_keys=options.authentication_keys,
-            max_retries=options.max_retries,
-            max_wait_time=options.max_wait_time,
-        ) as connection:
+        with (
+            clocks_compared(options),
+            http_request_response(
+                server_address=options.server_address,
+                insecure=options.insecure,
+                root_certificates=options.root_certificates,
+                authentication_keys=options.authentication_keys,
+                max_retries=options.max_retries,
+                max_wait_time=options.max_wait_time,
+            ) as connection,
+        ):
             link = Link(*connection)
             if place is not None:
                 place.take(link.node_id)
