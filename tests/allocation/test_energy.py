@@ -13,6 +13,7 @@ from lola_flwr.allocation import (
     PowerLimitedUplink,
     RoundMode,
     allocate,
+    energy_search,
 )
 from lola_flwr.allocation.energy import solve_energy
 from lola_flwr.allocation.energy_search import least_energy
@@ -141,6 +142,51 @@ def test_the_worst_of_power_limited_devices_equals_brute_force(part):
         promises_hold("energy-worst", *instance(seed, power_limited=True))
 
 
+def twins(seed, num_devices, num_blocks, mode, of_each):
+    """Problems in which the band's price often does not decide."""
+    rng = np.random.default_rng(seed)
+    kinds = num_devices // of_each
+    costs = rng.exponential(size=(2, kinds, num_blocks))
+    watts = 3 * rng.exponential(size=(2, kinds))
+    compute_s, upload_s = np.repeat(costs, of_each, axis=1)
+    return AllocationProblem(
+        compute_s,
+        upload_s,
+        mode=mode,
+        energy=EnergyCosts.of_powers(compute_s, *np.repeat(watts, of_each, axis=1)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mode", "of_each"),
+    rest_slow(
+        [
+            ((5, 4), RoundMode(), 1),
+            ((6, 3), RoundMode(), 2),
+            ((6, 3), RoundMode(devices_per_block=2), 2),
+            ((6, 3), RoundMode(devices_per_block=[1, 2, 1]), 3),
+            ((6, 3), RoundMode(participation="all"), 2),
+            ((5, 2), RoundMode(participation="all"), 1),
+        ]
+    ),
+)
+def test_divided_matchings_equal_brute_force(sizes, mode, of_each, monkeypatch):
+    divided = []
+    divide = energy_search._Search._divided
+
+    def noted(search, part):
+        divided.append(seed)
+        return divide(search, part)
+
+    monkeypatch.setattr(energy_search._Search, "_divided", noted)
+    for seed in range(40):
+        problem = twins(seed, *sizes, mode, of_each)
+        slack = (0.02, 0.1, 0.3)[seed % 3]
+        shortest_s = allocate(problem).round_s
+        promises_hold("energy", problem, slack, shortest_s)
+    assert len(set(divided)) >= 2
+
+
 def two_devices(**changes):
     """A fast device that draws much, and a slow one that draws little; one block."""
     seconds = np.array([[1.0], [1.5]])
@@ -221,7 +267,7 @@ def test_backups_and_spare_devices(name):
 
 def parts_of_a_round(seed, max_parts):
     rng = np.random.default_rng(seed)
-    problem = random_energy(rng, fleet_problem(rng, 40, 12))
+    problem = random_energy(rng, fleet_problem(rng, 12, 6))
     return problem, solve_energy(problem, slack=0.1, max_parts=max_parts)
 
 
@@ -229,7 +275,7 @@ def parts_of_a_round(seed, max_parts):
 def test_a_gap_is_stated_where_the_search_ends_early():
     gaps = []
     for seed in range(20):
-        problem, best = parts_of_a_round(seed, 100_000)
+        problem, best = parts_of_a_round(seed, 2_000)
         least_j = best.joules(problem).sum()
         assert best.stop_reason == "optimal"
         problem, early = parts_of_a_round(seed, 0)
@@ -243,15 +289,42 @@ def test_a_gap_is_stated_where_the_search_ends_early():
 
 def test_rows_that_cannot_matter_are_left_out():
     left_out = 0
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        problem = random_energy(rng, fleet_problem(rng, 8, 2))
+    for seed in range(60):
+        problem = twins(seed, 9, 3, RoundMode(), 1)
         found = least_energy(EnergyTable.of(problem, 0.1, np.inf), 10_000)
         deadline_s = 1.1 * allocate(problem).round_s
         least_j = brute_force_j(problem, deadline_s, "energy")
         assert found.energy_j == pytest.approx(least_j, rel=1e-9)
         left_out += problem.num_devices - len(found.table.edges.devices)
-    assert left_out > 10
+    assert left_out > 20
+
+
+def test_rows_of_any_matching_within_the_gap_matter():
+    within = 0
+    for seed in range(40):
+        problem = twins(seed, 8, 3, RoundMode(), 1)
+        search = energy_search._Search(EnergyTable.of(problem, 0.1, np.inf))
+        whole = search.bounded(search.whole, 40)
+        if whole is None:
+            continue  # there is no gap
+        cost, _ = search._cost_at(whole.price)
+        cost = np.where(search._possible, cost, np.inf)
+        devices, blocks = matchings(problem)
+        values = cost[devices, blocks].sum(axis=1) - whole.price
+        may_be_better = np.unique(devices[values < search.energy_j])
+        rows, _ = search.rows_that_matter(whole)
+        assert set(may_be_better) <= set(rows)
+        within += may_be_better.size
+    assert within > 20
+
+
+def test_who_is_held_elsewhere_is_not_exchanged_for_its_twin():
+    problem = twins(0, 3, 2, RoundMode(devices_per_block=[2, 1]), 3)
+    search = energy_search._Search(EnergyTable.of(problem, 0.1, np.inf))
+    part = replace(search.whole, forced=((0, 0),), divides_at=(1, 0))
+    held, without = search._divided(part)
+    assert held.forced == ((0, 0), (1, 0))
+    assert without.banned.tolist() == [[False, False], [True, False], [True, False]]
 
 
 @pytest.mark.parametrize(
