@@ -11,6 +11,7 @@ import typer
 
 from lola_flwr.cli.console import bars, console, print_json, table
 from lola_flwr.cli.fleet import fleet_of
+from lola_flwr.cli.forecast import Likely, likely
 from lola_flwr.cli.paths import LOCAL_PATH
 from lola_flwr.errors import UserError, si
 
@@ -61,6 +62,18 @@ def plan(
     energy_slack: Annotated[
         float, typer.Option(min=0, help="Latency given up for less energy, relative.")
     ] = 0.1,
+    like: Annotated[
+        list[Path] | None,
+        typer.Option(
+            click_type=LOCAL_PATH,
+            help="Finished run that tells how many rounds a target takes; of several "
+            "seeds: several times.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="What --like is to forecast [default: the run's own]."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Plan one round: a block and a share of the uplink for every device.
@@ -72,6 +85,8 @@ def plan(
     Another: `lola-flwr plan --fleet fleet.toml --model minilm-l6 --allocator jbba`
 
     Another: `lola-flwr plan --fleet jetson-orin-nano:4,raspberry-pi-5:8`
+
+    Until a target: `lola-flwr plan --model minilm-l6 --like runs/NAME`
     """
     if fleet is not None and devices is not None:
         raise UserError("--devices generates a fleet and --fleet reads one; drop one.")
@@ -85,10 +100,12 @@ def plan(
             f"--bandwidth-hz={bandwidth_hz:g} must be a positive number of hertz, such "
             "as 20e6."
         )
-    largest, batch_sizes = _batches(batch_size)
+    if target and not like:
+        raise UserError(f"--target={target} needs a run that got there: --like runs/X.")
+    largest, batch_sizes = _batches(batch_size, allocator)
     there = fleet_of(fleet, 20 if devices is None else devices, seed)
 
-    from lola_flwr.allocation import ENERGY_ALLOCATORS, find_allocator
+    from lola_flwr.allocation import find_allocator
     from lola_flwr.planning import (
         AllocationOptions,
         Known,
@@ -105,11 +122,6 @@ def plan(
     from lola_flwr.system.own_channel import find_channel
 
     find_allocator(allocator)
-    if batch_sizes and allocator in ENERGY_ALLOCATORS:
-        raise UserError(
-            f"--batch-size=auto chooses for time, and --allocator={allocator} for "
-            "energy; give a --batch-size."
-        )
     costs = named_model_costs(
         model,
         batch_size=largest,
@@ -146,16 +158,26 @@ def plan(
             seed=matching_seed(seed, server_round),
             energy_slack=energy_slack,
         )
+    settings = {"model": model, "stack": stack or "", "batch-size": largest}
+    settings["max-length"] = max_length
+    told = likely(run, by_name, like, target, settings) if like else None
     if as_json:
-        print_json(_as_json(problem, plans, parts, model))
+        print_json(_as_json(problem, plans, parts, model, told))
     else:
         _print(problem, plans, parts, model)
+        _print_likely(told)
 
 
-def _batches(text: str) -> tuple[int, tuple[int, ...]]:
+def _batches(text: str, allocator: str) -> tuple[int, tuple[int, ...]]:
     """Read the batch: the largest that there may be, and those to choose from."""
+    from lola_flwr.allocation import ENERGY_ALLOCATORS
     from lola_flwr.planning import BATCH_SIZES
 
+    if text == "auto" and allocator in ENERGY_ALLOCATORS:
+        raise UserError(
+            f"--batch-size=auto chooses for time, and --allocator={allocator} for "
+            "energy; give a --batch-size."
+        )
     if text == "auto":
         return max(BATCH_SIZES), BATCH_SIZES
     if text.isdecimal() and int(text) >= 1:
@@ -168,6 +190,7 @@ def _as_json(
     plans: Sequence[Plan],
     parts: Sequence[BlockRecord],
     model: str,
+    told: Likely | None,
 ) -> dict[str, Any]:
     def finite(value: float) -> float | None:
         return value if abs(value) < float("inf") else None
@@ -205,7 +228,13 @@ def _as_json(
             }
             for plan in plans
         ],
+        **({} if told is None else {"forecast": told.to_values()}),
     }
+
+
+def _print_likely(told: Likely | None) -> None:
+    if told is not None:
+        console().print(f"\n{told.line()}")
 
 
 def _known(**values: float | None) -> dict[str, float]:

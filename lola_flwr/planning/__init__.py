@@ -13,6 +13,7 @@ from lola_flwr.planning.fleet_plans import (
     plan_rounds,
     round_problem,
 )
+from lola_flwr.planning.forecast import Forecast, Range, forecast, planned_rounds
 from lola_flwr.planning.known import AllocationOptions, Known, RunStatement
 from lola_flwr.planning.latency_target import most_valuable_blocks
 from lola_flwr.planning.round_problem import RoundProblem
@@ -26,18 +27,22 @@ from lola_flwr.planning.statement import stated_round
 __all__ = [
     "BATCH_SIZES",
     "AllocationOptions",
+    "Forecast",
     "Known",
     "Plan",
+    "Range",
     "RoundProblem",
     "RunStatement",
     "SolvedRound",
     "comparable",
     "compare",
+    "forecast",
     "matching_seed",
     "most_valuable_blocks",
     "named_model_costs",
     "plan_rounds",
     "planned_blocks",
+    "planned_rounds",
     "round_problem",
     "solve_round",
     "stated_round",
