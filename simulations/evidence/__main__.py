@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import local_path
-from lola_flwr.simulation import FinishedRun
 from simulations.evidence.claims import (
     BASELINE,
     OURS,
@@ -31,6 +31,7 @@ from simulations.figures.plots import learning_figure
 from simulations.figures.tables import Row, markdown_table, write_csv
 
 CLAIMS = Path(__file__).with_name("evidence.toml")
+_TABLES = "evidence.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,54 +53,53 @@ def gather(options: argparse.Namespace, page: Page) -> None:
         raise UserError(
             f"No claim about {unknown[0]!r}; {options.claims} has {', '.join(claims)}."
         )
+    if options.seeds < 1:
+        raise UserError(f"--seeds={options.seeds}: give at least 1.")
     if options.tasks:
         claims = {task: claims[task] for task in options.tasks}
-    runs = [
-        run
-        for task, claim in claims.items()
-        for run in runs_of(task, claim, methods, options)
-    ]
-    write_results(claims, runs, options.out, page)
+    runs: list[LearningRun] = []
+    # Seed by seed, so that what there is when it is stopped compares all tasks.
+    for seed in range(options.seeds):
+        for task, claim in claims.items():
+            runs += pair_of_runs(task, claim, methods, seed, options)
+        write_results(claims, runs, options.out, page)
+    print((options.out / _TABLES).read_text(encoding="utf-8"))
 
 
-def runs_of(
+def pair_of_runs(
     task: str,
     claim: Claim,
     methods: Mapping[str, Mapping[str, Any]],
+    seed: int,
     options: argparse.Namespace,
-    *,
-    launch: Callable[..., FinishedRun] = run_in_processes,
 ) -> list[LearningRun]:
-    """Run both methods on a task, seed by seed, or take over what was run before."""
+    """Run both methods on a task, or take over what was run before."""
     runs = []
-    for seed in range(options.seeds):
-        for method, of_method in methods.items():
-            overrides = {
-                "task": task,
-                "data-dir": ""
-                if options.glue is None
-                else str(options.glue.absolute()),
-                "num-devices": options.devices,
-                "seed": seed,
-                **claim.config,
-                **of_method,
-                **claim.methods.get(method, {}),
-            }
-            config, records = finished_run(
-                options.out / "runs" / f"{task}-{method}-seed{seed}",
-                overrides,
-                home=options.out / "flwr-home",
-                launch=launch,
-                report=_say,
-            )
-            runs.append(LearningRun(task, method, seed, config, records))
+    for method, of_method in methods.items():
+        overrides = {
+            "task": task,
+            "data-dir": "" if options.glue is None else str(options.glue.absolute()),
+            "num-devices": options.devices,
+            "seed": seed,
+            **claim.config,
+            **of_method,
+            **claim.methods.get(method, {}),
+        }
+        config, records = finished_run(
+            options.out / "runs" / f"{task}-{method}-seed{seed}",
+            overrides,
+            home=options.out / "flwr-home",
+            launch=run_in_processes,
+            report=partial(print, flush=True),
+        )
+        runs.append(LearningRun(task, method, seed, config, records))
     return runs
 
 
 def write_results(
     claims: Mapping[str, Claim], runs: Sequence[LearningRun], out: Path, page: Page
 ) -> None:
-    """Write curves, ends and verdicts as CSV, tables and a figure; print the tables."""
+    """Write curves, ends and verdicts as CSV, tables and a figure."""
     curves = curve_rows(runs)
     write_csv(out / "curves.csv", curves)
     tables = []
@@ -111,17 +111,12 @@ def write_results(
         verdicts += verdict_rows(task, claim, ends)
     write_csv(out / "verdicts.csv", verdicts)
     text = f"{markdown_table(tables)}\n\n{markdown_table(verdicts)}\n"
-    (out / "evidence.md").write_text(text, encoding="utf-8")
+    (out / _TABLES).write_text(text, encoding="utf-8")
     page.save(
         lambda page: learning_figure(curves, (OURS, BASELINE), page),
         out / "evidence",
         "LoLa-DEFT beside FedAvg of the whole model; mean and range of the seeds",
     )
-    print(text)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
