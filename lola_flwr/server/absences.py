@@ -9,11 +9,13 @@ at all, rests are ended early.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 # A device that always fails still costs a block one round in so many.
 _LONGEST_REST = 32
+# What being distrusted counts.
+_FAILURES_OF_DISTRUSTED = 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Absences:
     of_device: Mapping[str, Absence] = field(default_factory=dict)
 
     def after(
-        self, server_round: int, outcomes: Mapping[str, float | None]
+        self,
+        server_round: int,
+        outcomes: Mapping[str, float | None],
+        distrusted: Collection[str] = (),
     ) -> Absences:
         """Return the absences after a round.
 
@@ -62,12 +67,16 @@ class Absences:
         outcomes
             For each device that was asked: None if its update was accepted, else the
             memory in bytes that it turned out not to have, or 0 for any other failure.
+        distrusted
+            Those that failed in that they are not trusted. Each trial wastes a part of
+            a round, so these rest longer from the first time on.
         """
         devices = dict(self.of_device)
         for device, lacked_bytes in outcomes.items():
             before = devices.pop(device, _NONE)
             if lacked_bytes is not None:
-                failures = before.failures + 1
+                failed = _FAILURES_OF_DISTRUSTED if device in distrusted else 1
+                failures = before.failures + failed
                 rest = min(2 ** (failures - 1), _LONGEST_REST)
                 until = server_round + 1 + rest
                 devices[device] = Absence(failures, until, lacked_bytes)

@@ -21,6 +21,7 @@ References
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,6 +33,10 @@ ExampleGradients = Callable[[Float32Arrays], Iterable[Float32Arrays]]
 
 # What part of the mean variance is added in all directions.
 _RIDGE = 0.1
+# What rounding leaves of directions in which examples do not differ.
+_ROUNDING = 1e-12
+# Examples are compared with each other in so many parts.
+_QUARTERS = 4
 
 
 def projected_examples(
@@ -55,28 +60,72 @@ def projected_examples(
     return {part: np.stack(rows) for part, rows in of_part.items() if rows}
 
 
-def agreement(update: Float64Array, examples: Float64Array) -> float:
-    """Return how far an update agrees with examples, from -1 to 1; 0: not known.
+@dataclass(frozen=True, eq=False)
+class ExampleMean:
+    """Where examples of the server's point, all together.
 
     Parameters
     ----------
-    update
-        Projection of it, shape [D].
+    ways
+        Directions in which they differ from their mean, orthonormal, shape [R, D].
+    damped
+        By what part, less one, a vector's length along each of these counts, [R].
+    mean
+        Their mean, evened, shape [D].
+    """
+
+    ways: Float64Array
+    damped: Float64Array
+    mean: Float64Array
+
+    @classmethod
+    def of(cls, examples: Float64Array) -> ExampleMean | None:
+        """Tell it from the projections of their gradients; None where all are alike.
+
+        Parameters
+        ----------
+        examples
+            Projections of the examples' gradients, shape [R, D].
+        """
+        mean = examples.mean(axis=0)
+        apart = examples - mean
+        # By products of the examples, which are fewer than the numbers of each.
+        squares, sums = np.linalg.eigh(apart @ apart.T)
+        squares = np.maximum(squares, 0.0)
+        added = _RIDGE * squares.sum() / min(apart.shape)
+        if not added:
+            return None
+        known = squares > _ROUNDING * squares.max()
+        squares = squares[known]
+        ways = (sums[:, known] / np.sqrt(squares)).T @ apart
+        # The square root of the inverse, but for a factor: 1 where they do not vary.
+        damped = np.sqrt(added / (squares + added)) - 1.0
+        return cls(ways, damped, _evened(mean, ways, damped))
+
+    def agreement(self, update: Float64Array) -> float:
+        """Return how far an update's projection agrees, from -1 to 1."""
+        one = _evened(update, self.ways, self.damped)
+        length = float(np.sqrt((one @ one) * (self.mean @ self.mean)))
+        return float(one @ self.mean) / length if length else 0.0
+
+
+def _evened(
+    vector: Float64Array, ways: Float64Array, damped: Float64Array
+) -> Float64Array:
+    return np.asarray(vector + (damped * (ways @ vector)) @ ways)
+
+
+def agreements_among(examples: Float64Array) -> list[float]:
+    """Return how far each quarter of the examples agrees with the others.
+
+    Parameters
+    ----------
     examples
         Projections of the examples' gradients, shape [R, D].
     """
-    mean = examples.mean(axis=0)
-    _, sizes, ways = np.linalg.svd(examples - mean, full_matrices=False)
-    squares = np.square(sizes)
-    added = _RIDGE * squares.mean()
-    if not added:
-        return 0.0
-    # The square root of the inverse, but for a factor: 1 where examples do not vary.
-    damped = np.sqrt(added / (squares + added)) - 1.0
-
-    def evened(vector: Float64Array) -> Float64Array:
-        return np.asarray(vector + (damped * (ways @ vector)) @ ways)
-
-    one, other = evened(update), evened(mean)
-    length = float(np.sqrt((one @ one) * (other @ other)))
-    return float(one @ other) / length if length else 0.0
+    found = []
+    for first in range(_QUARTERS):
+        one = np.arange(len(examples)) % _QUARTERS == first
+        if one.any() and (others := ExampleMean.of(examples[~one])) is not None:
+            found.append(others.agreement(examples[one].mean(axis=0)))
+    return found

@@ -14,6 +14,11 @@ thirds of all devices' means deviate from m at most, and at least m / 2. m is th
 of these means. Where it is not significant, gradients tell nothing, and nobody is
 judged by them.
 
+With examples of the server's own (`lola_flwr.server.own_examples`) it is the same, but
+that t is m / 2, that one agreement tells something already, and that the server counts
+as four devices, by how far its examples agree with each other: so m is known in the
+first round, whoever is asked in it. What other devices send then tells nothing more.
+
 Updates are compared without the directions of greatest variation, in which devices'
 classes differ; where that tells nothing, as it does where noise is so small that these
 are the directions of all that is to be learned, they are compared as they are. The
@@ -31,6 +36,7 @@ from statistics import median
 import xxhash
 
 from lola_flwr.server.directions import Direction, agreements
+from lola_flwr.server.likelihoods import FEW_AGREEMENTS, FEWEST, Agreements, Honest
 
 # The model's part that is no block, by the number that stands for it.
 HEAD = -1
@@ -44,8 +50,6 @@ _BESIDE = 8
 # In how many directions, those of greatest variation, nothing is compared: devices
 # whose classes differ, differ in these.
 _LEFT_OUT, _LEFT_OUT_OF_HEAD = 3, 1
-# What an agreement still counts after another one of the same device: some 60 count.
-_KEPT = 0.985
 # Odds that a device of which nothing is known is honest.
 _ODDS = 2.0
 # A device whose odds are less does not count at all.
@@ -56,51 +60,11 @@ _LONG = 3.0
 # Beyond so many times it may as well be an accident, and speaks no more against it;
 # after ten other updates little is left of it.
 _LONGEST, _LENGTHS_KEPT = 10.0, 0.9
-# Standard errors by which honest devices' agreements have to be above nothing.
-_ERRORS = 2.0
-# No single piece of evidence is stronger, for or against.
-_STRONGEST = 20.0
 # Updates of a device that it cannot send again without being noticed.
 _DIGESTS = 32
 # A device that was compared less often than this, and than half as often as the median
 # one, counts accordingly less.
 _ENOUGH = 10.0
-# The least deviation of honest devices' means, as a part of m: of agreements with other
-# devices, and with the server's own examples.
-_LEAST_BETWEEN, _LEAST_BETWEEN_SHOWN = 1 / 2, 1 / 3
-# Agreements of a device before it is judged by them, and devices that have some before
-# any is.
-_FEW_AGREEMENTS, _FEWEST = 4.0, 4
-
-
-@dataclass(frozen=True)
-class Agreements:
-    """How far others agreed with a device.
-
-    Parameters
-    ----------
-    count
-        Agreements; older ones count less, here and in the sums.
-    total, squares
-        Their sum, and that of their squares.
-    """
-
-    count: float = 0.0
-    total: float = 0.0
-    squares: float = 0.0
-
-    def and_one(self, cosine: float) -> Agreements:
-        """Take in one more."""
-        return Agreements(
-            _KEPT * self.count + 1.0,
-            _KEPT * self.total + cosine,
-            _KEPT * self.squares + cosine**2,
-        )
-
-    @property
-    def mean(self) -> float:
-        """Their mean; 0 of none."""
-        return self.total / self.count if self.count else 0.0
 
 
 @dataclass(frozen=True)
@@ -161,12 +125,15 @@ class Reputation:
         The latest directions of each part of the model, oldest first: by the block's
         index, ``HEAD`` for the head. The last few are still being judged, and no part
         of the evidence yet.
+    own
+        How far the server's own examples agreed with each other.
     """
 
     key: int = 0
     of_device: Mapping[str, Evidence] = field(default_factory=dict)
     digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lately: Mapping[int, tuple[Direction, ...]] = field(default_factory=dict)
+    own: Evidence = field(default_factory=Evidence)
 
     def weight(self, device: str) -> float:
         """Return what an update of a device counts, 0 to 1; 0: it is not used."""
@@ -235,13 +202,28 @@ class Reputation:
                 lately[part] = tuple(seen[-2 * _BESIDE :])
         return replace(self, lately=lately, of_device=of_device)
 
-    def after_shown(self, shown: Iterable[tuple[str, int, float]]) -> Reputation:
-        """Take in how far the server's own examples agreed with devices' updates."""
-        of_device = dict(self.of_device)
-        for device, part, cosine in shown:
-            known = of_device.get(device, Evidence())
-            of_device[device] = known.was_shown(part, cosine)
-        return replace(self, of_device=of_device)
+    def after_shown(
+        self,
+        shown: Mapping[str, Mapping[int, float]],
+        among: Iterable[tuple[int, float]],
+    ) -> Reputation:
+        """Take in how far the server's own examples agreed.
+
+        Parameters
+        ----------
+        shown
+            With devices' updates, by device and part of the model.
+        among
+            With each other, by part.
+        """
+        of_device, own = dict(self.of_device), self.own
+        for device, cosines in shown.items():
+            for part, cosine in cosines.items():
+                known = of_device.get(device, Evidence())
+                of_device[device] = known.was_shown(part, cosine)
+        for part, cosine in among:
+            own = own.was_shown(part, cosine)
+        return replace(self, of_device=of_device, own=own)
 
     def after_lengths(self, times_usual: Iterable[tuple[str, float]]) -> Reputation:
         """Take in how many times as long as is usual devices' updates were."""
@@ -273,9 +255,9 @@ class Reputation:
             for device, known in self._known.items()
             if known.agreements
         }
-        enough = median(counts.values()) / 2 if len(counts) >= _FEWEST else 0.0
+        enough = median(counts.values()) / 2 if len(counts) >= FEWEST else 0.0
         # Where all are new, none is a newcomer.
-        return counts, min(enough, _ENOUGH) if enough >= _FEW_AGREEMENTS else 0.0
+        return counts, min(enough, _ENOUGH) if enough >= FEW_AGREEMENTS else 0.0
 
     @cached_property
     def _known(self) -> Mapping[str, Evidence]:
@@ -288,19 +270,26 @@ class Reputation:
         return known
 
     @cached_property
+    def _honest(self) -> Mapping[str, Honest]:
+        """What agreements of honest devices are like, by kind."""
+        known = self._known.values()
+        compared = {
+            kind: Honest.of([one.of_kind(kind) for one in known]) for kind in _KINDS
+        }
+        shown = {
+            kind: Honest.shown(
+                [one.of_kind(kind) for one in known], self.own.of_kind(kind)
+            )
+            for kind in _SHOWN
+        }
+        return compared | shown
+
+    @cached_property
     def _log_likelihoods(self) -> Mapping[str, float]:
         """Logarithms of the likelihood ratios, by device."""
-        known = self._known
-        honest = {
-            kind: _Honest.of(
-                (one.of_kind(kind) for one in known.values()),
-                _LEAST_BETWEEN_SHOWN if kind in _SHOWN else _LEAST_BETWEEN,
-            )
-            for kind in (*_KINDS, *_SHOWN)
-        }
         return {
-            device: evidence.lengths + _by_directions(evidence, honest)
-            for device, evidence in known.items()
+            device: evidence.lengths + _by_directions(evidence, self._honest)
+            for device, evidence in self._known.items()
         }
 
 
@@ -308,66 +297,14 @@ def _name(part: int) -> str:
     return "head" if part == HEAD else "blocks"
 
 
-def _by_directions(evidence: Evidence, honest: Mapping[str, _Honest]) -> float:
+def _by_directions(evidence: Evidence, honest: Mapping[str, Honest]) -> float:
     """Return the logarithm of the likelihood ratio by a device's agreements."""
     parts = []
     for part in ("blocks", "head"):
-        # Of whole gradients those of honest devices differ where their classes do.
-        others = f"{part} rest" if honest[f"{part} rest"].mean else f"{part} whole"
-        for kind in (others, f"{part} shown"):
-            parts.append(honest[kind].log_likelihood(evidence.of_kind(kind)))
+        # What the server has seen itself tells more than what others send; and of whole
+        # gradients those of honest devices differ where their classes do.
+        kinds = (f"{part} {how}" for how in ("shown", "rest", "whole"))
+        kind = next((kind for kind in kinds if honest[kind].mean), f"{part} whole")
+        parts.append(honest[kind].log_likelihood(evidence.of_kind(kind)))
     # Who is honest about one part is not thereby so about the other.
     return min(*parts, sum(parts))
-
-
-@dataclass(frozen=True)
-class _Honest:
-    """What agreements of honest devices are like.
-
-    Parameters
-    ----------
-    mean, variance
-        Of one agreement; a mean of 0: nothing tells honest devices from others.
-    between
-        Variance of the devices' own means.
-    """
-
-    mean: float = 0.0
-    variance: float = 0.0
-    between: float = 0.0
-
-    @classmethod
-    def of(cls, devices: Iterable[Agreements], least_between: float) -> _Honest:
-        """Tell it from all devices', of which more than half are honest.
-
-        Parameters
-        ----------
-        devices
-            Agreements of each.
-        least_between
-            Their own means deviate by at least this part of their median.
-        """
-        judged = [one for one in devices if one.count]
-        if len(judged) < _FEWEST:
-            return cls()
-        variance = sum(a.squares for a in judged) / sum(a.count for a in judged)
-        middle = median(a.mean for a in judged)
-        # Of a median, as of a normal distribution.
-        error = math.sqrt(math.pi / 2 * variance / sum(a.count for a in judged))
-        if middle < _ERRORS * error:
-            return cls()
-        # Of a normal distribution, by what two thirds deviate at most: where classes
-        # differ, half of the devices may be one side, and half the other.
-        deviations = sorted(abs(a.mean - middle) for a in judged)
-        spread = (1.034 * deviations[2 * (len(judged) - 1) // 3]) ** 2
-        by_chance = variance / median(a.count for a in judged)
-        between = max(spread - by_chance, (least_between * middle) ** 2)
-        return cls(middle, variance, between)
-
-    def log_likelihood(self, agreements: Agreements) -> float:
-        """Return the logarithm of the likelihood ratio, honest to hostile."""
-        if not self.mean or agreements.count < _FEW_AGREEMENTS:
-            return 0.0
-        spread = self.variance / agreements.count + self.between
-        told = 2 * self.mean * agreements.mean / spread
-        return max(-_STRONGEST, min(told, _STRONGEST))

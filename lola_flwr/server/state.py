@@ -126,6 +126,7 @@ class RunState:
             "pace": to_values(Pace()),
         }
         values = {**missing, **values}
+        values["reputation"] = {**missing["reputation"], **values["reputation"]}
         if "norms" in values:
             values["norms"] = {"devices": {}, **values["norms"]}
         state = restored(cls, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from lola_flwr.system.devices import DeviceProfile
 from simulations.attacks.attack import Attack, Turn, npy, scaled
 
 _JOIN = 40
+ABSENT = "not there at all"
 
 
 def _replayed(reply: DeviceReply, turn: Turn) -> DeviceReply:
@@ -42,6 +44,8 @@ def _never_slow(reply: DeviceReply, turn: Turn) -> DeviceReply:
 
 
 LIES = (
+    # No attack: what it costs that these devices' data are missing.
+    Attack(name=ABSENT, joins_at_round=sys.maxsize),
     Attack(
         name="free rider: replay",
         reply=_replayed,

@@ -22,6 +22,17 @@ def test_rests_grow_exponentially_and_end():
     assert lengths == [1, 2, 4, 8, 16, 32, 32, 32]
 
 
+def test_who_is_not_trusted_rests_longer_from_the_first_time_on():
+    absences, lengths, server_round = Absences(), [], 1
+    for _ in range(4):
+        absences = absences.after(server_round, {"d": 0.0, "e": 0.0}, {"d"})
+        resting = rests(absences, "d", range(server_round + 1, server_round + 100))
+        lengths.append(len(resting))
+        server_round += len(resting) + 1
+    assert lengths == [2, 8, 32, 32]
+    assert absences.failures("e") == 4
+
+
 def test_a_useful_update_halves_what_is_held_against_a_device():
     absences = Absences()
     for server_round in (1, 10, 20, 30):

@@ -5,8 +5,16 @@ import pytest
 
 from lola_flwr.build import DeviceOptions, RoundSettings, Transfer
 from lola_flwr.errors import UserError
-from lola_flwr.server.own_examples import agreement, projected_examples
+from lola_flwr.server.own_examples import (
+    ExampleMean,
+    agreements_among,
+    projected_examples,
+)
 from lola_flwr.wire.low_rank import LowRankProjection
+
+
+def agreement(update, examples):
+    return ExampleMean.of(examples).agreement(update)
 
 
 def by_matrices(update, examples):
@@ -49,8 +57,22 @@ def test_devices_of_one_class_agree_and_those_that_turn_gradients_round_do_not(r
 
 def test_nothing_is_told_by_examples_that_do_not_differ(rng):
     same = np.tile(rng.standard_normal(8), (4, 1))
-    assert agreement(rng.standard_normal(8), same) == 0
+    assert ExampleMean.of(same) is None
+    assert ExampleMean.of(same[:1]) is None
+    assert agreements_among(same) == []
     assert agreement(np.zeros(8), rng.standard_normal((4, 8))) == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 21])
+def test_examples_are_compared_with_those_of_the_other_quarters(rng, count):
+    examples = rng.standard_normal((count, 30)) + 1
+    found = agreements_among(examples)
+    # A single other example differs from none.
+    assert len(found) == (0 if count == 2 else min(count, 4))
+    for quarter, cosine in enumerate(found):
+        others = [row for n, row in enumerate(examples) if n % 4 != quarter]
+        expected = agreement(examples[quarter::4].mean(axis=0), np.stack(others))
+        assert cosine == pytest.approx(expected, abs=1e-12)
 
 
 def test_projections_of_sums_are_sums_of_projections(rng):

@@ -102,9 +102,11 @@ def test_nobody_is_judged_by_one_or_two_gradients():
 
 def test_newcomers_count_less_until_they_were_compared_and_at_the_start_none_does():
     def compared(times):
-        return Reputation().after_shown(
-            (device, 0, 0.5) for device, n in times.items() for _ in range(n)
-        )
+        reputation = Reputation()
+        for device, n in times.items():
+            for _ in range(n):
+                reputation = reputation.after_shown({device: {0: 0.5}}, [])
+        return reputation
 
     for n in (0, 1, 5, 60):
         alike = compared(dict.fromkeys(DEVICES, n))
@@ -124,12 +126,28 @@ def test_who_works_against_the_servers_examples_is_found(part):
     rng = np.random.default_rng(0)
     reputation = Reputation()
     for _ in range(24):
-        reputation = reputation.after_shown(
-            (device, part, (-0.1 if device in HOSTILE else 0.14) + 0.14 * noise)
+        among = [(part, 0.14 + 0.14 * noise) for noise in rng.standard_normal(4)]
+        cosines = {
+            device: {part: (-0.1 if device in HOSTILE else 0.14) + 0.14 * noise}
             for device, noise in zip(DEVICES, rng.standard_normal(8), strict=True)
-        )
+        }
+        reputation = reputation.after_shown(cosines, among)
     assert all(reputation.weight(device) < 0.1 for device in HOSTILE)
     assert {reputation.weight(d) for d in DEVICES if d not in HOSTILE} == {1.0}
+
+
+def test_by_the_servers_examples_hostile_devices_are_known_though_no_other_is_asked():
+    reputation, rng = Reputation(), np.random.default_rng(0)
+    for server_round in range(3):
+        among = [(part, 0.2 + 0.1 * rng.standard_normal()) for part in (0, HEAD) * 4]
+        turned = {device: {0: -0.2, HEAD: -0.2} for device in HOSTILE}
+        reputation = reputation.after_shown(turned, among)
+        if server_round == 0:
+            assert all(reputation.weight(device) < 0.7 for device in HOSTILE)
+    assert {reputation.weight(device) for device in HOSTILE} == {0.0}
+    # Without what the server's examples say of each other they would be the majority.
+    alone = Reputation().after_shown(turned, [])
+    assert {alone.weight(device) for device in HOSTILE} == {1.0}
 
 
 def test_far_too_long_updates_speak_against_a_device_until_they_are_long_past():

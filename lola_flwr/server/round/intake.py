@@ -74,6 +74,8 @@ class RoundReplies:
         Of each device that was asked: None if it did what it was asked for, else the
         memory that it turned out to lack, or 0 for any other failure. A device that
         lacks what it was not sent has not failed, and has no entry.
+    distrusted
+        Devices whose updates were refused for what they sent before.
     unexplained_s
         How long devices kept the round waiting for no known reason. Their updates are
         used, but they have failed.
@@ -92,6 +94,7 @@ class RoundReplies:
     refusals: Mapping[str, str]
     refused: Mapping[str, int]
     lacked_bytes: Mapping[str, float | None]
+    distrusted: Set[str]
     lost_copies: Set[str]
     held: Mapping[str, str | None]
     unexplained_s: Mapping[str, float]
@@ -190,6 +193,7 @@ def read_replies(
         refusals=refusals,
         refused=dict(refused),
         lacked_bytes=lacked_bytes,
+        distrusted=judgement.distrusted,
         lost_copies=lost_copies,
         held=held,
         unexplained_s=unexplained_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,17 @@ from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.directions import Direction, projection, sketch
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
-from lola_flwr.server.own_examples import agreement, projected_examples
+from lola_flwr.server.own_examples import (
+    ExampleMean,
+    agreements_among,
+    projected_examples,
+)
 from lola_flwr.server.received import UpdateRefused
 from lola_flwr.server.reputation import HEAD, Reputation
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.wire.records import Assignment
+
+_DISTRUSTED = "distrusted"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +47,11 @@ class Judgement:
     refused: Mapping[str, UpdateRefused]
     norms: NormHistory
     reputation: Reputation | None
+
+    @property
+    def distrusted(self) -> Set[str]:
+        """Devices whose updates are refused for what they sent before."""
+        return {d for d, why in self.refused.items() if why.reason == _DISTRUSTED}
 
 
 def judged(
@@ -86,24 +97,24 @@ def judged(
     }
     if reputation is not None and updates:
         digests = {device: _digest(update) for device, update in updates.items()}
+        reputation = reputation.keyed(digests.values())
+        shown = _Shown({}, ())
+        if own_gradients is not None:
+            shown = _shown(partition, asked, updates, own_gradients(), reputation.key)
+        reputation = reputation.after_shown(
+            {names[d]: agreed for d, agreed in shown.of_device.items()}, shown.among
+        )
         for device, update in updates.items():
+            weight = reputation.weight(names[device])
             if not update.norm:
                 refused[device] = UpdateRefused("all-zero", "nothing was trained")
             elif reputation.has_seen(names[device], digests[device]):
                 refused[device] = UpdateRefused("replayed", "the update came before")
-            elif not reputation.weight(names[device]):
+            elif not weight:
                 refused[device] = UpdateRefused(
-                    "distrusted", "the device's updates are not as those of others"
+                    _DISTRUSTED, "the device's updates are not as those of others"
                 )
-            scale[device] *= reputation.weight(names[device])
-        reputation = reputation.keyed(digests.values())
-        if own_gradients is not None:
-            shown = _shown(partition, asked, updates, own_gradients(), reputation.key)
-            reputation = reputation.after_shown(
-                (names[d], part, cosine)
-                for d, of_part in shown.items()
-                for part, cosine in of_part.items()
-            )
+            scale[device] *= weight
         reputation = reputation.after_digests(
             (names[d], digests[d]) for d in updates
         ).after_lengths((names[d], norm_of[d] / usual[d]) for d in updates)
@@ -148,28 +159,50 @@ def _parts(
     return parts
 
 
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """What the server's examples tell.
+
+    Parameters
+    ----------
+    of_device
+        How far they agree with each part of devices' updates.
+    among
+        How far they agree with each other, by part of the model.
+    """
+
+    of_device: Mapping[str, Mapping[int, float]]
+    among: Iterable[tuple[int, float]]
+
+
 def _shown(
     partition: BlockPartition,
     asked: Mapping[str, Assignment],
     updates: Mapping[str, BlockUpdate],
     own: Iterable[Float32Arrays],
     key: int,
-) -> dict[str, dict[int, float]]:
-    """Return how far the server's examples agree with each part of the updates."""
+) -> _Shown:
+    """Compare updates with the server's examples, part by part."""
     parts_of = {d: _parts(partition, assignment) for d, assignment in asked.items()}
     every = {
         part: names for parts in parts_of.values() for part, names in parts.items()
     }
     examples = projected_examples(own, every, key)
-    return {
+    means = {part: ExampleMean.of(rows) for part, rows in examples.items()}
+    of_device = {
         device: {
-            part: agreement(
-                projection(updates[device].gradients, names, key), examples[part]
-            )
+            part: mean.agreement(projection(updates[device].gradients, names, key))
             for part, names in parts.items()
+            if (mean := means[part]) is not None
         }
         for device, parts in parts_of.items()
     }
+    among = [
+        (part, cosine)
+        for part, rows in examples.items()
+        for cosine in agreements_among(rows)
+    ]
+    return _Shown(of_device, among)
 
 
 def _directions(

@@ -50,7 +50,8 @@ def learned(
         plan.profiles[device].name: lacked
         for device, lacked in replies.lacked_bytes.items()
     }
-    absences = state.fleet.absences.after(plan.server_round, lacked_bytes)
+    distrusted = {plan.profiles[device].name for device in replies.distrusted}
+    absences = state.fleet.absences.after(plan.server_round, lacked_bytes, distrusted)
     if correct_profiles:
         state = _corrected(state, plan, replies)
     return replace(

@@ -1,0 +1,122 @@
+"""What agreements with a device tell, by what those with honest devices are like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+
+# What an agreement still counts after another one of the same device: some 60 count.
+_KEPT = 0.985
+# Standard errors by which honest devices' agreements have to be above nothing.
+_ERRORS = 2.0
+# No single piece of evidence is stronger, for or against.
+_STRONGEST = 20.0
+# The least deviation of honest devices' means, as a part of m; with the server's own
+# examples it is taken for that.
+_LEAST_BETWEEN = 1 / 2
+# Agreements of a device before it is judged by them, and devices that have some before
+# any is.
+FEW_AGREEMENTS, FEWEST = 4.0, 4
+
+
+@dataclass(frozen=True)
+class Agreements:
+    """How far others agreed with a device.
+
+    Parameters
+    ----------
+    count
+        Agreements; older ones count less, here and in the sums.
+    total, squares
+        Their sum, and that of their squares.
+    """
+
+    count: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def and_one(self, cosine: float) -> Agreements:
+        """Take in one more."""
+        return Agreements(
+            _KEPT * self.count + 1.0,
+            _KEPT * self.total + cosine,
+            _KEPT * self.squares + cosine**2,
+        )
+
+    @property
+    def mean(self) -> float:
+        """Their mean; 0 of none."""
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True)
+class Honest:
+    """What agreements of honest devices are like.
+
+    Parameters
+    ----------
+    mean, variance
+        Of one agreement; a mean of 0: nothing tells honest devices from others.
+    between
+        Variance of the devices' own means.
+    few
+        Agreements of a device before it is judged by them.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    between: float = 0.0
+    few: float = 0.0
+
+    @classmethod
+    def of(cls, devices: Iterable[Agreements]) -> Honest:
+        """Tell it from all devices', of which more than half are honest."""
+        judged = [one for one in devices if one.count]
+        if len(judged) < FEWEST:
+            return cls()
+        variance = sum(a.squares for a in judged) / sum(a.count for a in judged)
+        middle = median(a.mean for a in judged)
+        if not _is_significant(middle, variance, judged):
+            return cls()
+        # Of a normal distribution, by what two thirds deviate at most: where classes
+        # differ, half of the devices may be one side, and half the other.
+        deviations = sorted(abs(a.mean - middle) for a in judged)
+        spread = (1.034 * deviations[2 * (len(judged) - 1) // 3]) ** 2
+        by_chance = variance / median(a.count for a in judged)
+        between = max(spread - by_chance, (_LEAST_BETWEEN * middle) ** 2)
+        return cls(middle, variance, between, FEW_AGREEMENTS)
+
+    @classmethod
+    def shown(cls, devices: Iterable[Agreements], own: Agreements) -> Honest:
+        """Tell it from agreements with the server's examples, and of these ones.
+
+        So it is known from the first round on, whoever is asked in it.
+        """
+        judged = [one for one in devices if one.count]
+        if not judged or not own.count:
+            return cls()
+        # Lest hostile devices are most of those that were asked first.
+        middle = median([*(a.mean for a in judged), *[own.mean] * FEWEST])
+        variance = sum(a.squares for a in judged) / sum(a.count for a in judged)
+        if not _is_significant(middle, variance, [*judged, own]):
+            return cls()
+        return cls(middle, variance, (_LEAST_BETWEEN * middle) ** 2, 1.0)
+
+    def log_likelihood(self, agreements: Agreements) -> float:
+        """Return the logarithm of the likelihood ratio, honest to hostile."""
+        if not self.mean or agreements.count < self.few:
+            return 0.0
+        spread = self.variance / agreements.count + self.between
+        told = 2 * self.mean * agreements.mean / spread
+        return max(-_STRONGEST, min(told, _STRONGEST))
+
+
+def _is_significant(
+    middle: float, variance: float, judged: Iterable[Agreements]
+) -> bool:
+    """Tell whether a median of devices' means is above nothing."""
+    # Of a median, as of a normal distribution.
+    error = math.sqrt(math.pi / 2 * variance / sum(a.count for a in judged))
+    return middle >= _ERRORS * error
