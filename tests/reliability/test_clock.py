@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -92,8 +93,9 @@ def test_rounds_go_on_when_clocks_are_stepped(clocks, tmp_path, monkeypatch):
     log = tmp_path / "out" / "rounds.jsonl"
 
     def rounds():
-        lines = log.read_text().splitlines() if log.exists() else []
-        return [json.loads(line) for line in lines]
+        lines = log.read_text().split("\n") if log.exists() else [""]
+        # The last one is being written.
+        return [json.loads(line) for line in lines[:-1]]
 
     def after(number):
         wait_until(lambda: len(rounds()) >= number or run.poll() is not None, 300)
@@ -110,8 +112,9 @@ def test_rounds_go_on_when_clocks_are_stepped(clocks, tmp_path, monkeypatch):
     words += ["num-devices=2", "batch-size=4", "max-length=16", f"rounds={ROUNDS}"]
     words += ["eval-every=100", "round-timeout-s=60", f"output-dir={tmp_path / 'out'}"]
     try:
-        with Supervised(node(0)), Supervised(node(1)):
+        with Supervised(node(0)), Supervised(node(1)), ExitStack() as ending:
             run = subprocess.Popen([BIN / "lola-flwr", *words], env=link.environment)
+            ending.callback(run.terminate)
             for seconds in (HOUR_S, -HOUR_S):
                 after(len(rounds()) + 4)
                 device.step(seconds)
