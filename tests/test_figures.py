@@ -374,6 +374,11 @@ class TestReuse:
         changed = FakeApp()
         run_all(tmp_path, changed, longer)
         assert len(changed.configs) == 8
+        # A key that is new says nothing of runs before it.
+        monkeypatch.setattr(learning, "app_config", lambda: {**config, "new": 0})
+        as_before = FakeApp()
+        run_all(tmp_path, as_before, longer)
+        assert as_before.configs == []
 
     def test_a_stopped_run_finds_what_it_left(self, tmp_path):
         run_all(tmp_path, FakeApp())
@@ -397,7 +402,7 @@ class TestReuse:
 
     def test_a_run_is_complete_at_its_target(self, tmp_path):
         def complete(records, **changes):
-            config = {"rounds": 3, "target": "", **changes}
+            config = {**learning.app_config(), "rounds": 3, "target": "", **changes}
             (tmp_path / "config.json").write_text(json.dumps(config))
             lines = [
                 json.dumps({"server_round": r, "metrics": m}) + "\n"

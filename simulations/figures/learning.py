@@ -268,12 +268,15 @@ def reusable_records(
 
 
 def _is_of(directory: Path, config: Mapping[str, Any]) -> bool:
-    """Tell whether a run's directory is that of a configuration."""
+    """Tell whether a run's directory is that of a configuration.
+
+    A key that the app did not have then had the default that it came with.
+    """
     try:
-        text = _config_file(directory).read_text(encoding="utf-8")
-        return bool(json.loads(text) == dict(config))
+        known = json.loads(_config_file(directory).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
+    return bool({**app_config(), **known} == dict(config))
 
 
 def _config_file(directory: Path) -> Path:
