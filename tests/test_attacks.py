@@ -44,6 +44,21 @@ def test_points_lost_are_those_against_the_honest_run_of_the_seed():
     assert [row["after rounds"] for row in rows] == ["-", "12", "-"]
 
 
+def test_what_missing_data_cost_is_told_apart():
+    rows = attack_rows(
+        [
+            outcome("none", 0.0, 0, 0.9),
+            outcome("not there", 0.2, 0, 0.85),
+            outcome("sign flip", 0.2, 0, 0.7),
+            outcome("sign flip", 0.3, 0, 0.5),
+        ]
+    )
+    found = [(row["points lost"], row["than without them"]) for row in rows[1:]]
+    assert found[:2] == [(5.0, 0.0), (20.0, 15.0)]
+    assert found[2][0] == 40.0
+    assert math.isnan(found[2][1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_every_attack_runs_against_the_server_as_it_is(codec):

@@ -13,7 +13,7 @@ import torch
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import local_path
-from simulations.attacks.attack import Attack
+from simulations.attacks.attack import HONEST, Attack
 from simulations.attacks.data import DATA_ATTACKS
 from simulations.attacks.federation import Scenario, run
 from simulations.attacks.gradients import GRADIENT_ATTACKS
@@ -21,8 +21,8 @@ from simulations.attacks.lies import LIES
 from simulations.attacks.table import attack_rows
 from simulations.figures.tables import Row, markdown_table, write_csv
 
-HONEST = Attack(name="none")
-ATTACKS = {a.name: a for a in (HONEST, *GRADIENT_ATTACKS, *DATA_ATTACKS, *LIES)}
+NONE = Attack(name=HONEST)
+ATTACKS = {a.name: a for a in (NONE, *GRADIENT_ATTACKS, *DATA_ATTACKS, *LIES)}
 _SPLITS = {"iid": None, "dirichlet": 0.3}
 
 
@@ -55,7 +55,7 @@ def outcomes(options: argparse.Namespace) -> Iterator[Row]:
         for split in options.splits:
             for codec in options.codecs:
                 for name in names:
-                    for share in (0.0,) if name == HONEST.name else options.shares:
+                    for share in (0.0,) if name == HONEST else options.shares:
                         scenario = Scenario(
                             share=share,
                             alpha=_SPLITS[split],

@@ -20,6 +20,10 @@ from lola_flwr.wire.records import Assignment
 
 _Same = TypeVar("_Same")
 
+# Names of runs without attack: with all devices, and without those that are hostile in
+# the others.
+HONEST, ABSENT = "none", "not there"
+
 
 @dataclass(eq=False)
 class Gang:

@@ -6,6 +6,7 @@ The server is the `Coordinator` with all that a run's state is, the devices are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +43,7 @@ from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.packing import GRADIENTS, unpack
 from lola_flwr.wire.records import Assignment
-from simulations.attacks.attack import Attack, Gang, Turn, npy
+from simulations.attacks.attack import HONEST, Attack, Gang, Turn, npy
 from simulations.attacks.small import LENGTH, SmallTask, example_gradients, small_model
 
 # The model is evaluated so often, every so many rounds, the last time after the last.
@@ -143,7 +144,7 @@ class _Devices:
         local: tuple[nn.Module, BlockPartition],
         index: int,
     ) -> BlockDevice:
-        changed = self._attack if index in self._hostile else Attack(name="none")
+        changed = self._attack if index in self._hostile else Attack(name=HONEST)
 
         def draw(server_round: int, batch_size: int) -> Batch:
             return changed.batch(task.draw(index, server_round, batch_size))
@@ -310,12 +311,17 @@ def _outcome(
     ]
     return Outcome(
         accuracy=float(np.mean(accuracies)),
-        backdoor=float(np.nanmean(backdoors)),
+        backdoor=_mean_of_known(backdoors),
         honest_refused=len(refused) / len(honest),
         honest_distrusted=len(distrusted[-1] - hostile),
         found=len(found) / len(hostile) if hostile else 0.0,
         found_after=int(np.median(first)) if first else None,
     )
+
+
+def _mean_of_known(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _distrusted(state: RunState) -> set[str]:

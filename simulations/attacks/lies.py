@@ -9,10 +9,9 @@ import numpy as np
 
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import DeviceProfile
-from simulations.attacks.attack import Attack, Turn, npy, scaled
+from simulations.attacks.attack import ABSENT, Attack, Turn, npy, scaled
 
 _JOIN = 40
-ABSENT = "not there at all"
 
 
 def _replayed(reply: DeviceReply, turn: Turn) -> DeviceReply:
@@ -44,7 +43,6 @@ def _never_slow(reply: DeviceReply, turn: Turn) -> DeviceReply:
 
 
 LIES = (
-    # No attack: what it costs that these devices' data are missing.
     Attack(name=ABSENT, joins_at_round=sys.maxsize),
     Attack(
         name="free rider: replay",

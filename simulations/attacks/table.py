@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from simulations.attacks.attack import ABSENT, HONEST
 from simulations.figures.tables import Row
 
 
@@ -16,14 +17,15 @@ def attack_rows(runs: Sequence[Row]) -> list[Row]:
     Parameters
     ----------
     runs
-        One row a run, with all fields of an `Outcome`.
+        One row a run, with all fields of an `Outcome`. What is lost is lost against the
+        run of the same seed without attack, and against that without these devices:
+        nothing gives their data back.
     """
     rows: list[Row] = []
-    honest = {
-        (run["split"], run["codec"], run["seed"]): float(run["accuracy"])
-        for run in runs
-        if not run["share"]
-    }
+    honest, absent = (
+        {_place(run): float(run["accuracy"]) for run in runs if run["attack"] == name}
+        for name in (HONEST, ABSENT)
+    )
     places = dict.fromkeys(
         (r["attack"], r["share"], r["split"], r["codec"]) for r in runs
     )
@@ -34,9 +36,11 @@ def attack_rows(runs: Sequence[Row]) -> list[Row]:
             if (r["attack"], r["share"], r["split"], r["codec"]) == place
         ]
         costs = [
-            honest.get((r["split"], r["codec"], r["seed"]), math.nan)
-            - float(r["accuracy"])
+            honest.get((0.0, *_place(r)[1:]), math.nan) - float(r["accuracy"])
             for r in some
+        ]
+        beyond_data = [
+            absent.get(_place(r), math.nan) - float(r["accuracy"]) for r in some
         ]
         attack, share, split, codec = place
         rows.append(
@@ -47,6 +51,7 @@ def attack_rows(runs: Sequence[Row]) -> list[Row]:
                 "codec": codec,
                 "accuracy": round(_mean(r["accuracy"] for r in some), 3),
                 "points lost": round(100 * _mean(costs), 1),
+                "than without them": round(100 * _mean(beyond_data), 1),
                 "backdoor": f"{_mean(r['backdoor'] for r in some):.0%}",
                 "honest refused": f"{_mean(r['honest_refused'] for r in some):.1%}",
                 "honest distrusted": round(
@@ -59,8 +64,13 @@ def attack_rows(runs: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def _place(run: Row) -> tuple[object, ...]:
+    return run["share"], run["split"], run["codec"], run["seed"]
+
+
 def _mean(values: Iterable[object]) -> float:
-    return float(np.nanmean([float(str(value)) for value in values]))
+    known = [float(str(value)) for value in values]
+    return float(np.nanmean(known)) if np.isfinite(known).any() else math.nan
 
 
 def _median(values: Iterable[object]) -> str:
