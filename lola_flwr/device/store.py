@@ -125,10 +125,11 @@ class PieceStore:
             stay, `_OTHERS` of them: another device on this disk, which was idle
             meanwhile, may be sent how the piece has changed since, or be evaluating it.
         """
+        kept = {self._path(place, content) for place, content in enumerate(contents)}
         others: dict[str, list[tuple[float, Path]]] = {}
-        for path in self.directory.glob("piece-*"):
-            _, place, content = path.stem.split("-")
-            if content != contents[int(place)]:
+        for path in self.directory.glob("piece-???-*"):
+            if path not in kept:
+                place = path.stem.rpartition("-")[0]
                 with suppress(FileNotFoundError):
                     others.setdefault(place, []).append((path.stat().st_mtime, path))
         for written in others.values():
