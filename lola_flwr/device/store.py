@@ -127,7 +127,7 @@ class PieceStore:
         """
         kept = {self._path(place, content) for place, content in enumerate(contents)}
         others: dict[str, list[tuple[float, Path]]] = {}
-        for path in self.directory.glob("piece-???-*"):
+        for path in self.directory.glob("piece-*-*"):
             if path not in kept:
                 place = path.stem.rpartition("-")[0]
                 with suppress(FileNotFoundError):
