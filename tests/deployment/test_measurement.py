@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from lola_flwr.cli.main import main
 from lola_flwr.clients import node_profile
-from lola_flwr.deployment import host
+from lola_flwr.deployment import host, measurement
 from lola_flwr.deployment.measurement import (
     chosen_depths,
     measure_device,
@@ -19,7 +21,9 @@ from lola_flwr.deployment.measurement import (
 )
 from lola_flwr.errors import UserError
 from lola_flwr.machine.memory import available_memory_bytes
+from lola_flwr.machine.power import measured_energy, module_supplies
 from lola_flwr.system.devices import DeviceProfile, InvalidProfile
+from tests.machine.test_power import ORIN_NANO, monitor
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,28 @@ def test_the_file_is_the_profile_that_a_node_reports(measured, tmp_path):
     assert profile() == measured.profile
     assert profile().uplink_bps == 2e6
     assert profile(name="other", **{"uplink-bps": 5e5}).uplink_bps == 5e5
+
+
+def test_what_sensors_said_is_in_the_file(measured, tmp_path):
+    path = tmp_path / "device.json"
+    assert measured.compute_power_w is None  # no board
+    write_profile(replace(measured, compute_power_w=7.5), path)
+    config = {"profile": str(path), "transmit-power-w": 1.3}
+    profile = node_profile(
+        SimpleNamespace(node_id=3, node_config=config, run_config={})
+    )
+    assert (profile.compute_power_w, profile.transmit_power_w) == (7.5, 1.3)
+
+
+@pytest.mark.slow
+def test_a_board_is_measured_by_its_sensors(monkeypatch, tmp_path):
+    monitor(tmp_path / "drivers", "1-0040", ORIN_NANO)
+    supplies = module_supplies(tmp_path / "drivers")
+    monkeypatch.setattr(
+        measurement, "measured_energy", lambda: measured_energy(supplies)
+    )
+    found = measure_device("random:roberta-tiny", batch_size=2, sequence_length=8)
+    assert found.compute_power_w == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize(

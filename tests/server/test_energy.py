@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from lola_flwr.allocation import RoundMode
 from lola_flwr.errors import UserError
 from lola_flwr.report.tally import Tally
 from lola_flwr.run.target import Target, reached
@@ -161,3 +162,22 @@ def test_devices_that_do_not_say_are_named():
     coordinator = make_coordinator(num_devices=4, allocator="energy")
     with pytest.raises(UserError, match="do not say: device-0000, device-0001, dev"):
         coordinator.plan_round(1, NAMES[:4])
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "options"),
+    [
+        (2, {}),  # fewer than blocks: one trains several
+        (5, {"mode": RoundMode(participation="all")}),
+        (6, {"mode": RoundMode(devices_per_block=2)}),
+    ],
+)
+def test_energy_is_saved_whoever_takes_part(num_devices, options):
+    names = NAMES[:num_devices]
+    best = with_powers(num_devices, **options).plan_round(1, names)
+    coordinator = with_powers(num_devices, allocator="energy", **options)
+    plan = coordinator.plan_round(1, names)
+    record = coordinator.complete_round(plan, [])
+    assert plan.allocation.round_s <= 1.1 * best.allocation.round_s * (1 + 1e-9)
+    assert record.round_j == pytest.approx(plan.allocation.joules(plan.problem).sum())
+    assert record.round_j <= best.allocation.joules(best.problem).sum() * (1 + 1e-9)
