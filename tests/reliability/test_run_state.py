@@ -17,6 +17,7 @@ from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.selection.history import BlockHistory
 from lola_flwr.server.spread.plan import SpreadState
 from lola_flwr.server.state import RunState, restored
+from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.held_versions import HeldVersions
 from tests.recordings.runs import STOPPED
 
@@ -140,13 +141,10 @@ def test_the_first_layout_of_a_coordinators_state_is_read():
     assert state.server_round == then["server_round"] == 2
     assert state.wireless_s == then["wireless_s"] > 0
     # Devices could not say then what they can since.
-    unsaid = {
-        "recomputes_suffix": False,
-        "num_examples": None,
-        "trains_one_block": False,
-    }
+    said = {"name", "flops_per_s", "memory_bytes"}
+    unsaid = {f.name: f.default for f in fields(DeviceProfile) if f.name not in said}
     assert {d: to_values(p) for d, p in state.fleet.profiles.items()} == {
-        d: {**p, **unsaid} for d, p in then["profiles"].items()
+        d: {**unsaid, **p} for d, p in then["profiles"].items()
     }
     met = [
         [name, block, times]
