@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
+from tests.server.test_coordinator import honest_reply, make_coordinator
 
 
 def test_the_usual_norm_is_the_median_of_a_block():
@@ -79,3 +82,35 @@ def test_without_limits_nothing_is_scaled(norm, usual):
     assert NormLimits(10.0, 3.0).scale(norm, np.inf) == pytest.approx(
         min(1.0, 10.0 / max(norm, 1e-300))
     )
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_the_update_of_a_small_batch_may_be_as_long_as_its_noise_lets_it_be(batch_size):
+    """Of 8 examples with a noise scale of 800 it is 10 times as long as of many."""
+    coordinator = make_coordinator(num_devices=4, norm_factor=3.0, reputation=True)
+    ids = [f"id-{n}" for n in range(4)]
+    for server_round in range(1, 6):
+        plan = coordinator.plan_round(server_round, ids)
+        device, *others = plan.assignments
+        sizes = np.full(4, 10_000)
+        if server_round == 5 and batch_size is not None:
+            sizes[plan.device_ids.index(device)] = batch_size
+        solved = replace(plan.solved, batch_size=sizes, noise_scale=np.full(4, 800.0))
+        plan = replace(plan, solved=solved)
+        long = 8.0 if server_round == 5 else 1.0
+        rng = np.random.default_rng(server_round)
+        coordinator.complete_round(
+            plan,
+            [
+                honest_reply(plan, each, value=rng.uniform(0.4, 0.6) * factor)
+                for each, factor in [
+                    (device, long),
+                    *((other, 1.0) for other in others),
+                ]
+            ],
+        )
+    evidence = coordinator.state.reputation.of_device[plan.profiles[device].name]
+    if batch_size is None:
+        assert evidence.lengths < -1.0
+    else:
+        assert evidence.lengths == 0.0

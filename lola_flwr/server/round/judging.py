@@ -84,12 +84,18 @@ def judged(
     """
     asked = {device: plan.assignments[device] for device in updates}
     names = {device: plan.profiles[device].name for device in updates}
-    # As one of each of its blocks would have it.
-    norm_of = {d: u.norm / math.sqrt(len(asked[d].blocks)) for d, u in updates.items()}
+    # As one of each of its blocks would have it, and by what noise lets it be longer.
+    noisy = {device: plan.length_by_noise(device) for device in updates}
+    norm_of = {
+        device: update.norm / math.sqrt(len(asked[device].blocks)) / noisy[device]
+        for device, update in updates.items()
+    }
     kind = {device: _kind(partition, asked[device]) for device in updates}
     norms = norms.after((kind[d], norm, names[d]) for d, norm in norm_of.items())
     usual = {device: norms.usual(kind[device]) for device in updates}
-    scale = {d: limits.scale(norm_of[d], usual[d]) for d in updates}
+    scale = {
+        d: limits.scale(norm_of[d] * noisy[d], usual[d] * noisy[d]) for d in updates
+    }
     refused = {
         device: UpdateRefused("excessive-norm", f"{updates[device].norm:g}")
         for device, factor in scale.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +89,18 @@ class RoundPlan:
         """Return the names, out of all in order, of what a device is sent."""
         manifest = self.manifests.get(device_id)
         return tuple(names) if manifest is None else manifest.sent_names(names)
+
+    def length_by_noise(self, device_id: str) -> float:
+        """Return how many times as long noise lets a device's update be, as expected.
+
+        The gradient of B examples is ``sqrt(1 + S / B)`` times as long as that of very
+        many, S its noise scale. Where all devices have one batch, none is told apart.
+        """
+        solved = self.solved
+        if solved.batch_size is None or solved.noise_scale is None:
+            return 1.0
+        row = self.device_ids.index(device_id)
+        return math.sqrt(1.0 + solved.noise_scale[row] / solved.batch_size[row])
 
     @property
     def whole_codec(self) -> str:
