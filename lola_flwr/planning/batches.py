@@ -25,6 +25,7 @@ from lola_flwr.allocation import (
 from lola_flwr.allocation.shares import with_best_shares
 from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.planning.known import Known, RunStatement
+from lola_flwr.planning.pace import Brought
 from lola_flwr.planning.solution import SolvedRound, solve_round_at
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.gradient_noise import GradientNoise
@@ -170,8 +171,10 @@ def _waited(known: Known, num_blocks: int) -> IntArray:
 
 def _gain(solved: SolvedRound, known: Known) -> float:
     """Return what a round whose devices have their batches brings over its time."""
-    assert solved.progress is not None and known.pace is not None
-    return solved.progress - known.pace * solved.allocation.round_s
+    assert solved.batch_size is not None and known.pace is not None
+    parts = _Parts.of(solved, known)
+    brought = parts.progress(solved.batch_size[parts.rows])
+    return brought - known.pace * solved.allocation.round_s
 
 
 def _of_codec(run: RunStatement, codec: str) -> RunStatement:
@@ -203,6 +206,8 @@ class _Parts:
         add their batches up: each is taken for one of as many parts.
     held_examples
         Examples that it holds, shape [A].
+    count
+        Devices that train its block, shape [A].
     """
 
     rows: IntArray
@@ -210,6 +215,7 @@ class _Parts:
     weight: Float64Array
     noise_scale: Float64Array
     held_examples: IntArray
+    count: IntArray
 
     @classmethod
     def of(cls, solved: SolvedRound, known: Known) -> _Parts:
@@ -230,6 +236,7 @@ class _Parts:
             noise_scale=np.array([noise_scale[several].mean() for several in trained])
             / count,
             held_examples=np.array(held, np.int64),
+            count=count,
         )
 
     def progress(self, batch_size: IntArray) -> float:
@@ -316,7 +323,12 @@ def _asking(solved: SolvedRound, parts: _Parts, batch_size: IntArray) -> SolvedR
         solved,
         batch_size=asked,
         noise_scale=scales,
-        progress=parts.progress(batch_size),
+        brought=Brought(
+            tuple(parts.blocks.tolist()),
+            tuple((batch_size * parts.count).tolist()),
+            tuple(parts.weight.tolist()),
+            solved.allocation.round_s,
+        ),
     )
 
 

@@ -22,6 +22,7 @@ from lola_flwr.allocation import (
 )
 from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.planning.known import Known, RunStatement
+from lola_flwr.planning.pace import Brought
 from lola_flwr.planning.round_problem import RoundProblem
 from lola_flwr.planning.statement import stated_round
 from lola_flwr.randomness import rng_for
@@ -55,7 +56,7 @@ class SolvedRound:
     batch_size, noise_scale
         Where batches are chosen: examples of each device's mini-batch, and the noise
         scale of its block that this follows from, shape [k]; 0 where idle.
-    progress
+    brought
         Then, too: what the round brings.
     """
 
@@ -68,7 +69,7 @@ class SolvedRound:
     num_excluded: int
     batch_size: IntArray | None = None
     noise_scale: Float64Array | None = None
-    progress: float | None = None
+    brought: Brought | None = None
 
     def active(self) -> Iterator[tuple[int, int]]:
         """Give row and block of each active device, in the order of the rows.

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.errors import UserError
+from lola_flwr.planning.pace import Pace
 from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.fleet import Fleet
 from lola_flwr.server.influence import Influence
@@ -22,7 +23,6 @@ from lola_flwr.system.estimation import (
     RateEstimate,
 )
 from lola_flwr.system.gradient_noise import GradientNoise
-from lola_flwr.system.pace import Pace
 from lola_flwr.wire.held_versions import HeldVersions
 
 if TYPE_CHECKING:

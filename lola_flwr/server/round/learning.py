@@ -71,7 +71,7 @@ def learned(
         norms=replies.norms,
         reputation=replies.reputation or state.reputation,
         noise=state.noise.update(_noise_observed(replies)),
-        pace=state.pace.after(plan.solved.progress, plan.allocation.round_s),
+        pace=state.pace.after(plan.solved.brought),
     )
 
 

@@ -149,6 +149,7 @@ class RoundPlanner:
         profiles = [state.fleet.profiles[device] for device in ids]
         names = [profile.name for profile in profiles]
         absences, settings = state.fleet.absences, self.settings
+        noise_scale = state.noise.scales(self.partition.num_blocks)
         return Known(
             server_round=server_round,
             profiles=tuple(profiles),
@@ -173,9 +174,9 @@ class RoundPlanner:
             partial=settings.allocation.partial or state.server_round > 0,
             time_s=state.wireless_s,
             downlink_bits=self._download_bits(state, ids, version),
-            noise_scale=state.noise.scales(self.partition.num_blocks),
+            noise_scale=noise_scale,
             rounds_since=state.history.staleness(server_round),
-            pace=state.pace.a_second,
+            pace=state.pace.a_second(noise_scale),
         )
 
     def _assignments(
