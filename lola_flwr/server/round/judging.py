@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from statistics import median_low
 
 import numpy as np
 import xxhash
@@ -123,7 +124,7 @@ def judged(
             scale[device] *= weight
         reputation = reputation.after_digests(
             (names[d], digests[d]) for d in updates
-        ).after_lengths((names[d], norm_of[d] / usual[d]) for d in updates)
+        ).after_lengths(_lengths({names[d]: norm_of[d] / usual[d] for d in updates}))
         reputation = reputation.after_directions(
             found
             for device, update in updates.items()
@@ -137,6 +138,17 @@ def judged(
         norms=norms,
         reputation=reputation,
     )
+
+
+def _lengths(times_usual: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """Give how many times as long updates are as in rounds before, and as others now.
+
+    Where a model's steps have become too long, all gradients grow: that speaks against
+    none of the devices.
+    """
+    for device, times in times_usual.items():
+        others = [t for other, t in times_usual.items() if other != device]
+        yield device, times / max(median_low(others), 1.0) if others else times
 
 
 def _kind(partition: BlockPartition, assignment: Assignment) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from lola_flwr.allocation import Allocation, AllocationProblem
 from lola_flwr.planning import SolvedRound
 from lola_flwr.system.devices import DeviceProfile
@@ -94,13 +96,15 @@ class RoundPlan:
         """Return how many times as long noise lets a device's update be, as expected.
 
         The gradient of B examples is ``sqrt(1 + S / B)`` times as long as that of very
-        many, S its noise scale. Where all devices have one batch, none is told apart.
+        many, S its noise scale; here the blocks' median, which is known best. Where all
+        devices have one batch, none is told apart.
         """
         solved = self.solved
         if solved.batch_size is None or solved.noise_scale is None:
             return 1.0
         row = self.device_ids.index(device_id)
-        return math.sqrt(1.0 + solved.noise_scale[row] / solved.batch_size[row])
+        scale = float(np.median(solved.noise_scale[solved.batch_size > 0]))
+        return math.sqrt(1.0 + scale / solved.batch_size[row])
 
     @property
     def whole_codec(self) -> str:
