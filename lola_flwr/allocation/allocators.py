@@ -52,6 +52,9 @@ ENERGY_ALLOCATORS: Mapping[str, Callable[..., Allocation]] = {
     "energy-worst": solve_energy_worst,
 }
 
+# Allocators that take devices to send with uniform power per sub-carrier.
+UNIFORM_POWER_ALLOCATORS = frozenset({"jbba", "energy"})
+
 # Allocators that take a ``seed``; give them another one each round.
 RANDOM_ALLOCATORS = frozenset({"random", "random+shares"})
 

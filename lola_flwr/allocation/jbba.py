@@ -60,6 +60,7 @@ from lola_flwr.allocation.shortlist import (
 )
 from lola_flwr.allocation.solution import Allocation
 from lola_flwr.arrays import Float64Array, IntArray
+from lola_flwr.errors import UserError
 
 # A multiplier of 0 could never rise again under multiplicative steps.
 _LEAST_MULTIPLIER = 1e-9
@@ -168,11 +169,11 @@ def solve_jbba(
     ------
     InfeasibleAllocation
         If no matching exists; says why.
-    ValueError
+    UserError
         If the devices are power-limited.
     """
     if problem.power_limited is not None:
-        raise ValueError(
+        raise UserError(
             "The allocator 'jbba' needs uniform power per sub-carrier: its bandwidth "
             "part has no closed form when power_limited is set. Use 'exact'."
         )

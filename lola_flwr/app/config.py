@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_a
 
 from pydantic import AfterValidator, Field, model_validator
 
-from lola_flwr.allocation import ALLOCATORS, ENERGY_ALLOCATORS, find_allocator
+from lola_flwr.allocation import (
+    ALLOCATORS,
+    ENERGY_ALLOCATORS,
+    UNIFORM_POWER_ALLOCATORS,
+    find_allocator,
+)
 from lola_flwr.app.batch_size import BatchSize
+from lola_flwr.app.channel_keys import ChannelKeys
 from lola_flwr.app.interface import Interface, interface_of
 from lola_flwr.app.link_rates import LinkRates
 from lola_flwr.model.bases import Base
@@ -21,8 +27,6 @@ from lola_flwr.run.tracking import TRACKERS, check_trackers
 from lola_flwr.server.assembly import BLOCK_MEANS
 from lola_flwr.server.selection import SELECTORS
 from lola_flwr.server.settings import DownlinkCodec
-from lola_flwr.system.channel import DownlinkMode
-from lola_flwr.system.own_channel import find_channel
 from lola_flwr.wire.codec import AUTO, CODECS, codec_ladder
 from lola_flwr.wire.payload import HeadPolicy
 
@@ -52,13 +56,6 @@ def _known_allocator(name: str) -> str:
     return name
 
 
-def _known_channel(name: str) -> str:
-    # A function is looked for, and a file read, where the app runs.
-    if name and ":" not in name and not name.endswith(".csv"):
-        find_channel(name)
-    return name
-
-
 def _known_trackers(text: str) -> str:
     check_trackers(text.split())
     return text
@@ -72,7 +69,6 @@ def _known_target(text: str) -> str:
 
 # Not all that is allowed; what is shown and completed.
 Trackers = Annotated[str, AfterValidator(_known_trackers), Field(examples=[*TRACKERS])]
-OwnChannel = Annotated[str, AfterValidator(_known_channel)]
 Allocator = Annotated[
     str,
     AfterValidator(_known_allocator),
@@ -258,7 +254,7 @@ class AppConfig(RunConfig):
             )
 
 
-class UpdatesConfig(AppConfig):
+class UpdatesConfig(ChannelKeys, AppConfig):
     """What is told where devices send updates of what they trained by themselves."""
 
     micro_batch_size: int = Field(0, ge=0)
@@ -277,11 +273,7 @@ class UpdatesConfig(AppConfig):
     codec_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
     head: HeadPolicy = "every"
     downlink: Literal["all", "changed"] = "all"
-    channel: OwnChannel = ""
     downlink_codec: DownlinkCodec = "fp32"
-    downlink_channel: DownlinkMode = "free"
-    downlink_bandwidth_hz: float = Field(20e6, gt=0, allow_inf_nan=False)
-    downlink_gain_db: float = Field(10.0, ge=-60, le=80)
     profile_error: float = Field(0.0, ge=0, le=3)
     compute_jitter: float = Field(0.0, ge=0, le=3)
 
@@ -291,10 +283,13 @@ class UpdatesConfig(AppConfig):
                 f"downlink-codec={self.downlink_codec!r} is for devices that keep "
                 'copies; use downlink="changed" with it'
             )
-        if self.channel and self.uplink_mbps:
+        yield from self._rates_twice({"uplink-mbps": self.uplink_mbps})
+        limited = self.uplink == "power-limited"
+        if limited and self.allocator in UNIFORM_POWER_ALLOCATORS:
             yield (
-                f"channel={self.channel!r} and uplink-mbps={self.uplink_mbps!r} both "
-                "say what links carry; drop one of the two"
+                f"allocator={self.allocator!r} takes devices to send with uniform "
+                f"power per sub-carrier, and under uplink={self.uplink!r} they do not; "
+                "use 'exact', or 'energy-worst'"
             )
         for key in ("batch_size", "codec"):
             if self.allocator in ENERGY_ALLOCATORS and getattr(self, key) == AUTO:

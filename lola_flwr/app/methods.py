@@ -15,9 +15,7 @@ from lola_flwr.app.config import (
 from lola_flwr.arrays import Float32Arrays, IntArray
 from lola_flwr.build import (
     AllocationOptions,
-    Channel,
     DeviceOptions,
-    DownlinkChannel,
     NormLimits,
     RoundMode,
     RoundSettings,
@@ -39,7 +37,6 @@ from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.own_examples import ExampleGradients
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.server.selection.importance import Response
-from lola_flwr.system.own_channel import find_channel
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 
@@ -105,15 +102,7 @@ def settings_of(
 ) -> RoundSettings:
     """Return how the run's rounds go; where blocks differ, by what a response tells."""
     settings = RoundSettings(
-        channel=Channel(
-            bandwidth_hz=config.bandwidth_hz,
-            downlink_channel=DownlinkChannel(
-                mode=config.downlink_channel,
-                bandwidth_hz=config.downlink_bandwidth_hz,
-                gain_db=config.downlink_gain_db,
-            ),
-            own_rates=find_channel(config.channel),
-        ),
+        channel=config.shared_channel(config.bandwidth_hz),
         transfer=Transfer(
             codec=config.codec,
             head=config.head,

@@ -80,10 +80,11 @@ def likely(
     from lola_flwr.planning import forecast, planned_rounds
     from lola_flwr.report import Run
 
-    if run.allocation.batch_sizes or run.channel.own_rates is not None:
+    if run.allocation.batch_sizes or run.channel.depends_on_time:
         raise UserError(
             "--like sums rounds up that are drawn one by one, and with "
-            "--batch-size=auto or --channel they depend on those before; leave it out."
+            "--batch-size=auto, --channel, --mobility or --fading=gauss-markov they "
+            "depend on those before; leave it out."
         )
     runs = [Run.read(directory) for directory in like]
     goal = Target.parse(target) if target else runs[0].target

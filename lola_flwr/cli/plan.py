@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lola_flwr.allocation import AllocationProblem
     from lola_flwr.planning import Plan
     from lola_flwr.run.records import BlockRecord
+    from lola_flwr.system.channel import Channel
 
 
 def plan(
@@ -56,9 +57,18 @@ def plan(
         str,
         typer.Option(help="Links' rates: package.module:function, or traces *.csv."),
     ] = "",
+    uplink: Annotated[
+        str, typer.Option(help="ofdma; power-limited: a device's power in its share.")
+    ] = "ofdma",
     fading: Annotated[
-        bool, typer.Option(help="Rayleigh fading, or every device's mean SNR.")
-    ] = True,
+        str, typer.Option(help="rayleigh, none, or gauss-markov.")
+    ] = "rayleigh",
+    coherence_s: Annotated[
+        float, typer.Option(help="Coherence time of gauss-markov fading.")
+    ] = 1.0,
+    mobility: Annotated[
+        str, typer.Option(help="Moving devices: 'speed_m_s=1.4, cell_m=500'.")
+    ] = "",
     energy_slack: Annotated[
         float, typer.Option(min=0, help="Latency given up for less energy, relative.")
     ] = 0.1,
@@ -95,11 +105,6 @@ def plan(
             "--codec=auto chooses for each device as a run goes on; plan with one, "
             "such as bf16."
         )
-    if not 0 < bandwidth_hz < float("inf"):
-        raise UserError(
-            f"--bandwidth-hz={bandwidth_hz:g} must be a positive number of hertz, such "
-            "as 20e6."
-        )
     if target and not like:
         raise UserError(f"--target={target} needs a run that got there: --like runs/X.")
     largest, batch_sizes = _batches(batch_size, allocator)
@@ -118,8 +123,6 @@ def plan(
         planned_blocks,
         solve_round,
     )
-    from lola_flwr.system.channel import Channel
-    from lola_flwr.system.own_channel import find_channel
 
     find_allocator(allocator)
     costs = named_model_costs(
@@ -131,10 +134,13 @@ def plan(
     )
     run = RunStatement(
         costs=costs,
-        channel=Channel(
-            bandwidth_hz=bandwidth_hz,
+        channel=_channel(
+            bandwidth_hz,
+            uplink=uplink,
             fading=fading,
-            own_rates=find_channel(channel),
+            coherence_s=coherence_s,
+            mobility=mobility,
+            own=channel,
         ),
         allocation=AllocationOptions(
             allocator=allocator, batch_sizes=batch_sizes, energy_slack=energy_slack
@@ -166,6 +172,36 @@ def plan(
     else:
         _print(problem, plans, parts, model)
         _print_likely(told)
+
+
+def _channel(
+    bandwidth_hz: float,
+    *,
+    uplink: str,
+    fading: str,
+    coherence_s: float,
+    mobility: str,
+    own: str,
+) -> Channel:
+    """Read what the devices share."""
+    from lola_flwr.run.config import keyword_arguments
+    from lola_flwr.system.channel import Channel
+    from lola_flwr.system.mobility import mobility_of
+    from lola_flwr.system.own_channel import find_channel
+
+    if not 0 < bandwidth_hz < float("inf"):
+        raise UserError(
+            f"--bandwidth-hz={bandwidth_hz:g} must be a positive number of hertz, such "
+            "as 20e6."
+        )
+    return Channel(
+        bandwidth_hz=bandwidth_hz,
+        uplink=cast(Any, uplink),  # the channel checks it
+        fading=cast(Any, fading),
+        coherence_s=coherence_s,
+        mobility=mobility_of(keyword_arguments(mobility)),
+        own_rates=find_channel(own),
+    )
 
 
 def _batches(text: str, allocator: str) -> tuple[int, tuple[int, ...]]:

@@ -20,8 +20,9 @@ from lola_flwr.d2ft.schedule import (
 )
 from lola_flwr.errors import UserError
 from lola_flwr.randomness import rng_for
-from lola_flwr.system.channel import uplink_rates_bps
+from lola_flwr.system.channel import Channel, rates_up_bps
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.own_channel import Moment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +204,8 @@ def uploads_s(
     sent_bytes: npt.ArrayLike,
     profiles: Sequence[DeviceProfile],
     *,
-    bandwidth_hz: float,
-    step: int,
-    seed: int,
+    channel: Channel,
+    moment: Moment,
 ) -> float:
     """Return how long it takes until all devices have sent, each with the whole band.
 
@@ -215,10 +215,10 @@ def uploads_s(
         What each device sends, shape [K].
     profiles
         The K devices.
-    bandwidth_hz, step, seed
-        The channel: its band, and what its draw follows from.
+    channel
+        What they share.
+    moment
+        When the step begins.
     """
-    rate_bps = uplink_rates_bps(
-        profiles, bandwidth_hz=bandwidth_hz, server_round=step, seed=seed
-    )
+    rate_bps = rates_up_bps(profiles, channel, moment)
     return float((8 * np.asarray(sent_bytes) / rate_bps).sum())

@@ -12,6 +12,7 @@ from lola_flwr.allocation import (
     ALLOCATORS,
     ENERGY_ALLOCATORS,
     RANDOM_ALLOCATORS,
+    UNIFORM_POWER_ALLOCATORS,
     Allocation,
     AllocationProblem,
     RoundMode,
@@ -27,6 +28,7 @@ from lola_flwr.planning.statement import stated_round
 from lola_flwr.run.records import RoundRecord, added
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.fading import Fading
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,7 @@ def round_problem(
     bandwidth_hz: float = 20e6,
     server_round: int = 1,
     seed: int = 0,
-    fading: bool = True,
+    fading: Fading = "rayleigh",
     mode: RoundMode | None = None,
 ) -> AllocationProblem:
     """State a round's allocation problem for a fleet, as a run would at its start.
@@ -138,7 +140,7 @@ def round_problem(
     server_round, seed
         Round and seed of the channel's draw: the same as in a run with that seed.
     fading
-        Whether the channel fades (Rayleigh), or every device has its mean SNR.
+        How links fade, as in `Channel`.
     mode
         Which blocks need how many devices (default: every block one).
 
@@ -202,10 +204,12 @@ def compare(
 
 def comparable(problem: AllocationProblem) -> tuple[str, ...]:
     """Return the names of the allocators that know enough of a problem."""
-    energy = problem.energy
-    if energy is None or energy.unknown.any():
-        return tuple(ALLOCATORS)
-    return (*ALLOCATORS, *ENERGY_ALLOCATORS)
+    names = [*ALLOCATORS]
+    if problem.energy is not None and not problem.energy.unknown.any():
+        names += ENERGY_ALLOCATORS
+    if problem.power_limited is not None:
+        names = [name for name in names if name not in UNIFORM_POWER_ALLOCATORS]
+    return tuple(names)
 
 
 def plan_rounds(

@@ -10,6 +10,7 @@ import numpy as np
 
 from lola_flwr.allocation import (
     ENERGY_ALLOCATORS,
+    UNIFORM_POWER_ALLOCATORS,
     Allocator,
     RoundMode,
     find_allocator,
@@ -114,6 +115,25 @@ class AllocationOptions:
                     "one of the two."
                 )
 
+    def check_channel(self, channel: Channel) -> None:
+        """Refuse an allocator that does not know how the run's devices send.
+
+        Raises
+        ------
+        UserError
+            It takes them to send with uniform power per sub-carrier.
+        """
+        if (
+            channel.uplink == "power-limited"
+            and isinstance(self.allocator, str)
+            and self.allocator in UNIFORM_POWER_ALLOCATORS
+        ):
+            raise UserError(
+                f"allocator={self.allocator!r} takes devices to send with uniform "
+                f"power per sub-carrier, and under uplink={channel.uplink!r} they do "
+                "not; use 'exact', or 'energy-worst'."
+            )
+
     @property
     def saves_energy(self) -> bool:
         """Whether the allocator is one of those that minimise energy."""
@@ -150,7 +170,8 @@ class RunStatement:
     Raises
     ------
     UserError
-        Devices are to have codecs of their own under an energy allocator.
+        Devices are to have codecs of their own under an energy allocator, or the
+        allocator does not know how they send.
     """
 
     costs: BlockCosts
@@ -165,6 +186,7 @@ class RunStatement:
 
     def __post_init__(self) -> None:
         """Check what goes together."""
+        self.allocation.check_channel(self.channel)
         codecs = () if self.sizes is None else self.sizes.ladder
         if self.allocation.saves_energy and len(codecs) > 1:
             raise UserError(

@@ -74,7 +74,13 @@ def chosen_spans(
         or run.costs.together is None
     ):
         return None
-    pairs = _Pairs(run, known, np.flatnonzero(problem.demand), rate_bps)
+    pairs = _Pairs(
+        run,
+        known,
+        np.flatnonzero(problem.demand),
+        rate_bps,
+        problem.snr_of(slice(None)),
+    )
     resting = int(np.isfinite(memory_limit_bytes).sum())
 
     def cover(back: int) -> SpanCover | None:
@@ -108,14 +114,22 @@ class _Pairs:
         The round's blocks, rising, shape [n].
     rate_bps
         Rate of each device over the whole band, shape [K].
+    snr
+        As in `SpanProblem`.
     """
 
     def __init__(
-        self, run: RunStatement, known: Known, blocks: IntArray, rate_bps: Float64Array
+        self,
+        run: RunStatement,
+        known: Known,
+        blocks: IntArray,
+        rate_bps: Float64Array,
+        snr: Float64Array | None,
     ) -> None:
         shape = (len(known.profiles), blocks.size, blocks.size)
         speed = np.array([profile.flops_per_s for profile in known.profiles])
         self.blocks = blocks
+        self._snr = snr
         self._longest_s = run.allocation.longest_round_s
         self._memory_bytes = np.array([p.memory_bytes for p in known.profiles])
         updates = np.asarray(known.block_updates, np.float64)[blocks]
@@ -157,4 +171,5 @@ class _Pairs:
             full_band_upload_s=self._upload_s,
             feasible=feasible,
             worth=self._worth,
+            snr=self._snr,
         )

@@ -13,7 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from lola_flwr.allocation import AllocationProblem, EnergyCosts
+from lola_flwr.allocation import (
+    AllocationProblem,
+    EnergyCosts,
+    PowerLimitedUplink,
+)
 from lola_flwr.allocation.infeasible import is_feasible
 from lola_flwr.arrays import BoolArray, Float64Array
 from lola_flwr.d2ft.reduced import reduced_costs
@@ -25,6 +29,7 @@ from lola_flwr.planning.latency_target import choose_blocks, fits_any_block
 from lola_flwr.planning.round_problem import RoundProblem
 from lola_flwr.planning.spans import chosen_spans, rotates
 from lola_flwr.planning.windows import beyond_one, chosen_windows, window_costs
+from lola_flwr.system.channel import full_band_snr
 from lola_flwr.zeroth_order.mixing import mix
 
 
@@ -78,6 +83,7 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
             required_memory_bytes=required_bytes.min(axis=0),
             device_names=names,
             constant_s=run.channel.constant_s,
+            power_limited=_power_limited(run, known, rate_bps),
             mode=known.wanted,
         ),
         rows=np.arange(len(profiles)),
@@ -92,6 +98,17 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
         payloads=payloads,
         trains_all=np.zeros(len(profiles), bool),
     )
+
+
+def _power_limited(
+    run: RunStatement, known: Known, rate_bps: Float64Array
+) -> PowerLimitedUplink | None:
+    """Return with which SNR devices send, where it rises as their shares fall."""
+    if run.channel.uplink != "power-limited":
+        return None
+    for profile in known.profiles:
+        run.channel.check_profile(profile)
+    return PowerLimitedUplink(full_band_snr(run.channel.bandwidth_hz, rate_bps))
 
 
 def training_all(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:

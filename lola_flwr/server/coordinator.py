@@ -144,6 +144,7 @@ class Coordinator:
         """Take in a device's profile, or raise `InvalidProfile`."""
         assumed = self._settings.devices.assumed_profile
         fleet = self.state.fleet.with_device(device_id, properties, assumed)
+        self._settings.channel.check_profile(fleet.profiles[device_id])
         self.state = replace(self.state, fleet=fleet)
 
     def note_answers(

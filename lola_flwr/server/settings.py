@@ -153,8 +153,8 @@ class RoundSettings:
     Raises
     ------
     UserError
-        The selection does not go with the allocation's mode, or the server's examples
-        not with projected gradients.
+        The selection does not go with the allocation's mode, its allocator not with the
+        channel, or the server's examples not with projected gradients.
     """
 
     channel: Channel = field(default_factory=Channel)
@@ -168,6 +168,7 @@ class RoundSettings:
 
     def __post_init__(self) -> None:
         self.selection.check(self.allocation.mode)
+        self.allocation.check_channel(self.channel)
         if self.devices.own_examples is not None and self.transfer.low_rank is not None:
             raise UserError(
                 "own_examples: their gradients are not compared with projected ones; "

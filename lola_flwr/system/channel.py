@@ -1,4 +1,4 @@
-"""One cell, both ways: Rayleigh block fading and OFDMA rates.
+"""One cell, both ways: what devices' links carry in a round.
 
 Notation: K devices, bandwidth in Hz, ``snr`` linear (``snr_db`` only at the border).
 """
@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from lola_flwr.arrays import Float64Array
 from lola_flwr.errors import UserError
-from lola_flwr.randomness import rng_for
+from lola_flwr.system.devices import InvalidProfile
+from lola_flwr.system.fading import Fading, power_gain
+from lola_flwr.system.mobility import Mobility
 from lola_flwr.system.own_channel import Moment, RateFunction, own_rates_bps
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 
 DownlinkMode = Literal["free", "broadcast", "unicast"]
+Uplink = Literal["ofdma", "power-limited"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,16 @@ class Channel:
     ----------
     bandwidth_hz
         Total uplink bandwidth.
+    uplink
+        ``"ofdma"``: devices send with uniform power per sub-carrier, so that a share of
+        the band carries that share of the rate. ``"power-limited"``: a device puts all
+        of its power on its share, where its SNR is the higher the smaller that is.
     fading
-        Whether the channel fades (Rayleigh), or every device has its mean SNR.
+        How links fade, see `lola_flwr.system.fading`.
+    coherence_s
+        Of ``"gauss-markov"`` fading.
+    mobility
+        How devices move (default: they do not).
     broadcast_s, server_s
         Constant parts of every round: a downlink whose time is known, and server time.
     downlink_channel
@@ -83,19 +94,72 @@ class Channel:
     own_rates
         What links carry that no profile states the rate of, in place of fading and
         bandwidth: see `lola_flwr.system.own_channel`. Both ways alike.
+
+    Raises
+    ------
+    UserError
+        There is no such ``uplink`` or ``fading``, ``coherence_s`` is not positive, or
+        ``own_rates`` are given beside what they take the place of.
     """
 
     bandwidth_hz: float = 20e6
-    fading: bool = True
+    uplink: Uplink = "ofdma"
+    fading: Fading = "rayleigh"
+    coherence_s: float = 1.0
+    mobility: Mobility | None = None
     broadcast_s: float = 0.0
     server_s: float = 0.0
     downlink_channel: DownlinkChannel = DownlinkChannel()
     own_rates: RateFunction | None = None
 
+    def __post_init__(self) -> None:
+        """Check now what would else be an error in round 1, or not be seen at all."""
+        for name, kinds in (("uplink", Uplink), ("fading", Fading)):
+            if getattr(self, name) not in get_args(kinds):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} must be one of "
+                    f"{', '.join(get_args(kinds))}."
+                )
+        if not 0 < self.coherence_s < math.inf:
+            raise UserError(f"coherence_s={self.coherence_s} must be positive.")
+        if self.own_rates is None:
+            return
+        for name in ("uplink", "fading", "mobility"):
+            if getattr(self, name) != getattr(Channel, name):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is for links whose rate follows "
+                    "from their SNR, and own_rates say what links carry; drop one of "
+                    "the two."
+                )
+
     @property
     def constant_s(self) -> float:
         """Constant part of every round, seconds."""
         return self.broadcast_s + self.server_s
+
+    @property
+    def depends_on_time(self) -> bool:
+        """Whether a round's draw depends on the time that those before it took."""
+        return (
+            self.own_rates is not None
+            or self.mobility is not None
+            or self.fading == "gauss-markov"
+        )
+
+    def check_profile(self, profile: DeviceProfile) -> None:
+        """Refuse a device whose upload at a share of the band would not be known.
+
+        Raises
+        ------
+        InvalidProfile
+            It states the rate of its link, and not how that rises as its share falls.
+        """
+        if self.uplink == "power-limited" and profile.uplink_bps is not None:
+            raise InvalidProfile(
+                f"uplink_bps={profile.uplink_bps:g} of device {profile.name!r}: under "
+                "uplink='power-limited' what a share of the band carries follows from "
+                "the SNR; state snr_db alone, or use uplink='ofdma'."
+            )
 
 
 def db_to_linear(value_db: npt.ArrayLike) -> Float64Array:
@@ -103,88 +167,47 @@ def db_to_linear(value_db: npt.ArrayLike) -> Float64Array:
     return np.asarray(10.0 ** (np.asarray(value_db, dtype=np.float64) / 10.0))
 
 
-def rayleigh_snr(
-    transmit_snr_db: Sequence[float] | Float64Array,
-    device_names: Sequence[str],
-    *,
-    server_round: int,
-    seed: int,
-) -> Float64Array:
-    """Draw each device's receive SNR for one round.
-
-    Block fading: the power gain ``|h|^2 ~ Exp(1)`` holds for one round and is drawn
-    anew for the next (arXiv:2407.09873, system model).
-
-    Parameters
-    ----------
-    transmit_snr_db
-        Mean receive SNR of each device, dB, shape [K].
-    device_names
-        Names of the K devices. A device's draw depends on its name, the round and the
-        seed alone, not on which other devices are there.
-    server_round
-        Round, from 1.
-    seed
-        Seed of the run.
-
-    Returns
-    -------
-    Receive SNR, linear, shape [K].
-    """
-    gain = [
-        rng_for(seed, "fading", server_round, name).exponential()
-        for name in device_names
-    ]
-    return np.asarray(db_to_linear(transmit_snr_db) * np.asarray(gain))
-
-
-def full_band_rate_bps(bandwidth_hz: float, snr: Float64Array) -> Float64Array:
-    """Shannon rate of each device when it has the whole band, bit/s, shape [K].
-
-    With OFDMA and uniform power per sub-carrier the SNR does not depend on the share of
-    the band, so a share rho carries rho times this rate.
-    """
-    # log1p keeps the rate of a device in a deep fade (snr near 0) above zero.
-    return np.asarray(bandwidth_hz * np.log1p(snr) / np.log(2.0))
-
-
-def uplink_rates_bps(
+def receive_snr(
     profiles: Sequence[DeviceProfile],
+    channel: Channel,
+    moment: Moment,
     *,
-    bandwidth_hz: float,
-    server_round: int,
-    seed: int,
-    fading: bool = True,
     gain_db: float = 0.0,
 ) -> Float64Array:
-    """Return each device's rate when it has the whole uplink, bit/s, shape [K].
-
-    A device whose profile states the rate of its link has that rate; for the others it
-    follows from their SNR and the fading of the round.
+    """Return each device's SNR over the whole band in a round, linear, shape [K].
 
     Parameters
     ----------
     profiles
         The K devices.
-    bandwidth_hz, server_round, seed
-        As for ``full_band_rate_bps`` and ``rayleigh_snr``.
-    fading
-        Whether the channel fades, or every device has its mean SNR.
+    channel
+        What they share.
+    moment
+        When the round begins.
     gain_db
         What is added to the devices' SNR, dB.
     """
-    snr_db = [profile.snr_db + gain_db for profile in profiles]
-    snr = (
-        rayleigh_snr(
-            snr_db,
-            [profile.name for profile in profiles],
-            server_round=server_round,
-            seed=seed,
-        )
-        if fading
-        else db_to_linear(snr_db)
-    )
-    return _stated_or(full_band_rate_bps(bandwidth_hz, snr), profiles)
+    names = [profile.name for profile in profiles]
+    snr_db = np.array([profile.snr_db + gain_db for profile in profiles])
+    if channel.mobility is not None:
+        snr_db = snr_db + channel.mobility.gain_db(names, moment)
+    gain = power_gain(channel.fading, names, moment, coherence_s=channel.coherence_s)
+    return np.asarray(db_to_linear(snr_db) * gain)
+
+
+def full_band_rate_bps(bandwidth_hz: float, snr: Float64Array) -> Float64Array:
+    """Shannon rate of each device when it has the whole band, bit/s, shape [K].
+
+    With uniform power per sub-carrier the SNR does not depend on the share of the band,
+    so a share rho carries rho times this rate.
+    """
+    # log1p keeps the rate of a device in a deep fade (snr near 0) above zero.
+    return np.asarray(bandwidth_hz * np.log1p(snr) / np.log(2.0))
+
+
+def full_band_snr(bandwidth_hz: float, rate_bps: Float64Array) -> Float64Array:
+    """Return the SNR at which the whole band carries a rate, linear, shape [K]."""
+    return np.asarray(np.expm1(rate_bps * np.log(2.0) / bandwidth_hz))
 
 
 def _stated_or(
@@ -249,11 +272,5 @@ def _drawn(
     bandwidth_hz: float,
     gain_db: float,
 ) -> Float64Array:
-    return uplink_rates_bps(
-        profiles,
-        bandwidth_hz=bandwidth_hz,
-        server_round=moment.server_round,
-        seed=moment.seed,
-        fading=channel.fading,
-        gain_db=gain_db,
-    )
+    snr = receive_snr(profiles, channel, moment, gain_db=gain_db)
+    return _stated_or(full_band_rate_bps(bandwidth_hz, snr), profiles)

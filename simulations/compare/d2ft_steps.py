@@ -22,7 +22,9 @@ from lola_flwr.model.backprop import Batch
 from lola_flwr.model.loading import load_values
 from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.randomness import rng_for
+from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.system.own_channel import Moment
 from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, Point, Report, RunSettings
 from simulations.compare.tasks import PATCH_SIZE, Task
@@ -98,9 +100,8 @@ def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) 
         ) + uploads_s(
             np.bincount(device_of, sent_bytes, minlength=len(profiles)),
             profiles,
-            bandwidth_hz=settings.bandwidth_hz,
-            step=step,
-            seed=settings.seed,
+            channel=Channel(bandwidth_hz=settings.bandwidth_hz),
+            moment=Moment(step, wireless_s, settings.seed),
         )
         payload += int(sent_bytes.sum())
         if settings.is_evaluated(step):

@@ -122,7 +122,8 @@ def test_energy_allocators_say_what_they_lack(capsys, arguments, says):
 
 def test_without_fading_the_round_does_not_matter(capsys):
     one, two = (
-        planned(capsys, "--no-fading", "--round", number)["round_s"] for number in "12"
+        planned(capsys, "--fading", "none", "--round", number)["round_s"]
+        for number in "12"
     )
     assert one == two
     assert planned(capsys)["round_s"] != planned(capsys, "--round", "2")["round_s"]

@@ -23,7 +23,9 @@ from lola_flwr.d2ft.steps import (
     uploads_s,
 )
 from lola_flwr.errors import UserError
+from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.own_channel import Moment
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
 COSTS = [FULL_TUNING, ADAPTER_TUNING, UnitCosts(compute=(0, 1, 4))]
@@ -129,7 +131,17 @@ def test_uploads_follow_each_other_at_the_rate_that_a_link_is_known_to_have():
         DeviceProfile("a", 1e9, 1e9, 10.0, uplink_bps=8e6),
         DeviceProfile("b", 1e9, 1e9, 10.0, uplink_bps=4e6),
     ]
-    channel = {"bandwidth_hz": 1e6, "step": 1, "seed": 0}
-    assert uploads_s([1e6, 1e6], profiles, **channel) == pytest.approx(1 + 2)
+    shared = {"channel": Channel(bandwidth_hz=1e6), "moment": Moment(1, 0.0, 0)}
+    assert uploads_s([1e6, 1e6], profiles, **shared) == pytest.approx(1 + 2)
     unknown = [replace(profile, uplink_bps=None) for profile in profiles]
-    assert uploads_s([1e6, 0], unknown, **channel) != pytest.approx(1)
+    assert uploads_s([1e6, 0], unknown, **shared) != pytest.approx(1)
+
+
+def test_uploads_take_as_long_as_the_channel_says():
+    profiles = [DeviceProfile(name, 1e9, 1e9, 10.0) for name in ("a", "b")]
+    still = Channel(bandwidth_hz=1e6, fading="none")
+    rate_bps = 1e6 * np.log2(1 + 10)
+    sent = {"moment": Moment(1, 0.0, 0), "channel": still}
+    assert uploads_s([1e6, 1e6], profiles, **sent) == pytest.approx(16e6 / rate_bps)
+    sent["channel"] = Channel(own_rates=lambda *_: [1e6, 2e6])
+    assert uploads_s([1e6, 1e6], profiles, **sent) == pytest.approx(8 + 4)

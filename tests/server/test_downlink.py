@@ -34,7 +34,7 @@ def cell(downlink_mode, **options):
     return make_coordinator(num_devices=6, downlink_channel=down, **options)
 
 
-def rates_bps(server_round=1, fading=True):
+def rates_bps(server_round=1, fading="rayleigh"):
     """Return each device's rate over the whole downlink, by its name."""
     profiles = [simulated_device(n, seed=1) for n in range(6)]
     down = DownlinkChannel(mode="broadcast", bandwidth_hz=2e5, gain_db=GAIN_DB)
@@ -53,12 +53,12 @@ def test_rates_follow_from_the_uplinks_snr_and_the_gain():
     profile = DeviceProfile("a", 1e9, 1e9, snr_db=7.0)
     linked = DeviceProfile("b", 1e9, 1e9, uplink_bps=5e6)
     down = DownlinkChannel(mode="unicast", bandwidth_hz=1e6, gain_db=3.0)
-    channel = Channel(downlink_channel=down, fading=False)
+    channel = Channel(downlink_channel=down, fading="none")
     rates = rates_down_bps([profile, linked], channel, Moment(1, 0.0, 0))
     assert rates == pytest.approx([1e6 * np.log2(1 + 10.0), 5e6])
     # Both ways fade alike: a gain of 0 over the same band is the uplink.
     faded = rates_bps()
-    assert faded != rates_bps(fading=False) and faded != rates_bps(server_round=2)
+    assert faded != rates_bps(fading="none") and faded != rates_bps(server_round=2)
 
 
 def test_a_broadcast_takes_as_long_as_the_worst_device_that_takes_part():

@@ -13,6 +13,8 @@ from lola_flwr.d2ft.schedule import Scores, UnitCosts
 from lola_flwr.d2ft.steps import compute_s, uploads_s
 from lola_flwr.d2ft.subnetworks import Branch, Subnetworks
 from lola_flwr.server.spread.plan import StepPlan
+from lola_flwr.system.channel import Channel
+from lola_flwr.system.own_channel import Moment
 
 
 def flops_per_token(subnetworks: Subnetworks) -> float:
@@ -66,7 +68,8 @@ def step_s(
     costs: UnitCosts,
     tokens: Sequence[int],
     sent_bytes: Mapping[str, int],
-    bandwidth_hz: float,
+    channel: Channel,
+    time_s: float,
     seed: int,
 ) -> float:
     """Return how long a step takes: its computation, and what devices send.
@@ -83,8 +86,11 @@ def step_s(
         Tokens of each micro-batch.
     sent_bytes
         What devices send, by device id.
-    bandwidth_hz, seed
-        The channel: its band, and what its draw follows from.
+    channel
+        What the devices share.
+    time_s, seed
+        What its draw follows from: wireless time of the steps before, and the run's
+        seed.
     """
     return compute_s(
         plan.operations,
@@ -96,7 +102,6 @@ def step_s(
     ) + uploads_s(
         [sent_bytes.get(device, 0) for device in plan.device_ids],
         plan.profiles,
-        bandwidth_hz=bandwidth_hz,
-        step=plan.step,
-        seed=seed,
+        channel=channel,
+        moment=Moment(plan.step, time_s, seed),
     )

@@ -50,8 +50,7 @@ from lola_flwr.wire.records import PartTask
 class SpreadTrainer:
     """Trains a model whose sub-networks are spread over devices.
 
-    What it knows is one frozen value, ``state``; apart from it are the model's values
-    and the optimizer's.
+    What it knows is one frozen ``state``, the model's values and the optimizer's.
 
     Parameters
     ----------
@@ -354,7 +353,8 @@ class SpreadTrainer:
             costs=self._schedules.costs,
             tokens=result.tokens,
             sent_bytes=exchange.received_bytes,
-            bandwidth_hz=self._channel.bandwidth_hz,
+            channel=self._channel,
+            time_s=self.state.wireless_s,
             seed=self._seed,
         )
         return StepRecord(
