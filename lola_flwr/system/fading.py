@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from lola_flwr.arrays import Float64Array
 from lola_flwr.randomness import rng_for
@@ -20,9 +21,9 @@ from lola_flwr.system.own_channel import Moment
 Fading = Literal["rayleigh", "none", "gauss-markov"]
 
 # Coherence times after which nothing is left of a gain, as far as numbers go: exp(-32);
-# and in how many steps they are divided, each of 1/256.
+# and in how many steps they are divided, each of 1/128.
 _STRETCH = 32.0
-_STEPS = 2**13
+_STEPS = 2**12
 
 
 def power_gain(
@@ -99,21 +100,25 @@ def _amplitude(seed: int, name: str, time: float) -> complex:
     stretch, within = divmod(time, _STRETCH)
     place = int(within / _STRETCH * _STEPS)
     begin, end = 0, _STEPS
-
-    def drawn(stretch: float, step: int) -> complex:
-        rng = rng_for(seed, "gauss-markov", name, int(stretch), step)
-        real, imaginary = rng.standard_normal(2) * math.sqrt(0.5)
-        return complex(real, imaginary)
-
-    first, last = drawn(stretch, 0), drawn(stretch + 1, 0)
+    drawn = _amplitudes(seed, name, int(stretch), _STEPS)
+    first, last = drawn[0], _amplitudes(seed, name, int(stretch) + 1, 1)[0]
     while begin < place:
         middle = (begin + end) // 2
         a = math.exp(-(middle - begin) * _STRETCH / _STEPS)
         known = a / (1 + a * a) * (first + last)
         new = math.sqrt((1 - a * a) / (1 + a * a))
-        halfway = known + new * drawn(stretch, middle)
+        halfway = known + new * drawn[middle]
         if place < middle:
             end, last = middle, halfway
         else:
             begin, first = middle, halfway
-    return first
+    return complex(first)
+
+
+def _amplitudes(
+    seed: int, name: str, stretch: int, count: int
+) -> npt.NDArray[np.complex128]:
+    """Draw what is new at a stretch's first steps: unit amplitudes, shape [count]."""
+    rng = rng_for(seed, "gauss-markov", name, stretch)
+    parts = rng.standard_normal((count, 2)) * math.sqrt(0.5)
+    return np.asarray(parts[:, 0] + 1j * parts[:, 1])

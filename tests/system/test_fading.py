@@ -50,7 +50,7 @@ def correlation(one, other):
 @pytest.mark.parametrize("lag", [0.25, 1.0, 2.0, 20.0])
 def test_power_gains_correlate_by_the_time_between_them(start_s, lag):
     # The correlation of power gains is the square of that of amplitudes; its standard
-    # error is below 0.02 here, and times are told apart by 1/256 of the coherence time.
+    # error is below 0.02 here, and times are told apart by 1/128 of the coherence time.
     one, other = gauss_markov(start_s), gauss_markov(start_s + 2.0 * lag)
     assert correlation(one, other) == pytest.approx(np.exp(-2 * lag), abs=0.07)
 
