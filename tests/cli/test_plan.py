@@ -250,6 +250,42 @@ def test_a_trace_takes_the_place_of_snr_and_fading(capsys, tmp_path):
     assert "channel='fast' must be" in capsys.readouterr().err
 
 
+def test_a_power_limited_plan_has_the_allocators_that_know_it(capsys):
+    arguments = ("--devices", "8", "--model", "minilm-l6", "--uplink", "power-limited")
+    shown = planned(capsys, *arguments)
+    assert {row["allocator"] for row in shown["allocators"]} == (
+        set(ALLOCATORS) - {"jbba"}
+    )
+    assert shown["round_s"] < planned(capsys, *arguments[:-2])["round_s"]
+    assert main(["plan", *arguments, "--allocator", "jbba"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "allocator='jbba' takes devices to send with uniform power" in line
+
+
+def test_devices_that_move_have_another_snr(capsys):
+    arguments = ("--devices", "8", "--model", "minilm-l6", "--fading", "none")
+    still = planned(capsys, *arguments)["round_s"]
+    assert planned(capsys, *arguments, "--mobility", "exponent=0")["round_s"] == still
+    assert planned(capsys, *arguments, "--mobility", "exponent=3.5")["round_s"] != still
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--uplink", "tdma"], "uplink='tdma' must be one of ofdma, power-limited"),
+        (["--fading", "rician"], "fading='rician' must be one of rayleigh, none, gaus"),
+        (["--fading", "gauss-markov", "--coherence-s", "0"], "coherence_s=0.0 must be"),
+        (["--mobility", "spd=1"], "mobility has no 'spd'; it has speed_m_s, cell_m, e"),
+        (["--mobility", "fast"], "Write options as 'a=1, b=[2, 3]'"),
+        (["--fading", "none", "--channel", "math:prod"], "own_rates say what links c"),
+    ],
+)
+def test_channels_that_there_are_not_are_refused(capsys, arguments, says):
+    assert main(["plan", "--devices", "8", "--model", "minilm-l6", *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
 def test_batches_are_chosen_for_each_device(capsys):
     arguments = ["--devices", "8", "--model", "minilm-l6", "--seed", "1"]
     fixed = planned(capsys, *arguments)

@@ -9,6 +9,8 @@ import pytest
 
 from lola_flwr.app.interface import interface_of
 from lola_flwr.errors import UserError
+from lola_flwr.system.channel import Channel
+from lola_flwr.system.mobility import Mobility
 from lola_glue.config import (
     D2ftConfig,
     FedAvgFullConfig,
@@ -109,6 +111,52 @@ def test_all_faults_are_said_at_once():
         assert part in message
     assert "means nothing" not in message
     assert "interface" not in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"channel": "links.csv", "uplink_mbps": "8"},
+            "channel='links.csv' and uplink-mbps='8' both say what links carry",
+        ),
+        (
+            {"channel": "links.csv", "fading": "none"},
+            "fading='none' is for links whose rate follows from their SNR, and chan",
+        ),
+        (
+            {"uplink_mbps": "8", "uplink": "power-limited"},
+            "uplink='power-limited' is for links whose rate follows from their SNR",
+        ),
+        (
+            {"uplink_mbps": "8", "mobility": "cell_m=800"},
+            "and uplink-mbps='8' says what they carry; drop one of the two",
+        ),
+        (
+            {"uplink": "power-limited", "allocator": "jbba"},
+            "allocator='jbba' takes devices to send with uniform power per sub-carrier",
+        ),
+        ({"mobility": "cell_m=1"}, "cell_m=1 of the mobility must be a number from 40"),
+        ({"mobility": "fast"}, "mobility='fast': Write options as"),
+        ({"coherence_s": 0.0}, "coherence-s=0.0"),
+        ({"uplink": "cdma"}, "uplink='cdma'"),
+    ],
+)
+def test_channels_that_do_not_go_together_are_refused(keys, said):
+    assert said in refusal(**keys)
+
+
+def test_a_channel_is_what_its_keys_say():
+    keys = {"fading": "gauss-markov", "coherence_s": 3.0, "mobility": "cell_m=800"}
+    found = config(uplink="power-limited", **keys).shared_channel(2e6)
+    assert found == Channel(
+        bandwidth_hz=2e6,
+        uplink="power-limited",
+        fading="gauss-markov",
+        coherence_s=3.0,
+        mobility=Mobility(cell_m=800),
+    )
+    assert config().shared_channel(20e6) == Channel()
 
 
 def test_a_method_has_to_be_named():

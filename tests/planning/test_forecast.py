@@ -15,6 +15,7 @@ from lola_flwr.run.records import BlockRecord, RoundRecord
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import FleetRanges
 from lola_flwr.system.fleet_file import fleet_toml, generate_fleet
+from lola_flwr.system.mobility import Mobility
 
 FLEET = generate_fleet(8, seed=1, ranges=FleetRanges().with_powers())
 COSTS = named_model_costs("minilm-l6")
@@ -149,6 +150,8 @@ def test_a_run_that_does_not_tell_is_refused(
     [
         {"allocation": AllocationOptions(batch_sizes=(8, 16))},
         {"channel": Channel(own_rates=lambda profiles, moment: [1e6] * len(profiles))},
+        {"channel": Channel(fading="gauss-markov")},
+        {"channel": Channel(mobility=Mobility())},
     ],
 )
 def test_rounds_that_depend_on_those_before_are_not_drawn(options, tmp_path):

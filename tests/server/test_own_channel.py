@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 
+import numpy as np
 import pytest
 
 from lola_flwr.system.devices import simulated_device
+from lola_flwr.system.mobility import Mobility
 from lola_flwr.system.own_channel import find_channel
 from tests.server.test_coordinator import honest_reply, make_coordinator
 
@@ -50,3 +53,26 @@ def test_each_round_is_planned_at_its_own_time():
     assert [moment.server_round for moment in asked] == [1, 2, 3]
     before = [0.0, *(record["wireless_s"] for record in records[:-1])]
     assert [moment.time_s for moment in asked] == before
+
+
+def test_a_run_that_goes_on_finds_the_channel_as_it_was():
+    channel = {"fading": "gauss-markov", "coherence_s": 0.5, "mobility": Mobility()}
+    make = partial(make_coordinator, num_devices=5, bandwidth_hz=1e4, **channel)
+
+    def completed(coordinator, server_round):
+        plan = coordinator.plan_round(server_round, IDS)
+        replies = [honest_reply(plan, device) for device in plan.assignments]
+        return asdict(coordinator.complete_round(plan, replies))
+
+    unbroken, stopped, resumed = make(), make(), make()
+    records = [completed(unbroken, server_round) for server_round in (1, 2, 3)]
+    completed(stopped, 1)
+    snapshot = stopped.snapshot()
+    arrays = {name: np.array(values) for name, values in snapshot.arrays.items()}
+    resumed.restore(type(snapshot)(arrays, snapshot.values))
+    for device in range(5):
+        profile = simulated_device(device, seed=1)
+        resumed.add_device(f"id-{device}", profile.to_properties())
+    assert [completed(resumed, server_round) for server_round in (2, 3)] == records[1:]
+    # And rounds do differ, by more than who is asked.
+    assert len({record["round_s"] for record in records}) == 3
