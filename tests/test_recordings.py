@@ -24,6 +24,7 @@ ADDED = frozenset(
         "unexplained_s",
         "worth_gap",
         "downlink_s",
+        "turn_s",
         "measured_downlink_s",
         "server_s",
         "noise_scale",

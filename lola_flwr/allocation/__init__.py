@@ -8,6 +8,7 @@ Fine-tuning of Foundation Models at the Network Edge", arXiv:2407.09873.
 from lola_flwr.allocation.allocators import (
     ALLOCATORS,
     ENERGY_ALLOCATORS,
+    IN_TURN_ALLOCATORS,
     RANDOM_ALLOCATORS,
     UNIFORM_POWER_ALLOCATORS,
     Allocator,
@@ -40,6 +41,7 @@ from lola_flwr.allocation.spans import SpanCover, SpanProblem, solve_spans
 __all__ = [
     "ALLOCATORS",
     "ENERGY_ALLOCATORS",
+    "IN_TURN_ALLOCATORS",
     "RANDOM_ALLOCATORS",
     "UNIFORM_POWER_ALLOCATORS",
     "Allocation",

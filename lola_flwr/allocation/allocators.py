@@ -55,6 +55,9 @@ ENERGY_ALLOCATORS: Mapping[str, Callable[..., Allocation]] = {
 # Allocators that take devices to send with uniform power per sub-carrier.
 UNIFORM_POWER_ALLOCATORS = frozenset({"jbba", "energy"})
 
+# Allocators of devices that send in turn.
+IN_TURN_ALLOCATORS = frozenset({"exact", "random", "greedy"})
+
 # Allocators that take a ``seed``; give them another one each round.
 RANDOM_ALLOCATORS = frozenset({"random", "random+shares"})
 
@@ -100,6 +103,12 @@ def allocate(
     comes first ends no later than that.
     """
     solve = find_allocator(allocator) if isinstance(allocator, str) else allocator
+    for name, known in {**ALLOCATORS, **ENERGY_ALLOCATORS}.items():
+        if problem.in_turn and solve is known and name not in IN_TURN_ALLOCATORS:
+            raise UserError(
+                f"allocator={name!r} divides the band among devices, and here they "
+                f"send in turn; use one of {', '.join(sorted(IN_TURN_ALLOCATORS))}."
+            )
     if problem.mode.backups:
         allocation = _with_backups(problem, solve, options)
     else:

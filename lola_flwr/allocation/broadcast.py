@@ -25,6 +25,7 @@ from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.shares import with_best_shares
 from lola_flwr.allocation.solution import Allocation, InfeasibleAllocation
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
+from lola_flwr.errors import UserError
 
 # As far as sums of times can be told apart.
 _ACCURACY = 1e-12
@@ -134,7 +135,14 @@ def allocate_broadcast(
     ------
     InfeasibleAllocation
         As for `allocate`.
+    UserError
+        Devices send in turn.
     """
+    if problem.in_turn:
+        raise UserError(
+            "Who is to hear a broadcast is not chosen for devices that send in turn; "
+            "let them share the band, or receive one by one."
+        )
     able = np.asarray(problem.feasible[:, problem.demand > 0].any(axis=1))
     wait_s = broadcast.wait_s(able)
     solve = find_allocator(allocator) if isinstance(allocator, str) else allocator

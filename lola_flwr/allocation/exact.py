@@ -19,6 +19,7 @@ import numpy as np
 
 from lola_flwr.allocation.crunch import bottleneck_matching
 from lola_flwr.allocation.edges import Edges
+from lola_flwr.allocation.in_turn import least_in_turn
 from lola_flwr.allocation.infeasible import explain_infeasible
 from lola_flwr.allocation.matching import Matching, cheapest_matching
 from lola_flwr.allocation.problem import AllocationProblem
@@ -26,6 +27,9 @@ from lola_flwr.allocation.shares import best_deadline, with_best_shares
 from lola_flwr.allocation.shortlist import is_whole, shortlist
 from lola_flwr.allocation.solution import Allocation
 from lola_flwr.arrays import Float64Array
+
+# How long the best matching of devices that send in turn is looked for, seconds.
+IN_TURN_LIMIT_S = 1.0
 
 
 def solve_exact(problem: AllocationProblem, *, max_iterations: int = 100) -> Allocation:
@@ -41,7 +45,9 @@ def solve_exact(problem: AllocationProblem, *, max_iterations: int = 100) -> All
     Returns
     -------
     The optimum, with ``bound_s == round_s``. If the iterations run out first, the best
-    allocation so far with a NaN bound and the stop reason "iterations".
+    allocation so far with a NaN bound and the stop reason "iterations". Where devices
+    send in turn, the search for it ends after some time; then the stop reason is
+    "time", and the bound what was proven by then.
 
     Raises
     ------
@@ -55,6 +61,8 @@ def solve_exact(problem: AllocationProblem, *, max_iterations: int = 100) -> All
     deadline; the optimum among the survivors is the optimum of all as soon as a pass
     leads to no smaller deadline.
     """
+    if problem.in_turn:
+        return _in_turn(problem, max_iterations)
     equal_share = 1.0 / problem.num_active
     edges = shortlist(problem, lambda edges: edges.latency_s(equal_share))
     start = _starting_matching(edges, equal_share)
@@ -81,6 +89,23 @@ def solve_exact(problem: AllocationProblem, *, max_iterations: int = 100) -> All
     if search.exhausted:
         return allocation
     return replace(allocation, bound_s=allocation.round_s)
+
+
+def _in_turn(problem: AllocationProblem, max_iterations: int) -> Allocation:
+    """Let devices send in turn: from the matching that is best where they share."""
+    shared = solve_exact(replace(problem, in_turn=False), max_iterations=max_iterations)
+    active = np.flatnonzero(shared.block_of_device >= 0)
+    (devices, blocks), bound_s, is_best = least_in_turn(
+        problem, (active, shared.block_of_device[active]), IN_TURN_LIMIT_S
+    )
+    return with_best_shares(
+        problem,
+        devices,
+        blocks,
+        bound_s=problem.constant_s + bound_s,
+        iterations=shared.iterations,
+        stop_reason="optimal" if is_best else "time",
+    )
 
 
 class _Search:

@@ -160,6 +160,9 @@ class AllocationProblem:
     power_limited
         Full-band SNRs if the devices are power-limited; None for uniform power per
         sub-carrier.
+    in_turn
+        Whether devices upload one after the other, each over the whole band, when they
+        have computed and the band is free (TDMA), in place of sharing it.
     energy
         What devices' parts take of their batteries; None where nothing is known of it.
     mode
@@ -180,6 +183,7 @@ class AllocationProblem:
     device_names: Sequence[str] | None = field(default=None, kw_only=True)
     constant_s: float = field(default=0.0, kw_only=True)
     power_limited: PowerLimitedUplink | None = field(default=None, kw_only=True)
+    in_turn: bool = field(default=False, kw_only=True)
     energy: EnergyCosts | None = field(default=None, kw_only=True)
     mode: RoundMode = field(default=RoundMode(), kw_only=True)
 
@@ -202,6 +206,11 @@ class AllocationProblem:
         feasible = (compute_s < IMPOSSIBLE_S) & feasible
         feasible &= upload < IMPOSSIBLE_S
         if self.power_limited is not None:
+            if self.in_turn:
+                raise UserError(
+                    "in_turn=True gives each device the whole band, and power_limited "
+                    "says what parts of it carry; drop one of the two."
+                )
             snr = self.power_limited.snr
             _require_shape("power_limited.snr", snr, (num_devices,))
             feasible &= (snr > 0.0)[:, np.newaxis]  # [K, 1] against [K, N]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lola_flwr.allocation.band import least_share, upload_s
+from lola_flwr.allocation.in_turn import round_in_turn_s
 from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.allocation.solution import Allocation
 from lola_flwr.arrays import Float64Array, IntArray
@@ -216,7 +217,12 @@ def _allocation(
     outcome: dict[str, Any],
 ) -> Allocation:
     compute_s, full_band_upload_s, snr = _matched_costs(problem, devices, blocks)
-    finish_s = compute_s + upload_s(full_band_upload_s, share, snr)
+    if problem.in_turn:
+        last_s = round_in_turn_s(compute_s, full_band_upload_s)
+        share = full_band_upload_s / last_s if last_s else np.zeros_like(compute_s)
+    else:
+        finish_s = compute_s + upload_s(full_band_upload_s, share, snr)
+        last_s = float(finish_s.max())
     block_of_device = np.full(problem.num_devices, -1, dtype=np.int64)
     block_of_device[devices] = blocks
     share_of_device = np.zeros(problem.num_devices)
@@ -225,6 +231,6 @@ def _allocation(
         block_of_device=block_of_device,
         share=share_of_device,
         num_blocks=problem.num_blocks,
-        round_s=problem.constant_s + float(finish_s.max()),
+        round_s=problem.constant_s + last_s,
         **outcome,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lola_flwr.allocation.band import upload_s
+from lola_flwr.allocation.in_turn import turns_s
 from lola_flwr.allocation.problem import AllocationProblem
 from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.errors import UserError
@@ -26,12 +27,13 @@ class Allocation:
     block_of_device
         Block index of each device, shape (K,); -1 for an idle device.
     share
-        Share of the uplink band, shape (K,); 0 when idle; sums to at most 1.
+        Share of the uplink band, shape (K,); 0 when idle; sums to at most 1. Where
+        devices send in turn, what part of the round each has the band to itself.
     num_blocks
         N, the number of blocks of the model.
     round_s
-        Round latency: the slowest device's compute and upload time plus the problem's
-        constant, seconds.
+        Round latency: the slowest device's compute and upload time, and its wait for
+        its turn if it has one, plus the problem's constant, seconds.
     bound_s
         Proven lower bound on the best possible `round_s`, seconds; NaN if the solver
         gives none.
@@ -84,9 +86,20 @@ class Allocation:
         active = np.flatnonzero(self.block_of_device >= 0)
         seconds[active] = upload_s(
             problem.full_band_upload_s[active, self.block_of_device[active]],
-            self.share[active],
+            1.0 if problem.in_turn else self.share[active],
             problem.snr_of(active),
         )
+        return seconds
+
+    def turn_s(self, problem: AllocationProblem) -> Float64Array:
+        """Wait of each device for its turn, seconds, shape (K,); 0 without turns."""
+        seconds = np.zeros(self.share.size)
+        if problem.in_turn:
+            active = np.flatnonzero(self.block_of_device >= 0)
+            pairs = active, self.block_of_device[active]
+            seconds[active] = turns_s(
+                problem.compute_s[pairs], problem.full_band_upload_s[pairs]
+            )
         return seconds
 
     def joules(self, problem: AllocationProblem) -> Float64Array:
@@ -145,7 +158,8 @@ class Allocation:
             raise ValueError(
                 f"Idle device has bandwidth: share[{device}]={self.share[device]}."
             )
-        finish_s = problem.compute_s[active, blocks] + self.upload_s(problem)[active]
+        sent_s = self.turn_s(problem) + self.upload_s(problem)
+        finish_s = problem.compute_s[active, blocks] + sent_s[active]
         slowest = int(np.argmax(finish_s))
         round_s = problem.constant_s + float(finish_s[slowest])
         if not math.isclose(round_s, self.round_s, rel_tol=rel_tol):

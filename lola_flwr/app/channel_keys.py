@@ -72,7 +72,9 @@ class ChannelKeys(RunConfig):
             yield f"{both} both say what links carry; drop one of the two"
         for key in ("uplink", "fading", "mobility"):
             value = getattr(self, key)
-            if given and value != type(self).model_fields[key].default:
+            # Devices may take turns on links whose rate they are told.
+            told = value == "tdma" and self.channel
+            if given and value != type(self).model_fields[key].default and not told:
                 yield (
                     f"{key}={value!r} is for links whose rate follows from their SNR, "
                     f"and {given[0]} says what they carry; drop one of the two"

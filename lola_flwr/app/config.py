@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from lola_flwr.allocation import (
     ALLOCATORS,
     ENERGY_ALLOCATORS,
+    IN_TURN_ALLOCATORS,
     UNIFORM_POWER_ALLOCATORS,
     find_allocator,
 )
@@ -291,6 +292,8 @@ class UpdatesConfig(ChannelKeys, AppConfig):
                 f"power per sub-carrier, and under uplink={self.uplink!r} they do not; "
                 "use 'exact', or 'energy-worst'"
             )
+        if self.uplink == "tdma":
+            yield from self._not_in_turn()
         for key in ("batch_size", "codec"):
             if self.allocator in ENERGY_ALLOCATORS and getattr(self, key) == AUTO:
                 key = key.replace("_", "-")
@@ -299,6 +302,25 @@ class UpdatesConfig(ChannelKeys, AppConfig):
                     f"for energy; give a {key}"
                 )
         yield from super()._contradictions()
+
+    def _not_in_turn(self) -> Iterator[str]:
+        own = ":" in self.allocator
+        for key, divides in {
+            "allocator": not own and self.allocator not in IN_TURN_ALLOCATORS,
+            "batch_size": self.batch_size == AUTO,
+            "codec": self.codec == AUTO,
+            "downlink_channel": self.downlink_channel == "broadcast",
+            **{
+                key: getattr(self, key, 0) > 0
+                for key in ("latency_target_s", "rotation_eps", "sharing_eps")
+            },
+        }.items():
+            if divides:
+                yield (
+                    f"{key.replace('_', '-')}={getattr(self, key)!r} is for devices "
+                    "that share the band, and under uplink='tdma' they send in turn; "
+                    "drop one of the two"
+                )
 
 
 class LolaDeftConfig(UpdatesConfig):

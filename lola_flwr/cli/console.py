@@ -48,8 +48,20 @@ def plain_line(line: str) -> str:
     return _INFO.sub("", click.unstyle(line)).rstrip()
 
 
-def bars(compute_s: float, upload_s: float, round_s: float) -> Text:
-    """Draw a device's round as two bars on the scale of the whole round."""
-    compute = round(_BAR_WIDTH * compute_s / round_s)
-    total = round(_BAR_WIDTH * (compute_s + upload_s) / round_s)
-    return Text("▒" * compute, "yellow") + Text("█" * (total - compute), "cyan")
+def bars(
+    compute_s: float, upload_s: float, round_s: float, *, turn_s: float = 0.0
+) -> Text:
+    """Draw a device's round as two bars on the scale of the whole round.
+
+    Between them it may wait for its turn.
+    """
+    compute, begun, total = (
+        round(_BAR_WIDTH * seconds / round_s)
+        for seconds in (
+            compute_s,
+            compute_s + turn_s,
+            compute_s + turn_s + upload_s,
+        )
+    )
+    waits = Text(" " * (begun - compute))
+    return Text("▒" * compute, "yellow") + waits + Text("█" * (total - begun), "cyan")

@@ -176,7 +176,7 @@ def _devices(last: RoundRecord) -> Table:
             f"{block.share:.1%}",
             f"{block.compute_s:.2f} s",
             f"{block.upload_s:.2f} s",
-            bars(block.compute_s, block.upload_s, last.round_s)
+            bars(block.compute_s, block.upload_s, last.round_s, turn_s=block.turn_s)
             if accepted
             else Text(block.status, "red"),
         )

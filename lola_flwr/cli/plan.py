@@ -58,7 +58,7 @@ def plan(
         typer.Option(help="Links' rates: package.module:function, or traces *.csv."),
     ] = "",
     uplink: Annotated[
-        str, typer.Option(help="ofdma; power-limited: a device's power in its share.")
+        str, typer.Option(help="ofdma, power-limited, or tdma.")
     ] = "ofdma",
     fading: Annotated[
         str, typer.Option(help="rayleigh, none, or gauss-markov.")
@@ -251,6 +251,7 @@ def _as_json(
                 "required_memory_bytes": part.required_memory_bytes,
                 "memory_bytes": part.memory_bytes,
                 **_known(batch_size=part.batch_size, joules=part.joules),
+                **({"turn_s": part.turn_s} if problem.in_turn else {}),
             }
             for part in parts
         ],
@@ -309,7 +310,7 @@ def _print(
             f"{si(part.memory_bytes or 0, 'B')}",
             *[str(part.batch_size)] * chosen,
             *[si(part.joules or 0, "J")] * tells_energy,
-            bars(part.compute_s, part.upload_s, round_s),
+            bars(part.compute_s, part.upload_s, round_s, turn_s=part.turn_s),
         )
     if chosen:
         console().print(rows)

@@ -11,6 +11,7 @@ from typing import Any
 from lola_flwr.allocation import (
     ALLOCATORS,
     ENERGY_ALLOCATORS,
+    IN_TURN_ALLOCATORS,
     RANDOM_ALLOCATORS,
     UNIFORM_POWER_ALLOCATORS,
     Allocation,
@@ -207,6 +208,8 @@ def comparable(problem: AllocationProblem) -> tuple[str, ...]:
     names = [*ALLOCATORS]
     if problem.energy is not None and not problem.energy.unknown.any():
         names += ENERGY_ALLOCATORS
+    if problem.in_turn:
+        names = [name for name in names if name in IN_TURN_ALLOCATORS]
     if problem.power_limited is not None:
         names = [name for name in names if name not in UNIFORM_POWER_ALLOCATORS]
     return tuple(names)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lola_flwr.allocation import (
     ENERGY_ALLOCATORS,
+    IN_TURN_ALLOCATORS,
     UNIFORM_POWER_ALLOCATORS,
     Allocator,
     RoundMode,
@@ -121,8 +122,11 @@ class AllocationOptions:
         Raises
         ------
         UserError
-            It takes them to send with uniform power per sub-carrier.
+            It takes them to send with uniform power per sub-carrier, or to share the
+            band, and they send in turn; or something else divides the band further.
         """
+        if channel.uplink == "tdma":
+            self._check_in_turn(channel)
         if (
             channel.uplink == "power-limited"
             and isinstance(self.allocator, str)
@@ -132,6 +136,25 @@ class AllocationOptions:
                 f"allocator={self.allocator!r} takes devices to send with uniform "
                 f"power per sub-carrier, and under uplink={channel.uplink!r} they do "
                 "not; use 'exact', or 'energy-worst'."
+            )
+
+    def _check_in_turn(self, channel: Channel) -> None:
+        usual = AllocationOptions()
+        name = self.allocator
+        refused = {
+            f"{key}={getattr(self, key)!r}"
+            for key in ("rotation_eps", "sharing_eps", "batch_sizes")
+            if getattr(self, key) != getattr(usual, key)
+        }
+        if isinstance(name, str) and ":" not in name and name not in IN_TURN_ALLOCATORS:
+            refused |= {f"allocator={name!r}"}
+        if channel.downlink_channel.mode == "broadcast":
+            refused |= {"downlink_channel='broadcast'"}
+        if refused:
+            raise UserError(
+                f"{', '.join(sorted(refused))}: that is for devices that share the "
+                f"band, and under uplink={channel.uplink!r} they send in turn; leave "
+                "it out."
             )
 
     @property
@@ -187,6 +210,7 @@ class RunStatement:
     def __post_init__(self) -> None:
         """Check what goes together."""
         self.allocation.check_channel(self.channel)
+        self._check_in_turn()
         codecs = () if self.sizes is None else self.sizes.ladder
         if self.allocation.saves_energy and len(codecs) > 1:
             raise UserError(
@@ -194,6 +218,21 @@ class RunStatement:
                 f"allocator={self.allocation.allocator!r}, whose shares it would "
                 "change; give all one codec."
             )
+
+    def _check_in_turn(self) -> None:
+        """Refuse what chooses by shares of the band where there are none."""
+        if self.channel.uplink != "tdma":
+            return
+        if math.isfinite(self.latency_target_s):
+            what = f"latency_target_s={self.latency_target_s:g}"
+        elif self.sizes is not None and len(self.sizes.ladder) > 1:
+            what = f"A codec out of {', '.join(self.sizes.ladder)} for each device"
+        else:
+            return
+        raise UserError(
+            f"{what} is for devices that share the band, and under uplink='tdma' they "
+            "send in turn; leave it out."
+        )
 
     @property
     def num_blocks(self) -> int:

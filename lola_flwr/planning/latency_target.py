@@ -95,8 +95,8 @@ def choose_blocks(
     InfeasibleAllocation
         Not even one block fits; the message names the fastest.
     UserError
-        A value is not positive, or all devices are to take part: then a round can only
-        become faster by leaving devices out, not blocks.
+        A value is not positive, or devices send in turn, or all of them are to take
+        part: then a round can only become faster by leaving devices out, not blocks.
 
     Notes
     -----
@@ -119,6 +119,8 @@ def choose_blocks(
             f"values must be {problem.num_blocks} positive numbers, one a block, but "
             f"are {worth.tolist()}."
         )
+    if problem.in_turn:
+        raise UserError("Blocks are not chosen for devices that send in turn.")
     if problem.all_devices:
         raise UserError(
             "Blocks cannot be left out of a round in which all devices take part; set "

@@ -53,7 +53,7 @@ class RoundProblem:
         fewer devices than blocks, or several are to return each. All else has their
         costs at the first.
     bound_s
-        No other spans allow a shorter round than this.
+        No other spans allow a shorter round than this; NaN: that is not known.
     broadcast
         What a broadcast brings to whom, before which nobody begins; None without one.
     worth_gap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -109,7 +110,7 @@ def solve_round_at(run: RunStatement, known: Known) -> SolvedRound:
     stated = stated_round(run, known)
     heard = _rotated(run, known, stated, _allocated(run, known, stated))
     problem, allocation, wait_s = heard
-    if stated.bound_s < allocation.bound_s:
+    if stated.bound_s < allocation.bound_s or math.isnan(stated.bound_s):
         # The best matching for these spans; others were not ruled out.
         allocation = replace(allocation, bound_s=stated.bound_s)
     problem, allocation = _shared(run, problem, allocation)
@@ -183,6 +184,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
     """Return each active device's part of a round, from the first block on."""
     stated, allocation = solved.stated, solved.allocation
     upload_s = allocation.upload_s(solved.problem)
+    turn_s = allocation.turn_s(solved.problem)
     records = []
     for row, block in solved.active():
         level, downlink_s = solved.codec_level[row], float(solved.downlink_s[row])
@@ -201,6 +203,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
                 downlink_s=downlink_s,
                 compute_s=compute_s,
                 upload_s=float(upload_s[row]),
+                turn_s=float(turn_s[row]),
                 reported_compute_s=None,
                 compute_clock="",
                 loss=None,

@@ -67,6 +67,8 @@ def stated_round(run: RunStatement, known: Known) -> RoundProblem:
 def claimed(run: RunStatement, known: Known) -> RoundProblem:
     """State the problem by profiles, costs and channel, corrected by what was seen."""
     profiles, names = known.profiles, known.names
+    for profile in profiles:
+        run.channel.check_profile(profile)
     every_block = np.ones(run.num_blocks, bool)
     payloads = run.payloads(known.server_round, every_block)
     speed = np.array([profile.flops_per_s for profile in profiles])
@@ -83,7 +85,8 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
             required_memory_bytes=required_bytes.min(axis=0),
             device_names=names,
             constant_s=run.channel.constant_s,
-            power_limited=_power_limited(run, known, rate_bps),
+            power_limited=_power_limited(run, rate_bps),
+            in_turn=run.channel.uplink == "tdma",
             mode=known.wanted,
         ),
         rows=np.arange(len(profiles)),
@@ -101,13 +104,11 @@ def claimed(run: RunStatement, known: Known) -> RoundProblem:
 
 
 def _power_limited(
-    run: RunStatement, known: Known, rate_bps: Float64Array
+    run: RunStatement, rate_bps: Float64Array
 ) -> PowerLimitedUplink | None:
     """Return with which SNR devices send, where it rises as their shares fall."""
     if run.channel.uplink != "power-limited":
         return None
-    for profile in known.profiles:
-        run.channel.check_profile(profile)
     return PowerLimitedUplink(full_band_snr(run.channel.bandwidth_hz, rate_bps))
 
 
@@ -152,6 +153,8 @@ def together(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProb
         if chosen is None:
             return stated
         spans, bound_s = chosen
+        if problem.in_turn:  # it bounds rounds in which devices share the band
+            bound_s = math.nan
         mode = replace(problem.mode, blocks=tuple(spans), participation="needed")
     speed = np.array([profile.flops_per_s for profile in stated.profiles])
     flops, required_bytes = window_costs(run, known, spans)

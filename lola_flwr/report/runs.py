@@ -298,6 +298,7 @@ def _part_columns(
         "share": rounded(part.share for part in parts),
         "downlink_s": rounded(part.downlink_s for part in parts),
         "compute_s": rounded(part.compute_s for part in parts),
+        "turn_s": rounded(part.turn_s for part in parts),
         "upload_s": rounded(part.upload_s for part in parts),
         "reported_s": rounded(part.reported_compute_s for part in parts),
         "status": [statuses.index(part.status) for part in parts],

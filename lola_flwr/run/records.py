@@ -27,7 +27,8 @@ class BlockRecord:
     peak what the device measured, None if it did not. ``further_blocks`` are those that
     the device trains besides, behind ``block_index``. ``unexplained_s`` is how long it
     kept the round waiting for no known reason, None if it did not. ``downlink_s`` is
-    how long it takes to have its message and begin, 0 where nothing tells.
+    how long it takes to have its message and begin, 0 where nothing tells, and
+    ``turn_s`` how long it waits for its turn to send where devices take turns.
     ``joules`` is what the device draws in that time, computing and sending, by its
     powers and the seconds observed, or else planned; None where it does not say them.
     Of these ``measured_compute_j`` is what computing took by the device's own sensors,
@@ -59,6 +60,7 @@ class BlockRecord:
     further_blocks: tuple[int, ...] = ()
     unexplained_s: float | None = None
     downlink_s: float = 0.0
+    turn_s: float = 0.0
     measured_downlink_s: float | None = None
     batch_size: int | None = None
     noise_scale: float | None = None
@@ -99,7 +101,7 @@ class BlockRecord:
     @property
     def latency_s(self) -> float:
         """Planned seconds from the assignment to the received gradient."""
-        return self.downlink_s + self.compute_s + self.upload_s
+        return self.downlink_s + self.compute_s + self.turn_s + self.upload_s
 
 
 @dataclass(frozen=True)
@@ -264,11 +266,12 @@ class RoundRecord(Record):
             batch = "" if block.batch_size is None else f", batch {block.batch_size}"
             energy = "" if block.joules is None else f", {block.joules:.3f} J"
             downlink = f"downlink {block.downlink_s:.3f} s + " * (block.downlink_s > 0)
+            turn = f"turn {block.turn_s:.3f} s + " * (block.turn_s > 0)
             lines.append(
-                f"  block {block.numbers:>2s} depth {block.depth:2d} "
-                f"{block.device}: share {block.share:.4f}{batch}, {downlink}compute "
-                f"{block.compute_s:.3f} s{reported} + upload {block.upload_s:.3f} s"
-                f"{measured} = {block.latency_s:.3f} s{mark}{energy}{status}"
+                f"  block {block.numbers:>2s} depth {block.depth:2d} {block.device}: "
+                f"share {block.share:.4f}{batch}, {downlink}compute "
+                f"{block.compute_s:.3f} s{reported} + {turn}upload {block.upload_s:.3f}"
+                f" s{measured} = {block.latency_s:.3f} s{mark}{energy}{status}"
             )
         for block in self.blocks:
             if block.exceeds_memory:
@@ -357,8 +360,8 @@ class StepRecord(Record):
         return [
             f"step {self.server_round}: latency {self.round_s:.3f} s planned, "
             f"{self.measured_s:.3f} s measured; wireless time {self.wireless_s:.3f} s; "
-            f"{self.num_devices} devices, "
-            f"{self.exchanges} exchanges, {self.sent_bytes / 1e6:.1f} MB sent to them, "
+            f"{self.num_devices} devices, {self.exchanges} exchanges, "
+            f"{self.sent_bytes / 1e6:.1f} MB sent to them, "
             f"{self.received_bytes / 1e6:.1f} MB received; train loss "
             f"{self.train_loss:.4f}"
         ]

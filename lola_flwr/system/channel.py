@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 DownlinkMode = Literal["free", "broadcast", "unicast"]
-Uplink = Literal["ofdma", "power-limited"]
+Uplink = Literal["ofdma", "power-limited", "tdma"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ class Channel:
         ``"ofdma"``: devices send with uniform power per sub-carrier, so that a share of
         the band carries that share of the rate. ``"power-limited"``: a device puts all
         of its power on its share, where its SNR is the higher the smaller that is.
+        ``"tdma"``: devices send one after the other, each over the whole band.
     fading
         How links fade, see `lola_flwr.system.fading`.
     coherence_s
@@ -125,7 +126,7 @@ class Channel:
         if self.own_rates is None:
             return
         for name in ("uplink", "fading", "mobility"):
-            if getattr(self, name) != getattr(Channel, name):
+            if getattr(self, name) not in (getattr(Channel, name), "tdma"):
                 raise UserError(
                     f"{name}={getattr(self, name)!r} is for links whose rate follows "
                     "from their SNR, and own_rates say what links carry; drop one of "
@@ -147,18 +148,24 @@ class Channel:
         )
 
     def check_profile(self, profile: DeviceProfile) -> None:
-        """Refuse a device whose upload at a share of the band would not be known.
+        """Refuse a device whose link would not carry what is planned.
 
         Raises
         ------
         InvalidProfile
-            It states the rate of its link, and not how that rises as its share falls.
+            It states the rate of its link: not how that rises as its share falls; and
+            real links wait for no turn.
         """
-        if self.uplink == "power-limited" and profile.uplink_bps is not None:
+        if self.uplink != "ofdma" and profile.uplink_bps is not None:
+            why = (
+                "what a share of the band carries follows from the SNR"
+                if self.uplink == "power-limited"
+                else "devices take turns, which nothing makes real links do"
+            )
             raise InvalidProfile(
                 f"uplink_bps={profile.uplink_bps:g} of device {profile.name!r}: under "
-                "uplink='power-limited' what a share of the band carries follows from "
-                "the SNR; state snr_db alone, or use uplink='ofdma'."
+                f"uplink={self.uplink!r} {why}; state snr_db alone, or use "
+                "uplink='ofdma'."
             )
 
 

@@ -262,6 +262,25 @@ def test_a_power_limited_plan_has_the_allocators_that_know_it(capsys):
     assert "allocator='jbba' takes devices to send with uniform power" in line
 
 
+def test_a_plan_in_turn_says_how_long_devices_wait_for_it(capsys):
+    arguments = ("--devices", "8", "--model", "minilm-l6", "--uplink", "tdma")
+    shown = planned(capsys, *arguments)
+    assert {row["allocator"] for row in shown["allocators"]} == (
+        {"exact", "random", "greedy"}
+    )
+    assert shown["round_s"] <= planned(capsys, *arguments[:-2])["round_s"]
+    ends_s = sorted(part["total_s"] for part in shown["blocks"])
+    for part in shown["blocks"]:
+        spent_s = part["compute_s"] + part["turn_s"] + part["upload_s"]
+        assert part["total_s"] == pytest.approx(spent_s)
+        began_s = part["total_s"] - part["upload_s"]
+        assert not any(began_s + 1e-9 < end < part["total_s"] - 1e-9 for end in ends_s)
+    assert main(["plan", *arguments]) == 0
+    assert "exact" in capsys.readouterr().out
+    assert main(["plan", *arguments, "--allocator", "crunch"]) == 1
+    assert "allocator='crunch': that is for devices" in capsys.readouterr().err
+
+
 def test_devices_that_move_have_another_snr(capsys):
     arguments = ("--devices", "8", "--model", "minilm-l6", "--fading", "none")
     still = planned(capsys, *arguments)["round_s"]
@@ -272,7 +291,7 @@ def test_devices_that_move_have_another_snr(capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--uplink", "tdma"], "uplink='tdma' must be one of ofdma, power-limited"),
+        (["--uplink", "cdma"], "uplink='cdma' must be one of ofdma, power-limited"),
         (["--fading", "rician"], "fading='rician' must be one of rayleigh, none, gaus"),
         (["--fading", "gauss-markov", "--coherence-s", "0"], "coherence_s=0.0 must be"),
         (["--mobility", "spd=1"], "mobility has no 'spd'; it has speed_m_s, cell_m, e"),

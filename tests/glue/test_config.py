@@ -136,6 +136,25 @@ def test_all_faults_are_said_at_once():
             {"uplink": "power-limited", "allocator": "jbba"},
             "allocator='jbba' takes devices to send with uniform power per sub-carrier",
         ),
+        *[
+            (
+                {"uplink": "tdma", key: value},
+                f"{key.replace('_', '-')}={value!r} is for devices that share the band",
+            )
+            for key, value in [
+                ("allocator", "crunch"),
+                ("batch_size", "auto"),
+                ("codec", "auto"),
+                ("downlink_channel", "broadcast"),
+                ("latency_target_s", 3.0),
+                ("rotation_eps", 0.1),
+                ("sharing_eps", 0.1),
+            ]
+        ],
+        (
+            {"uplink": "tdma", "uplink_mbps": "8"},
+            "uplink='tdma' is for links whose rate follows from their SNR",
+        ),
         ({"mobility": "cell_m=1"}, "cell_m=1 of the mobility must be a number from 40"),
         ({"mobility": "fast"}, "mobility='fast': Write options as"),
         ({"coherence_s": 0.0}, "coherence-s=0.0"),
@@ -157,6 +176,8 @@ def test_a_channel_is_what_its_keys_say():
         mobility=Mobility(cell_m=800),
     )
     assert config().shared_channel(20e6) == Channel()
+    # On links whose rate they are told devices may take turns.
+    config(uplink="tdma", channel="links.csv", allocator="my.module:function")
 
 
 def test_a_method_has_to_be_named():

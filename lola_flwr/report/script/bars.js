@@ -26,8 +26,8 @@ function drawRound() {
     place.replaceChildren();
     return;
   }
-  const total = (part) => run.downlink_s[part] + run.compute_s[part] + run.upload_s[part];
-  const longest = Math.max(...active.map(total), ...active.map((p) => run.downlink_s[p] + (run.reported_s[p] || 0) + run.upload_s[p]));
+  const total = (part) => run.downlink_s[part] + run.compute_s[part] + run.turn_s[part] + run.upload_s[part];
+  const longest = Math.max(...active.map(total), ...active.map((p) => run.downlink_s[p] + (run.reported_s[p] || 0) + run.turn_s[p] + run.upload_s[p]));
   const slowest = active.filter((part) => total(part) > Math.max(...active.map(total)) * (1 - 1e-5));
   const balanced = slowest.length > 1 && slowest.length === active.length;
   byId("round-title").textContent =
@@ -46,11 +46,12 @@ function drawRound() {
       const began = run.downlink_s[part];
       if (began) bar(used ? "downlink" : "lost", 0, began);
       bar(used ? "compute" : "lost", began, run.compute_s[part]);
-      bar(used ? "upload" : "lost", began + run.compute_s[part], run.upload_s[part]);
+      bar(used ? "upload" : "lost", began + run.compute_s[part] + run.turn_s[part], run.upload_s[part]);
       if (run.reported_s[part] !== null) track.append(mark("reported", percent(began + run.reported_s[part])));
       if (bound !== null) track.append(mark("bound", percent(bound)));
       track.title = (began ? `downlink ${format(began, "s")}, ` : "") + `compute ${format(run.compute_s[part], "s")}` +
         (run.reported_s[part] === null ? "" : ` (reported ${format(run.reported_s[part], "s")})`) +
+        (run.turn_s[part] ? `, waits for its turn ${format(run.turn_s[part], "s")}` : "") +
         `, upload ${format(run.upload_s[part], "s")}` +
         (run.measured_upload_s[part] === null ? "" : ` (measured ${format(run.measured_upload_s[part], "s")})`);
       const alone = slowest.length === 1 && slowest[0] === part;

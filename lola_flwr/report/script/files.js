@@ -95,7 +95,7 @@ function asTable(lines) {
 }
 
 function roundsOf(run) {
-  const columns = ["downlink_s", "compute_s", "upload_s", "reported_s", "measured_upload_s", "share", "payload_bytes", "received_bytes", "sent_bytes"];
+  const columns = ["downlink_s", "compute_s", "turn_s", "upload_s", "reported_s", "measured_upload_s", "share", "payload_bytes", "received_bytes", "sent_bytes"];
   const lines = [["round", "wireless_s", "device", "block", "status", ...columns]];
   run.round.forEach((round, index) => parts(run, index).forEach((part) => lines.push([
     round, run.wireless_s[index], run.devices[run.device[part]], run.numbers[part], run.statuses[run.status[part]],

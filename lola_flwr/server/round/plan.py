@@ -70,10 +70,11 @@ class RoundPlan:
 
     @cached_property
     def planned_s(self) -> Mapping[str, float]:
-        """Seconds that each active device should take, to compute and to upload."""
-        upload_s = self.allocation.upload_s(self.problem)
+        """Seconds that each active device should take until it has sent."""
+        allocation, problem = self.allocation, self.problem
+        sent_s = allocation.turn_s(problem) + allocation.upload_s(problem)
         return {
-            d: float(self.problem.compute_s[row, block] + upload_s[row])
+            d: float(problem.compute_s[row, block] + sent_s[row])
             for row, d, block in self.active()
         }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from lola_flwr.allocation.in_turn import round_in_turn_s
 from lola_flwr.planning import RunStatement, planned_blocks
 from lola_flwr.run.records import BlockRecord, RoundRecord, added
 from lola_flwr.server.round.intake import RoundReplies
@@ -43,7 +45,7 @@ def round_record(
         _with_reply(planned, device_of[planned.device], plan, replies, sizes_down)
         for planned in planned_blocks(run, plan.solved)
     )
-    observed_s = run.channel.constant_s + max(sum(_observed(block)) for block in blocks)
+    observed_s = run.channel.constant_s + _last_s(run, blocks)
     losses, weights = [], []
     for accepted in replies.accepted.values():
         if accepted.report.loss is not None:
@@ -63,6 +65,14 @@ def round_record(
         blocks=blocks,
     )
     return replace(record, joules=added(joules, record.round_j))
+
+
+def _last_s(run: RunStatement, blocks: Sequence[BlockRecord]) -> float:
+    """Return when the last device had sent: as measured, else as planned."""
+    if run.channel.uplink != "tdma":
+        return max(sum(_observed(block)) for block in blocks)
+    wait_s, compute_s, upload_s = np.array([_observed(block) for block in blocks]).T
+    return round_in_turn_s(wait_s + compute_s, upload_s)
 
 
 def _observed(block: BlockRecord) -> tuple[float, float, float]:
