@@ -236,7 +236,7 @@ class _Program:
         most = np.inf if all_devices else demand
         cost = np.zeros(3 * size + 1)
         cost[-1] = 1.0
-        whole = np.zeros(cost.size)
+        whole = np.zeros(cost.size, np.int64)
         whole[:size] = 1
         lower = np.zeros(cost.size)
         lower[-1] = low_s / self._best_s * (1.0 - TOLERANCE)

@@ -81,7 +81,8 @@ class Mobility:
         # To and fro between the borders: a triangle wave in either direction.
         unfolded_m = np.array(positions).reshape(-1, 2) + half_m
         inside_m = half_m - np.abs(unfolded_m % (2 * self.cell_m) - self.cell_m)
-        return np.maximum(np.hypot(*inside_m.T), _LEAST_M)
+        distance_m = np.hypot(inside_m[:, 0], inside_m[:, 1])
+        return np.asarray(np.maximum(distance_m, _LEAST_M))
 
     def gain_db(self, names: Sequence[str], moment: Moment) -> Float64Array:
         """Return by how much each device's SNR is above its mean, dB, shape [K]."""
