@@ -129,8 +129,8 @@ class Channel:
             if getattr(self, name) not in (getattr(Channel, name), "tdma"):
                 raise UserError(
                     f"{name}={getattr(self, name)!r} is for links whose rate follows "
-                    "from their SNR, and own_rates say what links carry; drop one of "
-                    "the two."
+                    "from their SNR, and a channel of your own (own_rates) says what "
+                    "links carry; drop one of the two."
                 )
 
     @property

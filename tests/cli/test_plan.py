@@ -296,7 +296,10 @@ def test_devices_that_move_have_another_snr(capsys):
         (["--fading", "gauss-markov", "--coherence-s", "0"], "coherence_s=0.0 must be"),
         (["--mobility", "spd=1"], "mobility has no 'spd'; it has speed_m_s, cell_m, e"),
         (["--mobility", "fast"], "Write options as 'a=1, b=[2, 3]'"),
-        (["--fading", "none", "--channel", "math:prod"], "own_rates say what links c"),
+        (
+            ["--fading", "none", "--channel", "math:prod"],
+            "(own_rates) says what links c",
+        ),
     ],
 )
 def test_channels_that_there_are_not_are_refused(capsys, arguments, says):

@@ -111,5 +111,7 @@ def test_what_there_is_not_is_refused(options, said):
 
 @pytest.mark.parametrize("option", [{"fading": "none"}, {"uplink": "power-limited"}])
 def test_rates_of_ones_own_take_the_place_of_the_snr(option):
-    with pytest.raises(UserError, match="own_rates say what links carry; drop one"):
+    with pytest.raises(
+        UserError, match=r"\(own_rates\) says what links carry; drop one"
+    ):
         Channel(own_rates=lambda *_: [1e6], **option)
