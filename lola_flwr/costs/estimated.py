@@ -10,16 +10,23 @@ sequences of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.arrays import BoolArray, Float64Array
+from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.layers import layer_costs, matrix_elements, recomputation_of
-from lola_flwr.costs.memory import Affine, Levers, Recomputation, StepMemory
+from lola_flwr.costs.memory import (
+    Affine,
+    Bytes,
+    Levers,
+    Recomputation,
+    StepMemory,
+    joined_recomputation,
+)
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.system.devices import DeviceProfile
@@ -27,7 +34,6 @@ from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.payload import payload_bits
 
 Shapes = Mapping[str, Sequence[int]]
-Bytes = Float64Array | float
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +90,8 @@ class BlockCosts:
         None where it is not known.
     example_flops
         What each example adds to ``flops``, shape [N]; None where it is not known.
+    largest
+        Where these are costs of a smaller mini-batch, those that they were made of.
     """
 
     flops: npt.NDArray[np.float64]
@@ -93,6 +101,7 @@ class BlockCosts:
     step: StepMemory | None = None
     together: Callable[[], TogetherCosts] | None = None
     example_flops: Float64Array | None = None
+    largest: BlockCosts | None = None
 
     def at(self, batch_size: int) -> BlockCosts:
         """Return the costs of a mini-batch that is smaller, or as large.
@@ -138,6 +147,7 @@ class BlockCosts:
             memory_bytes=smaller.peak_bytes(Levers(smaller.micro_batch_size)),
             step=smaller,
             together=None if together is None else cache(smaller_together),
+            largest=self.largest or self,
         )
 
     def joined(self, spans: Collection[Sequence[int]]) -> BlockCosts:
@@ -171,18 +181,48 @@ class BlockCosts:
         return _joined(self, self.step, self.together(), spans)
 
     def required_bytes(self, profiles: Sequence[DeviceProfile]) -> Float64Array:
-        """Return the memory that each device takes for each block, shape [K, N]."""
+        """Return the memory that each device takes for each block, shape [K, N].
+
+        Of one whose steps have a size of their own, it is that of this size.
+        """
         if self.step is None:
             return np.tile(self.memory_bytes, (len(profiles), 1))
-        return self.step.required_bytes(profiles)
+        required = self.step.required_bytes(profiles)
+        for rows, costs in self._of_other_sizes(profiles):
+            required[rows] = costs.required_bytes([profiles[row] for row in rows])
+        return required
 
     def required_flops(self, profiles: Sequence[DeviceProfile]) -> Float64Array:
         """Return the operations of each device for each block, shape [K, N].
 
-        More than ``flops`` where it runs layers twice to save memory.
+        More than ``flops`` where it runs layers twice to save memory. Of one whose
+        steps have a size of their own, they are those of this size.
         """
-        once = np.tile(self.flops, (len(profiles), 1))
-        return once if self.step is None else once + self.step.further_flops(profiles)
+        required = np.tile(self.flops, (len(profiles), 1))
+        if self.step is not None:
+            required += self.step.further_flops(profiles)
+        for rows, costs in self._of_other_sizes(profiles):
+            required[rows] = costs.required_flops([profiles[row] for row in rows])
+        return required
+
+    def _of_other_sizes(
+        self, profiles: Sequence[DeviceProfile]
+    ) -> Iterator[tuple[list[int], BlockCosts]]:
+        """Give rows of devices whose steps have another size, and what these cost.
+
+        Of those that are larger than what is known, it is what the largest cost.
+        """
+        largest = self.largest or self
+        if self.step is None or largest.step is None or largest.example_flops is None:
+            return
+        rows_of: dict[int, list[int]] = {}
+        for row, profile in enumerate(profiles):
+            if profile.batch_size is not None:
+                size = int(min(profile.batch_size, largest.step.batch_size))
+                rows_of.setdefault(size, []).append(row)
+        for size, rows in rows_of.items():
+            if size != self.step.batch_size:
+                yield rows, largest.at(size)
 
 
 def _joined(
@@ -227,7 +267,13 @@ def _joined(
             between(step.pass_bytes.per_sequence, together.pass_bytes.per_sequence),
         ),
         recomputation=cache(
-            partial(_joined_recomputation, step, together, part > 0, update_bytes)
+            partial(
+                joined_recomputation,
+                step,
+                together.recomputation,
+                part > 0,
+                update_bytes,
+            )
         ),
     )
     return replace(
@@ -238,35 +284,6 @@ def _joined(
         gradient_bytes=update_bytes,
         step=joined,
         example_flops=example_flops,
-    )
-
-
-def _joined_recomputation(
-    step: StepMemory,
-    together: TogetherCosts,
-    several: BoolArray,
-    update_bytes: Float64Array,
-) -> Recomputation | None:
-    """Return what is recomputed where some blocks are trained with others.
-
-    Layers do not add up here: several blocks are taken for all behind the first.
-    """
-    alone, most = step.recomputation(), together.recomputation()
-    if alone is None or most is None:
-        return None
-
-    def chosen(of_most: Bytes, of_alone: Bytes) -> Float64Array:
-        return np.where(several, of_most, of_alone)
-
-    pass_bytes = Affine(
-        chosen(most.pass_bytes.fixed, alone.pass_bytes.fixed),
-        chosen(most.pass_bytes.per_sequence, alone.pass_bytes.per_sequence),
-    )
-    whole_bytes = pass_bytes.of(step.batch_size) + update_bytes
-    return replace(
-        alone,
-        whole_bytes=chosen(whole_bytes, alone.whole_bytes),
-        pass_bytes=pass_bytes,
     )
 
 

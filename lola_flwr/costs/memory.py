@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lola_flwr.arrays import Float64Array, IntArray
+from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.system.devices import DeviceProfile
+
+Bytes = Float64Array | float
 
 # What Linux maps of a file where one row is read.
 _MAPPED_AT_ONCE_BYTES = 1 << 16
@@ -272,3 +274,43 @@ class StepMemory:
             least = peaks.argmin(axis=0)
             chosen = np.where(fits.any(axis=0), fits.argmax(axis=0), least)
             yield rows, options, peaks, chosen
+
+
+def joined_recomputation(
+    step: StepMemory,
+    of_most: Callable[[], Recomputation | None],
+    several: BoolArray,
+    update_bytes: Float64Array,
+) -> Recomputation | None:
+    """Return what is recomputed where some blocks are trained with others.
+
+    Layers do not add up here: several blocks are taken for all behind the first.
+
+    Parameters
+    ----------
+    step
+        What each block's step takes alone.
+    of_most
+        Gives what is recomputed of each block with all behind it.
+    several
+        Blocks that are trained with others, shape [N].
+    update_bytes
+        Gradients of each block with these, and of the head, shape [N].
+    """
+    alone, most = step.recomputation(), of_most()
+    if alone is None or most is None:
+        return None
+
+    def chosen(behind: Bytes, by_itself: Bytes) -> Float64Array:
+        return np.where(several, behind, by_itself)
+
+    pass_bytes = Affine(
+        chosen(most.pass_bytes.fixed, alone.pass_bytes.fixed),
+        chosen(most.pass_bytes.per_sequence, alone.pass_bytes.per_sequence),
+    )
+    whole_bytes = pass_bytes.of(step.batch_size) + update_bytes
+    return replace(
+        alone,
+        whole_bytes=chosen(whole_bytes, alone.whole_bytes),
+        pass_bytes=pass_bytes,
+    )

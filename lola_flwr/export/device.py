@@ -44,7 +44,8 @@ class ExportedDevice:
     Parameters
     ----------
     profile
-        What this device offers; besides, that it trains one block alone.
+        What this device offers; besides, that it trains one block alone, with batches
+        of its programs' size.
     manifest
         What was exported.
     runner
@@ -70,7 +71,9 @@ class ExportedDevice:
     simulated_compute_s: Callable[[Assignment], float] | None = None
 
     def __post_init__(self) -> None:
-        profile = replace(self.profile, trains_one_block=True)
+        profile = replace(
+            self.profile, trains_one_block=True, batch_size=self.manifest.batch_size
+        )
         object.__setattr__(self, "profile", profile)
 
     @reports_energy

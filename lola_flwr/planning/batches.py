@@ -75,7 +75,7 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
         solved[batch_size, level] = found
         parts = _Parts.of(found, known)
         return Tried(
-            progress=parts.progress(np.minimum(batch_size, parts.held_examples)),
+            progress=parts.progress(parts.asked(run, batch_size)),
             round_s=found.allocation.round_s,
             bound_s=found.allocation.bound_s,
         )
@@ -208,6 +208,8 @@ class _Parts:
         Examples that it holds, shape [A].
     count
         Devices that train its block, shape [A].
+    own_size
+        Examples that its steps are made for, shape [A]; 0 where they may be any number.
     """
 
     rows: IntArray
@@ -216,6 +218,7 @@ class _Parts:
     noise_scale: Float64Array
     held_examples: IntArray
     count: IntArray
+    own_size: IntArray
 
     @classmethod
     def of(cls, solved: SolvedRound, known: Known) -> _Parts:
@@ -227,7 +230,7 @@ class _Parts:
         waited = _waited(known, num_blocks)
         count = np.bincount(blocks, minlength=num_blocks)[blocks]
         trained = [list(solved.stated.blocks(int(block))) for block in blocks]
-        held = [_held_examples(solved.stated.profiles[row]) for row in rows]
+        profiles = [solved.stated.profiles[row] for row in rows]
         return cls(
             rows=rows,
             blocks=blocks,
@@ -235,9 +238,20 @@ class _Parts:
             / (count * num_blocks),
             noise_scale=np.array([noise_scale[several].mean() for several in trained])
             / count,
-            held_examples=np.array(held, np.int64),
+            held_examples=np.array([_held_examples(p) for p in profiles], np.int64),
+            own_size=np.array([int(p.batch_size or 0) for p in profiles], np.int64),
             count=count,
         )
+
+    def asked(self, run: RunStatement, batch_size: int) -> IntArray:
+        """Return what devices are asked for where all have one batch, [A].
+
+        No more than they hold; and where steps have a size of their own, which they
+        take as long for as it has, that.
+        """
+        largest = max(run.allocation.batch_sizes)
+        size = np.where(self.own_size > 0, self.own_size.clip(max=largest), batch_size)
+        return np.minimum(size, self.held_examples)
 
     def progress(self, batch_size: IntArray) -> float:
         """Return what the round brings with these batches, [A]."""
@@ -246,7 +260,7 @@ class _Parts:
 
 def _held_examples(profile: DeviceProfile) -> int:
     held = profile.num_examples
-    return _UNTOLD if held is None else int(held)
+    return int(profile.batch_size or _UNTOLD) if held is None else int(held)
 
 
 def _with_own_batches(
@@ -265,7 +279,7 @@ def _with_own_batches(
     parts = _Parts.of(solved, known)
     stated, problem = solved.stated, solved.problem
     rows, blocks = parts.rows, parts.blocks
-    held = np.minimum(batch_size, parts.held_examples)
+    held = parts.asked(run, batch_size)
     if (
         stated.spans
         or problem.power_limited is not None
@@ -278,9 +292,11 @@ def _with_own_batches(
     compute_s = problem.compute_s[rows, blocks] - solved.downlink_s[rows]
     example_s = compute_s * at.costs.example_flops[blocks] / flops[each, blocks]
     least, most = _bounds(run, solved, parts, held)
+    # What the times are for: a step of a size of its own takes as long for fewer.
+    timed = np.where(parts.own_size > 0, held, batch_size)
     found = own_batches(
         BatchProblem(
-            fixed_s=(problem.compute_s[rows, blocks] - batch_size * example_s).clip(0),
+            fixed_s=(problem.compute_s[rows, blocks] - timed * example_s).clip(0),
             example_s=example_s,
             full_band_upload_s=problem.full_band_upload_s[rows, blocks],
             noise_scale=parts.noise_scale,
@@ -292,7 +308,7 @@ def _with_own_batches(
         )
     ).batch_size
     all_s = problem.compute_s.copy()
-    all_s[rows, blocks] += (found - batch_size) * example_s
+    all_s[rows, blocks] += (found - timed) * example_s
     problem = replace(problem, compute_s=all_s)
     claimed_s, required_bytes = stated.claimed_s.copy(), stated.required_bytes.copy()
     for row, block, own in zip(rows, blocks, found, strict=True):
@@ -339,7 +355,7 @@ def _bounds(
 
     As many examples as a device holds, and as its memory does without running layers
     twice. Whoever does less than a whole step, or has lacked memory, keeps what all
-    have, and so does who runs layers twice for that.
+    have, and so does who runs layers twice for that, or has steps of a size of its own.
     """
     stated, rows, blocks = solved.stated, parts.rows, parts.blocks
     profiles = [stated.profiles[row] for row in rows]
@@ -351,6 +367,7 @@ def _bounds(
         once = costs.required_flops(profiles)[each, blocks] <= costs.flops[blocks]
         most[once & (required_bytes <= memory_bytes)] = size
     keeps = stated.without_backward[rows] | stated.trains_all[rows] | (most < held)
+    keeps |= parts.own_size > 0
     keeps |= np.isfinite(stated.memory_limit_bytes[rows])
     keeps |= [pair in stated.schedules for pair in zip(rows, blocks, strict=True)]
     most = np.where(keeps, held, np.minimum(most, parts.held_examples))

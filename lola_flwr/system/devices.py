@@ -16,12 +16,19 @@ _BOUNDS = {
     "snr_db": (-60.0, 80.0),
     "uplink_bps": (1e3, 1e12),
     "num_examples": (1, 1e12),
+    "batch_size": (1, 1e12),
     "compute_power_w": (0.0, 1e4),
     "transmit_power_w": (0.0, 1e4),
 }
 
 # What a device may leave unsaid.
-_UNSAID = {"uplink_bps", "num_examples", "compute_power_w", "transmit_power_w"}
+_UNSAID = {
+    "uplink_bps",
+    "num_examples",
+    "batch_size",
+    "compute_power_w",
+    "transmit_power_w",
+}
 
 # What is so of a device only if it says so: what it can do where its memory asks for
 # it, and all that it can do.
@@ -64,6 +71,9 @@ class DeviceProfile:
     trains_one_block
         Whether all that it trains in a round is one block, by a whole step of
         back-propagation, as exported programs do: it is asked for nothing else.
+    batch_size
+        Examples that a step of it is made for, where it has one size alone, as exported
+        programs do: fewer take it as long, and more it refuses.
     compute_power_w, transmit_power_w
         What the whole device draws while it computes, and while it sends, watts; None:
         it does not say, and nothing is claimed about its energy.
@@ -84,6 +94,7 @@ class DeviceProfile:
     recomputes_suffix: bool = False
     num_examples: int | None = None
     trains_one_block: bool = False
+    batch_size: int | None = None
     compute_power_w: float | None = None
     transmit_power_w: float | None = None
 

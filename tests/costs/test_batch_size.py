@@ -74,6 +74,21 @@ def test_a_device_that_computes_twice_needs_less_for_fewer_examples(costs_of):
     assert (most.at(4).required_bytes([twice]) <= few).all()
 
 
+def test_steps_of_a_size_of_their_own_cost_what_that_costs(costs_of):
+    most, device = costs_of(LARGEST), simulated_device(0, seed=0)
+    device = replace(device, memory_bytes=1e5, recomputes_suffix=True)
+    sizes = {4: 4, 32: 32, LARGEST: LARGEST, 10 * LARGEST: LARGEST}
+    fleet = [device, *(replace(device, batch_size=size) for size in sizes)]
+    for of_run in (16, 32, LARGEST):
+        costs = most.at(of_run)
+        for row, size in enumerate((of_run, *sizes.values())):
+            for found, expected in (
+                (costs.required_flops(fleet), most.at(size).required_flops([device])),
+                (costs.required_bytes(fleet), most.at(size).required_bytes([device])),
+            ):
+                np.testing.assert_array_equal(found[row], expected[0])
+
+
 def test_what_is_not_known_is_refused(costs_of):
     most = costs_of(LARGEST)
     for costs, size in ((most, 128), (replace(most, example_flops=None), 8)):

@@ -158,6 +158,11 @@ def test_parts_of_a_spread_model_are_refused(devices):
         devices[0].compute_part(task, {})
 
 
+def test_it_says_for_which_batches_its_programs_are_made(devices):
+    said = devices[0].profile.to_properties()
+    assert (said["trains-one-block"], said["batch-size"]) == (True, 6)
+
+
 def test_a_batch_without_labels_is_refused(devices):
     nothing = replace(devices[0], batch_weight=lambda _: 0)
     with pytest.raises(UserError, match="mean over nothing"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -134,6 +135,49 @@ def test_nobody_is_asked_for_more_than_memory_and_data_hold():
             required = COSTS.at(part.batch_size).memory_bytes[part.block_index]
             assert part.required_memory_bytes == pytest.approx(required)
             assert required <= part.memory_bytes
+
+
+@pytest.mark.parametrize("latency_target_s", [math.inf, 1e3])
+@pytest.mark.parametrize("bandwidth_hz", [2e3, 2e6])
+def test_who_has_programs_is_asked_for_their_batch(latency_target_s, bandwidth_hz):
+    """They take as long for fewer examples, and refuse more."""
+    own = {"d0": (12, 12, 1000), "d1": (48, 30, 30), "d2": (600, 128, None)}
+    devices = [
+        replace(
+            device,
+            name=name,
+            trains_one_block=True,
+            batch_size=own[name][0],
+            num_examples=own[name][2],
+        )
+        for name, device in zip(own, even_fleet(3), strict=True)
+    ]
+    run = replace(
+        statement(bandwidth_hz=bandwidth_hz), latency_target_s=latency_target_s
+    )
+    parts = planned_blocks(run, solve_round(run, known(run, devices, EVEN_NOISE)))
+    assert len(parts) >= 2
+    for part in parts:
+        size, asked, _ = own[part.device]
+        costs, block = COSTS.at(min(size, max(GRID))), part.block_index
+        assert part.batch_size == asked
+        assert part.compute_s == pytest.approx(costs.flops[block] / 1e7)
+        assert part.required_memory_bytes == costs.memory_bytes[block]
+
+
+@pytest.mark.parametrize("bandwidth_hz", [2e3, 2e4, 2e6])
+def test_beside_programs_batches_bring_more_a_second_than_any_common_one(bandwidth_hz):
+    first, *others = even_fleet(4)
+    devices = [replace(first, trains_one_block=True, batch_size=16), *others]
+
+    def rate(sizes):
+        run = statement(bandwidth_hz=bandwidth_hz, batch_sizes=sizes)
+        parts = planned_blocks(run, solve_round(run, known(run, devices, EVEN_NOISE)))
+        asked = [part.batch_size for part in parts]
+        assert all(p.batch_size == 16 for p in parts if p.device == first.name)
+        return rate_of(parts, asked, EVEN_NOISE)
+
+    assert rate(GRID) >= max(rate((size,)) for size in GRID[1:]) * (1 - 1e-9)
 
 
 def test_the_codec_is_the_finest_whose_error_costs_more_than_its_bits():

@@ -42,7 +42,9 @@ PROFILE = DeviceProfile("device-0", 2e10, 4e9, snr_db=12.5)
 # What devices say of themselves, with PyTorch and with programs.
 PROFILES = {
     "profile": PROFILE,
-    "profile-programs": replace(PROFILE, trains_one_block=True),
+    "profile-programs": replace(
+        PROFILE, trains_one_block=True, num_examples=9, batch_size=6
+    ),
 }
 SEED = 3
 # Small, so that the values are several chunks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def devices(of):
     return {
         "torch": recorded.device(of),
         "program": ExportedDevice(
-            profile=recorded.PROFILE,
+            profile=replace(recorded.PROFILE, num_examples=9),
             manifest=manifest,
             runner=TorchRunner(of, manifest),
             batch_source=ArrayFiles(arrays=recorded.examples(), seed=recorded.SEED),

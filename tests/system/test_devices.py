@@ -47,6 +47,10 @@ def test_round_trip(more):
         ),
         ({"flops-per-s": 0.0}, "from 100000 to 1e"),
         ({"memory-bytes": -1}, "memory_bytes=-1"),
+        (
+            {"batch-size": 0},
+            "batch_size=0 of device 'jetson-1' must be",
+        ),
         ({"compute-power-w": -1.0}, "compute_power_w=-1.0"),
         ({"transmit-power-w": "3"}, "transmit_power_w='3'"),
         ({"snr-db": math.nan}, "snr_db=nan"),

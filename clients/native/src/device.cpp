@@ -163,6 +163,15 @@ Profile read_profile(const std::string& path) {
   return profile;
 }
 
+void add_batches(Profile& profile, const Manifest& manifest, const Examples& examples) {
+  const auto add = [&](const char* key, int64_t count) {
+    profile.emplace_back(key, proto::ConfigRecordValue());
+    profile.back().second.set_sint64(count);
+  };
+  add("num-examples", examples.num_examples());
+  add("batch-size", manifest.batch_size);
+}
+
 Device::Device(const Manifest& manifest, const Examples& examples, Profile profile)
     : manifest_(manifest),
       examples_(examples),

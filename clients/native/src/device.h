@@ -39,6 +39,10 @@ using Profile = std::vector<std::pair<std::string, flwr::proto::ConfigRecordValu
 // Refusal if it is none.
 Profile read_profile(const std::string& path);
 
+// Add how many examples there are, and how many a step takes: a server that chooses
+// batches asks for as many.
+void add_batches(Profile& profile, const Manifest& manifest, const Examples& examples);
+
 class Device {
  public:
   Device(const Manifest& manifest, const Examples& examples, Profile profile);

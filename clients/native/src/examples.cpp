@@ -119,6 +119,17 @@ void check_fits(
   }
 }
 
+// Throw Refusal if so many examples are no batch.
+void check_fills_up(std::size_t count, const Manifest& manifest) {
+  const auto room = static_cast<std::size_t>(manifest.batch_size);
+  if (count < room && !manifest.takes_fewer_examples) {
+    throw Refusal(
+        "A batch has " + std::to_string(count) + " examples, and the program takes " +
+        std::to_string(room) +
+        ": this model's loss does not leave out what has no label; give whole batches.");
+  }
+}
+
 } // namespace
 
 uint64_t mix(uint64_t value) {
@@ -161,6 +172,8 @@ Examples::Examples(
     throw Refusal("The programs take no batch; export anew.");
   }
   num_examples_ = files_.front().num_rows;
+  // No batch is ever larger.
+  check_fills_up(num_examples_, manifest);
 }
 
 Examples::~Examples() = default;
@@ -192,12 +205,7 @@ int64_t Examples::draw(
         " examples, and the programs take " + std::to_string(room) +
         "; export with --batch-size " + std::to_string(batch_size) + ".");
   }
-  if (count < room && !manifest_.takes_fewer_examples) {
-    throw Refusal(
-        "A batch has " + std::to_string(count) + " examples, and the program takes " +
-        std::to_string(room) +
-        ": this model's loss does not leave out what has no label; give whole batches.");
-  }
+  check_fills_up(count, manifest_);
   const std::vector<std::size_t> rows = chosen(static_cast<uint64_t>(server_round), count);
   int64_t learned_tokens = 0;
   for (std::size_t i = 0; i < files_.size(); ++i) {

@@ -31,6 +31,11 @@ class Examples {
       int64_t batch_size,
       std::vector<std::vector<unsigned char>>& inputs) const;
 
+  // How many there are.
+  int64_t num_examples() const {
+    return static_cast<int64_t>(num_examples_);
+  }
+
  private:
   struct File;
 
