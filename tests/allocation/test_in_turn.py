@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 
 from lola_flwr.allocation import AllocationProblem, InfeasibleAllocation, allocate
-from lola_flwr.allocation.in_turn import round_in_turn_s, turns_s
+from lola_flwr.allocation.edges import edges_of
+from lola_flwr.allocation.in_turn import (
+    _by_budgets,
+    _round_s,
+    _useful,
+    round_in_turn_s,
+    turns_s,
+)
 from tests.allocation.allocation_oracle import all_modes, matchings, random_problem
 from tests.marks import rest_slow
 
-SIZES = [(3, 2), (4, 3), (5, 3), (5, 2)]
+SIZES = [(3, 2), (4, 3), (5, 3), (7, 2)]
 
 
 def last_end_s(compute_s, upload_s, order):
@@ -59,6 +66,39 @@ def test_is_the_best_of_all_matchings_and_orders(seed):
     assert found.gap <= 3e-6
     shared = allocate(replace(problem, in_turn=False))
     assert found.round_s <= shared.round_s * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pairs_are_left_out_only_where_others_do_as_well(seed):
+    rng = np.random.default_rng(seed)
+    problem = random_problem(rng, 14, 2)
+    edges, slots = edges_of(problem), 2
+    kept = _useful(edges, np.inf)
+    for column in range(2):
+        compute_s = edges.compute_s[:, column]
+        upload_s = edges.full_band_upload_s[:, column]
+        possible = edges.possible[:, column]
+        for row in np.flatnonzero(possible & ~kept[:, column]):
+            as_quick = (compute_s <= compute_s[row]) & (upload_s <= upload_s[row])
+            as_quick[row] = False
+            assert (as_quick & possible).sum() >= slots
+    assert kept.sum() < edges.possible.sum()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_bound_by_budgets_holds(seed):
+    rng = np.random.default_rng(seed)
+    problem = replace(random_problem(rng, 5, 3), in_turn=True)
+    some = matchings(problem)
+    if not some[0].size:
+        return
+    worst = max(zip(*some, strict=True), key=lambda pairs: _round_s(problem, pairs))
+    least = least_s(problem) - problem.constant_s
+    best, low_s = _by_budgets(problem, edges_of(problem), worst)
+    assert least * (1 - 1e-12) <= _round_s(problem, best)
+    assert low_s <= least * (1 + 1e-12) or _round_s(problem, best) == (
+        pytest.approx(least)
+    )
 
 
 def test_who_has_computed_first_is_first():

@@ -25,8 +25,8 @@ def gauss_markov(time_s, names=MANY, *, coherence_s=2.0, server_round=1, seed=3)
     [
         lambda: rayleigh_gain(MANY, Moment(1, 0.0, 3)),
         lambda: gauss_markov(0.0),
-        # Within a stretch of 64 s, after a single halving.
-        lambda: gauss_markov(96.0),
+        # Within a stretch of 64 s, after some halvings, and after all.
+        lambda: gauss_markov(66.0),
         pytest.param(lambda: gauss_markov(77.77), marks=pytest.mark.slow),
     ],
 )
