@@ -12,7 +12,7 @@ from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.fading import gauss_markov_gain, power_gain, rayleigh_gain
 from lola_flwr.system.own_channel import Moment
 
-MANY = [f"d{index}" for index in range(4000)]
+MANY = [f"d{index}" for index in range(1500)]
 
 
 def gauss_markov(time_s, names=MANY, *, coherence_s=2.0, server_round=1, seed=3):
@@ -32,8 +32,8 @@ def gauss_markov(time_s, names=MANY, *, coherence_s=2.0, server_round=1, seed=3)
 )
 def test_power_gain_is_exponential_with_mean_one(gain):
     drawn = gain()
-    # Mean and variance of Exp(1) are 1; standard errors are 1/63 and about 2.8/63.
-    assert drawn.mean() == pytest.approx(1.0, abs=0.07)
+    # Mean and variance of Exp(1) are 1; standard errors are 1/39 and about 2.8/39.
+    assert drawn.mean() == pytest.approx(1.0, abs=0.08)
     assert drawn.var() == pytest.approx(1.0, abs=0.2)
     for part in (0.1, 0.5, 0.9):
         expected = -np.log1p(-part)
@@ -50,13 +50,13 @@ def correlation(one, other):
 @pytest.mark.parametrize("lag", [0.25, 1.0, 2.0, 20.0])
 def test_power_gains_correlate_by_the_time_between_them(start_s, lag):
     # The correlation of power gains is the square of that of amplitudes; its standard
-    # error is below 0.02 here, and times are told apart by 1/128 of the coherence time.
+    # error is below 0.03 here, and times are told apart by 1/128 of the coherence time.
     one, other = gauss_markov(start_s), gauss_markov(start_s + 2.0 * lag)
-    assert correlation(one, other) == pytest.approx(np.exp(-2 * lag), abs=0.07)
+    assert correlation(one, other) == pytest.approx(np.exp(-2 * lag), abs=0.1)
 
 
 def test_at_the_coherence_time_the_correlation_is_that_of_a_gauss_markov_process():
-    one, other = (gauss_markov(t, MANY[:2000]) for t in (0.0, 2.0))
+    one, other = (gauss_markov(t, MANY) for t in (0.0, 2.0))
     assert correlation(one, other) == pytest.approx(np.exp(-2), abs=0.09)
 
 
