@@ -52,12 +52,18 @@ def dotted(module: Path) -> str:
 
 
 def own_tests(module: Path) -> list[str]:
-    """Return the tests of a module: those of its name, in the room of its room's."""
+    """Return the tests of a module, in the room of its room's.
+
+    They are of its name, or of as many of its words as any are: ``energy_search`` is
+    tested by ``test_energy.py``, and what no name says by all tests of the room.
+    """
     room = Path("tests", *module.parent.parts[1:])
-    found = sorted(map(str, room.glob(f"test_{module.stem}*.py")))
-    if not found:
-        raise SystemExit(f"{module} has no tests of its own: {room}/test_{module.name}")
-    return found
+    words = module.stem.split("_")
+    for count in range(len(words), -1, -1):
+        name = "_".join(["test", *words[:count]])
+        if found := sorted(map(str, room.glob(f"{name}*.py"))):
+            return found
+    raise SystemExit(f"{module} has no tests of its own: {room}/test_{module.name}")
 
 
 def verdicts(module: Path) -> dict[str, str]:
