@@ -274,6 +274,23 @@ def test_wrong_files_are_refused_before_anything_is_asked(tmp_path):
         assert code == 2 and said in words and "usage:" in words
 
 
+def test_too_few_examples_for_whole_batches_are_refused_at_once(tmp_path):
+    whole = device_files()
+    shutil.copytree(whole / "steps", tmp_path / "steps")
+    path = tmp_path / "steps" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"takes_fewer_examples": False}
+    path.write_text(json.dumps(manifest))
+    (tmp_path / "data").mkdir()
+    for name, array in recorded.examples().items():
+        np.save(tmp_path / "data" / f"{name}.npy", array[:5])
+    code, words = refused(steps=tmp_path / "steps", data=tmp_path / "data")
+    assert (code, words.count("\n")) == (1, 1) and "give whole batches" in words, words
+    # Where a batch may be filled up, they are enough.
+    replay, _ = spoken(read("profile-programs"), data=tmp_path / "data")
+    said = reply_in(replay).content["lola-profile"]
+    assert (said["num-examples"], said["batch-size"]) == (5, 6)
+
+
 def asked_of(question):
     """Return a conversation in which a device is asked something else."""
     recorded.slice_small(question)

@@ -123,7 +123,8 @@ Received receive(const std::string& type, const std::string& id, const Fetch& fe
   return received;
 }
 
-Profile read_profile(const std::string& path) {
+Profile read_profile(
+    const std::string& path, const Manifest& manifest, const Examples& examples) {
   std::ifstream file(path);
   const json found =
       file ? json::parse(file, nullptr, /*allow_exceptions=*/false) : json();
@@ -158,18 +159,11 @@ Profile read_profile(const std::string& path) {
   add_number("memory-bytes", true, std::nullopt);
   add_number("snr-db", !found.contains("uplink-bps"), 0.0);
   add_number("uplink-bps", false, std::nullopt);
+  add("num-examples").set_sint64(examples.num_examples());
   // All that programs do in a round: the server is to ask for nothing else.
   add("trains-one-block").set_bool_(true);
+  add("batch-size").set_sint64(manifest.batch_size);
   return profile;
-}
-
-void add_batches(Profile& profile, const Manifest& manifest, const Examples& examples) {
-  const auto add = [&](const char* key, int64_t count) {
-    profile.emplace_back(key, proto::ConfigRecordValue());
-    profile.back().second.set_sint64(count);
-  };
-  add("num-examples", examples.num_examples());
-  add("batch-size", manifest.batch_size);
 }
 
 Device::Device(const Manifest& manifest, const Examples& examples, Profile profile)

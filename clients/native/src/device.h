@@ -35,13 +35,10 @@ using Answer = std::function<Tree()>;
 
 using Profile = std::vector<std::pair<std::string, flwr::proto::ConfigRecordValue>>;
 
-// Read what the device offers, from the file that `lola-flwr profile` writes; throw
-// Refusal if it is none.
-Profile read_profile(const std::string& path);
-
-// Add how many examples there are, and how many a step takes: a server that chooses
-// batches asks for as many.
-void add_batches(Profile& profile, const Manifest& manifest, const Examples& examples);
+// Read what the device offers, from the file that `lola-flwr profile` writes, and add
+// what its programs do with its examples; throw Refusal if it is none.
+Profile read_profile(
+    const std::string& path, const Manifest& manifest, const Examples& examples);
 
 class Device {
  public:

@@ -9,7 +9,6 @@
 #include <map>
 #include <memory>
 #include <optional>
-#include <utility>
 
 #include "device.h"
 #include "examples.h"
@@ -163,9 +162,8 @@ int run(const Options& options) {
   const lola::Manifest manifest = lola::read_manifest(options.directory);
   const lola::Examples examples(
       options.data, manifest, options.seed, mean_over_of(options, manifest));
-  lola::Profile profile = lola::read_profile(options.profile);
-  lola::add_batches(profile, manifest, examples);
-  lola::Device device(manifest, examples, std::move(profile));
+  lola::Device device(
+      manifest, examples, lola::read_profile(options.profile, manifest, examples));
   lola::stop_at_signals();
   if (curl_global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK) {
     throw std::runtime_error("libcurl cannot be used.");
