@@ -11,9 +11,11 @@ import pytest
 
 from lola_flwr.allocation.batches import (
     BatchProblem,
+    Candidate,
     Tried,
     best_candidate,
     own_batches,
+    progress,
 )
 from tests.marks import rest_slow
 
@@ -46,10 +48,54 @@ def at_pace(problem: BatchProblem, times: float = 1.0) -> BatchProblem:
     return replace(problem, pace=times * float(problem.progress(least)) / round_s)
 
 
+def many_examples(rng: np.random.Generator) -> BatchProblem:
+    """Draw an instance in which an example more or less hardly counts."""
+    devices = int(rng.integers(2, 25))
+    problem = BatchProblem(
+        fixed_s=rng.uniform(0, 1, devices) * rng.integers(0, 2),
+        example_s=10 ** rng.uniform(-3, -1, devices),
+        full_band_upload_s=10 ** rng.uniform(-2, 0.5, devices),
+        noise_scale=10 ** rng.uniform(1, 3, devices),
+        weight=np.ones(devices),
+        least=np.full(devices, 8),
+        most=np.full(devices, 4096),
+        constant_s=float(rng.integers(0, 2)),
+    )
+    return at_pace(problem, rng.uniform(0.5, 1.5))
+
+
 def brute_force(problem: BatchProblem) -> float:
     bounds = zip(problem.least, problem.most, strict=True)
     tried = itertools.product(*(range(low, high + 1) for low, high in bounds))
     return max(problem.gain(np.array(batches)) for batches in tried)
+
+
+def test_progress_is_a_power_of_the_signal_s_share() -> None:
+    shares = progress(np.array([3, 1, 0]), np.array([1.0, 1.0, 1.0]))
+    np.testing.assert_allclose(shares, [0.75**0.75, 0.5**0.75, 0.0])
+
+
+@pytest.mark.parametrize("times", [1e-6, 1e5])
+def test_batches_do_not_depend_on_units(times: float) -> None:
+    """Neither on that of time, nor on that of progress."""
+    for seed in range(3):
+        problem = many_examples(np.random.default_rng(seed))
+        found = own_batches(problem)
+        slower = replace(
+            problem,
+            fixed_s=times * problem.fixed_s,
+            example_s=times * problem.example_s,
+            full_band_upload_s=times * problem.full_band_upload_s,
+            constant_s=times * problem.constant_s,
+            pace=problem.pace / times,
+        )
+        heavier = replace(
+            problem, weight=times * problem.weight, pace=times * problem.pace
+        )
+        for other, factor in ((slower, 1.0), (heavier, times)):
+            same = own_batches(other)
+            assert math.isclose(same.gain, factor * found.gain, rel_tol=1e-3)
+            assert math.isclose(same.bound, factor * found.bound, rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("first", rest_slow(range(0, _INSTANCES, _AT_ONCE)))
@@ -73,19 +119,7 @@ def test_brute_force_finds_nothing_better_and_nothing_beyond_the_bound(
 
 @pytest.mark.parametrize("seed", rest_slow(range(40), fast=6))
 def test_with_many_examples_the_bound_is_as_good_as_reached(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    devices = int(rng.integers(2, 25))
-    problem = BatchProblem(
-        fixed_s=rng.uniform(0, 1, devices) * rng.integers(0, 2),
-        example_s=10 ** rng.uniform(-3, -1, devices),
-        full_band_upload_s=10 ** rng.uniform(-2, 0.5, devices),
-        noise_scale=10 ** rng.uniform(1, 3, devices),
-        weight=np.ones(devices),
-        least=np.full(devices, 8),
-        most=np.full(devices, 4096),
-        constant_s=float(rng.integers(0, 2)),
-    )
-    problem = at_pace(problem, rng.uniform(0.5, 1.5))
+    problem = many_examples(np.random.default_rng(seed))
     found = own_batches(problem)
     brought = float(problem.progress(found.batch_size))
     assert 0 <= found.bound - found.gain < 5e-3 * brought
@@ -207,3 +241,47 @@ def test_the_grid_is_solved_exactly_and_what_cannot_win_is_not_solved() -> None:
         assert math.isclose(found.rate, left[best] / rounds[best].round_s)
         assert len(solved) < len(batches) * len(errors)
     assert best_candidate(batches, errors, lambda *_: None) is None
+
+
+def solved_of(
+    errors: list[float], rounds: dict[tuple[int, int], Tried], **options: bool
+) -> tuple[Candidate | None, list[tuple[int, int]]]:
+    """Return the best candidate, and what was solved for it."""
+    solved: list[tuple[int, int]] = []
+
+    def attempt(batch: int, level: int) -> Tried:
+        solved.append((batch, level))
+        return rounds[batch, level]
+
+    batches = sorted({batch for batch, _ in rounds})
+    return best_candidate(batches, errors, attempt, **options), solved
+
+
+def tried(progress: float, seconds: float) -> Tried:
+    return Tried(progress=progress, round_s=seconds, bound_s=0.9 * seconds)
+
+
+def test_a_finer_codec_whose_bound_cannot_win_is_not_solved() -> None:
+    rounds = {
+        (8, 0): tried(1.0, 0.5),
+        (16, 0): tried(1.2, 1.0),
+        (8, 1): tried(1.0, 0.6),
+        (16, 1): tried(1.2, 1.1),
+    }
+    found, solved = solved_of([1.0, 0.5], rounds)
+    # With less noise a second of it brings 1.2 / 1.5 ** 0.75 / 0.9 = 0.98 at most, and
+    # of the small batch 1 / 1.5 ** 0.75 / 0.6 = 1.23.
+    assert solved == [(8, 0), (16, 0), (8, 1)]
+    assert found is not None and found[:2] == (8, 1)
+    assert math.isclose(found.rate, 1.5**-0.75 / 0.6)
+
+
+def test_where_finer_codecs_may_be_shorter_all_are_solved() -> None:
+    rounds = {
+        (8, 0): tried(1.0, 1.0),
+        (16, 0): tried(3.0, 1.0),
+        (8, 1): tried(1.0, 0.1),
+        (16, 1): tried(3.0, 1.0),
+    }
+    found, solved = solved_of([0.0, 0.0], rounds, finer_is_longer=False)
+    assert len(solved) == 4 and found is not None and found[:2] == (8, 1)
