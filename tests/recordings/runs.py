@@ -138,7 +138,11 @@ SLOW = {
 STOPPED = DIRECTORY / "stopped"
 
 # What `make demo` simulates.
-DEMO = ("simulations/glue", "--devices", "6")
+DEMO = (
+    *("simulations/glue", "--devices", "6", "batch-size=auto", "codec=auto"),
+    *("downlink=changed", "downlink-codec=int8", "downlink-channel=broadcast"),
+    *("eval-every=2", 'target="accuracy>=0.83"'),
+)
 
 
 def configuration(name):

@@ -220,7 +220,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     ):
         files.on_round(RECORD)
     (line,) = caplog.messages
-    assert f"{tmp_path} has no locks (No locks available)" in line
+    assert f"…/{tmp_path.name} has no locks (No locks available)" in line
 
 
 def test_a_lock_that_is_held_is_still_refused(tmp_path):
