@@ -39,7 +39,7 @@ _EXPONENT = 0.75
 _LENGTHS, _NARROWINGS = 12, 4
 _BISECTIONS = 20
 # Newton's steps to the best batch for a multiplier, and how far one may lead (log).
-_STEPS, _LONGEST_STEP = 6, 5.0
+_STEPS, _LONGEST_STEP = 9, 5.0
 # Of a sum of shares: in the shortest round there is no room to err.
 _ROUNDING = 1e-9
 # Passes over the devices that try one example more or less than what was rounded.
@@ -262,12 +262,26 @@ def _tangents(
     multiplier: Float64Array,
     batch_size: Float64Array,
 ) -> Float64Array:
-    """Return lines that no round's progress is above: at 0 s, and a second, [2, T]."""
+    """Return lines that no round's progress is above: at 0 s, and a second, [2, T].
+
+    What is maximised is concave in batches and length together: at any batches, best or
+    not, it is below its tangent, whose most is at an end of each batch's bounds. Who
+    uploads nothing has the batch that there is time for.
+    """
     share = _shares(problem, lengths_s, batch_size)
-    left_s = lengths_s[:, None] - problem.fixed_s - problem.example_s * batch_size
+    example_s, uploads = problem.example_s, problem.full_band_upload_s > 0.0
+    left_s = lengths_s[:, None] - problem.fixed_s - example_s * batch_size
+    steepness = problem.weight * problem.noise_scale * _EXPONENT
     with np.errstate(divide="ignore", invalid="ignore"):
-        slope = multiplier * np.where(share > 0.0, share / left_s, 0.0).sum(axis=1)
+        rise = steepness * batch_size ** (_EXPONENT - 1.0)
+        rise /= (batch_size + problem.noise_scale) ** (_EXPONENT + 1.0)
+        later = np.where(uploads, multiplier[:, None] * share / left_s, 0.0)
+        more = np.where(uploads, rise - later * example_s, 0.0)
+        waits = ~uploads & (batch_size < problem.most) & (example_s > 0.0)
+        slope = (later + np.where(waits, rise / example_s, 0.0)).sum(axis=1)
+        ends = [more * (end - batch_size) for end in (problem.least, problem.most)]
         dual = problem.progress(batch_size) + multiplier * (1.0 - share.sum(axis=1))
+        dual += np.maximum(*ends).sum(axis=1)
         lines = np.array([dual - slope * lengths_s, slope])
     return lines[:, np.isfinite(lines).all(axis=0)]
 

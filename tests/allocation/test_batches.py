@@ -70,6 +70,26 @@ def brute_force(problem: BatchProblem) -> float:
     return max(problem.gain(np.array(batches)) for batches in tried)
 
 
+@pytest.mark.parametrize("first", rest_slow(range(0, 200, 25)))
+def test_no_fraction_of_an_example_is_beyond_the_bound_which_one_reaches(
+    first: int,
+) -> None:
+    for seed in range(first, first + 25):
+        rng = np.random.default_rng(seed)
+        problem = small_problem(rng, devices=2 - seed % 2)
+        problem = replace(problem, example_s=problem.example_s + 1e-3)
+        if seed % 4:  # else some upload nothing
+            uploads_s = problem.full_band_upload_s + 1e-2
+            problem = replace(problem, full_band_upload_s=uploads_s)
+        found = own_batches(problem)
+        steps = 13 if problem.least.size == 2 else 150
+        ranges = np.linspace(problem.least, problem.most, steps).T
+        best = max(problem.gain(np.array(b)) for b in itertools.product(*ranges))
+        brought = float(problem.progress(found.batch_size))
+        assert best <= found.bound + 1e-9, seed
+        assert found.bound <= max(best, found.gain) + 1e-2 * brought, seed
+
+
 def test_progress_is_a_power_of_the_signal_s_share() -> None:
     shares = progress(np.array([3, 1, 0]), np.array([1.0, 1.0, 1.0]))
     np.testing.assert_allclose(shares, [0.75**0.75, 0.5**0.75, 0.0])
