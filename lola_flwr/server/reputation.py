@@ -59,7 +59,7 @@ _LEAST = 0.1
 _LONG = 3.0
 # Beyond so many times it may as well be an accident, and speaks no more against it;
 # after ten other updates little is left of it.
-_LONGEST, _LENGTHS_KEPT = 10.0, 0.9
+_LONGEST, _LENGTHS_KEPT = 6.0, 0.9
 # Updates of a device that it cannot send again without being noticed.
 _DIGESTS = 32
 # A device that was compared less often than this, and than half as often as the median

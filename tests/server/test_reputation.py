@@ -154,14 +154,17 @@ def test_far_too_long_updates_speak_against_a_device_until_they_are_long_past():
     usual = Reputation().after_lengths([("a", 2.9), ("b", 0.0)] * 30)
     assert usual.weight("a") == usual.weight("b") == 1
     once = Reputation().after_lengths([("a", 9.9)])
-    assert 0.1 < once.weight("a") < 0.5
-    often = once.after_lengths([("a", 9.9)])
+    assert 0.1 < once.weight("a") <= 0.5
+    # Twice may be by chance, too: of the demo's honest devices one's were.
+    twice = once.after_lengths([("a", 9.9)])
+    assert 0.0 < twice.weight("a") < 0.2
+    often = twice.after_lengths([("a", 9.9)])
     assert often.weight("a") == 0
     assert often.after_lengths([("a", 1.0)] * 20).weight("a") == 1
     # However long it was: what happens once may be an accident.
     absurd = Reputation().after_lengths([("a", 1e30)])
     assert absurd.weight("a") == pytest.approx(once.weight("a"), rel=0.03)
-    assert absurd.after_lengths([("a", 1e30)]).weight("a") == 0
+    assert absurd.after_lengths([("a", 1e30)] * 2).weight("a") == 0
 
 
 def test_an_update_that_came_before_is_known():
