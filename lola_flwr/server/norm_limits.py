@@ -62,7 +62,9 @@ class NormHistory:
 
     The norms are kept as they came, of updates that were scaled down or refused, too,
     so that the limit follows where honest gradients grow; and the median of a block's
-    last norms is an honest one as long as more than half of them are.
+    last norms is an honest one as long as more than half of them are. Where devices
+    have batches of their own, each is divided by what noise is expected to lengthen it
+    by (`RoundPlan.length_by_noise`).
 
     Parameters
     ----------
