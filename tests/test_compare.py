@@ -108,8 +108,25 @@ def test_a_text_task_of_few_examples():
     assert len(seen(few)) <= 10 < len(seen(many))
 
 
+def test_a_target_ends_a_run_at_the_evaluation_that_finds_it():
+    settings = RunSettings(rounds=9, eval_every=2, num_devices=4, until="loss<=1e9")
+    method = Method(batch_size=3, codec="int8")
+    course = run_method(
+        image_task(num_devices=4, seed=1), method, settings, lambda _: None
+    )
+    assert [point.server_round for point in course] == [2]
+
+
+def test_a_target_that_ends_runs_has_to_be_given(capsys):
+    assert main(["--until-target"]) == 1
+    assert "--until-target needs --target" in capsys.readouterr().out
+
+
 def test_every_method_of_the_file_is_one():
     methods = read_methods(METHODS)
+    assert {"auto", "fp32-32", "int8-256"} <= set(
+        read_methods(METHODS.with_name("batches.toml"))
+    )
     assert {"lola-deft", "fedavg-full", "d2ft-full", "mezo", "galore"} <= set(methods)
     assert {method.kind for method in methods.values()} == {
         "lola",
@@ -136,7 +153,7 @@ def test_rows_are_means_over_seeds_after_the_last_round():
             "loss": 1.0,
             **spent,
         }
-        for seed, server_round, value in ((0, 1, 0.1), (0, 2, 0.5), (1, 2, 0.7))
+        for seed, server_round, value in ((0, 1, 0.1), (0, 3, 0.5), (1, 1, 0.7))
     ]
     (row,) = comparison_rows(curves)
     assert (row["mean"], row["least"], row["largest"]) == (0.6, 0.5, 0.7)

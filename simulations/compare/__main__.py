@@ -46,12 +46,15 @@ def compare(options: argparse.Namespace) -> None:
             f"Unknown method {unknown[0]!r}; {options.config} has {', '.join(methods)}."
         )
     target = Target.parse(options.target) if options.target else None
+    if options.until_target and target is None:
+        raise UserError("--until-target needs --target, as 'accuracy>=0.8'.")
     settings = RunSettings(
         rounds=options.rounds,
         eval_every=options.eval_every,
         num_devices=options.devices,
         batch_size=options.batch_size,
         decay=options.decay,
+        until=options.target if options.until_target else "",
     )
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -187,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-examples", type=int, default=0, help="of a text task; 0: all")
     add("--held-out", type=int, default=0, help="examples to judge by; 0: all")
     add("--target", help="what rows say the cost of, as 'accuracy>=0.8'")
+    add("--until-target", action="store_true", help="which then ends a run")
     add("--threads", type=int, default=1, help="threads of PyTorch")
     return parser
 

@@ -107,7 +107,10 @@ def run_d2ft(task: Task, method: Method, settings: RunSettings, report: Report) 
         if settings.is_evaluated(step):
             values = optimizer.state()
             load_values(model, names, [values[name] for name in names])
-            report(Point(step, task.evaluate(), wireless_s, flops, payload, memory))
+            metrics = task.evaluate()
+            report(Point(step, metrics, wireless_s, flops, payload, memory))
+            if settings.is_reached(metrics):
+                return
 
 
 def _forward_flops(task: Task, settings: RunSettings) -> float:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -47,8 +49,14 @@ from simulations.compare.tasks import Task
 
 def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) -> None:
     """Train a task's model by rounds; ``report`` is called with what is evaluated."""
-    run = _Run.of(task, method, settings)
-    devices = {f"id-{i}": _device(run, i) for i in range(settings.num_devices)}
+    with TemporaryDirectory() as kept:
+        _train(_Run.of(task, method, settings), Path(kept), report)
+
+
+def _train(run: _Run, kept: Path, report: Report) -> None:
+    """Train by rounds of devices that keep what codecs leave out in a directory."""
+    task, settings = run.task, run.settings
+    devices = {f"id-{i}": _device(run, i, kept) for i in range(settings.num_devices)}
     coordinator = _coordinator(run, devices, _latency_target_s(run, devices))
     effort = _Effort(task.model)
     payload, wireless_s, joules = 0, 0.0, None
@@ -71,10 +79,11 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
         if settings.is_evaluated(server_round):
             values, names = coordinator.values(), run.partition.trainable
             load_values(task.model, names, [values[name] for name in names])
+            metrics = task.evaluate()
             report(
                 Point(
                     server_round,
-                    task.evaluate(),
+                    metrics,
                     wireless_s,
                     effort.flops,
                     payload,
@@ -82,6 +91,8 @@ def run_lola(task: Task, method: Method, settings: RunSettings, report: Report) 
                     joules,
                 )
             )
+            if settings.is_reached(metrics):
+                return
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -193,7 +204,7 @@ def _latency_target_s(run: _Run, devices: Mapping[str, BlockDevice]) -> float:
     return run.method.latency_target * float(np.median(whole_s))
 
 
-def _device(run: _Run, index: int) -> BlockDevice:
+def _device(run: _Run, index: int, kept: Path) -> BlockDevice:
     """Make one of the simulated devices, which share the model."""
     ranges = FleetRanges().with_powers()
     profile = simulated_device(index, seed=run.settings.seed, ranges=ranges)
@@ -214,6 +225,7 @@ def _device(run: _Run, index: int) -> BlockDevice:
         profile=profile,
         load_model=lambda: (run.task.model, run.partition),
         batch_source=source,
+        store=kept,
         seed=run.settings.seed,
         simulated_compute_s=lambda assignment: run.compute_s(
             assignment, profile.flops_per_s

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lola_flwr.run.target import Target
+
 
 @dataclass(frozen=True)
 class Method:
@@ -30,8 +32,10 @@ class Method:
         Rank and period of a `LowRankProjection`; empty: gradients travel whole.
     codec
         Codec of the gradients.
+    batch_size
+        Examples of a device's mini-batch (default: the comparison's).
     chooses_batches
-        Whether rounds choose their batches, rather than have the comparison's.
+        Whether rounds choose their batches instead.
     compute, traffic, shared_budgets, same_micro_batches, backward_weight, solver,
     num_groups, micro_batches, refresh
         Of D2FT: budgets as shares of the full cost; whether a device's sub-networks
@@ -48,6 +52,7 @@ class Method:
     rule: str = ""
     low_rank: Mapping[str, int] = field(default_factory=dict)
     codec: str = "fp32"
+    batch_size: int | None = None
     chooses_batches: bool = False
     compute: float = 1.0
     traffic: float = 1.0
@@ -79,6 +84,9 @@ class RunSettings:
         Seed of fleet, channel, split, batches and head.
     decay
         Whether the learning rate falls linearly, to zero at the end of the run.
+    until
+        A target whose first evaluation ends a run, as `Target.parse` reads it; "": none
+        does.
     """
 
     rounds: int = 30
@@ -88,6 +96,7 @@ class RunSettings:
     bandwidth_hz: float = 20e6
     seed: int = 0
     decay: bool = False
+    until: str = ""
 
     @property
     def linear_decay_steps(self) -> int | None:
@@ -97,6 +106,10 @@ class RunSettings:
     def is_evaluated(self, server_round: int) -> bool:
         """Whether the model is evaluated after a round."""
         return server_round % self.eval_every == 0 or server_round == self.rounds
+
+    def is_reached(self, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation ends the run."""
+        return bool(self.until) and Target.parse(self.until).holds(metrics)
 
 
 @dataclass(frozen=True)

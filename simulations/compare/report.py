@@ -40,8 +40,8 @@ def comparison_rows(curves: Sequence[Row], target: Target | None = None) -> list
     """
     rows: list[Row] = []
     for (task, method), points in _by(curves, "task", "method"):
-        last_round = max(numbers(points, "server_round"))
-        last = [p for p in points if p["server_round"] == last_round]
+        # A target may have ended some runs before others.
+        last = [course[-1] for _, course in _by(points, "seed")]
         values = numbers(last, "value")
         rows.append(
             {
@@ -52,7 +52,7 @@ def comparison_rows(curves: Sequence[Row], target: Target | None = None) -> list
                 "least": round(min(values), 4),
                 "largest": round(max(values), 4),
                 "all_blocks_then": _all_blocks_then(curves, last),
-                "rounds": int(last_round),
+                "rounds": float(f"{np.mean(numbers(last, 'server_round')):.4g}"),
                 "wireless_s": float(f"{np.mean(numbers(last, 'wireless_s')):.4g}"),
                 "gflop": float(f"{np.mean(numbers(last, 'flops')) / 1e9:.4g}"),
                 "sent_mb": round(
