@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import median
+from statistics import NormalDist, median
 
 # What an agreement still counts after another one of the same device: some 60 count.
 _KEPT = 0.985
@@ -63,12 +63,16 @@ class Honest:
         Variance of the devices' own means.
     few
         Agreements of a device before it is judged by them.
+    freedom
+        Degrees of freedom of ``between``: of how many devices it was told, less one.
+        Infinite: it was not told of them.
     """
 
     mean: float = 0.0
     variance: float = 0.0
     between: float = 0.0
     few: float = 0.0
+    freedom: float = math.inf
 
     @classmethod
     def of(cls, devices: Iterable[Agreements]) -> Honest:
@@ -83,10 +87,12 @@ class Honest:
         # Of a normal distribution, by what two thirds deviate at most: where classes
         # differ, half of the devices may be one side, and half the other.
         deviations = sorted(abs(a.mean - middle) for a in judged)
-        spread = (1.034 * deviations[2 * (len(judged) - 1) // 3]) ** 2
+        place = 2 * (len(judged) - 1) // 3
+        below = (place + 0.5) / len(judged)
+        spread = (deviations[place] / NormalDist().inv_cdf((1 + below) / 2)) ** 2
         by_chance = variance / median(a.count for a in judged)
         between = max(spread - by_chance, (_LEAST_BETWEEN * middle) ** 2)
-        return cls(middle, variance, between, FEW_AGREEMENTS)
+        return cls(middle, variance, between, FEW_AGREEMENTS, freedom=place)
 
     @classmethod
     def shown(cls, devices: Iterable[Agreements], own: Agreements) -> Honest:
@@ -108,9 +114,21 @@ class Honest:
         """Return the logarithm of the likelihood ratio, honest to hostile."""
         if not self.mean or agreements.count < self.few:
             return 0.0
-        spread = self.variance / agreements.count + self.between
-        told = 2 * self.mean * agreements.mean / spread
+        deviation = math.sqrt(self.variance / agreements.count + self.between)
+        # Means of honest devices are m and more, of hostile ones -m and less.
+        above = max(self.mean + agreements.mean, 0.0) / deviation
+        below = max(self.mean - agreements.mean, 0.0) / deviation
+        told = self._surprise(above) - self._surprise(below)
         return max(-_STRONGEST, min(told, _STRONGEST))
+
+    def _surprise(self, deviations: float) -> float:
+        """Return by how much less likely a mean is so far out, as a logarithm.
+
+        By Student's distribution, as ``between`` was told of few.
+        """
+        if math.isinf(self.freedom):
+            return deviations**2 / 2
+        return (self.freedom + 1) / 2 * math.log1p(deviations**2 / self.freedom)
 
 
 def _is_significant(

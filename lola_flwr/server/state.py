@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,6 +94,21 @@ class RunState:
     def meetings_of(self, device_name: str) -> tuple[int, ...]:
         """Return how often each block met a device's data, [N]."""
         return self.meetings.get(device_name, (0,) * self.history.num_blocks)
+
+    def counted_on(self, server_round: int, device_ids: Sequence[str]) -> list[str]:
+        """Return the devices but for those that rest since they are not trusted.
+
+        A block that one of these has is trained by nobody in that round, so others
+        rather train several. If all do, they are all returned.
+        """
+        absences, reputation = self.fleet.absences, self.reputation
+        names = {device: self.fleet.profiles[device].name for device in device_ids}
+        counted_on = [
+            device
+            for device, name in names.items()
+            if absences.memory_limit(server_round, name) or reputation.weight(name)
+        ]
+        return counted_on or list(device_ids)
 
     def block_updates(self) -> npt.NDArray[np.int64]:
         """Return how many updates of each block have been accepted, [N]."""

@@ -106,8 +106,15 @@ class RoundPlanner:
             raise InfeasibleAllocation(
                 "No device has reported a usable profile; see the warnings above."
             )
-        known = self._known(state, server_round, ids, version)
-        solved = solve_round(self.statement, known)
+        counted_on = state.counted_on(server_round, ids)
+        try:
+            solved = self._solved(state, server_round, counted_on, version)
+        except InfeasibleAllocation:
+            if counted_on == ids:
+                raise
+            solved = self._solved(state, server_round, ids, version)
+        else:
+            ids = counted_on
         left = tuple(ids[row] for row in solved.stated.rows)
         manifests = {
             left[row]: state.held.manifest(left[row], version)
@@ -125,6 +132,16 @@ class RoundPlanner:
                 if version is not None and left[row] in state.held.of_device
             },
         )
+
+    def _solved(
+        self,
+        state: RunState,
+        server_round: int,
+        ids: Sequence[str],
+        version: ModelVersion | None,
+    ) -> SolvedRound:
+        known = self._known(state, server_round, ids, version)
+        return solve_round(self.statement, known)
 
     def _download_bits(
         self, state: RunState, ids: Sequence[str], version: ModelVersion | None
