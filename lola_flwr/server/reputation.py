@@ -12,8 +12,8 @@ the likelihood ratio of the two has the logarithm
 where s is the deviation of agreements, and t that of honest devices' means: by what two
 thirds of all devices' means deviate from m at most, and at least m / 2. m is the median
 of these means. (That is for many devices; of few t is not known well, and Student's
-distribution takes the normal one's place.) Where it is not significant, gradients tell nothing, and nobody is
-judged by them.
+distribution takes the normal one's place.) Where it is not significant, gradients tell
+nothing, and nobody is judged by them.
 
 With examples of the server's own (`lola_flwr.server.own_examples`) it is the same, but
 that t is m / 2, that one agreement tells something already, and that the server counts

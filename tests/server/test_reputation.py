@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.directions import Direction
+from lola_flwr.server.likelihoods import Agreements, Honest
 from lola_flwr.server.reputation import HEAD, Reputation
 
 DEVICES = [f"device-{n}" for n in range(8)]
@@ -91,6 +95,42 @@ def test_honest_devices_count_fully_whether_or_not_gradients_tell_anything(
     ]
     assert min(weights) > 0.1
     assert np.mean(np.less(weights, 1)) < 0.1
+
+
+def test_of_few_devices_one_that_differs_is_not_soon_taken_for_hostile():
+    # Heads of six honest devices after 250 rounds of CoLA.
+    others, odd = (0.018, 0.109, 0.088, 0.151, 0.037), -0.085
+
+    def told(times):
+        devices = [
+            Agreements(65.0, 65 * mean, 65 * (mean**2 + 0.0335))
+            for mean in (*others * times, odd)
+        ]
+        return Honest.of(devices).log_likelihood(devices[-1])
+
+    assert told(1) > -2.5, "it counts for a tenth at least"
+    assert told(10) < -3.0, "it is refused"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    mean=st.floats(0.01, 0.5),
+    between=st.floats(1e-4, 0.1),
+    count=st.floats(4, 60),
+    freedom=st.sampled_from([2, 7, 30, math.inf]),
+)
+def test_the_more_others_agreed_the_likelier_a_device_is_honest(
+    mean, between, count, freedom
+):
+    known = Honest(mean, 0.1, between, few=4.0, freedom=freedom)
+    cosines = np.linspace(-1, 1, 21)
+    told = [
+        known.log_likelihood(Agreements(count, count * x, count * x * x))
+        for x in cosines
+    ]
+    assert told == sorted(told)
+    assert told[10] == 0.0
+    np.testing.assert_allclose(told, [-x for x in told[::-1]], rtol=1e-9, atol=1e-12)
 
 
 def test_nobody_is_judged_by_one_or_two_gradients():

@@ -89,6 +89,39 @@ def test_an_update_counts_as_its_device_is_trusted():
     assert not any(change.any() for change in none.values())
 
 
+def distrusting(names, *, failed):
+    """Return a coordinator that distrusts devices, some of which failed already."""
+    coordinator = make_coordinator(num_devices=3, reputation=True)
+    reputation = Reputation().after_lengths((n, 9.9) for n in names for _ in range(3))
+    fleet = coordinator.state.fleet
+    absences = fleet.absences.after(1, dict.fromkeys(failed, 0.0), failed)
+    coordinator.state = replace(
+        coordinator.state,
+        server_round=1,
+        reputation=reputation,
+        fleet=replace(fleet, absences=absences),
+    )
+    return coordinator
+
+
+def asked(coordinator):
+    plan = coordinator.plan_round(2, IDS)
+    return {plan.profiles[device].name for device in plan.assignments}
+
+
+def test_nobody_is_given_a_block_whose_update_will_be_refused():
+    coordinator = make_coordinator(num_devices=3)
+    names = {p.name for p in coordinator.state.fleet.profiles.values()}
+    assert len(names) == 3 == len(PARTITION.blocks)
+    one, *others = sorted(names)
+    # It is tried, and when it has failed the blocks are shared among the others.
+    assert asked(distrusting([one], failed=[])) == names
+    assert asked(distrusting([one], failed=[one])) == set(others)
+    # A trusted one is needed though it failed, and so is one of those that are not.
+    assert asked(distrusting([], failed=[one])) == names
+    assert asked(distrusting(names, failed=names)) == names
+
+
 def test_what_devices_sent_is_part_of_the_state_unless_nobody_is_judged():
     def after(**options):
         coordinator = make_coordinator(**options)
