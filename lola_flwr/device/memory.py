@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from lola_flwr.machine.memory import (
     reset_peak_memory,
     resident_memory_bytes,
 )
+from lola_flwr.machine.sampling import Sampler
 
 if TYPE_CHECKING:
     # A worker may live in Python 3.10, whose typing lacks it.
@@ -44,7 +44,8 @@ class measured_peak:
         self._device = torch.device(device)
         self.peak_bytes = 0
         self._before = 0
-        self._sampler: _Sampler | None = None
+        self._peak = 0
+        self._sampler: Sampler | None = None
 
     def __enter__(self) -> Self:
         if self._device.type == "cuda":
@@ -54,7 +55,7 @@ class measured_peak:
         give_back_freed_memory()
         self._before = resident_memory_bytes()
         if not reset_peak_memory():
-            self._sampler = _Sampler()
+            self._sampler = Sampler(self._sample, _SAMPLE_INTERVAL_S)
             self._sampler.start()
         return self
 
@@ -67,27 +68,12 @@ class measured_peak:
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
         elif self._sampler is not None:
-            peak = self._sampler.stop()
+            self._sampler.stop()
+            peak = self._peak
         else:
             peak = peak_memory_bytes()
         self.peak_bytes = max(0, peak - self._before)
 
-
-class _Sampler(threading.Thread):
-    """Notes the largest resident set that it sees."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._peak = 0
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        """Sample until it is stopped."""
-        while not self._stopped.wait(_SAMPLE_INTERVAL_S):
-            self._peak = max(self._peak, resident_memory_bytes())
-
-    def stop(self) -> int:
-        """Return the largest resident set, bytes."""
-        self._stopped.set()
-        self.join()
-        return max(self._peak, resident_memory_bytes())
+    def _sample(self) -> bool:
+        self._peak = max(self._peak, resident_memory_bytes())
+        return True

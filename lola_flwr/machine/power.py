@@ -7,7 +7,6 @@ depends on the board; of boards that are not known here nothing is claimed.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+from lola_flwr.machine.sampling import Sampler
 
 if TYPE_CHECKING:
     # A worker may live in Python 3.10, whose typing lacks it.
@@ -116,13 +117,14 @@ class measured_energy:
 
     def __init__(self, supplies: Sequence[Supply] | None = None) -> None:
         self._supplies = _own_supplies() if supplies is None else supplies
-        self._sampler: _Sampler | None = None
+        self._samples: list[tuple[float, float]] = []
+        self._sampler: Sampler | None = None
         self.joules: float | None = None
         self.mean_w: float | None = None
 
     def __enter__(self) -> Self:
         if self._supplies:
-            self._sampler = _Sampler(self._supplies)
+            self._sampler = Sampler(self._sample, _SAMPLE_INTERVAL_S)
             self._sampler.start()
         return self
 
@@ -132,11 +134,22 @@ class measured_energy:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        samples = [] if self._sampler is None else self._sampler.stop()
-        if samples:
+        if self._sampler is not None:
+            self._sampler.stop()
+        if samples := self._samples:
             self.joules = energy_j(samples)
             seconds = samples[-1][0] - samples[0][0]
             self.mean_w = self.joules / seconds if seconds > 0 else samples[0][1]
+
+    def _sample(self) -> bool:
+        """Take a sample; what was there before is of no use once one falls silent."""
+        try:
+            power_w = sum(supply.watts() for supply in self._supplies)
+        except (OSError, ValueError):
+            self._samples.clear()
+            return False
+        self._samples.append((time.perf_counter(), power_w))
+        return True
 
 
 def energy_j(samples: Iterable[tuple[float, float]]) -> float:
@@ -151,35 +164,3 @@ def energy_j(samples: Iterable[tuple[float, float]]) -> float:
         (end_s - start_s) * (start_w + end_w) / 2
         for (start_s, start_w), (end_s, end_w) in pairwise(samples)
     )
-
-
-class _Sampler(threading.Thread):
-    """Reads the supplies now and then, from before it starts until it is stopped."""
-
-    def __init__(self, supplies: Sequence[Supply]) -> None:
-        super().__init__(daemon=True)
-        self._supplies = supplies
-        self._samples: list[tuple[float, float]] = []
-        self._silent = False
-        self._stopped = threading.Event()
-        self._sample()
-
-    def run(self) -> None:
-        """Sample until it is stopped."""
-        while not self._silent and not self._stopped.wait(_SAMPLE_INTERVAL_S):
-            self._sample()
-
-    def stop(self) -> list[tuple[float, float]]:
-        """Return all samples; none where a supply could not be read."""
-        self._stopped.set()
-        self.join()
-        self._sample()
-        return [] if self._silent else self._samples
-
-    def _sample(self) -> None:
-        try:
-            power_w = sum(supply.watts() for supply in self._supplies)
-        except (OSError, ValueError):
-            self._silent = True
-            return
-        self._samples.append((time.perf_counter(), power_w))
