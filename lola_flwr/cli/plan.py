@@ -319,7 +319,9 @@ def _print(
     columns = ["allocator", "latency", "above best", "solved in"]
     columns[3:3] = ["energy", "worst device"] * tells_energy
     side = table("\nAllocators", *columns)
-    for plan in sorted(plans, key=lambda plan: plan.allocation.round_s):
+    # Which of two that come to the same round is the first, rounding must not decide.
+    beside_best = {p.allocator: round(p.allocation.round_s / best_s, 9) for p in plans}
+    for plan in sorted(plans, key=lambda p: (beside_best[p.allocator], p.allocator)):
         allocation = plan.allocation
         side.add_row(
             plan.allocator,
