@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,15 @@ from lola_flwr.model.adapter_blocks import base_name, base_weights, is_adapted
 from lola_flwr.model.saved_adapters import (
     SAVED_BASE,
     changes_base,
+    is_saved_merged,
     merge,
+    require_save_pretrained,
     save_model,
     tuner_name,
+    unstored_copy,
 )
 from lola_flwr.model.stored_base import (
     evaluation_mode,
-    in_full_precision,
     store_base,
     stored_as,
 )
@@ -69,6 +70,10 @@ def check_saving(
         What is saved would not be read back as it was trained.
     """
     if not is_adapted(model):
+        return
+    if is_saved_merged(model):
+        require_save_pretrained(model)
+        check_merging(model, example)
         return
     kind = tuner_name(model)
     converted = changes_base(model)
@@ -126,7 +131,7 @@ def check_merging(model: Any, example: Mapping[str, Tensor]) -> None:
     if not is_adapted(model):
         return
     with _moved_values(model):
-        copied = in_full_precision(copy.deepcopy(model), stored_as(model))
+        copied = unstored_copy(model)
         expected = _outputs(copied, example)
         difference = _difference(_outputs(merge(copied), example), expected)
     if not difference <= _ROUNDED:

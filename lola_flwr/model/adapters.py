@@ -2,8 +2,9 @@
 
 Every tuner of ``peft`` that adapts layers one by one will do: LoRA and its variants
 (DoRA, PiSSA, OLoRA, ...) by options, RandLoRA, VeRA, IA3, LoHa, LoKr, OFT, BOFT and the
-others by name. What stands around the layers is found as in ``blocks``: the model
-without its adapters is divided, and each adapter belongs where its layer does.
+others by name; and those of ``own_tuners``, which peft lacks. What stands around the
+layers is found as in ``blocks``: the model without its adapters is divided, and each
+adapter belongs where its layer does.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lola_flwr.model.adapter_blocks import base_name
 from lola_flwr.model.adapters_on_base import store_under_adapters, takes_loftq
 from lola_flwr.model.bases import QUANTISED, Base
 from lola_flwr.model.blocks import BlocksNotFound, partition_parameters
+from lola_flwr.model.own_tuners import register_own_tuners
 from lola_flwr.model.saved_adapters import keep_initial_values
 from lola_flwr.model.stored_base import check_storable
 
@@ -69,7 +71,8 @@ def adapt(
         The model; changed in place.
     tuning
         ``"full"``, which returns the model as it is, or a tuner of peft by the name of
-        its configuration: ``"lora"``, ``"randlora"``, ``"vera"``, ``"ia3"``, ...
+        its configuration: ``"lora"``, ``"randlora"``, ``"vera"``, ``"ia3"``, ...; or
+        one of ours: ``"paca"``, ``"svfit"``, ``"lamda"``.
     options
         Keyword arguments of that configuration: ``{"r": 8, "use_dora": True}``. Where
         they leave it open, ``target_modules`` are those that peft knows for the type of
@@ -148,6 +151,7 @@ def _config_class(tuning: str) -> Any:
     )
     from peft.tuners.tuners_utils import BaseTuner
 
+    register_own_tuners()
     classes = {_plain(kind.value): c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     by_layers = {
         _plain(kind.value)
@@ -171,14 +175,14 @@ def _config_class(tuning: str) -> Any:
 
 
 def _refuse_tuner_of_weights(tuning: str, config_class: Any, base: Base) -> None:
-    """Refuse tuners that peft has not made for quantised weights.
+    """Refuse tuners that are not made for quantised weights.
 
     They would compute with the codes.
     """
     package = config_class.__module__.rpartition(".")[0]
     if find_spec(f"{package}.bnb") is None:
         raise UserError(
-            f"base={base!r}: peft's {tuning!r} works on the weights themselves, and "
+            f"base={base!r}: tuning={tuning!r} works on the weights themselves, and "
             "not on quantised ones; use tuning='lora', or base='bf16'."
         )
 

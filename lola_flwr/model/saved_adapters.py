@@ -16,6 +16,7 @@ from lola_flwr.errors import UserError, reason_of
 from lola_flwr.machine.files import filling
 from lola_flwr.model.adapter_blocks import base_name, base_weights, is_adapted
 from lola_flwr.model.head import are_named, own_names
+from lola_flwr.model.own_tuners import OWN_TUNERS
 from lola_flwr.model.stored_base import in_full_precision, stored_as, stored_values
 
 SAVED_BASE = "base"
@@ -31,6 +32,14 @@ _initial_values: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictio
 def tuner_name(model: Any) -> str:
     """Return the name of the tuner that a model has adapters of."""
     return str(model.peft_config["default"].peft_type.value.lower())
+
+
+def is_saved_merged(model: Any) -> bool:
+    """Tell whether ``save_model`` saves a model without adapters.
+
+    That is where they are tuners of ours: nobody else's peft could read them.
+    """
+    return is_adapted(model) and tuner_name(model) in OWN_TUNERS
 
 
 def changes_base(model: Any) -> bool:
@@ -55,6 +64,9 @@ def keep_initial_values(model: Any) -> None:
 def save_model(model: Any, directory: Path) -> None:
     """Save a model: adapters as a directory that ``PeftModel.from_pretrained`` loads.
 
+    Where the tuner is one of ours the directory is that of a plain Hugging Face model,
+    the adapters' effect in its weights; for a moment there are two of it in memory.
+
     Where the initialisation changed the base weights (PiSSA, OLoRA), the adapters are
     saved as plain LoRA of twice the rank, for the base as it was: the base is now
     ``W - s B0 A0``, so that the model's ``W - s B0 A0 + s B A`` is ``W`` with the
@@ -67,9 +79,14 @@ def save_model(model: Any, directory: Path) -> None:
     ------
     UserError
         The initialisation changed the base weights of this model, or of the one that it
-        is a copy of, and its initial values are not known; or the directory cannot be
-        written.
+        is a copy of, and its initial values are not known; the directory cannot be
+        written; or the model is merged, and is none of transformers.
     """
+    if is_saved_merged(model):
+        require_save_pretrained(model)
+        with filling(directory):
+            merge(unstored_copy(model)).save_pretrained(directory)
+        return
     initial = _initial_values.get(model)
     if initial is None and is_adapted(model) and changes_base(model):
         raise UserError(
@@ -106,7 +123,9 @@ def keep_class_names(model: Any, directory: Path) -> str:
     -------
     What to tell the user; "" where the base's own classes are these.
     """
-    stored = is_adapted(model) and model.peft_config["default"].base_model_name_or_path
+    if not is_adapted(model) or is_saved_merged(model):
+        return ""
+    stored = model.peft_config["default"].base_model_name_or_path
     if not stored:
         return ""
     from transformers import AutoConfig
@@ -173,6 +192,21 @@ def _save_for_base_as_it_was(
     config.init_lora_weights = True
     config.inference_mode = True
     config.save_pretrained(directory)
+
+
+def require_save_pretrained(model: Any) -> None:
+    """Refuse a model that would be saved merged, and cannot be saved so."""
+    if not hasattr(model.get_base_model(), "save_pretrained"):
+        raise UserError(
+            f"Adapters of tuning={tuner_name(model)!r} are saved as a merged model, "
+            f"and {type(model.get_base_model()).__name__} has no save_pretrained; save "
+            "merge(model).state_dict()."
+        )
+
+
+def unstored_copy(model: Any) -> Any:
+    """Return a copy of a model, with the values that it has in full precision."""
+    return in_full_precision(copy.deepcopy(model), stored_as(model))
 
 
 def merge(model: Any) -> Any:

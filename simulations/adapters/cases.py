@@ -1,4 +1,4 @@
-"""What the sweep goes over: the tuners that peft registers, and six families."""
+"""What the sweep goes over: the tuners of peft, those of ours, and six families."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
+
+from lola_flwr.model.own_tuners import register_own_tuners
 
 _SHAPE = {
     "hidden_size": 64,
@@ -47,7 +49,8 @@ class Case:
 
 
 def tunings() -> list[str]:
-    """Return the tuners that peft registers, by name."""
+    """Return the tuners that peft registers, and those of ours, by name."""
+    register_own_tuners()
     return sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
 
 

@@ -20,7 +20,7 @@ from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import fingerprint
-from lola_flwr.model.saved_adapters import merge, save_model
+from lola_flwr.model.saved_adapters import is_saved_merged, merge, save_model
 from simulations.adapters.cases import Case, base_model, example
 
 GRADIENT_TOLERANCE = 1e-5  # relative to a gradient's largest value
@@ -99,7 +99,7 @@ def _tried(case: Case, directory: Path) -> Outcome:
     check_gradients(model, partition, inputs)
     logits = {}
     trained = model(**inputs).logits.detach()
-    if not refusals["adapter"]:
+    if not refusals["adapter"] and not is_saved_merged(model):
         logits["adapter"] = trained
         save_model(model, directory / "adapter")
     if not refusals["merged"]:

@@ -140,7 +140,7 @@ class StreamedModel:
     Raises
     ------
     UserError
-        ``weights`` lacks a frozen parameter.
+        ``weights`` lacks a frozen parameter, or a frozen buffer has no values.
     """
 
     streams = True
@@ -158,6 +158,7 @@ class StreamedModel:
                 f"{quantised[0]} is quantised, and quantised weights cannot be "
                 "streamed from a disk; hold the model in memory, or use base='bf16'."
             )
+        self._buffers = _frozen_buffers(model, partition)
         self.model = model
         self.partition = partition
         self._device = torch.device(device)
@@ -187,7 +188,8 @@ class StreamedModel:
             name: name if name in weights else name.removeprefix(bare)
             for name in self._empty
         }
-        missing = [n for n in partition.frozen if self._stored[n] not in weights]
+        weighed = [name for name in partition.frozen if name not in self._buffers]
+        missing = [name for name in weighed if self._stored[name] not in weights]
         if missing:
             raise UserError(
                 f"The base checkpoint lacks {missing[0]}: it is of another model, or "
@@ -203,7 +205,7 @@ class StreamedModel:
                 is_first = True
                 for piece in map(in_full, self._pieces(name)):
                     if is_first:
-                        shape = tuple(self._empty[name].shape)
+                        shape = tuple((self._empty | self._buffers)[name].shape)
                         total.update(f"{name} {shape} {piece.dtype}".encode())
                     is_first = False
                     total.update(piece.cpu().reshape(-1).view(torch.uint8).numpy().data)
@@ -306,6 +308,9 @@ class StreamedModel:
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
         """Give a tensor's rows as they are stored, a few in memory at a time."""
+        if name in self._buffers:
+            yield self._buffers[name].contiguous()
+            return
         shape = self._empty[name].shape
         if not shape:
             yield self._stored_tensor(name)
@@ -350,6 +355,20 @@ class StreamedModel:
     def _place(self, name: str, parameter: nn.Parameter | None) -> None:
         for module, attribute in self._places[name]:
             module._parameters[attribute] = parameter
+
+
+def _frozen_buffers(model: nn.Module, partition: BlockPartition) -> dict[str, Tensor]:
+    """Return what came with adapters and is no parameter, by name."""
+    frozen = set(partition.frozen)
+    buffers = {n: buffer for n, buffer in model.named_buffers() if n in frozen}
+    for name, buffer in buffers.items():
+        if buffer.is_meta:
+            raise UserError(
+                f"{name} is computed from base weights, which a model that is streamed "
+                "from a disk does not have at hand; hold it in memory, or choose "
+                "another tuning."
+            )
+    return buffers
 
 
 @contextmanager
