@@ -100,6 +100,25 @@ CASES: dict[str, Case] = {
         lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)),
         tuning="frod",
     ),
+    "RoBERTa, PaCA": Case(
+        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)),
+        tuning="paca",
+        options={"r": 8},
+    ),
+    "RoBERTa, SVFit": Case(
+        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)),
+        tuning="svfit",
+    ),
+    "RoBERTa, SVFit of 16": Case(
+        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)),
+        tuning="svfit",
+        options={"k": 16},
+    ),
+    "RoBERTa, LaMDA": Case(
+        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)),
+        tuning="lamda",
+        options={"r": 8},
+    ),
     "DistilBERT classifier": Case(
         lambda: hf.DistilBertForSequenceClassification(
             hf.DistilBertConfig(
@@ -139,6 +158,11 @@ CASES: dict[str, Case] = {
     "GPT-2 LM (tied head)": Case(lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2))),
     "GPT-2 LM, LoRA": Case(
         lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), tuning="lora", options=LORA
+    ),
+    "GPT-2 LM, PaCA": Case(
+        lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
+        tuning="paca",
+        options={"r": 8},
     ),
     "Llama classifier": Case(
         lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**DECODER))
