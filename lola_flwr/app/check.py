@@ -18,7 +18,7 @@ from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.shapes import ModelShapes
 from lola_flwr.errors import UserError, si
 from lola_flwr.machine.installation import require_extra
-from lola_flwr.model.bases import QUANTISED
+from lola_flwr.model.bases import LADDER, QUANTISED
 from lola_flwr.model.blocks import BlockPartition, partition_parameters
 from lola_flwr.model.sources import INSTEAD, check_source
 from lola_flwr.server.selection import NEEDS_RESPONSE
@@ -43,7 +43,7 @@ def check_model(
     """
     if config.model not in known:
         check_source(config.model, instead)
-    if config.tuning != "full":
+    if config.tuning not in ("full", LADDER):
         require_extra("adapters", "peft", f"tuning={config.tuning!r}")
     if config.base in QUANTISED:
         require_extra("quantised", "bitsandbytes", f"base={config.base!r}")

@@ -32,6 +32,7 @@ from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.example import examples_of
 from lola_flwr.model.inputs import failure_of
+from lola_flwr.model.ladder import is_ladder
 
 _KNOWN = (
     "sub-networks are cut out of layers of attention and a feed-forward network, as "
@@ -68,6 +69,11 @@ def find_subnetworks(
     UserError
         There are not so many heads.
     """
+    if is_ladder(model):
+        raise LayerNotUnderstood(
+            "Under tuning='ladder' layers stand beside each other, and are no chain of "
+            f"sub-networks; {_KNOWN}: use tuning='lora', or another method than D2FT."
+        )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     structures = _structures_of(model, layer_names(partition))
     layers = tuple(

@@ -31,6 +31,7 @@ from lola_flwr.model.backprop import (
 )
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.example import token_ids
+from lola_flwr.model.ladder import is_ladder
 from lola_flwr.model.loading import fingerprint
 from lola_flwr.model.stored_base import evaluation_mode
 
@@ -71,6 +72,13 @@ class ExportedModel:
     sequence_length: int
     costs: BlockCosts
     loss_function: LossFunction = model_loss
+
+    def __post_init__(self) -> None:
+        if is_ladder(self.model):
+            raise UserError(
+                f"{self.name}: the steps of a side network (tuning='ladder') are not "
+                "exported; use tuning='lora', or 'full'."
+            )
 
 
 def described(

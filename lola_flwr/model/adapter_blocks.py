@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lola_flwr.model.blocks import BlockPartition, BlocksNotFound
+from lola_flwr.model.ladder import is_ladder, ladder_partition
 from lola_flwr.model.running import divide, trace_of
 from lola_flwr.model.trace import Example, Trace
 
@@ -38,7 +39,7 @@ def model_partition(
     blocks: str | Sequence[str] | None = None,
     example: Example | None = None,
 ) -> BlockPartition:
-    """Divide a model, with or without adapters, into blocks, head and frozen rest.
+    """Divide a model, with adapters or a ladder or none, into blocks, head and rest.
 
     What runs before, behind and beside the blocks is seen in a forward pass on one
     example.
@@ -64,6 +65,8 @@ def model_partition(
     UserError
         The model cannot be run on the example.
     """
+    if is_ladder(model):
+        return ladder_partition(model, stack=stack, blocks=blocks, example=example)
     names = [name for name, _ in model.named_parameters()]
     if not is_adapted(model):
         own = {n for n, p in model.named_parameters() if not p.requires_grad}

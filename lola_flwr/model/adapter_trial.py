@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.adapter_blocks import base_name, base_weights, is_adapted
+from lola_flwr.model.ladder import is_ladder
 from lola_flwr.model.saved_adapters import (
     SAVED_BASE,
     changes_base,
@@ -24,6 +25,7 @@ from lola_flwr.model.saved_adapters import (
     tuner_name,
     unstored_copy,
 )
+from lola_flwr.model.saved_ladder import load_ladder
 from lola_flwr.model.stored_base import (
     evaluation_mode,
     store_base,
@@ -69,6 +71,9 @@ def check_saving(
     UserError
         What is saved would not be read back as it was trained.
     """
+    if is_ladder(model):
+        _check_saved_ladder(model, load_base, example)
+        return
     if not is_adapted(model):
         return
     if is_saved_merged(model):
@@ -128,6 +133,8 @@ def check_merging(model: Any, example: Mapping[str, Tensor]) -> None:
     UserError
         The tuner cannot be merged, or not without another outcome.
     """
+    if is_ladder(model):
+        merge(model)  # says why not
     if not is_adapted(model):
         return
     with _moved_values(model):
@@ -139,6 +146,22 @@ def check_merging(model: Any, example: Mapping[str, Tensor]) -> None:
             f"Adapters of tuning={tuner_name(model)!r} with these options become "
             "another model when they are merged into the base (outputs differ by "
             f"{difference:.0e}); save them as adapters."
+        )
+
+
+def _check_saved_ladder(
+    model: Any, load_base: Callable[[], nn.Module], example: Mapping[str, Tensor]
+) -> None:
+    """Save a side network and put it beside the model anew."""
+    with _moved_values(model), TemporaryDirectory() as directory:
+        expected = _outputs(model, example)
+        save_model(model, Path(directory))
+        loaded = load_ladder(load_base(), Path(directory), base=stored_as(model))
+        difference = _difference(_outputs(loaded, example), expected)
+    if not difference <= _SAME:
+        raise UserError(
+            "What is saved of tuning='ladder' is read back as another model (outputs "
+            f"differ by {difference:.0e}); leave save-model at false."
         )
 
 

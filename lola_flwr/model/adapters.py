@@ -24,8 +24,9 @@ from lola_flwr.errors import UserError, brief, reason_of
 from lola_flwr.machine.installation import require_extra
 from lola_flwr.model.adapter_blocks import base_name
 from lola_flwr.model.adapters_on_base import store_under_adapters, takes_loftq
-from lola_flwr.model.bases import QUANTISED, Base
+from lola_flwr.model.bases import LADDER, QUANTISED, Base
 from lola_flwr.model.blocks import BlocksNotFound, partition_parameters
+from lola_flwr.model.ladder_start import add_ladder
 from lola_flwr.model.own_tuners import register_own_tuners
 from lola_flwr.model.saved_adapters import keep_initial_values
 from lola_flwr.model.stored_base import check_storable
@@ -72,7 +73,8 @@ def adapt(
     tuning
         ``"full"``, which returns the model as it is, or a tuner of peft by the name of
         its configuration: ``"lora"``, ``"randlora"``, ``"vera"``, ``"ia3"``, ...; or
-        one of ours: ``"paca"``, ``"svfit"``, ``"lamda"``.
+        one of ours: ``"paca"``, ``"svfit"``, ``"lamda"``; or ``"ladder"``, for a side
+        network, with the options of `add_ladder`.
     options
         Keyword arguments of that configuration: ``{"r": 8, "use_dora": True}``. Where
         they leave it open, ``target_modules`` are those that peft knows for the type of
@@ -94,7 +96,8 @@ def adapt(
 
     Returns
     -------
-    The model in a ``peft.PeftModel``, in evaluation mode.
+    The model in a ``peft.PeftModel``, or itself with its side network; in evaluation
+    mode.
 
     Raises
     ------
@@ -114,6 +117,10 @@ def adapt(
             )
         return model
     check_storable(model, base)
+    if tuning == LADDER:
+        new_ones = tuple(f"{module}." for module in _new_modules(model))
+        head = [name for name, _ in model.named_parameters() if name.startswith(new_ones)]
+        return add_ladder(model, options or {}, head=head, base=base, seed=seed)
     config_class = _config_class(tuning)
     arguments = dict(options or {})
     _refuse_options(arguments)

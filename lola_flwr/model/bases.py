@@ -1,4 +1,4 @@
-"""The ways to store a frozen base, by name; needs no PyTorch."""
+"""What stands on a frozen base, and how that is stored, by name; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -7,3 +7,6 @@ from typing import Literal, get_args
 Base = Literal["fp32", "bf16", "nf4", "int8"]
 BASES: tuple[Base, ...] = get_args(Base)
 QUANTISED = ("nf4", "int8")
+
+LADDER = "ladder"
+"""The tuning of a side network, and its name in a model."""

@@ -16,7 +16,9 @@ from lola_flwr.errors import UserError, reason_of
 from lola_flwr.machine.files import filling
 from lola_flwr.model.adapter_blocks import base_name, base_weights, is_adapted
 from lola_flwr.model.head import are_named, own_names
+from lola_flwr.model.ladder import is_ladder
 from lola_flwr.model.own_tuners import OWN_TUNERS
+from lola_flwr.model.saved_ladder import save_ladder
 from lola_flwr.model.stored_base import in_full_precision, stored_as, stored_values
 
 SAVED_BASE = "base"
@@ -75,6 +77,8 @@ def save_model(model: Any, directory: Path) -> None:
     ``base``, and the adapters are for it, however it is loaded: what it was stored in
     gives the same values again.
 
+    A side network is saved for `load_ladder`, of ``lola_flwr.model.saved_ladder``.
+
     Raises
     ------
     UserError
@@ -82,6 +86,9 @@ def save_model(model: Any, directory: Path) -> None:
         is a copy of, and its initial values are not known; the directory cannot be
         written; or the model is merged, and is none of transformers.
     """
+    if is_ladder(model):
+        save_ladder(model, directory)
+        return
     if is_saved_merged(model):
         require_save_pretrained(model)
         with filling(directory):
@@ -219,6 +226,11 @@ def merge(model: Any) -> Any:
     UserError
         The tuner cannot be merged.
     """
+    if is_ladder(model):
+        raise UserError(
+            "A side network (tuning='ladder') cannot be merged into the model that it "
+            "stands beside; save it as it is (save-model=true)."
+        )
     if not is_adapted(model):
         return model
     kind = tuner_name(model)

@@ -19,6 +19,7 @@ import torch
 from lola_flwr.costs.memory import Levers
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.device.prefix import ActivationCache, reused_prefix
+from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient, model_loss
 from lola_flwr.model.loading import load_classifier
 from simulations.benchmarks.client_step import (
@@ -70,6 +71,31 @@ def costs():
         batch_size=BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,
     )
+
+
+@pytest.mark.timeout(3600)
+def test_a_ladder_takes_little_more_than_inference(capsys):
+    inference_bytes, inference_s = run_step("inference", steps=REPEATS)
+    model = adapt(load_classifier(MODEL, num_labels=2)[0], "ladder")
+    expected = model_costs(
+        model,
+        partition_of(model),
+        batch_size=BATCH_SIZE,
+        sequence_length=SEQUENCE_LENGTH,
+    ).memory_bytes
+    for depth in (1, NUM_LAYERS):
+        peak_bytes, seconds = run_step("ladder", depth=depth, steps=REPEATS)
+        model_bytes = expected[NUM_LAYERS - depth]
+        with capsys.disabled():
+            print(
+                f"\nladder, block {NUM_LAYERS - depth:2d} {mb(peak_bytes)} and "
+                f"{seconds:.2f} s, {peak_bytes / inference_bytes:.3f} and "
+                f"{seconds / inference_s:.2f} times inference ({mb(inference_bytes)}); "
+                f"cost model {model_bytes / peak_bytes:.3f} of it",
+                end="",
+            )
+        assert peak_bytes <= 1.3 * inference_bytes
+        assert 0.9 <= model_bytes / peak_bytes <= 1.1
 
 
 def mb(num_bytes):

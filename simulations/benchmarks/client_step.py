@@ -25,6 +25,7 @@ from lola_flwr.device.prefix import (
 from lola_flwr.machine.files import local_path
 from lola_flwr.machine.heap import keep_no_freed_memory
 from lola_flwr.model.adapter_blocks import model_partition
+from lola_flwr.model.adapters import FULL, adapt
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.loading import load_classifier
 
@@ -43,8 +44,13 @@ def make_batch(batch_size=BATCH_SIZE):
     }
 
 
-def load(name=MODEL):
-    return load_classifier(name, num_labels=2)[0]
+def load(name=MODEL, tuning=FULL):
+    return adapt(load_classifier(name, num_labels=2)[0], tuning)
+
+
+def skeleton(config):
+    make = transformers.AutoModelForSequenceClassification.from_config
+    return skeleton_of(lambda: make(config))
 
 
 def partition_of(model):
@@ -69,15 +75,12 @@ def block_steps(args):
     """Compute a block's gradient, as a device does."""
     stream = args.kind == "streamed"
     if stream:
-        config = transformers.AutoConfig.from_pretrained(args.base)
-        model = skeleton_of(
-            lambda: transformers.AutoModelForSequenceClassification.from_config(config)
-        )
+        model = skeleton(transformers.AutoConfig.from_pretrained(args.base))
         changed = Path(tempfile.mkdtemp())
         weights = LayeredWeights(args.base, changed)
         held = StreamedModel(model, partition_of(model), weights)
     else:
-        model = load()
+        model = load(tuning="ladder" if args.kind == "ladder" else FULL)
         held = LoadedModel(model, partition_of(model))
     index = held.partition.num_blocks - args.depth
     batch = make_batch()
@@ -87,6 +90,17 @@ def block_steps(args):
             ready.train()
             size = args.micro_batch_size
             block_gradient(ready, held.partition, index, batch, micro_batch_size=size)
+
+    return [timed(step) for _ in range(args.steps)]
+
+
+def inference_steps(args):
+    """Run the model forward and keep nothing."""
+    model, batch = load(), make_batch()
+
+    def step():
+        with torch.inference_mode():
+            model(**batch)
 
     return [timed(step) for _ in range(args.steps)]
 
@@ -142,6 +156,8 @@ def trainer_steps(args):
 KINDS = {
     "base": write_base,
     "block": block_steps,
+    "ladder": block_steps,
+    "inference": inference_steps,
     "streamed": block_steps,
     "trainer": trainer_steps,
     "lora": trainer_steps,
@@ -152,7 +168,7 @@ def warm_up():
     """Load what a process loads in its first step."""
     model = load("random:roberta-tiny").train()
     block_gradient(model, partition_of(model), 0, make_batch(2))
-    skeleton_of(lambda: load("random:roberta-tiny"))
+    skeleton(model.config)
 
 
 def main():

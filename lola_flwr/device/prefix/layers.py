@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lola_flwr.device.prefix.samples import WITHOUT_REUSE
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.ladder import is_ladder
 from lola_flwr.model.stored_base import stored_parts
 
 
@@ -16,8 +17,13 @@ def block_modules(model: nn.Module, partition: BlockPartition) -> list[nn.Module
     Raises
     ------
     UserError
-        The blocks are not one module each.
+        The blocks are not one module each, or stand beside a model all of which runs.
     """
+    if is_ladder(model):
+        raise UserError(
+            "Under tuning='ladder' every block needs what all layers of the model give, "
+            f"so that there are none below it to be left out. {WITHOUT_REUSE}"
+        )
     paths = [[name.split(".") for name in block] for block in partition.blocks]
     if len(paths) == 1:
         return [model]
