@@ -15,6 +15,7 @@ import transformers
 
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import load_classifier
+from lola_flwr.model.saved_ladder import load_ladder
 from lola_flwr.simulation import run_app
 from lola_glue.tasks import TASKS
 from tests.marks import rest_slow
@@ -265,9 +266,36 @@ def test_adapters_are_saved_as_such_and_merged(initialisation, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("interface", ["legacy", "message"])
+def test_a_ladder_goes_on_to_the_same_bits(interface, tmp_path):
+    options = ('tuning="ladder"', "lr=1e-2", "save-model=true")
+    options = (*options, f'interface="{interface}"')
+    at_once = run(tmp_path / "once", *options)
+    assert at_once.completed, at_once.output
+    for rounds in (2, 3):
+        finished = run(tmp_path / "twice", *options, f"rounds={rounds}")
+        assert finished.completed, finished.output
+    directories = [tmp_path / name / "out" / "model" for name in ("once", "twice")]
+    first, second = (
+        (directory / "ladder.safetensors").read_bytes() for directory in directories
+    )
+    assert first == second
+    records = rounds_of(tmp_path / "twice")
+    assert {b["status"] for record in records for b in record["blocks"]} == {"accepted"}
+    base, tokenizer = load_classifier("random:roberta-tiny", num_labels=2)
+    loaded = load_ladder(base, directories[0])
+    assert set(loaded.config.id2label.values()) == {*TASKS["acceptability"].class_names}
+    with torch.inference_mode():
+        logits = loaded(**tokenizer(["one"], return_tensors="pt")).logits
+    assert logits.shape == (1, 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (['tuning="ladder"', "save-merged=true"], "cannot be merged into the model"),
+        (['tuning="ladder"', 'method="d2ft"'], "or another method than D2FT"),
         (['tuning="frod"', "save-model=true"], "is read back as another model"),
         (
             [

@@ -21,6 +21,7 @@ from lola_flwr.costs.shapes import config_file
 from lola_flwr.errors import UserError, reason_of
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.ladder import is_ladder
 from lola_flwr.model.trace import Example
 from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.payload import payload_bits, projections_bytes
@@ -103,6 +104,9 @@ def model_costs(
         [total({*b, *layer}) for b, layer in zip(partition.blocks, layers, strict=True)]
     )
     head_bytes = total((*partition.head, *partition.frozen_head))
+    if is_ladder(model):
+        # All of it runs for every block: no weights can stay on a disk meanwhile.
+        layer_bytes, head_bytes = np.zeros(partition.num_blocks), float(held_bytes)
     step = StepMemory(
         batch_size=batch_size,
         micro_batch_size=size,

@@ -119,7 +119,9 @@ def adapt(
     check_storable(model, base)
     if tuning == LADDER:
         new_ones = tuple(f"{module}." for module in _new_modules(model))
-        head = [name for name, _ in model.named_parameters() if name.startswith(new_ones)]
+        head = [
+            name for name, _ in model.named_parameters() if name.startswith(new_ones)
+        ]
         return add_ladder(model, options or {}, head=head, base=base, seed=seed)
     config_class = _config_class(tuning)
     arguments = dict(options or {})

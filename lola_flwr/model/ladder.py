@@ -75,9 +75,7 @@ class SideLayer(nn.Module):
         Which of the model's features it has.
     """
 
-    def __init__(
-        self, down: nn.Linear, layer: nn.Module, reduction: Reduction
-    ) -> None:
+    def __init__(self, down: nn.Linear, layer: nn.Module, reduction: Reduction) -> None:
         super().__init__()
         self.down = down
         self.gate = nn.Parameter(torch.zeros(1, device=down.weight.device))
@@ -219,9 +217,7 @@ def ladder_of(model: nn.Module) -> Ladder:
     return found
 
 
-def stand_beside(
-    model: nn.Module, ladder: Ladder, layers: Sequence[nn.Module]
-) -> None:
+def stand_beside(model: nn.Module, ladder: Ladder, layers: Sequence[nn.Module]) -> None:
     """Let a model run with a side network from now on; nothing else of it is trained.
 
     Parameters

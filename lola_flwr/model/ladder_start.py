@@ -156,8 +156,8 @@ def _check_model(model: Any) -> None:
         )
     if quantised := [*quantised_modules(model)]:
         raise UserError(
-            f"tuning={LADDER!r} begins with weights of the model, and {quantised[0]} is "
-            "quantised already; load the model in float32, and pass base='nf4' or "
+            f"tuning={LADDER!r} begins with weights of the model, and {quantised[0]} "
+            "is quantised already; load the model in float32, and pass base='nf4' or "
             "'int8'."
         )
 
@@ -169,7 +169,8 @@ def _common(names: Sequence[str]) -> str:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    made = nn.Linear(*weight.T.shape, device=weight.device)
+    outputs, inputs = weight.shape
+    made = nn.Linear(inputs, outputs, device=weight.device)
     with torch.no_grad():
         made.weight.copy_(weight)
         made.bias.zero_()

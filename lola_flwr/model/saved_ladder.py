@@ -108,9 +108,9 @@ def load_ladder(model: Any, directory: Path, *, base: Base = "fp32") -> Any:
     unlike = [n for n in head if n not in own or own[n].shape != values[n].shape]
     if unlike:
         raise UserError(
-            f"{directory}: {unlike[0]} has shape {tuple(values[unlike[0]].shape)} there, "
-            f"and is none of {type(model).__name__} as it was loaded; load "
-            f"{named or 'the model'} with num_labels={len(classes)}."
+            f"{directory}: {unlike[0]}, {tuple(values[unlike[0]].shape)}, is none of "
+            f"{type(model).__name__} as it was loaded; load {named or 'the model'} "
+            f"with num_labels={len(classes)}."
         )
     put_beside(model, reduction, stack, head=[n for n in own if n in head], base=base)
     found = _fingerprint(model)

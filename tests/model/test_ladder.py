@@ -14,9 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from lola_flwr.build import coordinator_for
 from lola_flwr.clients import BlockDevice
 from lola_flwr.costs.counter import saved_bytes
+from lola_flwr.costs.memory import Levers
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.d2ft.find import find_subnetworks
-from lola_flwr.device.prefix import ActivationCache, reused_prefix
+from lola_flwr.device.prefix import (
+    ActivationCache,
+    LayeredWeights,
+    StreamedModel,
+    reused_prefix,
+    save_base,
+)
 from lola_flwr.errors import UserError
 from lola_flwr.export.describe import ExportedModel
 from lola_flwr.model.adapter_blocks import model_partition
@@ -243,20 +250,17 @@ class TestBeginning:
         assert torch.equal(model.ladder.layers[0].down(hidden), hidden[..., kept])
 
     def test_it_is_a_function_of_model_and_seed(self):
-        before = torch.random.get_rng_state()
         first, second, *others = (
             with_ladder(seed=seed) for seed in (7, 7, 0, 1, 2, 3, 4, 5)
         )
-        torch.random.set_rng_state(before)
         names = model_partition(first).trainable
         assert fingerprint(first, names) == fingerprint(second, names)
         digests = {fingerprint(other, names) for other in others}
         assert len(digests) > 1
+        base = plain()
         state = torch.random.get_rng_state()
-        adapt(plain(), "ladder", {"r": 4})
-        torch.manual_seed(0)
-        plain()
-        torch.random.set_rng_state(state)
+        adapt(base, "ladder", {"r": 4})
+        assert torch.equal(torch.random.get_rng_state(), state)
 
     def test_it_starts_near_the_model_with_gradients_everywhere(self):
         model = with_ladder("llama")
@@ -414,7 +418,9 @@ class TestCosts:
         depth_flops = side.flops[0] - side.flops[-1]
         assert 0 < depth_flops < 0.04 * (layers.flops[0] - layers.flops[-1])
         depth_bytes = side.memory_bytes[0] - side.memory_bytes[-1]
-        assert 0 < depth_bytes < 0.3 * (layers.memory_bytes[0] - layers.memory_bytes[-1])
+        assert (
+            0 < depth_bytes < 0.3 * (layers.memory_bytes[0] - layers.memory_bytes[-1])
+        )
         assert np.all(np.diff(side.flops) < 0)
 
     @pytest.mark.slow
@@ -489,12 +495,22 @@ class TestRefusals:
             with pytest.raises(UserError, match="cannot be merged"):
                 refused(model)
 
-    def test_layers_below_left_out(self):
+    def test_layers_below_left_out(self, tmp_path):
         model = with_ladder()
+        save_base(model, tmp_path)
         partition = model_partition(model)
         cache = ActivationCache(1 << 20)
         with pytest.raises(UserError, match="none below it to be left out"):
             reused_prefix(model, partition, 2, cache)
+        with pytest.raises(UserError, match="none below it to be left out"):
+            StreamedModel(model, partition, LayeredWeights(tmp_path, tmp_path))
+        # So a device that could stream plans for no less.
+        costs = model_costs(model, partition, batch_size=4, sequence_length=7)
+        plain_bytes, streamed_bytes = (
+            costs.step.peak_bytes(Levers(4, stream_prefix=stream))
+            for stream in (False, True)
+        )
+        np.testing.assert_array_equal(streamed_bytes, plain_bytes)
 
     def test_d2ft_and_exports(self):
         model = with_ladder()
@@ -533,7 +549,9 @@ class TestSavedDirectories:
         (tmp_path / "ladder.json").write_text(json.dumps({**about, "format": 2}))
         with pytest.raises(UserError, match="format 2, not 1"):
             load_ladder(plain(), tmp_path)
-        (tmp_path / "ladder.json").write_text(json.dumps({**about, "r": 2, "offset": 1}))
+        (tmp_path / "ladder.json").write_text(
+            json.dumps({**about, "r": 2, "offset": 1})
+        )
         with pytest.raises(UserError, match="has other values"):
             load_ladder(plain(), tmp_path)
         (tmp_path / "ladder.json").write_text(json.dumps({**about, "offset": 4}))

@@ -21,8 +21,8 @@ def block_modules(model: nn.Module, partition: BlockPartition) -> list[nn.Module
     """
     if is_ladder(model):
         raise UserError(
-            "Under tuning='ladder' every block needs what all layers of the model give, "
-            f"so that there are none below it to be left out. {WITHOUT_REUSE}"
+            "Under tuning='ladder' every block needs what all layers of the model "
+            f"give: there are none below it to be left out. {WITHOUT_REUSE}"
         )
     paths = [[name.split(".") for name in block] for block in partition.blocks]
     if len(paths) == 1:
