@@ -43,7 +43,7 @@ _PER_FEATURE = "position_embeddings"
 
 @dataclass(frozen=True)
 class Reduction:
-    """Which features a side network has of those of a model: every so manieth.
+    """Which features a side network has of those of a model: every ``factor``-th.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How a ladder begins: as what every so manieth feature of a model computes.
+"""How a ladder begins: as what every r-th feature of a model computes.
 
 A side layer is of the class of the model's own, made for sizes that are smaller by one
 factor. Of each axis of a weight it begins with every r-th entry, from one offset on.
@@ -147,12 +147,11 @@ def put_beside(
 
 
 def _check_model(model: Any) -> None:
-    if not hasattr(getattr(model, "config", None), "hidden_size") or hasattr(
-        model, LADDER
-    ):
+    is_known = hasattr(getattr(model, "config", None), "hidden_size")
+    if not is_known or hasattr(model, LADDER):
         raise UserError(
             f"tuning={LADDER!r} is for models of transformers whose configuration says "
-            f"their hidden_size, and that have none yet; got {type(model).__name__}."
+            f"hidden_size, and that have no ladder yet; got {type(model).__name__}."
         )
     if quantised := [*quantised_modules(model)]:
         raise UserError(
@@ -268,7 +267,13 @@ def _tried(model: Any) -> BlockPartition:
     try:
         return ladder_partition(model)
     except UserError as error:
-        raise UserError(f"tuning={LADDER!r}: {error}") from error
+        if error.__cause__ is None:
+            raise
+        raise UserError(
+            f"tuning={LADDER!r}: side layers do not run as those of "
+            f"{type(model).__name__} are called ({reason_of(error.__cause__)}); use "
+            "another tuning, as 'lora'."
+        ) from error
 
 
 def _store(model: Any, base: Base, partition: BlockPartition) -> None:

@@ -45,16 +45,18 @@ def save_ladder(model: Any, directory: Path) -> None:
     ladder = ladder_of(model)
     names = _trained(model)
     config = model.config
+    parameters = dict(model.named_parameters())
     about = {
         "format": _FORMAT,
         "base": str(getattr(config, "_name_or_path", "")),
-        "base_fingerprint": _fingerprint(model),
+        "base_fingerprint": fingerprint(
+            model, [name for name in parameters if name not in names]
+        ),
         "r": ladder.reduction.factor,
         "offset": ladder.reduction.offset,
         "stack": ladder.stack,
         "classes": list(own_names(config)),
     }
-    parameters = dict(model.named_parameters())
     values = {name: parameters[name].detach().cpu().contiguous() for name in names}
     with filling(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,8 @@ def save_ladder(model: Any, directory: Path) -> None:
 
 def load_ladder(model: Any, directory: Path, *, base: Base = "fp32") -> Any:
     """Put a saved side network beside the model that it was trained beside.
+
+    A model that is refused stays as it is, unless the directory is damaged.
 
     Parameters
     ----------
@@ -112,13 +116,13 @@ def load_ladder(model: Any, directory: Path, *, base: Base = "fp32") -> Any:
             f"{type(model).__name__} as it was loaded; load {named or 'the model'} "
             f"with num_labels={len(classes)}."
         )
-    put_beside(model, reduction, stack, head=[n for n in own if n in head], base=base)
-    found = _fingerprint(model)
+    found = fingerprint(model, [name for name in own if name not in head])
     if found != wanted:
         raise UserError(
             f"{directory} stands beside another model ({named or 'unnamed'}, weights "
             f"{wanted[:12]}) than was passed (weights {found[:12]}); pass that one."
         )
+    put_beside(model, reduction, stack, head=[n for n in own if n in head], base=base)
     parameters = dict(model.named_parameters())
     if {*values} != {*_trained(model)} or any(
         parameters[name].shape != value.shape for name, value in values.items()
@@ -138,11 +142,3 @@ def load_ladder(model: Any, directory: Path, *, base: Base = "fp32") -> Any:
 def _trained(model: Any) -> tuple[str, ...]:
     inside = [n for n, _ in model.named_parameters() if n.startswith(f"{LADDER}.")]
     return (*inside, *ladder_of(model).head)
-
-
-def _fingerprint(model: Any) -> str:
-    """Return the digest of all that is frozen, as devices and server compare it."""
-    trained = {*_trained(model)}
-    return fingerprint(
-        model, [name for name, _ in model.named_parameters() if name not in trained]
-    )

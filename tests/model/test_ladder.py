@@ -460,7 +460,7 @@ class TestRefusals:
                 "DebertaV2ForSequenceClassification",
                 "DebertaV2Config",
                 {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-                "tuning='ladder'",
+                "do not run as those of DebertaV2ForSequenceClassification are called",
             ),
             (
                 "T5ForConditionalGeneration",
@@ -478,7 +478,7 @@ class TestRefusals:
     def test_what_is_no_model_of_transformers(self):
         with pytest.raises(UserError, match="models of transformers"):
             adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), "ladder")
-        with pytest.raises(UserError, match="have none yet"):
+        with pytest.raises(UserError, match="have no ladder yet"):
             adapt(with_ladder(), "ladder", {"r": 4})
 
     def test_other_blocks(self):
@@ -538,6 +538,7 @@ class TestSavedDirectories:
             other.roberta.encoder.layer[0].output.dense.weight[0, 0] += 1
         with pytest.raises(UserError, match="stands beside another model"):
             load_ladder(other, tmp_path)
+        assert not hasattr(other, "ladder")
         with pytest.raises(UserError, match="num_labels=2"):
             load_ladder(plain("bert"), tmp_path)
 
