@@ -267,11 +267,12 @@ def _tried(model: Any) -> BlockPartition:
     try:
         return ladder_partition(model)
     except UserError as error:
-        if error.__cause__ is None:
+        cause = error.__cause__
+        if not isinstance(cause, Exception):
             raise
         raise UserError(
             f"tuning={LADDER!r}: side layers do not run as those of "
-            f"{type(model).__name__} are called ({reason_of(error.__cause__)}); use "
+            f"{type(model).__name__} are called ({reason_of(cause)}); use "
             "another tuning, as 'lora'."
         ) from error
 
