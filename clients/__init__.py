@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lola_flwr.clients.profiles import profile_mod, report_profile
     from lola_flwr.clients.project_app import ClientApp, project_mod
     from lola_flwr.device.block_device import BlockDevice
+    from lola_flwr.device.loss_history import HistoryBatches
+    from lola_flwr.device.sampler_options import Coreset, Entropy, History
     from lola_flwr.device.sampling import ChosenBatches
 
 __all__ = [
@@ -31,6 +33,10 @@ __all__ = [
     "BlockDevice",
     "ChosenBatches",
     "ClientApp",
+    "Coreset",
+    "Entropy",
+    "History",
+    "HistoryBatches",
     "LoLaClient",
     "block_mod",
     "held_mod",

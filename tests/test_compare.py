@@ -82,7 +82,7 @@ def test_lola_methods_differ_in_what_they_spend():
     assert forward.payload_bytes < 0.01 * every.payload_bytes
     assert forward.memory_bytes < every.memory_bytes
     assert hurried.wireless_s < every.wireless_s
-    chosen = last_point(Method(rule="entropy"))
+    chosen = last_point(Method(sampler="entropy"))
     assert chosen.flops > every.flops
     assert chosen.wireless_s > every.wireless_s
 

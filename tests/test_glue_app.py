@@ -175,6 +175,29 @@ def test_one_seed_gives_one_result_under_both_interfaces(legacy, interface, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        ("entropy", "temperature=0.1, pool_factor=3"),
+        ("coreset", "weighted=true"),
+        ("history", "measure='loss', weighted=true"),
+    ],
+)
+def test_samplers_give_one_result_under_both_interfaces(sampler, tmp_path):
+    found = []
+    for interface in ("legacy", "message"):
+        name, options = sampler
+        run(
+            tmp_path / interface,
+            f'sampler="{name}"',
+            f'sampler-options="{options}"',
+            f'interface="{interface}"',
+        )
+        found.append(without_measurements(rounds_of(tmp_path / interface)))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("interface", ["legacy", "message"])
 def test_two_devices_train_twelve_blocks(interface, tmp_path):
     model, tokenizer = load_classifier("random:roberta-tiny", num_labels=2)

@@ -71,6 +71,8 @@ class BlockDevice:
         Draws a mini-batch from the device's data.
     loss_function
         Maps model and batch to a mean loss (default: the model's own).
+    followed_loss
+        The same loss, where something follows what steps find of it; only they call it.
     batch_weight
         What the loss of a mini-batch is a mean over, by which the server weighs its
         gradient (default: its examples). Where that is more than the examples, the
@@ -110,6 +112,7 @@ class BlockDevice:
     load_model: Callable[[], tuple[nn.Module, BlockPartition] | StreamedModel]
     batch_source: BatchSource
     loss_function: LossFunction = model_loss
+    followed_loss: LossFunction | None = None
     batch_weight: BatchWeight = num_examples_of
     micro_batch_size: int = 0
     store: Path | None = None
@@ -201,7 +204,7 @@ class BlockDevice:
 
         def loss_function(model: nn.Module, batch: Batch) -> Tensor:
             with autocast(self.precision, device):
-                return self.loss_function(model, batch)
+                return (self.followed_loss or self.loss_function)(model, batch)
 
         with (
             local.at_block(

@@ -22,6 +22,11 @@ from torch import Tensor, nn
 
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.example_losses import (
+    EXAMPLE_WEIGHTS,
+    example_losses,
+    weighted_mean,
+)
 from lola_flwr.model.recording import explained, noted_calls, require_gradients
 from lola_flwr.model.stored_base import keep_differentiable
 
@@ -92,7 +97,13 @@ def evenly(batch: Batch, micro_batch_size: int) -> Iterator[Batch]:
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the loss that a Hugging Face model computes when it is given labels."""
+    """Return the loss that a Hugging Face model computes when it is given labels.
+
+    Of a batch that weighs its examples it is the mean of weight times loss, which the
+    model has to be a classifier for.
+    """
+    if EXAMPLE_WEIGHTS in batch:
+        return weighted_mean(example_losses(model, batch), batch)
     loss: Tensor = model(**batch).loss
     return loss
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,9 @@ from lola_flwr.build import (
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.of_model import model_costs, with_pool, zeroth_order_costs
 from lola_flwr.device.block_device import BlockDevice
-from lola_flwr.device.sampling import POOL_FACTOR, ChosenBatches, Rule
+from lola_flwr.device.loss_history import HistoryBatches
+from lola_flwr.device.sampler_options import History, Rule, sampler_named
+from lola_flwr.device.sampling import ChosenBatches
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
@@ -117,8 +120,10 @@ class _Run:
         # What travels in "auto" the coordinator counts; it is part of no round's costs.
         codec = "fp32" if method.codec == AUTO else method.codec
         costs = model_costs(model, layers, **sizes, codec=codec, merged=merged)
-        if method.rule:
-            costs = with_pool(costs, model, layers, **sizes, pool_factor=POOL_FACTOR)
+        rule = sampler_named(method.sampler, method.sampler_options)
+        if isinstance(rule, Rule):
+            pool_factor = rule.pool_factor
+            costs = with_pool(costs, model, layers, **sizes, pool_factor=pool_factor)
         zeroth_order = None
         if method.zeroth_order:
             usual = ZerothOrder.num_directions
@@ -214,23 +219,30 @@ def _device(run: _Run, index: int, kept: Path) -> BlockDevice:
     def draw(server_round: int, batch_size: int) -> Batch:
         return run.task.draw(index, server_round, batch_size)
 
-    source = draw
-    if run.method.rule:
-        source = ChosenBatches(
-            source=draw,
-            load_model=lambda: run.task.model,
-            rule=cast(Rule, run.method.rule),
-        ).__call__
-    return BlockDevice(
+    device = BlockDevice(
         profile=profile,
         load_model=lambda: (run.task.model, run.partition),
-        batch_source=source,
+        batch_source=draw,
         store=kept,
         seed=run.settings.seed,
         simulated_compute_s=lambda assignment: run.compute_s(
             assignment, profile.flops_per_s
         ),
     )
+    rule = sampler_named(run.method.sampler, run.method.sampler_options)
+    if isinstance(rule, History):
+        return HistoryBatches(
+            num_examples=run.task.num_examples(index),
+            examples=partial(run.task.examples, index),
+            store=kept,
+            device=profile.name,
+            rule=rule,
+            seed=run.settings.seed,
+        ).on(device)
+    if rule is None:
+        return device
+    chosen = ChosenBatches(source=draw, load_model=lambda: run.task.model, rule=rule)
+    return replace(device, batch_source=chosen)
 
 
 class _Effort:

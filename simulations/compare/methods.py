@@ -26,8 +26,8 @@ class Method:
         Time that a round may take, in terms of the median round of all blocks.
     zeroth_order
         Options of `ZerothOrder`; empty: all devices back-propagate.
-    rule
-        How mini-batches are chosen, as in `ChosenBatches`; "": at random.
+    sampler, sampler_options
+        How devices pick their mini-batches, as the GLUE app has it.
     low_rank
         Rank and period of a `LowRankProjection`; empty: gradients travel whole.
     codec
@@ -49,7 +49,8 @@ class Method:
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     latency_target: float = math.inf
     zeroth_order: Mapping[str, Any] = field(default_factory=dict)
-    rule: str = ""
+    sampler: str = "random"
+    sampler_options: Mapping[str, Any] = field(default_factory=dict)
     low_rank: Mapping[str, int] = field(default_factory=dict)
     codec: str = "fp32"
     batch_size: int | None = None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lola_flwr.arrays import IntArray
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
@@ -54,6 +55,8 @@ class Task:
         Learning rate of AdamW on the server.
     draw
         Draws a mini-batch: (device, round, batch_size).
+    examples
+        Gives those of a device's examples that are in some rows: (device, rows).
     num_examples
         Examples that a device holds.
     proxy
@@ -68,6 +71,7 @@ class Task:
     sequence_length: int
     lr: float
     draw: Callable[[int, int, int], Batch]
+    examples: Callable[[int, IntArray], Batch]
     num_examples: Callable[[int], int]
     proxy: Batch
     evaluate: Callable[[], dict[str, float]]
@@ -131,11 +135,13 @@ def text_task(
     if held_out is not None:
         dev = type(dev)(dev.sentences[:held_out], dev.labels[:held_out])
 
+    def examples(device: int, rows: IntArray) -> Batch:
+        return make_batch(train, parts[device][rows], tokenizer, max_length=_MAX_LENGTH)
+
     def draw(device: int, server_round: int, batch_size: int) -> Batch:
         rng = rng_for(seed, "batch", server_round, f"device-{device:04d}")
-        part = parts[device]
-        drawn = rng.choice(part, min(batch_size, len(part)), replace=False)
-        return make_batch(train, drawn, tokenizer, max_length=_MAX_LENGTH)
+        count = len(parts[device])
+        return examples(device, rng.choice(count, min(batch_size, count), False))
 
     count = len(train.labels)
     proxy = rng_for(seed, "proxy").choice(count, min(64, count), replace=False)
@@ -145,6 +151,7 @@ def text_task(
         sequence_length=_MAX_LENGTH,
         lr=lr,
         draw=draw,
+        examples=examples,
         num_examples=lambda device: len(parts[device]),
         proxy=make_batch(train, proxy, tokenizer, max_length=_MAX_LENGTH),
         evaluate=lambda: evaluate_model(model, tokenizer, task, dev, _MAX_LENGTH),
@@ -168,10 +175,13 @@ def image_task(*, num_devices: int, seed: int, lr: float = 2e-3) -> Task:
     model = build(config)[0]
     shuffled = rng_for(seed, "parts").permutation(len(train.labels))
 
+    def examples(device: int, rows: IntArray) -> Batch:
+        return train.batch(shuffled[device::num_devices][rows])
+
     def draw(device: int, server_round: int, batch_size: int) -> Batch:
-        part = shuffled[device::num_devices]
+        count = len(shuffled[device::num_devices])
         rng = rng_for(seed, "batch", server_round, device)
-        return train.batch(rng.choice(part, min(batch_size, len(part)), replace=False))
+        return examples(device, rng.choice(count, min(batch_size, count), False))
 
     def evaluate() -> dict[str, float]:
         model.eval()
@@ -187,6 +197,7 @@ def image_task(*, num_devices: int, seed: int, lr: float = 2e-3) -> Task:
         sequence_length=(config.image_size // PATCH_SIZE) ** 2 + 1,
         lr=lr,
         draw=draw,
+        examples=examples,
         num_examples=lambda device: len(shuffled[device::num_devices]),
         proxy=train.batch(rng_for(seed, "proxy").choice(len(shuffled), 64, False)),
         evaluate=evaluate,

@@ -52,7 +52,7 @@ def test_what_a_key_takes_is_what_its_schema_says(capsys):
     found = listed(capsys, GLUE)
     assert found["rounds"]["kind"] == "a whole number, at least 1"
     assert found["lr"]["kind"] == "a number, above 0, at most 100"
-    assert found["sampler"]["values"] == ["random", "entropy", "coreset"]
+    assert found["sampler"]["values"] == ["random", "entropy", "coreset", "history"]
     assert found["sampler"]["is_closed"]
     assert {*CODECS} < {*found["codec"]["values"]}
     assert not found["codec"]["is_closed"]
@@ -94,7 +94,11 @@ class TestCompletion:
             (["simulate", GLUE], "rounds=", []),
             # What bash makes of codec=b, and of codec=.
             (["simulate", GLUE, "codec", "="], "b", ["bf16"]),
-            (["simulate", GLUE, "sampler"], "=", ["random", "entropy", "coreset"]),
+            (
+                ["simulate", GLUE, "sampler"],
+                "=",
+                ["random", "entropy", "coreset", "history"],
+            ),
             (["keys", GLUE], "rou", ["rounds", "round-timeout-s"]),
             (["simulate", "nowhere"], "rou", []),
         ],

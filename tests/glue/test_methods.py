@@ -19,6 +19,8 @@ from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.deployment.app_code import DeviceContext
 from lola_flwr.device.sampling import ChosenBatches
 from lola_flwr.errors import UserError
+from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.example_losses import EXAMPLE_ROWS
 from lola_flwr.server.selection import BoundedStaleness, Lisa
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_glue.config import GlueConfig
@@ -96,7 +98,56 @@ def test_a_samplers_pool_counts(tiny, sampler):
     assert isinstance(device.batch_source, ChosenBatches)
 
 
+def test_a_larger_pool_costs_more(tiny):
+    model, _ = tiny
+    costs = [
+        model_costs(
+            config(sampler="entropy", sampler_options=f"pool_factor={factor}"), model
+        )
+        for factor in (2, 4)
+    ]
+    plain = model_costs(config(), model).flops
+    np.testing.assert_allclose(costs[1].flops - plain, 2 * (costs[0].flops - plain))
+
+
+@pytest.mark.parametrize("options", ["", "weighted=true, measure='loss'"])
+def test_a_history_costs_nothing_and_is_kept(tiny, tmp_path, monkeypatch, options):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    model, partition = tiny
+    chosen = {"sampler": "history", "sampler_options": options}
+    np.testing.assert_array_equal(
+        model_costs(config(**chosen), model).flops, model_costs(config(), model).flops
+    )
+    context = DeviceContext(
+        run_id=7,
+        node_id=1,
+        node_config={"partition-id": 0, "num-partitions": 2},
+        run_config=config(**chosen).to_run_config(),
+    )
+    device = device_fn(context)
+    batch = device.batch_source(1, 4)
+    block_gradient(
+        model,
+        partition,
+        1,
+        batch,
+        loss_function=device.followed_loss,
+        micro_batch_size=2,
+    )
+    # Another process goes on with what this one has seen.
+    seen = device_fn(context).batch_source.seen().sums
+    rows, times = np.unique(batch[EXAMPLE_ROWS], return_counts=True)
+    np.testing.assert_array_equal(seen[0][rows], times)
+    assert seen[0].sum() == 4
+
+
 def test_samplers_that_make_no_sense():
+    with pytest.raises(UserError, match=r"sampler-options: .*no option 'heat'"):
+        config(sampler="entropy", sampler_options="heat=3")
+    with pytest.raises(UserError, match=r"mean nothing with sampler=\"random\""):
+        config(sampler_options="temperature=0.1")
+    with pytest.raises(UserError, match=r"task='sts-b' has scores"):
+        config(sampler="history", task="sts-b")
     with pytest.raises(UserError, match=r"task='sts-b' has scores"):
         config(sampler="entropy", task="sts-b")
     with pytest.raises(UserError, match=r"does not go with zeroth-order='always'"):

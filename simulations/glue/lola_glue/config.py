@@ -9,6 +9,9 @@ from pydantic import AfterValidator, Field
 
 from lola_flwr.app import config as app
 from lola_flwr.app.interface import Interface
+from lola_flwr.device.sampler_options import History, Rule, sampler_named
+from lola_flwr.errors import UserError
+from lola_flwr.run.config import keyword_arguments
 from lola_glue.tasks import TASKS, find_task
 
 Method = Literal["lola-deft", "fedavg-full", "d2ft"]
@@ -45,9 +48,19 @@ class GlueConfig(app.AppConfig):
 class SampledConfig(GlueConfig, app.UpdatesConfig):
     """What is told where devices choose the examples that they train on."""
 
-    sampler: Literal["random", "entropy", "coreset"] = "random"
+    sampler: Literal["random", "entropy", "coreset", "history"] = "random"
+    sampler_options: app.Options = ""
+
+    @property
+    def chosen_by(self) -> Rule | History | None:
+        """How devices choose; None: they draw at random."""
+        return sampler_named(self.sampler, keyword_arguments(self.sampler_options))
 
     def _contradictions(self) -> Iterator[str]:
+        try:
+            _ = self.chosen_by
+        except UserError as error:
+            yield f"sampler-options: {error}".removesuffix(".")
         if self.sampler != "random" and find_task(self.task).is_regression:
             yield (
                 f"sampler={self.sampler!r} needs classes, but task={self.task!r} "

@@ -10,7 +10,7 @@ from lola_flwr.app.model import adapted, model_blocks, model_layers
 from lola_flwr.app.model import model_costs as costs_without_pool
 from lola_flwr.costs import of_model
 from lola_flwr.costs.estimated import BlockCosts
-from lola_flwr.device.sampling import POOL_FACTOR
+from lola_flwr.device.sampler_options import History
 from lola_flwr.model.inputs import check_sequence_length
 from lola_flwr.model.loading import load_classifier
 from lola_glue.config import GlueConfig, SampledConfig
@@ -42,10 +42,11 @@ def load_model(config: GlueConfig, task: Task) -> tuple[Any, Any]:
 def model_costs(config: SampledConfig, model: nn.Module) -> BlockCosts:
     """Count each block's costs under the run's batch and length.
 
-    With a sampler the forward pass over its pool counts.
+    With a sampler the forward pass over its pool counts, if it has one.
     """
     costs = costs_without_pool(config, model)
-    if config.sampler == "random":
+    rule = config.chosen_by
+    if rule is None or isinstance(rule, History):
         return costs
     return of_model.with_pool(
         costs,
@@ -53,5 +54,5 @@ def model_costs(config: SampledConfig, model: nn.Module) -> BlockCosts:
         model_layers(config, model),
         batch_size=config.largest_batch,
         sequence_length=config.max_length,
-        pool_factor=POOL_FACTOR,
+        pool_factor=rule.pool_factor,
     )

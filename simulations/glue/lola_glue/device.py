@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lola_flwr.app.device import DeviceParts, KnownCosts, make_device
+from lola_flwr.arrays import IntArray
 from lola_flwr.clients import BlockDevice
+from lola_flwr.clients.node import node_partition
 from lola_flwr.deployment.app_code import DeviceContext
+from lola_flwr.device.loss_history import HistoryBatches
+from lola_flwr.device.sampler_options import History
 from lola_flwr.device.sampling import ChosenBatches
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
@@ -88,14 +92,18 @@ def device_fn(context: DeviceContext) -> BlockDevice:
         loaded = _worker_model(config)
         return loaded.model, loaded.partition
 
+    def examples(index: int, num_partitions: int, rows: IntArray) -> Batch:
+        train = _training_data(config)[1]
+        drawn = _parts(config, num_partitions)[index][rows]
+        tokenizer = _worker_model(config).tokenizer
+        return make_batch(train, drawn, tokenizer, max_length=config.max_length)
+
     def draw(
         index: int, num_partitions: int, rng: np.random.Generator, batch_size: int
     ) -> Batch:
-        train = _training_data(config)[1]
-        part = _parts(config, num_partitions)[index]
-        drawn = rng.choice(part, size=min(batch_size, len(part)), replace=False)
-        tokenizer = _worker_model(config).tokenizer
-        return make_batch(train, drawn, tokenizer, max_length=config.max_length)
+        count = num_examples(index, num_partitions)
+        rows = rng.choice(count, size=min(batch_size, count), replace=False)
+        return examples(index, num_partitions, rows)
 
     def costs() -> KnownCosts:
         # Where devices train nothing by themselves, it is not asked.
@@ -109,11 +117,23 @@ def device_fn(context: DeviceContext) -> BlockDevice:
         load_model=load_model, draw=draw, costs=costs, num_examples=num_examples
     )
     device = make_device(context, config, parts)
-    if not isinstance(config, SampledConfig) or config.sampler == "random":
+    rule = config.chosen_by if isinstance(config, SampledConfig) else None
+    if rule is None:
         return device
+    if isinstance(rule, History):
+        part = node_partition(context)
+        assert device.store is not None  # `make_device` gives it one
+        return HistoryBatches(
+            num_examples=num_examples(*part),
+            examples=partial(examples, *part),
+            store=device.store,
+            device=device.profile.name,
+            rule=rule,
+            seed=config.seed,
+        ).on(device)
     chosen = ChosenBatches(
         source=device.batch_source,
         load_model=lambda: _worker_model(config).model,
-        rule=config.sampler,
+        rule=rule,
     )
     return replace(device, batch_source=chosen)
