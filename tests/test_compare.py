@@ -9,6 +9,7 @@ import torch
 
 from lola_flwr.run.target import Target
 from simulations.compare.__main__ import METHODS, main, read_methods
+from simulations.compare.local_rounds import CONTENDERS
 from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, RunSettings
 from simulations.compare.report import comparison_rows
@@ -127,6 +128,9 @@ def test_every_method_of_the_file_is_one():
     assert {"auto", "fp32-32", "int8-256"} <= set(
         read_methods(METHODS.with_name("batches.toml"))
     )
+    contenders = read_methods(METHODS.with_name("contenders.toml"))
+    kinds = {method.kind for method in contenders.values()}
+    assert kinds == {"lola", "fedavg-full", *CONTENDERS}
     assert {"lola-deft", "fedavg-full", "d2ft-full", "mezo", "galore"} <= set(methods)
     assert {method.kind for method in methods.values()} == {
         "lola",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,13 @@ class Method:
     kind
         "lola": LoLa-DEFT's rounds; "fedavg-full": the same with the whole stack as the
         one block, which every device trains; "d2ft": the model is spread over the
-        devices, and runs under D2FT's schedule.
+        devices, and runs under D2FT's schedule; or one of local training
+        (`simulations.compare.local_rounds.CONTENDERS`), whose devices take steps of
+        their own and upload values.
+    tuning, tuning_options
+        What is trained, as the apps have it: "full", or a tuner of peft.
+    lr
+        Learning rate (default: the task's).
     selector, selector_options
         Which blocks a round trains.
     latency_target
@@ -36,6 +42,10 @@ class Method:
         Examples of a device's mini-batch (default: the comparison's).
     chooses_batches
         Whether rounds choose their batches instead.
+    local_steps, ranks, overlaps
+        Of local training: steps of a device in a round; ranks that FlexLoRA's devices
+        have; whether devices that train a block each upload a round's values during the
+        next.
     compute, traffic, shared_budgets, same_micro_batches, backward_weight, solver,
     num_groups, micro_batches, refresh
         Of D2FT: budgets as shares of the full cost; whether a device's sub-networks
@@ -45,6 +55,9 @@ class Method:
     """
 
     kind: str = "lola"
+    tuning: str = "full"
+    tuning_options: Mapping[str, Any] = field(default_factory=dict)
+    lr: float | None = None
     selector: str = "all"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     latency_target: float = math.inf
@@ -55,6 +68,9 @@ class Method:
     codec: str = "fp32"
     batch_size: int | None = None
     chooses_batches: bool = False
+    local_steps: int = 5
+    ranks: Sequence[int] = (8, 4, 2)
+    overlaps: bool = False
     compute: float = 1.0
     traffic: float = 1.0
     shared_budgets: bool = False
