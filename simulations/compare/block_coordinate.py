@@ -3,10 +3,9 @@
 Sources: FedCyBGD, arXiv:2406.11187, in which devices train one after the other, each a
 block; and the rounds that ParaBlock, arXiv:2511.19959, improves upon, in which all
 devices train a block each at once, and which it overlaps: a round's values are uploaded
-while the next is computed. Read of both were abstract and introduction. Departures:
-blocks go round by number; FedCyBGD's compressed download is left out, since downloads
-are free to all methods here; so is ParaBlock's correction of values that are a round
-old.
+while the next is computed. Read were their abstracts. Departures: blocks go round by
+number; FedCyBGD's compressed download is left out, since downloads are free to all
+methods here; so is ParaBlock's correction of values that are a round old.
 """
 
 from __future__ import annotations

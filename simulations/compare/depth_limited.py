@@ -2,10 +2,10 @@
 
 Source: FedQuad, arXiv:2506.01001, and LEGEND: the layers nearest the output, as many as
 a device has memory and speed for; each adapter's mean is over those that trained it.
-Read of FedQuad were abstract and introduction. Departures: it chooses depth together
-with quantised activations, greedily by a gradient's norm, and LEGEND gives layers
-nearer the output larger ranks; here the depth is the greatest with which a device
-computes no longer than the median device does for all layers.
+Read were their abstracts. Departures: FedQuad chooses depth together with quantised
+activations, and LEGEND gives layers nearer the output larger ranks; here the depth is
+the greatest with which a device computes no longer than the median device does for all
+layers.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ Tasks and Client Resources", arXiv:2402.11505: a device has as high a rank as it
 resources for; the server averages the products ``B A``, and each device is given the
 best approximation of the mean that its rank allows, by singular values.
 
-Departure: a device of rank r trains the first r rows of ``A`` and columns of ``B`` of a
-model that has the largest rank, the others zero: they have no gradient, so that it is
-the same training, at the operations and the scale of the largest rank.
+Read was the abstract: that ranks follow speeds is our choice, and that ``B`` holds the
+singular values. Departure: a device of rank r trains the first r rows of ``A`` and
+columns of ``B`` of a model that has the largest rank, the others zero: they have no
+gradient, so that it is the same training, at the operations and the scale of the
+largest rank.
 """
 
 from __future__ import annotations
