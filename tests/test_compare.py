@@ -86,6 +86,8 @@ def test_lola_methods_differ_in_what_they_spend():
     chosen = last_point(Method(sampler="entropy"))
     assert chosen.flops > every.flops
     assert chosen.wireless_s > every.wireless_s
+    seen = last_point(Method(sampler="history", sampler_options={"weighted": True}))
+    assert (seen.flops, seen.wireless_s) == (every.flops, every.wireless_s)
 
 
 def test_a_text_task_of_few_examples():
