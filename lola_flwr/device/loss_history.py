@@ -26,7 +26,7 @@ from lola_flwr.device.block_device import BlockDevice
 from lola_flwr.device.sampler_options import History, Measure
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import replacing
-from lola_flwr.model.backprop import Batch, model_loss
+from lola_flwr.model.backprop import Batch, model_loss, num_examples_of
 from lola_flwr.model.example_losses import (
     EXAMPLE_ROWS,
     EXAMPLE_WEIGHTS,
@@ -129,12 +129,15 @@ class HistoryBatches:
         Raises
         ------
         UserError
-            It has a loss of its own, whose examples cannot be told apart.
+            It has a loss of its own, or one that is a mean over something else than
+            examples: these could not be told apart.
         """
-        if device.loss_function is not model_loss:
+        usual = device.loss_function is model_loss
+        if not usual or device.batch_weight is not num_examples_of:
             raise UserError(
-                "A history of losses needs a classifier's own loss; leave "
-                "loss_function out, or draw examples at random."
+                "A history of losses needs a classifier's own loss, a mean over "
+                f"examples; leave {'batch_weight' if usual else 'loss_function'} out, "
+                "or draw examples at random."
             )
         return replace(device, batch_source=self, followed_loss=self.followed_loss)
 

@@ -132,8 +132,8 @@ def sampler_named(name: str, options: Mapping[str, Any]) -> Rule | History | Non
     if name == "random":
         if options:
             raise UserError(
-                f"sampler-options={dict(options)} mean nothing with "
-                'sampler="random"; drop them, or choose a sampler.'
+                f'{dict(options)} mean nothing with sampler="random"; drop them, or '
+                "choose a sampler."
             )
         return None
     if name not in _SAMPLERS:

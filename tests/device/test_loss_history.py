@@ -126,6 +126,8 @@ def test_what_does_not_fit_is_refused_and_damage_forgotten(roberta, tmp_path):
     device = device_for(roberta, batch)
     with pytest.raises(UserError, match="leave loss_function out"):
         source.on(replace(device, loss_function=lambda model, batch: model(**batch)[0]))
+    with pytest.raises(UserError, match="leave batch_weight out"):
+        source.on(replace(device, batch_weight=lambda batch: 7))
     source._keep(SeenLosses.none_of(len(LENGTHS)).also(np.array([0]), np.ones(1)))
     with pytest.raises(UserError, match=r"of \d+ examples, but a/b has 3; remove it"):
         source_of(batch, tmp_path, num_examples=3).seen()
