@@ -217,8 +217,7 @@ class AppConfig(RunConfig):
     def results_depend_on(self) -> dict[str, Scalar]:
         """Return the part of the run configuration that a run is only resumed with.
 
-        All methods' keys are in it, as in that of Flower. The number of rounds is in it
-        only where the learning rate depends on it.
+        It has all methods' keys, and `rounds` where the learning rate depends on it.
         """
         free = _FREE if self.schedule == "linear" else {*_FREE, "rounds"}
         return {
@@ -260,6 +259,7 @@ class UpdatesConfig(ChannelKeys, AppConfig):
 
     micro_batch_size: int = Field(0, ge=0)
     fit_memory: bool = False
+    activations: Literal["exact", "int8"] = "exact"
     norm_factor: float = Field(3.0, ge=0)
     influence_factor: float = Field(2.0, ge=0, allow_inf_nan=False)
     own_examples: int = Field(0, ge=0)

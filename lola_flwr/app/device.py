@@ -113,6 +113,7 @@ def make_device(
     return replace(
         device,
         micro_batch_size=config.micro_batch_size,
+        activations=config.activations,
         costs=lambda: parts.costs().of_blocks,
         simulated_compute_s=(
             None

@@ -27,6 +27,7 @@ def exportable(config: AppConfig) -> LolaDeftConfig:
     for key, value, needed in (
         ("base", config.base, "fp32"),
         ("precision", config.precision, "fp32"),
+        ("activations", config.activations, "exact"),
     ):
         if value != needed:
             raise UserError(

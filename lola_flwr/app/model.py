@@ -98,4 +98,5 @@ def _count(
         merged=isinstance(config, FedAvgFullConfig),
         micro_batch_size=config.micro_batch_size,
         example=example,
+        activations=config.activations,
     )

@@ -19,6 +19,7 @@ from lola_flwr.costs.memory import Affine, Levers, Recomputation, StepMemory
 from lola_flwr.costs.runnable import Counts
 from lola_flwr.costs.shapes import config_file
 from lola_flwr.errors import UserError, reason_of
+from lola_flwr.model.activations import Activations
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.ladder import is_ladder
@@ -37,6 +38,7 @@ def model_costs(
     merged: bool = False,
     micro_batch_size: int = 0,
     example: Example | None = None,
+    activations: Activations = "exact",
 ) -> BlockCosts:
     """Count what training each block costs a device.
 
@@ -61,6 +63,9 @@ def model_costs(
         The model's input for one example or more, such as a batch that a device trains
         on (default: made from the model itself). Its values matter only where
         what the model does depends on them.
+    activations
+        How devices keep what the layers from a block on save for the backward pass
+        (`lola_flwr.model.activations`): as it is, "exact", or as "int8".
 
     Returns
     -------
@@ -81,9 +86,11 @@ def model_costs(
         model,
         example,
         lambda m: (
-            m.count(partition, size),
+            m.count(partition, size, activations=activations),
             m.held_bytes(),
-            m.later(lambda: m.count(partition, size, together=True)),
+            m.later(
+                lambda: m.count(partition, size, together=True, activations=activations)
+            ),
             m.later(lambda: m.count_twice(partition, size)),
             m.later(lambda: m.count_twice(partition, size, together=True)),
         ),

@@ -20,9 +20,9 @@ from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.counter import Counter, Pass, TwoPasses
 from lola_flwr.costs.operations import dense_parts
 from lola_flwr.errors import UserError
+from lola_flwr.model.activations import Activations, kept_suffix
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.model.recompute import recomputed_suffix
 from lola_flwr.model.trace import Example
 
 _logger = logging.getLogger(__name__)
@@ -111,14 +111,16 @@ class Runnable:
         *,
         together: bool = False,
         recompute: bool = False,
+        activations: Activations = "exact",
     ) -> Counts:
         """Count the steps that train each block, with a batch of that size.
 
         If ``together``, those that train each block and all behind it; if
-        ``recompute``, those in which the layers from there on run twice.
+        ``recompute``, those in which the layers from there on run twice, else those in
+        which they keep ``activations``.
         """
         last = partition.num_blocks - 1
-        run = partial(self.run, partition, recompute=recompute)
+        run = partial(self.run, partition, recompute=recompute, activations=activations)
 
         def blocks(first: int) -> Sequence[int]:
             return range(first, last + 1) if together else [first]
@@ -178,11 +180,12 @@ class Runnable:
         blocks: Sequence[int] | None,
         *,
         recompute: bool = False,
+        activations: Activations = "exact",
     ) -> Pass | TwoPasses:
         """Count one pass: forward, and back to the first of blocks unless None."""
         with (
-            recomputed_suffix(self.model, partition, blocks[0])
-            if recompute and blocks
+            kept_suffix(self.model, partition, blocks[0], activations, recompute)
+            if blocks
             else nullcontext()
         ):
             passes = [self._run(partition, blocks, given) for given in self.examples]

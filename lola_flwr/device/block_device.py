@@ -32,6 +32,7 @@ from lola_flwr.device.store import LostCopy
 from lola_flwr.device.tokens import ALL_TOKENS, Tokens, Trial, tokens_for
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import keep_no_freed_memory
+from lola_flwr.model.activations import Activations, kept_suffix
 from lola_flwr.model.backprop import (
     Batch,
     BatchWeight,
@@ -42,7 +43,6 @@ from lola_flwr.model.backprop import (
 )
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.precision import Accelerator, Precision, autocast, find_device
-from lola_flwr.model.recompute import recomputed_suffix
 from lola_flwr.randomness import rng_for
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.wire.packing import GRADIENTS
@@ -101,6 +101,8 @@ class BlockDevice:
         "cpu", "cuda" or "mps"; "auto" takes a GPU if there is one.
     precision
         "fp32", or "bf16" for matrix products in bfloat16.
+    activations
+        As for `model_costs`: ``costs`` are counted with the same.
     seed
         Seed of the run; dropout follows from it, the round and the device's name.
     simulated_compute_s
@@ -120,6 +122,7 @@ class BlockDevice:
     prefix_cache: ActivationCache | None = None
     accelerator: Accelerator = "cpu"
     precision: Precision = "fp32"
+    activations: Activations = "exact"
     seed: int = 0
     simulated_compute_s: Callable[[Assignment], float] | None = None
 
@@ -201,20 +204,17 @@ class BlockDevice:
         """Compute what is asked for on a mini-batch, with a random state of its own."""
         levers, cache = self._levers(assignment, streams=local.streams)
         tokens = self._tokens(local, assignment, batch, levers)
+        block = assignment.block_index
 
         def loss_function(model: nn.Module, batch: Batch) -> Tensor:
             with autocast(self.precision, device):
                 return (self.followed_loss or self.loss_function)(model, batch)
 
         with (
-            local.at_block(
-                assignment.block_index, cache, stream=levers.stream_prefix
-            ) as model,
+            local.at_block(block, cache, stream=levers.stream_prefix) as model,
             tokens.first_alone(),
-            (
-                recomputed_suffix(model, local.partition, assignment.block_index)
-                if levers.recompute_suffix
-                else nullcontext()
+            kept_suffix(
+                model, local.partition, block, self.activations, levers.recompute_suffix
             ),
         ):
             train_mode(model)

@@ -8,9 +8,9 @@ about one more forward pass from there to the loss.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from itertools import accumulate
 from typing import Any
 
@@ -46,7 +46,8 @@ def recomputed_suffix(
     with ExitStack() as stack:
         stack.enter_context(_without_cache(model))
         for path in suffix_modules(model, partition, block_index):
-            stack.enter_context(_run_twice(model.get_submodule(path)))
+            module = model.get_submodule(path)
+            stack.enter_context(replaced_forward(module, partial(_run_twice, module)))
         try:
             yield
         except RuntimeError as error:
@@ -83,9 +84,22 @@ def _containers(path: str) -> list[str]:
 
 
 @contextmanager
-def _run_twice(module: nn.Module) -> Iterator[None]:
+def replaced_forward(
+    module: nn.Module, replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let a module run what its forward code is replaced by, for a ``with``."""
     forward, is_own = module.forward, "forward" in vars(module)
+    module.forward = replacement(forward)
+    try:
+        yield
+    finally:
+        if is_own:
+            module.forward = forward
+        else:
+            del module.forward
 
+
+def _run_twice(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, shape = tree_flatten((args, kwargs), is_leaf=_is_leaf)
@@ -109,14 +123,7 @@ def _run_twice(module: nn.Module) -> Iterator[None]:
         tensors = [leaves[n] for n in places]
         return checkpoint(rerun, *tensors, use_reentrant=False, context_fn=_contexts)
 
-    module.forward = run
-    try:
-        yield
-    finally:
-        if is_own:
-            module.forward = forward
-        else:
-            del module.forward
+    return run
 
 
 def _kept_by(module: nn.Module) -> tuple[list[int], list[float]]:

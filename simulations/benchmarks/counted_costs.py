@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,10 +29,10 @@ from lola_flwr.costs.examples import training_example
 from lola_flwr.costs.memory import Levers
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
+from lola_flwr.model.activations import Activations, kept_suffix
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient, train_mode
-from lola_flwr.model.recompute import recomputed_suffix
 from simulations.benchmarks.cost_cases import CASES, TOKENS, Case
 
 BATCH = 4
@@ -52,10 +51,13 @@ class Row:
     memory_ratio: float
 
 
-def compare(case: Case, *, recompute: bool = False) -> list[Row]:
+def compare(
+    case: Case, *, recompute: bool = False, activations: Activations = "exact"
+) -> list[Row]:
     """Count the first and the last block of a model, run them, and compare.
 
-    If ``recompute``, with the layers from the block on run twice to save memory.
+    If ``recompute``, with the layers from the block on run twice to save memory; else
+    with ``activations`` kept as they are, or in 8 bits.
 
     Raises
     ------
@@ -74,6 +76,7 @@ def compare(case: Case, *, recompute: bool = False) -> list[Row]:
         batch_size=BATCH,
         sequence_length=TOKENS,
         example=case.example,
+        activations=activations,
     )
     assert costs.step is not None
     counted_flops, step = costs.flops, costs.step
@@ -90,15 +93,11 @@ def compare(case: Case, *, recompute: bool = False) -> list[Row]:
     for index in sorted({0, partition.num_blocks - 1}):
 
         def run(index: int = index) -> None:
-            with (
-                recomputed_suffix(model, partition, index)
-                if recompute
-                else nullcontext()
-            ):
+            with kept_suffix(model, partition, index, activations, recompute):
                 block_gradient(model, partition, index, batch, loss_function=_loss)
 
         run()
-        step_bytes = inputs + _allocated_at_peak(run)
+        step_bytes = inputs + allocated(run)[0]
         held = _held_bytes(model)
         flops = _executed_flops(run)
         rows.append(
@@ -177,17 +176,21 @@ def _executed_flops(run: Callable[[], None]) -> int:
     return int(counter.get_total_flops())
 
 
-def _allocated_at_peak(run: Callable[[], None]) -> int:
-    """Return by how much a run raises what PyTorch's allocator has given out."""
+def allocated(run: Callable[[], object]) -> tuple[int, int]:
+    """Return by how much a run raises what PyTorch's allocator has given out.
+
+    At its peak, and at its end, where what the run returns is still there.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        result = run()
+    del result
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     alive = peak = 0
     for _, change in sorted(changes, key=lambda change: change[0]):
         alive += change
         peak = max(peak, alive)
-    return peak
+    return peak, alive
 
 
 def _held_bytes(model: nn.Module) -> int:

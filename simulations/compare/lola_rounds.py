@@ -119,7 +119,14 @@ class _Run:
         merged = method.kind == "fedavg-full"
         # What travels in "auto" the coordinator counts; it is part of no round's costs.
         codec = "fp32" if method.codec == AUTO else method.codec
-        costs = model_costs(model, layers, **sizes, codec=codec, merged=merged)
+        costs = model_costs(
+            model,
+            layers,
+            **sizes,
+            codec=codec,
+            merged=merged,
+            activations=method.activations,
+        )
         rule = sampler_named(method.sampler, method.sampler_options)
         if isinstance(rule, Rule):
             pool_factor = rule.pool_factor
@@ -224,6 +231,7 @@ def _device(run: _Run, index: int, kept: Path) -> BlockDevice:
         load_model=lambda: (run.task.model, run.partition),
         batch_source=draw,
         store=kept,
+        activations=run.method.activations,
         seed=run.settings.seed,
         simulated_compute_s=lambda assignment: run.compute_s(
             assignment, profile.flops_per_s

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lola_flwr.model.activations import Activations
 from lola_flwr.run.target import Target
 
 
@@ -46,6 +47,8 @@ class Method:
         Of local training: steps of a device in a round; ranks that FlexLoRA's devices
         have; whether devices that train a block each upload a round's values during the
         next.
+    activations
+        As `BlockDevice` has it.
     compute, traffic, shared_budgets, same_micro_batches, backward_weight, solver,
     num_groups, micro_batches, refresh
         Of D2FT: budgets as shares of the full cost; whether a device's sub-networks
@@ -71,6 +74,7 @@ class Method:
     local_steps: int = 5
     ranks: Sequence[int] = (8, 4, 2)
     overlaps: bool = False
+    activations: Activations = "exact"
     compute: float = 1.0
     traffic: float = 1.0
     shared_budgets: bool = False
