@@ -258,6 +258,7 @@ def zeroth_order_of(
         batch_size=config.largest_batch,
         sequence_length=config.max_length,
         num_directions=num_directions,
+        forward_mode=options.get("perturbation") == 0,
     )
     try:
         return ZerothOrder(costs=costs, use=config.zeroth_order, **options)

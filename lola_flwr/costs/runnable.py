@@ -145,22 +145,8 @@ class Runnable:
                 rows[block] = np.array([*done.flops, *peaks], np.float64)
             return rows[block]
 
-        def fill(low: int, high: int) -> None:
-            """Find the rows between two blocks, where all are alike."""
-            step = row(high) - row(low)
-            if high - low < 2:
-                return
-            middle = (low + high) // 2
-            rise = row(middle) - row(low)
-            if np.array_equal(rise * (high - low), step * (middle - low)):
-                for block in range(low + 1, high):
-                    rows[block] = row(low) + step * (block - low) / (high - low)
-            else:
-                fill(low, middle)
-                fill(middle, high)
-
         for low, high in groups:
-            fill(low, high)
+            fill(rows, row, low, high)
         table = np.array([rows[block] for block in range(partition.num_blocks)])
         return Counts(table[:, :-3], *table[:, -3:].T, *below_bytes)
 
@@ -197,13 +183,11 @@ class Runnable:
         blocks: Sequence[int] | None,
         example: Example,
     ) -> Pass:
-        counter = Counter(self._owners(partition), self.batch)
-        inputs = example if isinstance(example, Mapping) else {_FIRST: example}
-        # What says how many examples there are comes first.
-        batch = dict(sorted(inputs.items(), key=lambda i: not isinstance(i[1], Tensor)))
+        counter = Counter(self.owners(partition), self.batch)
+        batch = batch_of(example)
 
         def loss_function(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-            loss = _scalar(model, batch)
+            loss = loss_on(model, batch)
             counter.tracing = False
             return loss
 
@@ -218,7 +202,7 @@ class Runnable:
             )
         return counter.result(found.gradients.values())
 
-    def _owners(self, partition: BlockPartition) -> dict[int, int]:
+    def owners(self, partition: BlockPartition) -> dict[int, int]:
         """Map the storage of each of the model's tensors to its block, or to -1."""
         owners = dict.fromkeys(storages_of(self.tensors), -1)
         parameters = dict(self.model.named_parameters())
@@ -251,6 +235,36 @@ class Runnable:
         return [(run[0], run[-1]) for run in runs]
 
 
+def fill(
+    rows: dict[int, Float64Array],
+    row: Callable[[int], Float64Array],
+    low: int,
+    high: int,
+) -> None:
+    """Find the rows of blocks between two, where they may lie on a straight line.
+
+    Parameters
+    ----------
+    rows
+        Rows by block, to which they are added.
+    row
+        Counts a block's row, or finds it there.
+    low, high
+        The two blocks.
+    """
+    step = row(high) - row(low)
+    if high - low < 2:
+        return
+    middle = (low + high) // 2
+    rise = row(middle) - row(low)
+    if np.array_equal(rise * (high - low), step * (middle - low)):
+        for block in range(low + 1, high):
+            rows[block] = row(low) + step * (block - low) / (high - low)
+    else:
+        fill(rows, row, low, middle)
+        fill(rows, row, middle, high)
+
+
 @contextmanager
 def as_it_was() -> Iterator[None]:
     """Leave random numbers as they were; some models draw their masks with NumPy."""
@@ -262,7 +276,13 @@ def as_it_was() -> Iterator[None]:
         np.random.set_state(state)  # noqa: NPY002
 
 
-def _scalar(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def batch_of(example: Example) -> dict[str, Any]:
+    """Return an example as a batch; what says how many there are comes first."""
+    inputs = example if isinstance(example, Mapping) else {_FIRST: example}
+    return dict(sorted(inputs.items(), key=lambda i: not isinstance(i[1], Tensor)))
+
+
+def loss_on(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Run a model forward to something that can be differentiated."""
     output = model(batch[_FIRST]) if _FIRST in batch else model(**batch)
     loss: Tensor | None = getattr(output, "loss", None)

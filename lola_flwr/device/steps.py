@@ -27,6 +27,7 @@ from lola_flwr.model.backprop import (
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.wire.records import Assignment
 from lola_flwr.zeroth_order.directions import directions_of
+from lola_flwr.zeroth_order.forward_mode import directional_derivatives
 from lola_flwr.zeroth_order.projections import projected_gradients
 
 # One in so many examples of a mini-batch is computed first where its noise is told: the
@@ -181,11 +182,14 @@ def forward_passes_alone(
         losses = [loss_function(model, part) * (w / weight) for part, w in weighed if w]
         return torch.stack(losses).sum()
 
-    projections, loss = projected_gradients(
+    directions = directions_of(assignment)
+    moves = directions.perturbation > 0
+    project = projected_gradients if moves else directional_derivatives
+    projections, loss = project(
         model,
         partition.update_names(*assignment.blocks, head=assignment.sends_head),
         batch,
-        directions=directions_of(assignment),
+        directions=directions,
         loss_function=mean_loss if len(weighed) > 1 else loss_function,
     )
     return StepResult(loss=loss, num_examples=weight, projections=projections)

@@ -38,7 +38,9 @@ class Directions:
         Of each tensor, the share of the weights that move: those of the smallest
         magnitude. 1: all of them.
     perturbation
-        How far to move along a direction, and against it (MeZO's epsilon).
+        How far to move along a direction, and against it (MeZO's epsilon); 0: nothing
+        is moved, and the derivative itself is computed
+        (`lola_flwr.zeroth_order.forward_mode`).
     """
 
     seed: int
@@ -89,7 +91,7 @@ def directions_of(assignment: Assignment) -> Directions:
     share, step = assignment.smallest_share, assignment.perturbation
     if seed is None or count is None or share is None or step is None:
         raise UserError("The assignment lacks a part of what makes directions.")
-    if not (1 <= count <= MAX_DIRECTIONS and 0 < share <= 1 and step > 0):
+    if not (1 <= count <= MAX_DIRECTIONS and 0 < share <= 1 and step >= 0):
         raise UserError(
             f"num_directions={count}, smallest_share={share}, perturbation={step} is "
             "no assignment of directions."

@@ -38,9 +38,11 @@ class ZerothOrder:
         Learning rate of these updates, a plain step of gradient descent: an optimizer
         that normalises its steps would turn their noise into full steps.
     num_directions
-        Directions of one device in one round, two forward passes each.
+        Directions of one device in one round; where weights are moved, two forward
+        passes each.
     perturbation
-        How far weights are moved along a direction (MeZO's epsilon).
+        How far weights are moved along a direction (MeZO's epsilon); 0: not at all,
+        the derivative along it is computed (Spry's forward-mode differentiation).
     smallest_share
         As in `Directions`.
 
@@ -68,10 +70,10 @@ class ZerothOrder:
                 f"num_directions={self.num_directions} must be from 1 to "
                 f"{MAX_DIRECTIONS}."
             )
-        if not (self.lr > 0 and self.perturbation > 0 and 0 < self.smallest_share <= 1):
+        if self.lr <= 0 or self.perturbation < 0 or not 0 < self.smallest_share <= 1:
             raise UserError(
-                f"lr={self.lr} and perturbation={self.perturbation} must be positive, "
-                f"smallest_share={self.smallest_share} in (0, 1]."
+                f"lr={self.lr} must be positive, perturbation={self.perturbation} not "
+                f"negative, smallest_share={self.smallest_share} in (0, 1]."
             )
 
     def directions_for(

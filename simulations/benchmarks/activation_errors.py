@@ -1,9 +1,9 @@
 """What keeping activations in 8 bits saves, and the error and bias it brings: tables.
 
-``python -m simulations.benchmarks.activation_errors``, on MiniLM and sentences of the
-embedded task. What a step keeps is what PyTorch's allocator has given out when the loss
-is there. Bias shows in the error of the mean gradient over mini-batches: errors without
-a common part would leave what stands beside it.
+``python -m simulations.benchmarks.activation_errors``, on MiniLM. A step's peak is what
+PyTorch's allocator has given out, weights apart, beside what the library counts. Bias
+shows in the error of the mean gradient over mini-batches (sentences of the embedded
+task): errors without a common part would leave what stands beside it.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lola_flwr.model.activations import Rounding, quantised_suffix
+from lola_flwr.costs.of_model import model_costs
+from lola_flwr.model.activations import Activations, Rounding, quantised_suffix
 from lola_flwr.model.backprop import (
     Batch,
     block_gradient,
-    model_loss,
-    only_block_trainable,
     train_mode,
 )
-from simulations.benchmarks.counted_costs import allocated
+from simulations.benchmarks.counted_costs import allocated_at_peak
 from simulations.compare.tasks import Task, text_task
 
-BATCH, BATCHES, BLOCK = 8, 12, 2
+BATCH, TOKENS, BATCHES, BLOCK = 8, 64, 12, 2
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,6 @@ class Step:
         if self.rounding is None:
             return nullcontext()
         return quantised_suffix(model, partition, self.block, rounding=self.rounding)
-
-    def kept_bytes(self, batch: Batch) -> int:
-        """Return what is there beside the model when the loss is."""
-        model, partition = self.task.model, self.task.partition
-        with only_block_trainable(model, partition, self.block), self.context():
-            return allocated(lambda: model_loss(model, batch))[1]
 
     def gradient(self, batch: Batch) -> Tensor:
         """Return the block's gradient, with the same dropout every time."""
@@ -68,20 +62,35 @@ def stochastic(values: Tensor) -> Tensor:
 
 
 def print_saved(task: Task, batch: Batch) -> None:
-    """Print what each block's step keeps, and how far its gradient is off."""
-    print("| block | kept, MB | in 8 bits, MB | ratio | error | cosine |")
-    print("|---|---:|---:|---:|---:|---:|")
+    """Print what each block's step takes, and how far its gradient is off."""
+    num_examples, num_tokens = batch["input_ids"].shape
+    ways: tuple[Activations, Activations] = ("exact", "int8")
+    counted = [
+        model_costs(
+            task.model,
+            task.partition,
+            batch_size=num_examples,
+            sequence_length=num_tokens,
+            activations=way,
+        ).step
+        for way in ways
+    ]
+    print("| block | peak, MB | counted | in 8 bits, MB | counted | error | cosine |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for block in range(task.partition.num_blocks):
         steps = [Step(task, block, rounding) for rounding in (None, torch.round_)]
-        plain, packed = (step.kept_bytes(batch) for step in steps)
+        peaks = [allocated_at_peak(partial(step.gradient, batch)) for step in steps]
         exact, int8 = (step.gradient(batch).double() for step in steps)
-        cells = (
-            f"{plain / 1e6:.1f}",
-            f"{packed / 1e6:.1f}",
-            f"{packed / plain:.3f}",
+        cells = [
+            f"{num_bytes / 1e6:.1f}"
+            for peak, step in zip(peaks, counted, strict=True)
+            if step is not None
+            for num_bytes in (peak, step.whole_bytes[block])
+        ]
+        cells += [
             f"{(int8 - exact).norm() / exact.norm():.4f}",
             f"{torch.cosine_similarity(int8, exact, 0):.5f}",
-        )
+        ]
         print(f"| {block} | {' | '.join(cells)} |", flush=True)
 
 
@@ -109,7 +118,11 @@ def main() -> None:
     task = text_task("acceptability", data_dir=None, num_devices=1, seed=0)
     train_mode(task.model)
     batches = [task.draw(0, number, BATCH) for number in range(BATCHES)]
-    print_saved(task, batches[0])
+    full = {
+        "input_ids": torch.randint(1000, 2000, (2 * BATCH, TOKENS)),
+        "labels": torch.arange(2 * BATCH) % 2,
+    }
+    print_saved(task, full)
     print()
     print_bias(batches, lambda rounding: Step(task, BLOCK, rounding))
 

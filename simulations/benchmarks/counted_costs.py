@@ -97,7 +97,7 @@ def compare(
                 block_gradient(model, partition, index, batch, loss_function=_loss)
 
         run()
-        step_bytes = inputs + allocated(run)[0]
+        step_bytes = inputs + allocated_at_peak(run)
         held = _held_bytes(model)
         flops = _executed_flops(run)
         rows.append(
@@ -176,21 +176,17 @@ def _executed_flops(run: Callable[[], None]) -> int:
     return int(counter.get_total_flops())
 
 
-def allocated(run: Callable[[], object]) -> tuple[int, int]:
-    """Return by how much a run raises what PyTorch's allocator has given out.
-
-    At its peak, and at its end, where what the run returns is still there.
-    """
+def allocated_at_peak(run: Callable[[], object]) -> int:
+    """Return by how much a run raises what PyTorch's allocator has given out."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    del result
+        run()
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     alive = peak = 0
     for _, change in sorted(changes, key=lambda change: change[0]):
         alive += change
         peak = max(peak, alive)
-    return peak, alive
+    return peak
 
 
 def _held_bytes(model: nn.Module) -> int:

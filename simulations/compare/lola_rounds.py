@@ -136,7 +136,13 @@ class _Run:
             usual = ZerothOrder.num_directions
             count = int(method.zeroth_order.get("num_directions", usual))
             zeroth_order = ZerothOrder(
-                costs=zeroth_order_costs(model, layers, **sizes, num_directions=count),
+                costs=zeroth_order_costs(
+                    model,
+                    layers,
+                    **sizes,
+                    num_directions=count,
+                    forward_mode=method.zeroth_order.get("perturbation") == 0,
+                ),
                 **method.zeroth_order,
             )
         return cls(
