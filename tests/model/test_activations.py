@@ -383,11 +383,13 @@ def classifier_with_values():
     return classifier_of(128).to_empty(device="cpu")
 
 
-def test_a_device_computes_so(roberta):
+# The second: a block whose last layer is left out on the way back.
+@pytest.mark.parametrize("changes", [{}, {"operations": "ofo"}, {"operations": "off"}])
+def test_a_device_computes_so(roberta, changes):
     gradients = [
-        trained(device_for(roberta, texts(), activations=way), roberta).arrays[
-            GRADIENTS
-        ]
+        trained(
+            device_for(roberta, texts(), activations=way), roberta, **changes
+        ).arrays[GRADIENTS]
         for way in ("exact", "int8")
     ]
     exact, int8 = gradients

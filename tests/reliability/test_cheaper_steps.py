@@ -1,4 +1,4 @@
-"""Steps that take less memory, in an app: by both interfaces, and stopped in between."""
+"""Steps that take less memory: by both interfaces, and in a run that was stopped."""
 
 from __future__ import annotations
 

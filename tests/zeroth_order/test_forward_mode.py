@@ -54,9 +54,10 @@ def test_projections_are_products_with_the_gradient(make, roberta, batch):
         )
         gradients = block_gradient(model, partition, block, batch).gradients
         wanted = products(model, gradients, directions)
-        # They travel in float32.
-        np.testing.assert_allclose(found, np.float32(wanted), rtol=2e-7)
-        assert loss == pytest.approx(model(**batch).loss.item(), rel=1e-12)
+        # They travel in float32; and Llama normalises in it, whatever its weights are in.
+        tolerance = 1e-4 if make in (decoder, adapted) else 2e-7
+        np.testing.assert_allclose(found, np.float32(wanted), rtol=tolerance)
+        assert loss == pytest.approx(model(**batch).loss.item(), rel=1e-6)
 
 
 def test_the_model_stays_as_it_is(roberta, batch):
