@@ -26,6 +26,7 @@ from lola_flwr.build import (
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.of_model import zeroth_order_costs
 from lola_flwr.errors import UserError
+from lola_flwr.model.activations import IN_PART
 from lola_flwr.model.backprop import Batch, LossFunction, model_loss
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.example_gradients import example_gradients
@@ -128,6 +129,8 @@ def settings_of(
     )
     if not isinstance(config, LolaDeftConfig):
         return settings
+    if config.reduced_schedules and config.activations != "exact":
+        raise UserError(IN_PART)
     mode = RoundMode(
         devices_per_block=config.devices_per_block,
         participation=config.participation,

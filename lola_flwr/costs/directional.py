@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -74,8 +76,6 @@ def _passes(
                 )
                 for name in partition.update_names(block)
             }
-            derivatives_along(
-                model, tangents, lambda model, batch=batch: loss_on(model, batch)
-            )
+            derivatives_along(model, tangents, partial(loss_on, batch=batch))
         passes.append(counter.result())
     return passes[0] if len(passes) == 1 else TwoPasses(*passes)

@@ -32,7 +32,7 @@ from lola_flwr.device.store import LostCopy
 from lola_flwr.device.tokens import ALL_TOKENS, Tokens, Trial, tokens_for
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import keep_no_freed_memory
-from lola_flwr.model.activations import Activations, kept_suffix
+from lola_flwr.model.activations import IN_PART, Activations, kept_suffix
 from lola_flwr.model.backprop import (
     Batch,
     BatchWeight,
@@ -368,6 +368,8 @@ class BlockDevice:
     ) -> tuple[Levers, ActivationCache | None]:
         """Return how this device computes the step: what the server expects."""
         if assignment.operations is not None:
+            if self.activations != "exact":
+                raise UserError(IN_PART)
             # What a layer is told to do, it does itself; and it fits the memory so.
             own = self._own_levers(assignment, streams=streams)
             own = replace(own, stream_prefix=streams, recompute_suffix=False)

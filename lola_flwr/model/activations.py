@@ -38,6 +38,11 @@ from lola_flwr.model.recompute import (
 
 Activations = Literal["exact", "int8"]
 
+IN_PART = (
+    "Layers that run in part, under a schedule, keep their activations as they are; "
+    'set activations="exact", or reduced-schedules=false.'
+)
+
 # Rounds numbers from 0 to 255 to whole ones, in place.
 Rounding = Callable[[Tensor], Tensor]
 

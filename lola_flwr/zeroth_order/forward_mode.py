@@ -13,6 +13,7 @@ Language Models" (Spry), arXiv:2405.15551.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,14 +109,16 @@ def derivatives_along(
         return loss
 
     def along(tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = jvp(loss_at, (primals,), (tangent,))
-        return found
+        loss, product, *_ = jvp(loss_at, (primals,), (tangent,))
+        return loss, product
 
     named = {f"model.{name}": tangent for name, tangent in tangents.items()}
     try:
         # Fused attention has no forward derivative; what it is made of has one.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            loss, products = vmap(along, out_dims=(None, 0))(named)
+            # The loss is one for all directions, which the type of out_dims lacks.
+            dims: Any = (None, 0)
+            loss, products = vmap(along, out_dims=dims)(named)
     except (NotImplementedError, RuntimeError) as error:
         if not _lacks_a_derivative(error):
             raise

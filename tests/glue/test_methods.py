@@ -12,6 +12,7 @@ from lola_flwr.app.methods import (
     own_examples_of,
     response_of,
     selection_of,
+    settings_of,
     zeroth_order_of,
 )
 from lola_flwr.d2ft.schedule import Budgets
@@ -152,6 +153,37 @@ def test_samplers_that_make_no_sense():
         config(sampler="entropy", task="sts-b")
     with pytest.raises(UserError, match=r"does not go with zeroth-order='always'"):
         config(sampler="coreset", zeroth_order="always")
+
+
+def test_layers_that_run_in_part_keep_their_activations(tiny):
+    with pytest.raises(UserError, match=r'activations="exact"'):
+        settings_of(config(activations="int8", reduced_schedules=True), *tiny)
+    with pytest.raises(UserError, match="activations"):
+        config(activations="int8", method="d2ft")
+
+
+def test_activations_in_8_bits_are_counted(tiny):
+    model, _ = tiny
+    exact, int8 = (
+        model_costs(config(activations=way), model).memory_bytes
+        for way in ("exact", "int8")
+    )
+    assert (int8 < exact).all()
+
+
+def test_derivatives_along_directions_are_counted(tiny):
+    options = "num_directions=4, perturbation={}"
+    moved, derived = (
+        zeroth_order_of(
+            config(zeroth_order="always", zeroth_order_options=options.format(step)),
+            *tiny,
+        )
+        for step in (1e-3, 0)
+    )
+    assert np.ptp(moved.costs.flops) == 0
+    assert (np.diff(derived.costs.flops) < 0).all()
+    fields = derived.directions_for(0, 1, "device")
+    assert fields["perturbation"] == 0
 
 
 def test_zeroth_order_options(tiny):

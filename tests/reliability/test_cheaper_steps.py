@@ -34,7 +34,10 @@ def run(directory, **options):
 
 
 @pytest.mark.parametrize("name", rest_slow([*STEPS], fast=1))
-def test_both_interfaces_and_a_run_that_goes_on_come_to_the_same(name, tmp_path):
+def test_both_interfaces_and_a_run_that_goes_on_come_to_the_same(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
     options = STEPS[name]
     whole = run(tmp_path / "whole", rounds=4, **options)
     assert not any(record["refused"] for record in whole)
