@@ -27,8 +27,8 @@ from lola_flwr.model.backprop import Batch, LossFunction, model_loss
 from lola_flwr.model.stored_base import evaluation_mode
 from lola_flwr.zeroth_order.directions import Directions
 
-# Directions of one pass: with more each costs little less, and takes as much memory.
-AT_A_TIME = 4
+# Directions of one pass: with more each costs less, and all take more memory.
+AT_A_TIME = 2
 
 
 def directional_derivatives(

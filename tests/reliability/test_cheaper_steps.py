@@ -23,7 +23,7 @@ def run(directory, **options):
         model="random:roberta-tiny",
         num_devices=4,
         batch_size=4,
-        eval_every=2,
+        eval_every=1,
         lr=1e-2,
         **options,
     )
@@ -39,9 +39,8 @@ def test_both_interfaces_and_a_run_that_goes_on_come_to_the_same(
 ):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
     options = STEPS[name]
-    whole = run(tmp_path / "whole", rounds=4, **options)
+    whole = run(tmp_path / "whole", rounds=2, **options)
     assert not any(record["refused"] for record in whole)
-    assert run(tmp_path / "legacy", rounds=4, interface="legacy", **options) == whole
-    run(tmp_path / "parts", rounds=2, **options)
-    assert run(tmp_path / "parts", rounds=4, **options) == whole
-    assert run(tmp_path / "plain", rounds=4)[-1]["metrics"] != whole[-1]["metrics"]
+    assert run(tmp_path / "legacy", rounds=2, interface="legacy", **options) == whole
+    run(tmp_path / "parts", rounds=1, **options)
+    assert run(tmp_path / "parts", rounds=2, **options) == whole

@@ -172,7 +172,7 @@ def test_costs_are_what_it_takes(roberta, batch):
         assert costs.memory_bytes[block] == pytest.approx(held + inputs + peak, rel=0.1)
     assert (np.diff(costs.flops) < 0).all()
     # Several directions share what does not depend on them.
-    assert costs.flops[-1] < 0.5 * compared.flops[-1]
+    assert costs.flops[-1] < 0.7 * compared.flops[-1]
     np.testing.assert_array_equal(costs.payload_bits, compared.payload_bits)
 
 
