@@ -39,6 +39,7 @@ from lola_flwr.server.own_examples import ExampleGradients
 from lola_flwr.server.selection import NEEDS_RESPONSE, Selection, selector_named
 from lola_flwr.server.selection.importance import Response
 from lola_flwr.wire.low_rank import LowRankProjection
+from lola_flwr.zeroth_order.forward_costs import forward_mode_costs
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 
 
@@ -255,13 +256,15 @@ def zeroth_order_of(
         return None
     options = keyword_arguments(config.zeroth_order_options)
     num_directions = options.get("num_directions", ZerothOrder.num_directions)
-    costs = zeroth_order_costs(
+    count = zeroth_order_costs
+    if options.get("perturbation") == 0:
+        count = forward_mode_costs
+    costs = count(
         model,
         partition,
         batch_size=config.largest_batch,
         sequence_length=config.max_length,
         num_directions=num_directions,
-        forward_mode=options.get("perturbation") == 0,
     )
     try:
         return ZerothOrder(costs=costs, use=config.zeroth_order, **options)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lola_flwr.arrays import Float64Array
 from lola_flwr.costs.counted import counted, parameter_bytes
 from lola_flwr.costs.counter import at_batch
-from lola_flwr.costs.directional import forward_mode_counts
 from lola_flwr.costs.estimated import BlockCosts, TogetherCosts
 from lola_flwr.costs.examples import training_example
 from lola_flwr.costs.memory import Affine, Levers, Recomputation, StepMemory
@@ -261,7 +260,6 @@ def zeroth_order_costs(
     batch_size: int,
     sequence_length: int,
     num_directions: int,
-    forward_mode: bool = False,
     example: Example | None = None,
 ) -> BlockCosts:
     """Count what each block costs a device that trains by forward passes alone.
@@ -271,41 +269,14 @@ def zeroth_order_costs(
     model, partition, batch_size, sequence_length, example
         As for `model_costs`.
     num_directions
-        Directions of a mini-batch.
-    forward_mode
-        Whether derivatives along them are computed, several in a pass, or losses
-        compared, by two forward passes each.
+        Directions of a mini-batch, two forward passes each.
 
     Returns
     -------
-    Of losses that are compared, costs that hardly depend on the block: two forward
-    passes a direction; the weights, a copy of block and head, and what a forward pass
-    takes. Of derivatives, what their passes take, which is the more the deeper the
-    block. Either way a number a direction travels.
-
-    Raises
-    ------
-    UserError
-        As for `model_costs`; or the model has no forward-mode derivative.
+    Costs that hardly depend on the block: two forward passes a direction; the weights,
+    a copy of block and head, and what a forward pass takes; a number a direction.
     """
     example = training_example(model, sequence_length) if example is None else example
-    payload = np.full(partition.num_blocks, 8.0 * projections_bytes(num_directions))
-    none = np.zeros(partition.num_blocks)
-    if forward_mode:
-        table, held_bytes = counted(
-            model,
-            example,
-            lambda m: (
-                forward_mode_counts(m, partition, batch_size, num_directions),
-                m.held_bytes(),
-            ),
-        )
-        return BlockCosts(
-            flops=table[:, 0],
-            memory_bytes=held_bytes + table[:, 1],
-            payload_bits=payload,
-            gradient_bytes=none,
-        )
     forward, held_bytes = counted(
         model, example, lambda m: (m.run(partition, None), m.held_bytes())
     )
@@ -318,8 +289,10 @@ def zeroth_order_costs(
     return BlockCosts(
         flops=np.full(partition.num_blocks, float(flops)),
         memory_bytes=held_bytes + forward.peak_bytes(batch_size) + np.array(moved),
-        payload_bits=payload,
-        gradient_bytes=none,
+        payload_bits=np.full(
+            partition.num_blocks, 8.0 * projections_bytes(num_directions)
+        ),
+        gradient_bytes=np.zeros(partition.num_blocks),
     )
 
 

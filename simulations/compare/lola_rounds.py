@@ -44,6 +44,7 @@ from lola_flwr.system.devices import FleetRanges, simulated_device
 from lola_flwr.wire.codec import AUTO
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.records import Assignment
+from lola_flwr.zeroth_order.forward_costs import forward_mode_costs
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, Point, Report, RunSettings
@@ -135,14 +136,10 @@ class _Run:
         if method.zeroth_order:
             usual = ZerothOrder.num_directions
             count = int(method.zeroth_order.get("num_directions", usual))
+            moves = method.zeroth_order.get("perturbation") != 0
+            cost_of = zeroth_order_costs if moves else forward_mode_costs
             zeroth_order = ZerothOrder(
-                costs=zeroth_order_costs(
-                    model,
-                    layers,
-                    **sizes,
-                    num_directions=count,
-                    forward_mode=method.zeroth_order.get("perturbation") == 0,
-                ),
+                costs=cost_of(model, layers, **sizes, num_directions=count),
                 **method.zeroth_order,
             )
         return cls(

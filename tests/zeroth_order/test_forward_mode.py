@@ -11,6 +11,7 @@ from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.zeroth_order.directions import Directions
+from lola_flwr.zeroth_order.forward_costs import forward_mode_costs
 from lola_flwr.zeroth_order.forward_mode import directional_derivatives
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from simulations.compare.measure import counted_flops, peak_bytes
@@ -150,7 +151,7 @@ def test_costs_are_what_it_takes(roberta, batch):
     sizes = {"batch_size": 6, "sequence_length": 10}
     directions = Directions(1, 6, perturbation=0.0)
     options = {**sizes, "num_directions": 6}
-    costs = zeroth_order_costs(roberta, partition, **options, forward_mode=True)
+    costs = forward_mode_costs(roberta, partition, **options)
     compared = zeroth_order_costs(roberta, partition, **options)
     held = sum(p.nbytes for p in roberta.parameters())
     held += sum(b.nbytes for b in roberta.buffers())

@@ -6,35 +6,68 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from lola_flwr.arrays import Float64Array
+from lola_flwr.costs.counted import counted
 from lola_flwr.costs.counter import Counter, Pass, TwoPasses, at_batch
+from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.costs.examples import training_example
 from lola_flwr.costs.runnable import Runnable, batch_of, fill, loss_on
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.stored_base import evaluation_mode
+from lola_flwr.model.trace import Example
+from lola_flwr.wire.payload import projections_bytes
 from lola_flwr.zeroth_order.forward_mode import AT_A_TIME, derivatives_along
 
 
-def forward_mode_counts(
-    runnable: Runnable, partition: BlockPartition, batch_size: int, num_directions: int
-) -> Float64Array:
-    """Count the passes that carry derivatives along some directions.
+def forward_mode_costs(
+    model: nn.Module,
+    partition: BlockPartition,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    num_directions: int,
+    example: Example | None = None,
+) -> BlockCosts:
+    """Count what each block costs a device that computes derivatives along directions.
 
     Parameters
     ----------
-    runnable
-        The model.
-    partition
-        Its blocks.
-    batch_size
-        Examples of a mini-batch.
+    model, partition, batch_size, sequence_length, example
+        As for `lola_flwr.costs.of_model.model_costs`.
     num_directions
-        Directions, which go through the model some at a time.
+        Directions of a mini-batch.
 
     Returns
     -------
-    Operations, and bytes at the peak besides weights, of each block, shape [N, 2].
+    Costs that are the higher the deeper the block: the passes, which carry some
+    directions each, and what they take beside the weights; a number a direction.
+
+    Raises
+    ------
+    UserError
+        As for `model_costs`; or the model has no forward-mode derivative.
     """
+    example = training_example(model, sequence_length) if example is None else example
+    table, held_bytes = counted(
+        model,
+        example,
+        lambda m: (_counts(m, partition, batch_size, num_directions), m.held_bytes()),
+    )
+    bits = 8.0 * projections_bytes(num_directions)
+    return BlockCosts(
+        flops=table[:, 0],
+        memory_bytes=held_bytes + table[:, 1],
+        payload_bits=np.full(partition.num_blocks, bits),
+        gradient_bytes=np.zeros(partition.num_blocks),
+    )
+
+
+def _counts(
+    runnable: Runnable, partition: BlockPartition, batch_size: int, num_directions: int
+) -> Float64Array:
+    """Return operations and bytes at the peak besides weights, shape [N, 2]."""
     modes = {module: module.training for module in runnable.model.modules()}
     evaluation_mode(runnable.model)
     whole, rest = divmod(num_directions, AT_A_TIME)
