@@ -183,9 +183,7 @@ class _Saving(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, rounding: Rounding) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._rounding = rounding
-        self._weights = {
-            _storage(tensor) for tensor in (*model.parameters(), *model.buffers())
-        }
+        self._weights = _storages([*model.parameters(), *model.buffers()])
         self._exact: set[StorageWeakRef] = set()
         self._packed: WeakValueDictionary[Any, _Rows] = WeakValueDictionary()
 
@@ -209,23 +207,15 @@ class _Saving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         schema = func._schema
-        for argument, value in zip(schema.arguments, args, strict=False):
-            if argument.name in _MASKS and isinstance(value, Tensor):
-                self._exact.add(_storage(value))
-        self._exact |= {
-            _storage(value)
-            for name, value in kwargs.items()
-            if name in _MASKS and isinstance(value, Tensor)
-        }
+        names = (argument.name for argument in schema.arguments)
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if name in _MASKS:
+                self._exact |= _storages(value)
         if len(schema.returns) > 1:
-            self._exact |= {
-                _storage(value) for value in result[1:] if isinstance(value, Tensor)
-            }
-        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-        if given and all(_storage(value) in self._weights for value in given):
-            self._weights |= {
-                _storage(v) for v in tree_leaves(result) if isinstance(v, Tensor)
-            }
+            self._exact |= _storages(result[1:])
+        given = _storages((args, kwargs))
+        if given and given <= self._weights:
+            self._weights |= _storages(result)
         return result
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -262,6 +252,12 @@ class _Saving(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _storages(values: Any) -> set[StorageWeakRef]:
+    """Return the storages of the tensors among values; sparse ones have none."""
+    tensors = (v for v in tree_leaves(values) if isinstance(v, Tensor))
+    return {_storage(t) for t in tensors if t.layout is torch.strided}
 
 
 def _quantised(rows: Tensor, rounding: Rounding) -> _Rows:
