@@ -80,22 +80,3 @@ def test_the_servers_own_examples_find_who_stays_within_the_spread_of_honest_one
     came = run(scenario, ATTACKS["a little is enough"])
     assert came.found == 1
     assert came.honest_distrusted == 0
-
-
-@pytest.mark.slow
-def test_gradients_of_all_examples_at_once_are_those_of_one_after_the_other():
-    import numpy as np
-
-    from lola_flwr.model.example_gradients import example_gradients as one_by_one
-    from simulations.attacks.small import SmallTask, example_gradients, small_model
-
-    model, partition = small_model(0)
-    batch = SmallTask.split(2, alpha=None, seed=0).own_examples(4)
-    singles = [{n: t[k : k + 1] for n, t in batch.items()} for k in range(4)]
-    parameters = dict(model.named_parameters())
-    values = {n: 1.1 * parameters[n].detach().numpy() for n in partition.trainable}
-    expected = list(one_by_one(model, partition, singles)(values))
-    found = list(example_gradients(*small_model(0), batch)(values))
-    for one, other in zip(found, expected, strict=True):
-        for name in partition.trainable:
-            np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-6)

@@ -27,7 +27,13 @@ from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.of_model import zeroth_order_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.activations import IN_PART
-from lola_flwr.model.backprop import Batch, LossFunction, model_loss
+from lola_flwr.model.backprop import (
+    Batch,
+    BatchWeight,
+    LossFunction,
+    model_loss,
+    num_examples_of,
+)
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.example_gradients import example_gradients
 from lola_flwr.model.loading import load_values
@@ -213,8 +219,10 @@ def own_examples_of(
     model: Any,
     partition: BlockPartition,
     num_examples: int,
-    example: Callable[[int], Batch],
+    batch_of: Callable[[IntArray], Batch],
+    *,
     loss_function: LossFunction = model_loss,
+    batch_weight: BatchWeight = num_examples_of,
 ) -> ExampleGradients | None:
     """Return what gives the gradients of the server's own examples, if it has any.
 
@@ -226,10 +234,10 @@ def own_examples_of(
         The server's model; its values are overwritten at every call.
     num_examples
         Training examples; the server holds some of them.
-    example
-        Gives the example of a number, as a batch.
-    loss_function
-        As devices have it.
+    batch_of
+        Gives a batch of the training examples of some numbers.
+    loss_function, batch_weight
+        As devices have them.
     """
     if not config.own_examples:
         return None
@@ -237,8 +245,10 @@ def own_examples_of(
     return example_gradients(
         model,
         partition,
-        [example(int(number)) for number in drawn],
+        lambda chosen: batch_of(drawn[chosen]),
+        len(drawn),
         loss_function=loss_function,
+        batch_weight=batch_weight,
     )
 
 

@@ -18,17 +18,19 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
-from lola_flwr.arrays import Float32Array, Float32Arrays, Float64Array
+from lola_flwr.arrays import Float32Array, Float32Arrays, Float64Array, IntArray
 from lola_flwr.randomness import rng_for
 
 Sketch = npt.NDArray[np.int16]
+Shape = tuple[int, ...]
 
 # Values of a parameter that a sketch is of: rows of it, drawn once. Far fewer than a
 # layer has tell a direction, and each costs time in every round.
@@ -103,6 +105,42 @@ def projection(
         drawn = _drawn(key, name, gradients[name].shape)
         total += drawn.projected(drawn.rows_of(gradients[name]))
     return total
+
+
+def rows_looked_at(shapes: Mapping[str, Shape], key: int) -> dict[str, IntArray | None]:
+    """Return which rows of parameters' gradients are looked at; None: all.
+
+    Parameters
+    ----------
+    shapes
+        The parameters' shapes.
+    key
+        As for `sketch`.
+    """
+    return {name: _drawn(key, name, shape).rows for name, shape in shapes.items()}
+
+
+def projections(
+    rows: Float32Arrays, shapes: Mapping[str, Shape], names: Iterable[str], key: int
+) -> Float64Array:
+    """Return the projections of many gradients, by their rows that are looked at.
+
+    Parameters
+    ----------
+    rows
+        Of each of R gradients the values of these rows, one after the other: shape
+        [R, V] by parameter.
+    shapes
+        The parameters' shapes.
+    names, key
+        As for `sketch`.
+
+    Returns
+    -------
+    What `projection` is of each of them, shape [R, D].
+    """
+    found = [_drawn(key, n, shapes[n]).of_each(rows[n]) for n in names]
+    return np.asarray(np.sum(found, axis=0, dtype=np.float64))
 
 
 def agreements(
@@ -214,11 +252,19 @@ class _Drawn:
         sums = np.bincount(self.places, weights=signed, minlength=_SIZE)
         return np.asarray(sums, np.float64)
 
+    def of_each(self, values: Float32Array) -> Float32Array:
+        """Return the sums of several gradients, of which each is a row of values."""
+        count = len(self.places)
+        signs = np.where(self.signs, np.float32(1), np.float32(-1))
+        added = (signs, self.places.astype(np.int32), np.arange(count + 1))
+        return np.asarray(values @ csr_array(added, shape=(count, _SIZE)))
 
-@lru_cache(maxsize=256)
+
+# A model's parameters, all in each round.
+@lru_cache(maxsize=1024)
 def _drawn(key: int, name: str, shape: tuple[int, ...]) -> _Drawn:
     rng = rng_for(key, "sketch", name)
-    count, width = (shape[0], math.prod(shape[1:])) if shape[1:] else (1, sum(shape))
+    count, width = (shape[0] if shape[1:] else 1), math.prod(shape[1:] or shape)
     rows = None
     if count * width > _VALUES:
         count, of = max(_VALUES // width, 1), count

@@ -20,16 +20,17 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from lola_flwr.arrays import Float32Arrays, Float64Array
-from lola_flwr.server.directions import projection
+from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
+from lola_flwr.server.directions import projections, rows_looked_at
 
-# The gradients of the server's examples, one by one, at some trainable values.
-ExampleGradients = Callable[[Float32Arrays], Iterable[Float32Arrays]]
+Sketches = npt.NDArray[np.int16]
 
 # What part of the mean variance is added in all directions.
 _RIDGE = 0.1
@@ -37,27 +38,130 @@ _RIDGE = 0.1
 _ROUNDING = 1e-12
 # Examples are compared with each other in so many parts.
 _QUARTERS = 4
+# Every example is computed anew once in so many rounds.
+_ROUNDS = 4
+# Of a sketch.
+_LENGTH = 4000.0
 
 
-def projected_examples(
-    gradients: Iterable[Float32Arrays], parts: Mapping[int, Sequence[str]], key: int
-) -> dict[int, Float64Array]:
-    """Return projections of the examples' gradients, [R, D] by part of the model.
+class ExampleGradients(Protocol):
+    """Gradients of the server's examples, one by one, as far as they are looked at."""
+
+    @property
+    def count(self) -> int:
+        """How many examples there are."""
+        ...
+
+    def __call__(
+        self,
+        values: Float32Arrays,
+        chosen: IntArray,
+        rows: Mapping[str, IntArray | None],
+    ) -> Float32Arrays:
+        """Compute those of some examples.
+
+        Parameters
+        ----------
+        values
+            The trainable values at which they are meant.
+        chosen
+            Numbers of R examples, from 0.
+        rows
+            Which rows of each parameter's gradient; None: all.
+
+        Returns
+        -------
+        By parameter: of each example the V values of these rows, one after the other,
+        shape [R, V].
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Pulls:
+    """Where examples pull at a part of the model, each as it was computed last.
+
+    Whole numbers, so that a checkpoint holds just what a run goes on with.
 
     Parameters
     ----------
-    gradients
-        Gradient of each example; one at a time is kept.
+    sketches
+        Projections of R gradients, of about one length, shape [R, D].
+    lengths
+        Their lengths, [R].
+    """
+
+    sketches: Sketches
+    lengths: Float64Array
+
+    @classmethod
+    def of(cls, projected: Float64Array) -> Pulls:
+        """Take in projections, shape [R, D]."""
+        # What a model that has diverged says points nowhere.
+        is_number = np.isfinite(projected).all(axis=1, keepdims=True)
+        projected = np.where(is_number, projected, 0.0)
+        lengths = np.sqrt(np.vecdot(projected, projected))
+        scale = _LENGTH / np.where(lengths > 0, lengths, 1.0)
+        return cls(np.rint(projected * scale[:, None]).astype(np.int16), lengths)
+
+    def with_new(self, chosen: IntArray, projected: Float64Array) -> Pulls:
+        """Take in some anew: those of these numbers."""
+        new = Pulls.of(projected)
+        sketches, lengths = self.sketches.copy(), self.lengths.copy()
+        sketches[chosen], lengths[chosen] = new.sketches, new.lengths
+        return Pulls(sketches, lengths)
+
+    @property
+    def projections(self) -> Float64Array:
+        """The gradients' projections, shape [R, D]."""
+        return self.sketches * (self.lengths[:, None] / _LENGTH)
+
+
+def pulls_after(
+    known: Mapping[int, Pulls],
+    gradients: ExampleGradients,
+    values: Float32Arrays,
+    parts: Mapping[int, Sequence[str]],
+    *,
+    server_round: int,
+    key: int,
+) -> dict[int, Pulls]:
+    """Return where examples pull, of which a part is computed anew in each round.
+
+    A model moves little in a few rounds: where a quarter of 64 examples is of this
+    round, and the others are of the three before, their mean tells four fifths of what
+    it tells if all are of this one, at a quarter of what that costs.
+
+    Parameters
+    ----------
+    known
+        As it was after the round before, by part of the model.
+    gradients, values
+        The examples' gradients, at this round's values.
     parts
-        Names of the parameters of each part.
+        Names of the parameters of each part of the model.
+    server_round
+        The round.
     key
         As in `lola_flwr.server.directions.sketch`.
     """
-    of_part: dict[int, list[Float64Array]] = {part: [] for part in parts}
-    for gradient in gradients:
-        for part, names in parts.items():
-            of_part[part].append(projection(gradient, names, key))
-    return {part: np.stack(rows) for part, rows in of_part.items() if rows}
+    every = np.arange(gradients.count)
+    chosen = np.array_split(every, _ROUNDS)[server_round % _ROUNDS]
+    is_known = known.keys() == parts.keys() and all(
+        len(pulls.lengths) == len(every) for pulls in known.values()
+    )
+    if not is_known:
+        chosen = every
+    if not len(chosen):
+        return dict(known)
+    shapes = {name: values[name].shape for names in parts.values() for name in names}
+    found = gradients(values, chosen, rows_looked_at(shapes, key))
+    projected = {
+        part: projections(found, shapes, names, key) for part, names in parts.items()
+    }
+    if not is_known:
+        return {part: Pulls.of(new) for part, new in projected.items()}
+    return {part: known[part].with_new(chosen, new) for part, new in projected.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,7 @@ import xxhash
 
 from lola_flwr.server.directions import Direction, agreements
 from lola_flwr.server.likelihoods import FEW_AGREEMENTS, FEWEST, Agreements, Honest
+from lola_flwr.server.own_examples import Pulls
 
 # The model's part that is no block, by the number that stands for it.
 HEAD = -1
@@ -128,6 +129,8 @@ class Reputation:
         of the evidence yet.
     own
         How far the server's own examples agreed with each other.
+    pulls
+        Where these pull at each part of the model.
     """
 
     key: int = 0
@@ -135,6 +138,7 @@ class Reputation:
     digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lately: Mapping[int, tuple[Direction, ...]] = field(default_factory=dict)
     own: Evidence = field(default_factory=Evidence)
+    pulls: Mapping[int, Pulls] = field(default_factory=dict)
 
     def weight(self, device: str) -> float:
         """Return what an update of a device counts, 0 to 1; 0: it is not used."""

@@ -33,6 +33,7 @@ from lola_flwr.device.encoding import encode_update
 from lola_flwr.device.store import Residuals
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.example_gradients import example_gradients
 from lola_flwr.model.loading import load_values
 from lola_flwr.randomness import rng_for
 from lola_flwr.run.records import RoundRecord
@@ -44,7 +45,7 @@ from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.packing import GRADIENTS, unpack
 from lola_flwr.wire.records import Assignment
 from simulations.attacks.attack import HONEST, Attack, Gang, Turn, npy
-from simulations.attacks.small import LENGTH, SmallTask, example_gradients, small_model
+from simulations.attacks.small import LENGTH, SmallTask, small_model
 
 # The model is evaluated so often, every so many rounds, the last time after the last.
 _EVALUATIONS, _EVERY = 5, 5
@@ -269,7 +270,11 @@ def _coordinator(
     own_examples = None
     if scenario.own_examples:
         examples = task.own_examples(scenario.own_examples)
-        own_examples = example_gradients(*small_model(scenario.seed), examples)
+        own_examples = example_gradients(
+            *small_model(scenario.seed),
+            lambda chosen: {name: values[chosen] for name, values in examples.items()},
+            scenario.own_examples,
+        )
     model, partition = trained
     return coordinator_for(
         model,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import nn
 
-from lola_flwr.arrays import Float32Arrays, Float64Array
+from lola_flwr.arrays import Float64Array
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
@@ -96,33 +94,6 @@ def small_model(
     )
     model = transformers.RobertaForSequenceClassification(config)
     return model, model_partition(model)
-
-
-def example_gradients(
-    model: transformers.PreTrainedModel, partition: BlockPartition, examples: Batch
-) -> Callable[[Float32Arrays], Iterator[Float32Arrays]]:
-    """Return what `lola_flwr.model.example_gradients` does, computed all at once."""
-    model.eval()
-    # The other attention has no rule for many examples' gradients.
-    model.set_attn_implementation("eager")
-    names = partition.trainable
-    frozen = {n: p.detach() for n, p in model.named_parameters() if n not in names}
-    frozen |= dict(model.named_buffers())
-
-    def loss(values: dict[str, Tensor], input_ids: Tensor, labels: Tensor) -> Tensor:
-        inputs = {"input_ids": input_ids[None], "labels": labels[None]}
-        found: Tensor = functional_call(model, {**frozen, **values}, kwargs=inputs).loss
-        return found
-
-    each = vmap(grad(loss), in_dims=(None, 0, 0))
-
-    def gradients(values: Float32Arrays) -> Iterator[Float32Arrays]:
-        copied = {name: torch.from_numpy(values[name].copy()) for name in names}
-        found = each(copied, examples["input_ids"], examples["labels"])
-        for example in range(len(examples["labels"])):
-            yield {name: found[name][example].numpy() for name in names}
-
-    return gradients
 
 
 def with_trigger(batch: Batch) -> Batch:

@@ -237,21 +237,25 @@ def test_the_servers_own_examples_are_some_of_the_training_examples(tiny):
     model, partition = tiny
     seen = []
 
-    def example(number):
-        seen.append(number)
-        ids = torch.tensor([[5, 6, 7 + number]])
-        return {"input_ids": ids, "labels": torch.tensor([number % 2])}
+    def batch_of(numbers):
+        seen.append([*numbers])
+        ids = torch.tensor([[5, 6, 7 + number] for number in numbers])
+        return {"input_ids": ids, "labels": torch.tensor(numbers) % 2}
 
-    assert own_examples_of(config(), model, partition, 50, example) is None
-    chosen = config(own_examples=3)
-    gradients = own_examples_of(chosen, model, partition, 50, example)
-    assert len(seen) == len(set(seen)) == 3
-    assert set(seen) < set(range(50))
+    assert own_examples_of(config(own_examples=0), *tiny, 50, batch_of) is None
+    gradients = own_examples_of(config(own_examples=6), *tiny, 50, batch_of)
+    assert not seen
     parameters = dict(model.named_parameters())
     values = {n: parameters[n].detach().numpy().copy() for n in partition.trainable}
-    found = list(gradients(values))
-    assert len(found) == len(seen)
-    assert {*found[0]} == {*partition.trainable}
+    assert gradients.count == 6
+    found = gradients(values, np.arange(6), dict.fromkeys(values))
+    assert {*found} == {*partition.trainable}
+    assert {len(rows) for rows in found.values()} == {6}
+    (drawn,) = (numbers for numbers in seen if len(numbers) == 6)
+    assert len({*drawn}) == 6
+    assert {*drawn} < {*range(50)}
+    few = own_examples_of(config(own_examples=64), *tiny, 50, batch_of)
+    assert few.count == 50
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from lola_flwr.build import DeviceOptions, RoundSettings, Transfer
 from lola_flwr.errors import UserError
+from lola_flwr.run.values import from_values, to_values
+from lola_flwr.server.directions import projection
 from lola_flwr.server.own_examples import (
     ExampleMean,
     agreements_among,
-    projected_examples,
+    pulls_after,
 )
+from lola_flwr.server.reputation import Reputation
 from lola_flwr.wire.low_rank import LowRankProjection
 
 
@@ -75,26 +80,131 @@ def test_examples_are_compared_with_those_of_the_other_quarters(rng, count):
         assert cosine == pytest.approx(expected, abs=1e-12)
 
 
-def test_projections_of_sums_are_sums_of_projections(rng):
-    shapes = {"a": (300, 200), "b": (7,), "c": (), "d": (3, 2, 5)}
-    gradients = [
-        {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-        for _ in range(3)
-    ]
-    total = {n: np.asarray(sum(g[n] for g in gradients)) for n in shapes}
-    parts = {0: ("a", "b"), -1: ("c", "d")}
-    one = projected_examples(gradients, parts, 7)
-    of_sum = projected_examples([total], parts, 7)
-    assert {part: rows.shape[0] for part, rows in one.items()} == {0: 3, -1: 3}
-    for part in parts:
-        assert one[part].sum(axis=0) == pytest.approx(of_sum[part][0], abs=1e-3)
-        assert np.any(one[part][0])
-    assert not np.allclose(one[0], projected_examples(gradients, parts, 8)[0])
+SHAPES = {"a": (300, 200), "b": (7,), "c": (), "d": (3, 2, 5), "long": (20_000,)}
+PARTS = {0: ("a", "b"), -1: ("c", "d", "long")}
+
+
+class Examples:
+    """Gradients that grow with what is trained; it counts how often each is asked."""
+
+    def __init__(self, rng, count=8):
+        self.count = count
+        self.asked = []
+        self.drawn = [
+            {n: rng.standard_normal(s).astype("f4") for n, s in SHAPES.items()}
+            for _ in range(count)
+        ]
+
+    def gradient(self, number, values):
+        return {n: g * values["b"][0] for n, g in self.drawn[number].items()}
+
+    def __call__(self, values, chosen, rows):
+        self.asked.append([*chosen])
+        every = [self.gradient(number, values) for number in chosen]
+
+        def looked_at(gradient, wanted):
+            whole = wanted is None or gradient.ndim < 2
+            return (gradient if whole else gradient[wanted]).reshape(-1)
+
+        return {
+            name: np.stack([looked_at(one[name], wanted) for one in every])
+            for name, wanted in rows.items()
+        }
+
+
+def values_of(factor):
+    return {n: np.full(shape, factor, np.float32) for n, shape in SHAPES.items()}
+
+
+def after(known, examples, server_round, factor=1.0, key=7):
+    return pulls_after(
+        known,
+        examples,
+        values_of(factor),
+        PARTS,
+        server_round=server_round,
+        key=key,
+    )
+
+
+def test_they_are_the_projections_of_the_gradients_that_devices_would_send(rng):
+    examples = Examples(rng)
+    pulls = after({}, examples, 1)
+    assert pulls.keys() == PARTS.keys()
+    for part, names in PARTS.items():
+        found = pulls[part].projections
+        for number, row in enumerate(found):
+            gradient = examples.gradient(number, values_of(1.0))
+            expected = projection(gradient, names, 7)
+            # But for the rounding to whole numbers.
+            assert np.abs(row - expected).max() < 2e-4 * np.linalg.norm(expected)
+        other = after({}, examples, 1, key=8)[part].projections
+        assert not np.allclose(found, other, rtol=0.1)
+
+
+def test_a_quarter_is_computed_anew_in_each_round_and_the_others_are_kept(rng):
+    examples = Examples(rng)
+    pulls = after({}, examples, 5)
+    (everyone,) = examples.asked
+    assert everyone == [*range(8)]
+    before = pulls
+    for server_round in range(6, 11):
+        pulls = after(pulls, examples, server_round, factor=float(server_round))
+        chosen = examples.asked[-1]
+        assert len(chosen) == 2
+        kept = [number for number in everyone if number not in chosen]
+        for part in PARTS:
+            was, now = before[part].projections, pulls[part].projections
+            np.testing.assert_array_equal(now[kept], was[kept])
+            apart = np.abs(now[chosen] - was[chosen])
+            assert (apart > 0.05 * np.abs(was[chosen])).any(axis=1).all()
+        before = pulls
+    lately = [number for asked in examples.asked[-4:] for number in asked]
+    assert sorted(lately) == everyone
+    # With other examples, or parts, nothing that was kept is theirs.
+    after(pulls, Examples(rng, 9), 11)
+    assert pulls[0].lengths.shape == (8,)
+    again = Examples(rng)
+    after({0: pulls[0]}, again, 11)
+    assert again.asked == [everyone]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_examples_are_computed_in_some_rounds_only(rng, count):
+    examples = Examples(rng, count)
+    pulls = after({}, examples, 1)
+    for server_round in range(2, 6):
+        pulls = after(pulls, examples, server_round)
+    assert [len(asked) for asked in examples.asked] == [count, *[1] * count]
+
+
+def test_a_checkpoint_has_them_as_they_are(rng):
+    examples = Examples(rng)
+    known = Reputation(key=7, pulls=after({}, examples, 1))
+    text = json.dumps(to_values(known))
+    restored = from_values(Reputation, json.loads(text))
+    for part, pulls in known.pulls.items():
+        again = restored.pulls[part]
+        np.testing.assert_array_equal(again.sketches, pulls.sketches)
+        np.testing.assert_array_equal(again.lengths, pulls.lengths)
+        assert again.sketches.dtype == np.int16
+    follows = [after(r.pulls, examples, 2, 3.0) for r in (known, restored)]
+    for part in PARTS:
+        one, other = (found[part].projections for found in follows)
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_no_number_points_nowhere(rng):
+    examples = Examples(rng)
+    pulls = after({}, examples, 1, factor=float("nan"))
+    for part in PARTS:
+        assert not pulls[part].projections.any()
+        assert ExampleMean.of(pulls[part].projections) is None
 
 
 def test_examples_that_nobody_is_judged_by_are_refused():
-    def none(values):
-        return []
+    def none(values, chosen, rows):
+        return {}
 
     with pytest.raises(UserError, match="reputation=False judges nobody"):
         DeviceOptions(own_examples=none, reputation=False)

@@ -15,7 +15,7 @@ from lola_flwr.server.own_examples import ExampleGradients
 from lola_flwr.server.received import UpdateRefused
 from lola_flwr.server.replies import DeviceReply, UpdateReader, Upload
 from lola_flwr.server.reputation import Reputation
-from lola_flwr.server.round.judging import judged
+from lola_flwr.server.round.judging import OwnExamples, judged
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.round.waits import unexplained_waits
 from lola_flwr.wire.records import OUT_OF_MEMORY, UpdateReport
@@ -175,7 +175,7 @@ def read_replies(
         norms,
         limits,
         reputation,
-        None if own_examples is None else lambda: own_examples(sent),
+        None if own_examples is None else OwnExamples(own_examples, sent),
     )
     for device, why in judgement.refused.items():
         refused[why.reason] += 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from statistics import median_low
 
 import numpy as np
@@ -16,9 +16,10 @@ from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.directions import Direction, projection, sketch
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.own_examples import (
+    ExampleGradients,
     ExampleMean,
     agreements_among,
-    projected_examples,
+    pulls_after,
 )
 from lola_flwr.server.received import UpdateRefused
 from lola_flwr.server.reputation import HEAD, Reputation
@@ -26,6 +27,36 @@ from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.wire.records import Assignment
 
 _DISTRUSTED = "distrusted"
+
+
+@dataclass(frozen=True, eq=False)
+class OwnExamples:
+    """Examples of the server's.
+
+    Parameters
+    ----------
+    gradients
+        Gives their gradients.
+    values
+        The trainable values that devices were sent.
+    """
+
+    gradients: ExampleGradients
+    values: Float32Arrays
+
+    def pulling(
+        self, reputation: Reputation, partition: BlockPartition, server_round: int
+    ) -> Reputation:
+        """Take in where they pull in a round, at every part of the model."""
+        pulls = pulls_after(
+            reputation.pulls,
+            self.gradients,
+            self.values,
+            {HEAD: partition.head, **dict(enumerate(partition.blocks))},
+            server_round=server_round,
+            key=reputation.key,
+        )
+        return replace(reputation, pulls=pulls)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +93,7 @@ def judged(
     norms: NormHistory,
     limits: NormLimits,
     reputation: Reputation | None,
-    own_gradients: Callable[[], Iterable[Float32Arrays]] | None = None,
+    own: OwnExamples | None = None,
 ) -> Judgement:
     """Judge a round's updates.
 
@@ -80,8 +111,8 @@ def judged(
         How large updates may be.
     reputation
         How far devices are trusted; None: only their updates' norms are judged.
-    own_gradients
-        Gives the gradients of the server's own examples.
+    own
+        The server's own examples, if it has any.
     """
     asked = {device: plan.assignments[device] for device in updates}
     names = {device: plan.profiles[device].name for device in updates}
@@ -105,9 +136,9 @@ def judged(
     if reputation is not None and updates:
         digests = {device: _digest(update) for device, update in updates.items()}
         reputation = reputation.keyed(digests.values())
-        shown = _Shown({}, ())
-        if own_gradients is not None:
-            shown = _shown(partition, asked, updates, own_gradients(), reputation.key)
+        if own is not None:
+            reputation = own.pulling(reputation, partition, plan.server_round)
+        shown = _shown(partition, asked, updates, reputation)
         reputation = reputation.after_shown(
             {names[d]: agreed for d, agreed in shown.of_device.items()}, shown.among
         )
@@ -197,21 +228,24 @@ def _shown(
     partition: BlockPartition,
     asked: Mapping[str, Assignment],
     updates: Mapping[str, BlockUpdate],
-    own: Iterable[Float32Arrays],
-    key: int,
+    reputation: Reputation,
 ) -> _Shown:
     """Compare updates with the server's examples, part by part."""
     parts_of = {d: _parts(partition, assignment) for d, assignment in asked.items()}
-    every = {
-        part: names for parts in parts_of.values() for part, names in parts.items()
+    every = {part for parts in parts_of.values() for part in parts}
+    examples = {
+        part: pulls.projections
+        for part, pulls in reputation.pulls.items()
+        if part in every
     }
-    examples = projected_examples(own, every, key)
     means = {part: ExampleMean.of(rows) for part, rows in examples.items()}
     of_device = {
         device: {
-            part: mean.agreement(projection(updates[device].gradients, names, key))
+            part: mean.agreement(
+                projection(updates[device].gradients, names, reputation.key)
+            )
             for part, names in parts.items()
-            if (mean := means[part]) is not None
+            if (mean := means.get(part)) is not None
         }
         for device, parts in parts_of.items()
     }

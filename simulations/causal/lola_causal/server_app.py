@@ -15,7 +15,14 @@ from lola_causal.config import CausalConfig, D2ftConfig
 from lola_causal.device import split
 from lola_causal.model import causal_costs, causal_loss, load_base, load_model
 from lola_causal.records import load_records
-from lola_causal.sequences import IGNORED, Tokens, batches_of, encode, padded
+from lola_causal.sequences import (
+    IGNORED,
+    Tokens,
+    batches_of,
+    encode,
+    num_learned,
+    padded,
+)
 from lola_flwr.app.config import LolaDeftConfig, UpdatesConfig
 from lola_flwr.app.d2ft import make_trainer
 from lola_flwr.app.methods import make_coordinator, own_examples_of, response_of
@@ -55,8 +62,8 @@ def fine_tune(grid: Grid, context: Context) -> None:
     def metrics_on(some: Sequence[Tokens]) -> dict[str, float]:
         return evaluate_model(model, tokenizer, some, batch_size)
 
-    def row_of_one(index: int) -> Batch:
-        return padded([sequences[index]], tokenizer.pad_token_id)
+    def batch_of(drawn: IntArray) -> Batch:
+        return padded([sequences[index] for index in drawn], tokenizer.pad_token_id)
 
     def mean_loss(drawn: IntArray) -> float:
         return metrics_on([sequences[index] for index in drawn])["loss"]
@@ -74,7 +81,13 @@ def fine_tune(grid: Grid, context: Context) -> None:
             example_weight=config.max_length,
             response=response,
             own_examples=own_examples_of(
-                config, model, partition, len(sequences), row_of_one, causal_loss
+                config,
+                model,
+                partition,
+                len(sequences),
+                batch_of,
+                loss_function=causal_loss,
+                batch_weight=num_learned,
             ),
         )
     elif isinstance(config, D2ftConfig):

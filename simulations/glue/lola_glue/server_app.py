@@ -49,8 +49,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
     def metrics_on(examples: Examples) -> dict[str, float]:
         return evaluate_model(model, tokenizer, task, examples, config.max_length)
 
-    def batch_of_one(index: int) -> Batch:
-        drawn = np.array([index])
+    def batch_of(drawn: IntArray) -> Batch:
         return make_batch(
             train_examples, drawn, tokenizer, max_length=config.max_length
         )
@@ -72,7 +71,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
             costs=model_costs(config, model),
             response=response,
             own_examples=own_examples_of(
-                config, model, partition, len(train_examples), batch_of_one
+                config, model, partition, len(train_examples), batch_of
             ),
         )
     elif isinstance(config, D2ftConfig):
