@@ -111,6 +111,13 @@ def coordinator_for(
         find_subnetworks(model, partition, num_groups=1)
     values = _trainable_values(model, partition)
     low_rank = settings.transfer.low_rank
+    devices = settings.devices
+    if devices.reputation and devices.own_examples is None and low_rank is None:
+        _logger.info(
+            "devices are judged by each other's gradients alone; examples of the "
+            "server's own tell hostile ones sooner: DeviceOptions(own_examples="
+            "example_gradients(...)), of lola_flwr.model.example_gradients"
+        )
     served = ServedModel(
         partition,
         ServerOptimizer(values, **step.arguments())

@@ -16,10 +16,10 @@ from lola_flwr.allocation import (
     UNIFORM_POWER_ALLOCATORS,
     find_allocator,
 )
-from lola_flwr.app.batch_size import BatchSize
 from lola_flwr.app.channel_keys import ChannelKeys
 from lola_flwr.app.interface import Interface, interface_of
 from lola_flwr.app.link_rates import LinkRates
+from lola_flwr.app.number_or_auto import BatchSize, OwnExamples
 from lola_flwr.model.bases import Base
 from lola_flwr.planning import BATCH_SIZES
 from lola_flwr.run.config import RunConfig, keyword_arguments
@@ -262,7 +262,7 @@ class UpdatesConfig(ChannelKeys, AppConfig):
     activations: Literal["exact", "int8"] = "exact"
     norm_factor: float = Field(3.0, ge=0)
     influence_factor: float = Field(2.0, ge=0, allow_inf_nan=False)
-    own_examples: int = Field(0, ge=0)
+    own_examples: OwnExamples = "auto"
     reputation: bool = True
     block_mean: Literal[BLOCK_MEANS] = "mean"  # type: ignore[valid-type]
     longest_round_s: float = Field(3600.0, gt=0)

@@ -48,6 +48,9 @@ from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.zeroth_order.forward_costs import forward_mode_costs
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 
+# That tell enough; a quarter of them tell less than half as much.
+_OWN_EXAMPLES = 64
+
 
 def make_coordinator(
     config: UpdatesConfig,
@@ -214,6 +217,14 @@ def response_of(
     return response
 
 
+def num_own_examples(config: UpdatesConfig) -> int:
+    """Return by how many examples the server judges devices, where it can by any."""
+    if not isinstance(config.own_examples, str):
+        return config.own_examples
+    # Projected gradients are not compared with those of examples.
+    return _OWN_EXAMPLES if config.reputation and not config.low_rank else 0
+
+
 def own_examples_of(
     config: UpdatesConfig,
     model: Any,
@@ -239,9 +250,10 @@ def own_examples_of(
     loss_function, batch_weight
         As devices have them.
     """
-    if not config.own_examples:
+    count = num_own_examples(config)
+    if not count:
         return None
-    drawn = _drawn(config.seed, "own examples", config.own_examples, num_examples)
+    drawn = _drawn(config.seed, "own examples", count, num_examples)
     return example_gradients(
         model,
         partition,

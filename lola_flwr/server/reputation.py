@@ -149,6 +149,23 @@ class Reputation:
         """Return the odds that a device is honest, or 1 where they are better."""
         return min(_ODDS * math.exp(self.log_likelihood(device)), 1.0)
 
+    def worth(self, agreed: Mapping[int, float]) -> float:
+        """Return what an update counts at most, whoever sent it, 0.1 to 1.
+
+        An update that was turned round does as much harm as an honest one does good: it
+        is worth something if it is honest more probably than not.
+
+        Parameters
+        ----------
+        agreed
+            How far the server's own examples agree with it, by part of the model.
+        """
+        evidence = Evidence()
+        for part, cosine in agreed.items():
+            evidence = evidence.was_shown(part, cosine)
+        told = _by_directions(evidence, self._honest)
+        return max(_LEAST, min(_ODDS * math.exp(told) - 1.0, 1.0))
+
     def _earned(self, device: str) -> float:
         """Return what a device counts for having been compared, 0 to 1.
 

@@ -9,6 +9,7 @@ import torch
 from lola_flwr.app.d2ft import schedules_of
 from lola_flwr.app.methods import (
     low_rank_of,
+    num_own_examples,
     own_examples_of,
     response_of,
     selection_of,
@@ -254,8 +255,33 @@ def test_the_servers_own_examples_are_some_of_the_training_examples(tiny):
     (drawn,) = (numbers for numbers in seen if len(numbers) == 6)
     assert len({*drawn}) == 6
     assert {*drawn} < {*range(50)}
-    few = own_examples_of(config(own_examples=64), *tiny, 50, batch_of)
+    few = own_examples_of(config(), *tiny, 50, batch_of)
     assert few.count == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({}, 64),
+        ({"method": "fedavg-full"}, 64),
+        ({"own_examples": 0}, 0),
+        ({"own_examples": 9, "low_rank": "rank=4"}, 9),
+        ({"low_rank": "rank=4"}, 0),
+        ({"reputation": False}, 0),
+        ({"zeroth_order": "always"}, 64),
+    ],
+)
+def test_by_default_the_server_has_examples_where_gradients_can_be_compared(
+    changes, count
+):
+    assert num_own_examples(config(**changes)) == count
+
+
+def test_the_number_of_own_examples_is_one_or_auto():
+    assert config(own_examples="auto") == config()
+    for wrong in (-1, "many", 0.5):
+        with pytest.raises(UserError, match='at least 0, or "auto"'):
+            config(own_examples=wrong)
 
 
 @pytest.mark.parametrize(

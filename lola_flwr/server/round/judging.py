@@ -152,7 +152,7 @@ def judged(
                 refused[device] = UpdateRefused(
                     _DISTRUSTED, "the device's updates are not as those of others"
                 )
-            scale[device] *= weight
+            scale[device] *= weight * reputation.worth(shown.of_device.get(device, {}))
         reputation = reputation.after_digests(
             (names[d], digests[d]) for d in updates
         ).after_lengths(_lengths({names[d]: norm_of[d] / usual[d] for d in updates}))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
+from lola_flwr.run.values import to_values
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.reputation import Reputation
+from lola_flwr.system.devices import simulated_device
 from tests.server.test_coordinator import (
     PARTITION,
+    SHAPES,
     honest_reply,
     make_coordinator,
     npy,
@@ -154,3 +159,92 @@ def test_where_weights_are_returned_nobody_is_judged():
     plan = coordinator.plan_round(1, IDS)
     coordinator.complete_round(plan, [drawn(plan, d, 3) for d in plan.assignments])
     assert coordinator.state.reputation.key == 0
+
+
+class OwnExamples:
+    """Eight examples of the server's that pull about where it says."""
+
+    count = 8
+
+    def __call__(self, values, chosen, rows):
+        found = {}
+        for number in chosen:
+            rng = np.random.default_rng(
+                [int(number), int(1e3 * values["head.w"].sum())]
+            )
+            for name, shape in sorted(SHAPES.items()):
+                if name in rows:
+                    pull = signal(name) + 0.5 * rng.standard_normal(shape)
+                    found.setdefault(name, []).append(pull.reshape(-1).astype("f4"))
+        return {name: np.stack(each) for name, each in found.items()}
+
+
+def signal(name):
+    return np.random.default_rng([*name.encode()]).standard_normal(SHAPES[name])
+
+
+def pulling(plan, hostile):
+    """Honest updates but for a device's, which turns its block's round."""
+    replies = []
+    for device, assignment in plan.assignments.items():
+        values = []
+        for name in sorted(PARTITION.update_names(*assignment.blocks)):
+            rng = np.random.default_rng([plan.server_round, *device.encode()])
+            pull = signal(name) + 0.5 * rng.standard_normal(SHAPES[name])
+            turned = device == hostile and name not in PARTITION.head
+            values.append((-pull if turned else pull).reshape(-1))
+        sent = npy(np.concatenate(values).astype("f4"))
+        replies.append(honest_reply(plan, device, tensors=[sent]))
+    return replies
+
+
+def test_an_update_that_the_servers_examples_speak_against_hardly_counts():
+    def moved_with(hostile, own_examples):
+        coordinator = make_coordinator(reputation=True, own_examples=own_examples)
+        plan, record, moved = one_round(
+            coordinator, 1, lambda plan: pulling(plan, hostile)
+        )
+        assert not record.refused
+        return coordinator, plan, moved
+
+    examples = OwnExamples()
+    coordinator, plan, honest = moved_with(None, examples)
+    device = next(iter(plan.assignments))
+    (block,) = plan.assignments[device].blocks
+    _, _, alone = moved_with(device, None)
+    _, _, judged = moved_with(device, examples)
+    for name in PARTITION.blocks[block]:
+        np.testing.assert_allclose(alone[name], -honest[name], rtol=1e-5)
+        # A tenth of it, and that times what its device counts after it.
+        ratio = judged[name] / alone[name]
+        assert ratio == pytest.approx(ratio.flat[0], rel=1e-3)
+        assert 0 < ratio.flat[0] <= 0.1
+    others = {n for b in range(3) if b != block for n in PARTITION.blocks[b]}
+    for name in others:
+        np.testing.assert_allclose(judged[name], honest[name], rtol=1e-5)
+    known = coordinator.state.reputation
+    assert {part: len(p.lengths) for part, p in known.pulls.items()} == dict.fromkeys(
+        (-1, 0, 1, 2), 8
+    )
+
+
+def test_with_the_servers_examples_a_run_goes_on_bit_for_bit():
+    def made():
+        return make_coordinator(reputation=True, own_examples=OwnExamples())
+
+    whole, first = made(), made()
+    for server_round in range(1, 7):
+        _, expected, _ = one_round(whole, server_round, lambda p: pulling(p, "id-1"))
+        if server_round in (2, 3, 5):
+            snapshot = first.snapshot()
+            values = json.loads(json.dumps(snapshot.values))
+            first = made()
+            first.restore(replace(snapshot, values=values))
+            for index in range(4):
+                profile = simulated_device(index, seed=1)
+                first.add_device(f"id-{index}", profile.to_properties())
+        _, record, _ = one_round(first, server_round, lambda p: pulling(p, "id-1"))
+        assert record.blocks == expected.blocks
+    for name, values in whole.values().items():
+        np.testing.assert_array_equal(first.values()[name], values)
+    assert to_values(first.state.reputation) == to_values(whole.state.reputation)
