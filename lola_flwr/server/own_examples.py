@@ -20,6 +20,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,8 +35,6 @@ Sketches = npt.NDArray[np.int16]
 
 # What part of the mean variance is added in all directions.
 _RIDGE = 0.1
-# What rounding leaves of directions in which examples do not differ.
-_ROUNDING = 1e-12
 # Examples are compared with each other in so many parts.
 _QUARTERS = 4
 # Every example is computed anew once in so many rounds.
@@ -168,19 +167,27 @@ def pulls_after(
 class ExampleMean:
     """Where examples of the server's point, all together.
 
+    By products of the examples, which are fewer than the numbers of each: but for the
+    factor l, (C + l)^-1 is 1 - A'(AA' + l)^-1 A, where A are their deviations from the
+    mean [1]_.
+
     Parameters
     ----------
-    ways
-        Directions in which they differ from their mean, orthonormal, shape [R, D].
-    damped
-        By what part, less one, a vector's length along each of these counts, [R].
     mean
-        Their mean, evened, shape [D].
+        Their mean, shape [D].
+    apart
+        By what each deviates from it, shape [R, D].
+    inverse
+        Of these deviations' products with each other, l added; shape [R, R].
+
+    References
+    ----------
+    .. [1] Woodbury, "Inverting Modified Matrices", Princeton 1950.
     """
 
-    ways: Float64Array
-    damped: Float64Array
     mean: Float64Array
+    apart: Float64Array
+    inverse: Float64Array
 
     @classmethod
     def of(cls, examples: Float64Array) -> ExampleMean | None:
@@ -193,30 +200,21 @@ class ExampleMean:
         """
         mean = examples.mean(axis=0)
         apart = examples - mean
-        # By products of the examples, which are fewer than the numbers of each.
-        squares, sums = np.linalg.eigh(apart @ apart.T)
-        squares = np.maximum(squares, 0.0)
-        added = _RIDGE * squares.sum() / min(apart.shape)
+        products = apart @ apart.T
+        added = _RIDGE * float(products.trace()) / min(apart.shape)
         if not added:
             return None
-        known = squares > _ROUNDING * squares.max()
-        squares = squares[known]
-        ways = (sums[:, known] / np.sqrt(squares)).T @ apart
-        # The square root of the inverse, but for a factor: 1 where they do not vary.
-        damped = np.sqrt(added / (squares + added)) - 1.0
-        return cls(ways, damped, _evened(mean, ways, damped))
+        return cls(mean, apart, np.linalg.inv(products + added * np.eye(len(apart))))
 
     def agreement(self, update: Float64Array) -> float:
         """Return how far an update's projection agrees, from -1 to 1."""
-        one = _evened(update, self.ways, self.damped)
-        length = float(np.sqrt((one @ one) * (self.mean @ self.mean)))
-        return float(one @ self.mean) / length if length else 0.0
+        own, other = self._evened(update), self._evened(self.mean)
+        length = math.sqrt(max(float(own @ update) * float(other @ self.mean), 0.0))
+        return float(own @ self.mean) / length if length else 0.0
 
-
-def _evened(
-    vector: Float64Array, ways: Float64Array, damped: Float64Array
-) -> Float64Array:
-    return np.asarray(vector + (damped * (ways @ vector)) @ ways)
+    def _evened(self, vector: Float64Array) -> Float64Array:
+        """Return (C + l)^-1 times a vector, but for the factor l."""
+        return vector - (self.inverse @ (self.apart @ vector)) @ self.apart
 
 
 def agreements_among(examples: Float64Array) -> list[float]:
