@@ -217,17 +217,26 @@ class ExampleMean:
         return vector - (self.inverse @ (self.apart @ vector)) @ self.apart
 
 
-def agreements_among(examples: Float64Array) -> list[float]:
-    """Return how far each quarter of the examples agrees with the others.
+def agreements_among(examples: Float64Array, batch_size: int) -> list[float]:
+    """Return how far some of the examples agree with the others, as a device might.
+
+    Four times as many as a mini-batch has, a quarter of all at most: where mini-batches
+    are small, honest devices agree less.
 
     Parameters
     ----------
     examples
         Projections of the examples' gradients, shape [R, D].
+    batch_size
+        Examples of a device's mini-batch.
     """
     found = []
-    for first in range(_QUARTERS):
-        one = np.arange(len(examples)) % _QUARTERS == first
-        if one.any() and (others := ExampleMean.of(examples[~one])) is not None:
-            found.append(others.agreement(examples[one].mean(axis=0)))
+    numbers = np.arange(len(examples))
+    for first in range(min(_QUARTERS, len(examples))):
+        quarter = numbers[first::_QUARTERS]
+        # Of those that were computed in different rounds.
+        some = quarter[:: max(len(quarter) // batch_size, 1)][:batch_size]
+        others = ExampleMean.of(np.delete(examples, some, axis=0))
+        if others is not None:
+            found.append(others.agreement(examples[some].mean(axis=0)))
     return found

@@ -92,7 +92,7 @@ def main() -> None:
 def _made_use_of(pulls: Mapping[int, Pulls]) -> None:
     for one in pulls.values():
         ExampleMean.of(one.projections)
-        agreements_among(one.projections)
+        agreements_among(one.projections, 32)
 
 
 def _cpu_s(way: Callable[[], None]) -> float:

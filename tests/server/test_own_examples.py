@@ -64,20 +64,33 @@ def test_nothing_is_told_by_examples_that_do_not_differ(rng):
     same = np.tile(rng.standard_normal(8), (4, 1))
     assert ExampleMean.of(same) is None
     assert ExampleMean.of(same[:1]) is None
-    assert agreements_among(same) == []
+    assert agreements_among(same, 8) == []
     assert agreement(np.zeros(8), rng.standard_normal((4, 8))) == 0
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 21])
 def test_examples_are_compared_with_those_of_the_other_quarters(rng, count):
     examples = rng.standard_normal((count, 30)) + 1
-    found = agreements_among(examples)
+    found = agreements_among(examples, 32)
     # A single other example differs from none.
     assert len(found) == (0 if count == 2 else min(count, 4))
     for quarter, cosine in enumerate(found):
         others = [row for n, row in enumerate(examples) if n % 4 != quarter]
         expected = agreement(examples[quarter::4].mean(axis=0), np.stack(others))
         assert cosine == pytest.approx(expected, abs=1e-12)
+
+
+def test_as_many_are_compared_with_the_others_as_a_mini_batch_has(rng):
+    examples = rng.standard_normal((64, 30)) + 0.3
+    found = agreements_among(examples, 2)
+    assert len(found) == 4
+    for quarter, cosine in enumerate(found):
+        # Sixteen are a quarter: one of its first half, one of its second.
+        some = [quarter, quarter + 32]
+        others = np.delete(examples, some, axis=0)
+        expected = agreement(examples[some].mean(axis=0), others)
+        assert cosine == pytest.approx(expected, abs=1e-12)
+    assert np.mean(found) < np.mean(agreements_among(examples, 16))
 
 
 SHAPES = {"a": (300, 200), "b": (7,), "c": (), "d": (3, 2, 5), "long": (20_000,)}

@@ -152,7 +152,8 @@ def judged(
                 refused[device] = UpdateRefused(
                     _DISTRUSTED, "the device's updates are not as those of others"
                 )
-            scale[device] *= weight * reputation.worth(shown.of_device.get(device, {}))
+            agreed = shown.of_device.get(device, {})
+            scale[device] *= weight * reputation.worth(names[device], agreed)
         reputation = reputation.after_digests(
             (names[d], digests[d]) for d in updates
         ).after_lengths(_lengths({names[d]: norm_of[d] / usual[d] for d in updates}))
@@ -249,10 +250,11 @@ def _shown(
         }
         for device, parts in parts_of.items()
     }
+    batch_size = min((one.batch_size for one in asked.values()), default=1)
     among = [
         (part, cosine)
         for part, rows in examples.items()
-        for cosine in agreements_among(rows)
+        for cosine in agreements_among(rows, batch_size)
     ]
     return _Shown(of_device, among)
 
