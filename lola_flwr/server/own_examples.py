@@ -128,8 +128,9 @@ def pulls_after(
     """Return where examples pull, of which a part is computed anew in each round.
 
     A model moves little in a few rounds: where a quarter of 64 examples is of this
-    round, and the others are of the three before, their mean tells four fifths of what
-    it tells if all are of this one, at a quarter of what that costs.
+    round, and the others are of the three before, how far an honest device agrees with
+    them is 0.87 times as far from nothing, in deviations, as where all are of this
+    round (`make attacks`), at a quarter of what that costs.
 
     Parameters
     ----------

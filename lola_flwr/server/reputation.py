@@ -19,7 +19,6 @@ With examples of the server's own (`lola_flwr.server.own_examples`) it is the sa
 that t is m / 2, that one agreement tells something already, and that the server counts
 as four devices, by how far its examples agree with each other: so m is known in the
 first round, whoever is asked in it. What other devices send then tells nothing more.
-And no update counts for more than what it says by itself (`Reputation.worth`).
 
 Updates are compared without the directions of greatest variation, in which devices'
 classes differ; where that tells nothing, as it does where noise is so small that these
@@ -149,31 +148,6 @@ class Reputation:
     def trust(self, device: str) -> float:
         """Return the odds that a device is honest, or 1 where they are better."""
         return min(_ODDS * math.exp(self.log_likelihood(device)), 1.0)
-
-    def worth(self, device: str, agreed: Mapping[int, float]) -> float:
-        """Return what an update counts at most by itself, 0.1 to 1.
-
-        An update that was turned round does as much harm as an honest one does good: at
-        even odds that it is honest it is worth nothing, and at those of which nothing
-        is known it counts in full; in between in proportion. Without it hostile devices
-        do their harm before enough is known of them, and those that are honest in turns
-        do it ever again. What its device is known for speaks for it, too: else one
-        honest update in five would count less, by chance. It is no refusal.
-
-        Parameters
-        ----------
-        device
-            The device's name.
-        agreed
-            How far the server's own examples agree with it, by part of the model.
-        """
-        evidence = Evidence()
-        for part, cosine in agreed.items():
-            evidence = evidence.was_shown(part, cosine)
-        told = _by_directions(evidence, self._honest)
-        known = max(self.log_likelihood(device), 0.0)
-        odds = _ODDS * math.exp(min(told + known, 0.0))
-        return max(_LEAST, min((odds - 1.0) / (_ODDS - 1.0), 1.0))
 
     def _earned(self, device: str) -> float:
         """Return what a device counts for having been compared, 0 to 1.

@@ -68,7 +68,7 @@ class Scenario:
     num_devices, rounds, batch_size, lr
         As in any run; the rate falls to nothing, lest accuracy go up and down.
     own_examples
-        Examples that the server has to judge devices by.
+        Examples that the server has to judge devices by; as many as the apps have.
     """
 
     share: float = 0.0
@@ -79,7 +79,7 @@ class Scenario:
     rounds: int = 120
     batch_size: int = 16
     lr: float = 1e-2
-    own_examples: int = 0
+    own_examples: int = 64
 
     @property
     def hostile(self) -> frozenset[int]:

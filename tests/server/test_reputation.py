@@ -190,38 +190,6 @@ def test_by_the_servers_examples_hostile_devices_are_known_though_no_other_is_as
     assert {alone.weight(device) for device in HOSTILE} == {1.0}
 
 
-def test_an_update_is_worth_what_speaks_for_its_being_honest():
-    rng = np.random.default_rng(0)
-    reputation = Reputation()
-    # Before anything is known, and where no example was looked at.
-    assert reputation.worth("new", {0: -0.5}) == 1
-    for _ in range(8):
-        honest = (0.14 + 0.14 * rng.standard_normal((8, 2))).tolist()
-        cosines = {
-            device: {0: block, HEAD: head}
-            for device, (block, head) in zip(DEVICES, honest, strict=True)
-        }
-        among = [(p, 0.2 + 0.14 * rng.standard_normal()) for p in (0, HEAD) * 4]
-        reputation = reputation.after_shown(cosines, among)
-    assert reputation.worth("new", {}) == 1
-    cosines = np.linspace(-0.4, 0.4, 33)
-    worths, of_known = (
-        [reputation.worth(device, {0: cosine}) for cosine in cosines]
-        for device in ("new", DEVICES[0])
-    )
-    assert worths == sorted(worths)
-    # What a device is known for speaks for it.
-    assert reputation.log_likelihood(DEVICES[0]) > 1
-    assert all(w <= known for w, known in zip(worths, of_known, strict=True))
-    assert worths[12] < 1 == of_known[12]
-    # Chance alone counts in full, and who is as likely hostile as honest hardly.
-    assert {w for w, cosine in zip(worths, cosines, strict=True) if cosine >= 0} == {1}
-    assert worths[12] == 0.1 < worths[15] < 1
-    # Its worst part tells, whatever the other says.
-    for part, other in ((0, HEAD), (HEAD, 0)):
-        assert reputation.worth("new", {part: -0.14, other: 0.4}) == 0.1
-
-
 def test_far_too_long_updates_speak_against_a_device_until_they_are_long_past():
     usual = Reputation().after_lengths([("a", 2.9), ("b", 0.0)] * 30)
     assert usual.weight("a") == usual.weight("b") == 1

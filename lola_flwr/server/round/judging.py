@@ -152,8 +152,7 @@ def judged(
                 refused[device] = UpdateRefused(
                     _DISTRUSTED, "the device's updates are not as those of others"
                 )
-            agreed = shown.of_device.get(device, {})
-            scale[device] *= weight * reputation.worth(names[device], agreed)
+            scale[device] *= weight
         reputation = reputation.after_digests(
             (names[d], digests[d]) for d in updates
         ).after_lengths(_lengths({names[d]: norm_of[d] / usual[d] for d in updates}))

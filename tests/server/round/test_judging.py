@@ -198,7 +198,7 @@ def pulling(plan, hostile):
     return replies
 
 
-def test_an_update_that_the_servers_examples_speak_against_hardly_counts():
+def test_an_update_that_the_servers_examples_speak_against_counts_less_at_once():
     def moved_with(hostile, own_examples):
         coordinator = make_coordinator(reputation=True, own_examples=own_examples)
         plan, record, moved = one_round(
@@ -215,10 +215,9 @@ def test_an_update_that_the_servers_examples_speak_against_hardly_counts():
     _, _, judged = moved_with(device, examples)
     for name in PARTITION.blocks[block]:
         np.testing.assert_allclose(alone[name], -honest[name], rtol=1e-5)
-        # A tenth of it, and that times what its device counts after it.
         ratio = judged[name] / alone[name]
         assert ratio == pytest.approx(ratio.flat[0], rel=1e-3)
-        assert 0 < ratio.flat[0] <= 0.1
+        assert 0.1 < ratio.flat[0] < 0.8
     others = {n for b in range(3) if b != block for n in PARTITION.blocks[b]}
     for name in others:
         np.testing.assert_allclose(judged[name], honest[name], rtol=1e-5)
