@@ -372,8 +372,7 @@ class BlockDevice:
                 raise UserError(IN_PART)
             # What a layer is told to do, it does itself; and it fits the memory so.
             own = self._own_levers(assignment, streams=streams)
-            own = replace(own, stream_prefix=streams, recompute_suffix=False)
-            return own, None
+            return replace(own, stream_prefix=streams, recompute_suffix=False), None
         return self._own_levers(assignment, streams=streams), self.prefix_cache
 
     def _own_levers(self, assignment: Assignment, *, streams: bool) -> Levers:
