@@ -45,6 +45,7 @@ def points(method, settings=SETTINGS):
     return run_method(task, method, settings, lambda _: None)
 
 
+@pytest.mark.slow
 def test_one_step_of_one_device_is_fedavg_of_gradients():
     """The round's time, energy and bytes are the coordinator's, as what is learned."""
     settings = replace(SETTINGS, num_devices=1)

@@ -402,6 +402,7 @@ def test_a_base_in_fewer_bits(family, base, tmp_path):
 
 
 class TestCosts:
+    @pytest.mark.slow
     def test_depth_costs_side_layers_alone(self):
         sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
         config = transformers.RobertaConfig(**{**SIZES, **sizes})

@@ -30,7 +30,6 @@ from lola_flwr.model.own_tuners import OWN_TUNERS, register_own_tuners
 from lola_flwr.model.saved_adapters import keep_class_names, merge, save_model
 from lola_flwr.model.stored_base import evaluation_mode
 from tests.conftest import SMALL
-from tests.marks import rest_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -312,7 +311,8 @@ class TestSaved:
             check_saving(model, roberta, {"input": torch.zeros(1, 8)})
 
 
-@pytest.mark.parametrize("tuning", rest_slow(OWN_TUNERS))
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", OWN_TUNERS)
 def test_an_exported_step_is_the_same(tuning):
     model = moved(adapted(tuning))
     partition = model_partition(model)

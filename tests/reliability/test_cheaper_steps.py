@@ -33,7 +33,7 @@ def run(directory, **options):
     ]
 
 
-@pytest.mark.parametrize("name", rest_slow([*STEPS], fast=1))
+@pytest.mark.parametrize("name", rest_slow([*STEPS], fast=0))
 def test_both_interfaces_and_a_run_that_goes_on_come_to_the_same(
     name, tmp_path, monkeypatch
 ):
