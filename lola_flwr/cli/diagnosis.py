@@ -119,7 +119,9 @@ def packages(package: str = PACKAGE, *, start: bool = True) -> Iterator[Finding]
     yield _part("packages", package, "", "problem", start=start)
     if start:
         modules = own_modules()
-        why = why_not_imported(modules)
+        # Some of its modules are there for one extra alone, which may be missing.
+        optional = [versions_of(requirements_of(package, extra)) for extra in extras]
+        why = why_not_imported(modules, [n for v in optional for n in v.missing])
         says = f"its {len(modules)} modules can be imported" if why is None else why
         yield Finding(
             package,

@@ -21,9 +21,14 @@ _IMPORT_S = 120.0
 _IMPORT = """
 import importlib, sys, warnings
 warnings.simplefilter("ignore")
-for name in sys.argv[1:]:
+lacking = sys.argv[1].split()
+for name in sys.argv[2:]:
     print("importing", name, flush=True)
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in lacking:
+            raise
 """
 
 
@@ -102,12 +107,21 @@ def own_modules(package: str = "lola_flwr") -> list[str]:
     return sorted(found)
 
 
-def why_not_imported(modules: Sequence[str]) -> str | None:
-    """Import modules in a process of its own; return what went wrong, if anything."""
+def why_not_imported(modules: Sequence[str], lacking: Iterable[str] = ()) -> str | None:
+    """Import modules in a process of its own; return what went wrong, if anything.
+
+    Parameters
+    ----------
+    modules
+        Names of the modules.
+    lacking
+        Distributions that are not installed, and that modules may need nevertheless.
+    """
+    names = " ".join(name.replace("-", "_") for name in lacking)
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _IMPORT, *modules],
+            [sys.executable, "-c", _IMPORT, names, *modules],
             capture_output=True,
             text=True,
             errors="replace",

@@ -71,6 +71,15 @@ def test_own_modules_are_those_of_the_tree():
     assert own_modules() == [*modules()]
 
 
+def test_a_module_may_need_what_an_extra_brings_and_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / "of_an_extra.py").write_text("import not_here.part")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert installed.why_not_imported(["of_an_extra"], ["not-here"]) is None
+    for lacking in ([], ["other"]):
+        why = installed.why_not_imported(["of_an_extra"], lacking)
+        assert why.startswith("of_an_extra: ModuleNotFoundError: No module named 'not")
+
+
 class TestParts:
     @pytest.fixture
     def requires(self, monkeypatch):
