@@ -6,6 +6,7 @@ does all that looks a type up, as long as it has a ``value``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,7 +61,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
     """A linear map that one adapter is trained in.
 
     Sub-classes name their trained values in ``adapter_layer_names``, a dictionary of
-    one array, and define the three methods that raise here.
+    one array, and define the three abstract methods.
 
     Parameters
     ----------
@@ -88,6 +89,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
 
+    @abstractmethod
     def begin(self, name: str, config: Any) -> None:
         """Make the trained values and what is kept beside them.
 
@@ -103,15 +105,14 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         ValueError
             An option does not fit this map.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def adapted(self, inputs: Tensor) -> Tensor:
         """Map inputs ``[..., in]`` to outputs ``[..., out]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adapted_matrix(self) -> Tensor:
         """Return the matrix ``[out, in]`` that `adapted` amounts to."""
-        raise NotImplementedError
 
     @property
     def matrix(self) -> Tensor:

@@ -8,6 +8,7 @@ uploads ``k`` numbers.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -85,9 +86,9 @@ class SingularLayer(OwnLayer):
         self.register_buffer("within", within, persistent=False)
         return first
 
+    @abstractmethod
     def moved(self, features: Tensor) -> Tensor:
         """Map features ``[..., k]`` by the core, less what of it is in ``W``."""
-        raise NotImplementedError
 
     def adapted(self, inputs: Tensor) -> Tensor:
         """Map inputs ``[..., in]`` to outputs ``[..., out]``."""
