@@ -175,7 +175,6 @@ def test_one_seed_gives_one_result_under_both_interfaces(legacy, interface, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -198,8 +197,10 @@ def test_samplers_give_one_result_under_both_interfaces(sampler, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interface", ["legacy", "message"])
 def test_two_devices_train_twelve_blocks(interface, tmp_path):
+    torch.manual_seed(0)
     model, tokenizer = load_classifier("random:roberta-tiny", num_labels=2)
     config = transformers.RobertaConfig(
         **{**model.config.to_dict(), "num_hidden_layers": 12}

@@ -58,6 +58,9 @@ class Direction:
     whole, rest
         How far others agree with it, as far as they are known: with all of it, and
         without the directions in which they vary most. None if they are too few.
+    share
+        What part it is of what its device sent of its kind: the blocks that a device
+        computed on one mini-batch tell of it no more than one block does. None: all.
     """
 
     device: str
@@ -65,6 +68,7 @@ class Direction:
     sketch: npt.NDArray[np.int16]
     whole: float | None = None
     rest: float | None = None
+    share: float | None = None
 
 
 def sketch(gradients: Float32Arrays, names: Iterable[str], key: int) -> Sketch | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import NormalDist, median
+from statistics import NormalDist, fmean, median
 
 # What an agreement still counts after another one of the same device: some 60 count.
 _KEPT = 0.985
@@ -37,12 +37,13 @@ class Agreements:
     total: float = 0.0
     squares: float = 0.0
 
-    def and_one(self, cosine: float) -> Agreements:
-        """Take in one more."""
+    def and_one(self, *cosines: float, share: float = 1.0) -> Agreements:
+        """Take in one more, of which one or more cosines tell, or a share of one."""
+        kept = _KEPT**share
         return Agreements(
-            _KEPT * self.count + 1.0,
-            _KEPT * self.total + cosine,
-            _KEPT * self.squares + cosine**2,
+            kept * self.count + share,
+            kept * self.total + share * fmean(cosines),
+            kept * self.squares + share * fmean(c * c for c in cosines),
         )
 
     @property

@@ -94,14 +94,22 @@ class Evidence:
         found = dict(self.agreements)
         for how, cosine in (("whole", direction.whole), ("rest", direction.rest)):
             if cosine is not None:
-                kind = f"{_name(part)} {how}"
-                found[kind] = self.of_kind(kind).and_one(cosine)
+                kind, share = f"{_name(part)} {how}", direction.share or 1.0
+                found[kind] = self.of_kind(kind).and_one(cosine, share=share)
         return replace(self, agreements=found)
 
-    def was_shown(self, part: int, cosine: float) -> Evidence:
-        """Take in how far the server's own examples agreed."""
-        kind = f"{_name(part)} shown"
-        found = {**self.agreements, kind: self.of_kind(kind).and_one(cosine)}
+    def was_shown(self, cosines: Mapping[int, float]) -> Evidence:
+        """Take in how far the server's own examples agreed with one mini-batch.
+
+        That is one agreement about the blocks, and one about the head: a mini-batch
+        that is unlike others is so at all of its blocks.
+        """
+        of_kind: dict[str, list[float]] = {}
+        for part, cosine in cosines.items():
+            of_kind.setdefault(f"{_name(part)} shown", []).append(cosine)
+        found = dict(self.agreements)
+        for kind, some in of_kind.items():
+            found[kind] = self.of_kind(kind).and_one(*some)
         return replace(self, agreements=found)
 
     def was_long(self, times_usual: float) -> Evidence:
@@ -210,7 +218,7 @@ class Reputation:
     def after_shown(
         self,
         shown: Mapping[str, Mapping[int, float]],
-        among: Iterable[tuple[int, float]],
+        among: Iterable[Mapping[int, float]],
     ) -> Reputation:
         """Take in how far the server's own examples agreed.
 
@@ -219,15 +227,14 @@ class Reputation:
         shown
             With devices' updates, by device and part of the model.
         among
-            With each other, by part.
+            With some of each other as if these were a device's mini-batch, by part.
         """
         of_device, own = dict(self.of_device), self.own
         for device, cosines in shown.items():
-            for part, cosine in cosines.items():
-                known = of_device.get(device, Evidence())
-                of_device[device] = known.was_shown(part, cosine)
-        for part, cosine in among:
-            own = own.was_shown(part, cosine)
+            known = of_device.get(device, Evidence())
+            of_device[device] = known.was_shown(cosines)
+        for cosines in among:
+            own = own.was_shown(cosines)
         return replace(self, of_device=of_device, own=own)
 
     def after_lengths(self, times_usual: Iterable[tuple[str, float]]) -> Reputation:

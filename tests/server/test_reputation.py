@@ -166,7 +166,7 @@ def test_who_works_against_the_servers_examples_is_found(part):
     rng = np.random.default_rng(0)
     reputation = Reputation()
     for _ in range(24):
-        among = [(part, 0.14 + 0.14 * noise) for noise in rng.standard_normal(4)]
+        among = [{part: 0.14 + 0.14 * noise} for noise in rng.standard_normal(4)]
         cosines = {
             device: {part: (-0.1 if device in HOSTILE else 0.14) + 0.14 * noise}
             for device, noise in zip(DEVICES, rng.standard_normal(8), strict=True)
@@ -179,7 +179,8 @@ def test_who_works_against_the_servers_examples_is_found(part):
 def test_by_the_servers_examples_hostile_devices_are_known_though_no_other_is_asked():
     reputation, rng = Reputation(), np.random.default_rng(0)
     for server_round in range(3):
-        among = [(part, 0.2 + 0.1 * rng.standard_normal()) for part in (0, HEAD) * 4]
+        noise = 0.1 * rng.standard_normal((4, 2))
+        among = [{0: 0.2 + block, HEAD: 0.2 + head} for block, head in noise]
         turned = {device: {0: -0.2, HEAD: -0.2} for device in HOSTILE}
         reputation = reputation.after_shown(turned, among)
         if server_round == 0:
@@ -188,6 +189,23 @@ def test_by_the_servers_examples_hostile_devices_are_known_though_no_other_is_as
     # Without what the server's examples say of each other they would be the majority.
     alone = Reputation().after_shown(turned, [])
     assert {alone.weight(device) for device in HOSTILE} == {1.0}
+
+
+def test_many_blocks_of_one_mini_batch_tell_of_a_device_what_one_of_them_does():
+    def against(num_blocks):
+        """Return what is known after a mini-batch that is unlike all others."""
+        rng, reputation = np.random.default_rng(1), Reputation()
+        noise = 0.1 * rng.standard_normal((4, num_blocks))
+        among = [dict(enumerate(0.2 + some)) for some in noise]
+        odd = {"odd": dict.fromkeys(range(num_blocks), -0.15)}
+        reputation = reputation.after_shown(odd, among)
+        every = reputation.of_device["odd"].of_kind("blocks shown")
+        assert every.count == 1
+        assert every.mean == pytest.approx(-0.15)
+        return reputation.weight("odd")
+
+    assert against(12) == pytest.approx(against(1), rel=0.3)
+    assert against(12) > 0.1
 
 
 def test_far_too_long_updates_speak_against_a_device_until_they_are_long_past():

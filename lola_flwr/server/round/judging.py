@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from statistics import median_low
 
@@ -217,11 +217,11 @@ class _Shown:
     of_device
         How far they agree with each part of devices' updates.
     among
-        How far they agree with each other, by part of the model.
+        How far they agree with some of each other, by part of the model.
     """
 
     of_device: Mapping[str, Mapping[int, float]]
-    among: Iterable[tuple[int, float]]
+    among: Sequence[Mapping[int, float]]
 
 
 def _shown(
@@ -250,11 +250,12 @@ def _shown(
         for device, parts in parts_of.items()
     }
     batch_size = min((one.batch_size for one in asked.values()), default=1)
-    among = [
-        (part, cosine)
-        for part, rows in examples.items()
-        for cosine in agreements_among(rows, batch_size)
-    ]
+    among: list[dict[int, float]] = []
+    for part, rows in examples.items():
+        for number, cosine in enumerate(agreements_among(rows, batch_size)):
+            if number == len(among):
+                among.append({})
+            among[number][part] = cosine
     return _Shown(of_device, among)
 
 
@@ -268,5 +269,9 @@ def _directions(
     """Give where an update points, by part of the model."""
     for part, names in _parts(partition, assignment).items():
         drawn = sketch(update.gradients, names, key)
+        share = None if part == HEAD else 1.0 / len(assignment.blocks)
         if drawn is not None:
-            yield part, Direction(device, assignment.server_round, drawn)
+            yield (
+                part,
+                Direction(device, assignment.server_round, drawn, share=share),
+            )
