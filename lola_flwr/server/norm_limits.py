@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -14,7 +14,7 @@ _WINDOW = 20
 # Of which no device gives more, however often it is asked: it would else say by itself
 # what is usual.
 _OF_A_DEVICE = 5
-# Before a block has so many, no norm is unusual.
+# Before a block has so many, no norm of its own is unusual.
 _FEWEST = 3
 # An update that is so many times larger than the limit is not scaled down, but refused:
 # half a step in the direction of who sends that is still half a step too many.
@@ -39,7 +39,9 @@ class NormLimits:
     max_norm: float = 10.0
     factor: float = 3.0
 
-    def scale(self, norm: float, usual_norm: float) -> float:
+    def scale(
+        self, norm: float, usual_norm: float, elsewhere: float = math.inf
+    ) -> float:
         """Return what an update of that norm is multiplied with; 0: it is refused.
 
         Parameters
@@ -48,11 +50,15 @@ class NormLimits:
             Euclidean norm of the update.
         usual_norm
             That of its block's updates; infinite if it is not known.
+        elsewhere
+            That of all blocks' updates, which counts where that is not known: blocks
+            differ, and nothing is refused by it.
         """
         limit = self.factor * usual_norm
         if norm > min(_REFUSED_BEYOND * limit, _ABSURD * self.max_norm):
             return 0.0
-        limit = min(limit, self.max_norm)
+        known = limit if math.isfinite(limit) else self.factor * elsewhere
+        limit = min(known, self.max_norm)
         return 1.0 if norm <= limit else limit / norm
 
 
@@ -79,9 +85,16 @@ class NormHistory:
 
     def usual(self, block_index: int) -> float:
         """Return the usual norm of a block; infinite while too little is known."""
-        norms = self.of_block.get(block_index, ())
-        # Of updates that were mostly zero nothing can be told, either.
-        return (len(norms) >= _FEWEST and median(norms)) or math.inf
+        return _median(self.of_block.get(block_index, ()))
+
+    @property
+    def elsewhere(self) -> float:
+        """The usual norm of all blocks; infinite while too little is known.
+
+        A first step that is far too long is not soon forgotten: an optimizer's second
+        moments have it for hundreds of rounds.
+        """
+        return _median([norm for norms in self.of_block.values() for norm in norms])
 
     def after(self, received: Iterable[tuple[int, float, str]]) -> NormHistory:
         """Return the history after one round's updates: block, norm and device."""
@@ -98,3 +111,9 @@ class NormHistory:
             norms[block_index] = tuple(norm for norm, _ in kept)
             devices[block_index] = tuple(name for _, name in kept)
         return NormHistory(norms, devices)
+
+
+def _median(norms: Sequence[float]) -> float:
+    """Return the median of some norms; infinite where it tells nothing."""
+    # Of updates that were mostly zero nothing can be told, either.
+    return (len(norms) >= _FEWEST and median(norms)) or math.inf

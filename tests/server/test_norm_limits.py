@@ -70,6 +70,28 @@ def test_large_updates_are_scaled_down_and_monstrous_ones_refused(
         assert scale == 1
 
 
+@given(
+    norm=st.floats(1e-6, 1e5),
+    elsewhere=powers_of_two | st.just(np.inf),
+    usual=powers_of_two,
+)
+def test_until_a_block_is_known_all_blocks_say_what_is_long_and_nothing_is_refused(
+    norm, elsewhere, usual
+):
+    limits = NormLimits(10.0, 3.0)
+    scale = limits.scale(norm, np.inf, elsewhere)
+    assert norm * scale == pytest.approx(min(norm, 3 * elsewhere, 10.0))
+    assert limits.scale(norm, usual, elsewhere) == limits.scale(norm, usual)
+
+
+def test_what_is_usual_of_all_blocks_is_the_median_of_their_norms():
+    history = NormHistory().after([(0, 1.0, "a"), (1, 2.0, "b")])
+    assert history.elsewhere == np.inf
+    history = history.after([(2, 20.0, "c")])
+    assert (history.elsewhere, history.usual(2)) == (2.0, np.inf)
+    assert NormHistory({0: (0.0,) * 2, 1: (0.0,)}).elsewhere == np.inf
+
+
 def test_absurd_updates_are_refused_before_anything_is_usual():
     assert NormLimits(10.0, 3.0).scale(1e7, np.inf) == pytest.approx(1e-6)
     assert NormLimits(10.0, 3.0).scale(np.nextafter(1e7, 1e8), np.inf) == 0
@@ -114,3 +136,22 @@ def test_the_update_of_a_small_batch_may_be_as_long_as_its_noise_lets_it_be(batc
         assert evidence.lengths < -1.0
     else:
         assert evidence.lengths == 0.0
+
+
+def test_the_first_step_is_not_longer_than_other_blocks_of_its_round_say():
+    def moved(factor):
+        coordinator = make_coordinator(num_devices=4, norm_factor=3.0, lr=1.0)
+        before = {name: v.copy() for name, v in coordinator.values().items()}
+        plan = coordinator.plan_round(1, [f"id-{n}" for n in range(4)])
+        long, *others = plan.assignments
+        replies = [honest_reply(plan, d, value=0.02) for d in others]
+        replies.append(honest_reply(plan, long, value=0.02 * factor))
+        record = coordinator.complete_round(plan, replies)
+        assert {block.status for block in record.blocks} == {"accepted"}
+        (block,) = plan.assignments[long].blocks
+        name = coordinator.partition.blocks[block][0]
+        return np.abs(coordinator.values()[name] - before[name]).max()
+
+    assert moved(1.0) == pytest.approx(0.02)
+    assert moved(9.9) <= 0.02 * 3.0 * 1.5
+    assert moved(9.9) == pytest.approx(moved(500.0))

@@ -126,7 +126,10 @@ def judged(
     norms = norms.after((kind[d], norm, names[d]) for d, norm in norm_of.items())
     usual = {device: norms.usual(kind[device]) for device in updates}
     scale = {
-        d: limits.scale(norm_of[d] * noisy[d], usual[d] * noisy[d]) for d in updates
+        d: limits.scale(
+            norm_of[d] * noisy[d], usual[d] * noisy[d], norms.elsewhere * noisy[d]
+        )
+        for d in updates
     }
     refused = {
         device: UpdateRefused("excessive-norm", f"{updates[device].norm:g}")
