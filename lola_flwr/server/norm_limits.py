@@ -32,7 +32,7 @@ class NormLimits:
     max_norm
         Every update whose Euclidean norm is larger is scaled down to this.
     factor
-        So is, to this many times the usual norm of its block, every one beyond that.
+        So is, to the usual norm of its block, every one beyond this many times that.
         What is ten times as large again is refused. Infinite turns both off.
     """
 
@@ -54,12 +54,14 @@ class NormLimits:
             That of all blocks' updates, which counts where that is not known: blocks
             differ, and nothing is refused by it.
         """
-        limit = self.factor * usual_norm
-        if norm > min(_REFUSED_BEYOND * limit, _ABSURD * self.max_norm):
+        refused = _REFUSED_BEYOND * self.factor * usual_norm
+        if norm > min(refused, _ABSURD * self.max_norm):
             return 0.0
-        known = limit if math.isfinite(limit) else self.factor * elsewhere
-        limit = min(known, self.max_norm)
-        return 1.0 if norm <= limit else limit / norm
+        usual = usual_norm if math.isfinite(usual_norm) else elsewhere
+        if norm > self.factor * usual:
+            # Who sends what is too long gains no length by it.
+            return min(usual, self.max_norm) / norm
+        return 1.0 if norm <= self.max_norm else self.max_norm / norm
 
 
 @dataclass(frozen=True)
