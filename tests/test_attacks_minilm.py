@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.loading import load_classifier
 from lola_glue.tasks import load_task
-from simulations.attacks import embedded
+from simulations.attacks import embedded, federation
 from simulations.attacks.__main__ import ATTACKS
 from simulations.attacks.data import DATA_ATTACKS
 from simulations.attacks.embedded import MINILM, TRIGGER, EmbeddedTask
@@ -136,6 +137,10 @@ def test_a_run_on_sentences(tiny, monkeypatch):
     """With a tiny model: blocks, own examples and an attack go through the server."""
     monkeypatch.setattr(embedded, "_loaded", lambda seed: tiny)
     model, partition = tiny[0], model_partition(tiny[0])
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    # What a device has to count takes seconds.
+    costs = estimate_costs(shapes, partition, batch_size=4, sequence_length=64)
+    monkeypatch.setattr(federation, "_costs", lambda *_: costs)
     small = replace(MINILM, load=lambda seed: (model, partition))
     monkeypatch.setitem(MODELS["lola"], "minilm", small)
     scenario = Scenario(
