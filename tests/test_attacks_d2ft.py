@@ -9,6 +9,7 @@ import pytest
 
 from lola_flwr.server.spread.exchange import LARGEST_VALUE
 from lola_flwr.wire.records import PartReport, PartTask
+from simulations.attacks import spread
 from simulations.attacks.__main__ import ATTACKS, attacks_of
 from simulations.attacks.attack import D2FT, PartTurn
 from simulations.attacks.parts import PART_ATTACKS
@@ -28,7 +29,7 @@ SHORT = replace(RUN, num_devices=3, rounds=2)
 
 def turn(kind):
     task = PartTask(kind=kind, step=1, base_fingerprint="", seed=0, num_groups=2)
-    return PartTurn(device=1, task=task, seed=0)
+    return PartTurn(device="id-1", task=task, seed=0)
 
 
 def answers(kind):
@@ -70,6 +71,10 @@ def test_what_each_attack_changes():
         "all gradients turned round, 9.9 times": gradients,
         "returned values turned round": values,
         "returned values far off": values,
+        "sub-networks trained the wrong way": {
+            "backward slopes",
+            "backward gradients",
+        },
         "claims a huge gradient": {"backward"},
         "parts of zeros": everything,
         "parts of 3e38": everything,
@@ -98,6 +103,31 @@ def test_who_sends_what_no_model_has_costs_its_steps_and_rests():
     assert (came.found, came.found_after) == (1.0, 1)
     assert came.honest_refused == 0.5, "what was honest in the first is lost, too"
     assert came.honest_distrusted == 0
+
+
+@pytest.mark.slow
+def test_a_device_that_trains_the_wrong_way_answers_as_an_honest_one(monkeypatch):
+    """Within a step: until it returns its values, or computes with them."""
+    reply = spread._Devices._reply
+    seen = []
+
+    def told(devices, device, request):
+        found = reply(devices, device, request)
+        seen.append((device, request.task.kind, found.arrays, found.report))
+        return found
+
+    monkeypatch.setattr(spread._Devices, "_reply", told)
+
+    def replies(attack):
+        seen.clear()
+        run(replace(SHORT, rounds=1), ATTACKS[attack])
+        return [*seen]
+
+    honest, hostile = replies("none"), replies("sub-networks trained the wrong way")
+    differ = [h != a for h, a in zip(honest, hostile, strict=True)]
+    assert any(differ)
+    assert {one[1] for one, d in zip(honest, differ, strict=True) if d} == {"return"}
+    assert len({one[0] for one, d in zip(honest, differ, strict=True) if d}) == 1
 
 
 @pytest.mark.slow

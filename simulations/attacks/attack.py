@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.arrays import Float32Array, Float32Arrays
-from lola_flwr.device.asked import PartResult
+from lola_flwr.device.asked import Arrays, PartResult
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.randomness import rng_for
@@ -103,19 +103,19 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PartTurn:
-    """A hostile device's turn to answer under D2FT.
+    """A device's turn to answer under D2FT.
 
     Parameters
     ----------
     device
-        Number of the device.
+        Id of the device.
     task
         What it is asked for.
     seed
         Of what it draws.
     """
 
-    device: int
+    device: str
     task: PartTask
     seed: int
 
@@ -144,8 +144,10 @@ class Attack:
         Makes of its mini-batch that on which it trains.
     reply
         Makes of its reply, with these gradients, what it sends.
+    received
+        Makes of what it is sent for its part of a step under D2FT what it goes by.
     part
-        Makes of its part of a step under D2FT what it sends.
+        Makes of that part what it sends.
     profile
         Makes of its profile what it claims.
     joins_at_round
@@ -158,6 +160,7 @@ class Attack:
     gradients: Callable[[Float32Arrays, Turn], Float32Arrays] = _as_it_is
     batch: Callable[[Batch, AttackedTask], Batch] = _as_it_is
     reply: Callable[[DeviceReply, Turn], DeviceReply] = _as_it_is
+    received: Callable[[Arrays, PartTurn], Arrays] = _as_it_is
     part: Callable[[PartResult, PartTurn], PartResult] = _as_it_is
     profile: Callable[[DeviceProfile], DeviceProfile] = lambda profile: profile
     joins_at_round: int = 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lola_flwr.arrays import Float32Array
 from lola_flwr.d2ft.wire import HIDDEN, SLOPES
-from lola_flwr.device.asked import PartResult
+from lola_flwr.device.asked import Arrays, PartResult
 from lola_flwr.wire.packing import GRADIENTS, VALUES
 from simulations.attacks.attack import D2FT, Attack, PartTurn
 from simulations.attacks.lies import JOIN, claims_to_be_fastest
@@ -26,25 +28,36 @@ _FAR_OFF = 900.0
 # Sum of squares that a device says the gradient of each of its groups has.
 _CLAIMED_SQUARES = 1e12
 
+_Where = Mapping[str, tuple[str, ...]]
+_Changed = dict[str, npt.NDArray[Any]]
 _Change = Callable[[Float32Array, PartTurn], Float32Array]
 _Part = Callable[[PartResult, PartTurn], PartResult]
 
 
-def _changed(where: Mapping[str, tuple[str, ...]], change: _Change) -> _Part:
-    """Return what changes some arrays of the replies to some kinds of tasks."""
+def _arrays(where: _Where, change: _Change) -> Callable[[Arrays, PartTurn], _Changed]:
+    """Return what changes some of the arrays that come with some kinds of tasks."""
 
-    def part(result: PartResult, turn: PartTurn) -> PartResult:
-        report, arrays = result
+    def changed(arrays: Arrays, turn: PartTurn) -> _Changed:
         names = where.get(turn.task.kind, ())
-        return report, {
+        return {
             name: change(array, turn).astype(np.float32) if name in names else array
             for name, array in arrays.items()
         }
 
-    return part
+    return changed
 
 
-def _times(where: Mapping[str, tuple[str, ...]], factor: float) -> _Part:
+def _changed(where: _Where, change: _Change) -> _Part:
+    """Return what changes such arrays of replies."""
+    changed = _arrays(where, change)
+    return lambda result, turn: (result[0], changed(result[1], turn))
+
+
+def _turned(array: Float32Array, turn: PartTurn) -> Float32Array:
+    return -array
+
+
+def _times(where: _Where, factor: float) -> _Part:
     return _changed(where, lambda array, turn: array * factor)
 
 
@@ -80,6 +93,13 @@ PART_ATTACKS = (
         _changed(
             _VALUES, lambda values, turn: np.where(values > 0, -_FAR_OFF, _FAR_OFF)
         ),
+    ),
+    # What it answers is as it should be: but for sub-networks, all goes back turned.
+    Attack(
+        name="sub-networks trained the wrong way",
+        received=_arrays({"backward": (SLOPES,)}, _turned),
+        part=_changed({"backward": (SLOPES, GRADIENTS)}, _turned),
+        methods=(D2FT,),
     ),
     _attack("claims a huge gradient", _claimed_squares),
     _attack("parts of zeros", _times(_ALL, 0.0)),

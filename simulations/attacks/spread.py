@@ -29,16 +29,20 @@ class _Devices:
     """
 
     def __init__(self, scenario: Scenario, attack: Attack, task: AttackedTask) -> None:
-        self._scenario, self._attack, self._task = scenario, attack, task
-        self._devices = {
-            f"id-{index}": self._device(index) for index in range(scenario.num_devices)
+        self._scenario, self._late = scenario, attack.joins_at_round
+        honest = Attack(name=HONEST)
+        self._attacks = {
+            f"id-{index}": attack if index in scenario.hostile else honest
+            for index in range(scenario.num_devices)
         }
-        self._hostile = {f"id-{index}": index for index in scenario.hostile}
+        self._hostile = {f"id-{index}" for index in scenario.hostile}
+        self._devices = {
+            device: self._device(index, changed, task)
+            for index, (device, changed) in enumerate(self._attacks.items())
+        }
 
-    def _device(self, index: int) -> BlockDevice:
-        hostile = index in self._scenario.hostile
-        changed = self._attack if hostile else Attack(name=HONEST)
-        seed, task = self._scenario.seed, self._task
+    def _device(self, index: int, changed: Attack, task: AttackedTask) -> BlockDevice:
+        seed = self._scenario.seed
         local = self._scenario.task_model.load(seed)
 
         def draw(number: int, batch_size: int) -> Batch:
@@ -63,7 +67,7 @@ class _Devices:
 
     def meet(self, trainer: SpreadTrainer, step: int) -> list[str]:
         """Have the trainer know who is there; return their ids."""
-        late = self._attack.joins_at_round > step
+        late = self._late > step
         ids = [d for d in self._devices if not (late and d in self._hostile)]
         for device in trainer.meet_devices(step, ids):
             profile = self._devices[device].profile
@@ -77,13 +81,10 @@ class _Devices:
     def _reply(self, device: str, request: PartRequest) -> PartReply:
         task = PartTask.from_record(request.task.to_record())
         sent = {name: array.copy() for name, array in request.arrays.items()}
-        result = self._devices[device].compute_part(task, sent)
-        if device in self._hostile:
-            index, seed = self._hostile[device], self._scenario.seed
-            result = self._attack.part(
-                result, PartTurn(device=index, task=task, seed=seed)
-            )
-        report, arrays = result
+        attack = self._attacks[device]
+        turn = PartTurn(device=device, task=task, seed=self._scenario.seed)
+        result = self._devices[device].compute_part(task, attack.received(sent, turn))
+        report, arrays = attack.part(result, turn)
         return PartReply(
             {name: npy(array) for name, array in arrays.items()}, report.to_record()
         )
