@@ -116,8 +116,8 @@ class Outcome:
     honest_distrusted
         Honest devices that were trusted less than half, or rested, in the end.
     found
-        Hostile devices that were refused in the end, or trusted less than half, as a
-        part of them.
+        Hostile devices that were refused and rested in the end, or were trusted less
+        than half, as a part of them.
     found_after
         Rounds until the median one of those was for the first time; None of none.
     """
