@@ -76,7 +76,8 @@ compare: venv
 evidence: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.evidence --out runs/evidence $(if $(GLUE),--glue $(GLUE)) $(EVIDENCE)
 
-# What hostile devices do to a run (docs/security.md). ATTACKS='--seeds 1 --shares 0.2'.
+# What hostile devices do to a run (docs/security.md). ATTACKS='--seeds 1 --shares 0.2',
+# '--model minilm', '--method d2ft'.
 attacks: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.attacks --out runs/attacks $(ATTACKS)
 

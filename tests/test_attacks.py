@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 
+from simulations.attacks.__main__ import ATTACKS, attacks_of, main
+from simulations.attacks.attack import D2FT, LOLA
+from simulations.attacks.federation import run
+from simulations.attacks.scenario import MODELS, Scenario
 from simulations.attacks.table import attack_rows
 
 
@@ -59,23 +65,98 @@ def test_what_missing_data_cost_is_told_apart():
     assert math.isnan(found[2][1])
 
 
+# What a run was known by before scenarios said model and method.
+BEFORE = (
+    '["sign flip", {"share": 0.2, "alpha": null, "codec": "fp32", "seed": 0, '
+    '"num_devices": 12, "rounds": 120, "batch_size": 16, "lr": 0.01, '
+    '"own_examples": 64}]'
+)
+
+
+def test_a_run_is_known_by_its_scenario_and_as_before():
+    scenario = Scenario(share=0.2)
+    assert scenario.key("sign flip") == BEFORE
+    others = [
+        Scenario(share=0.2, model="minilm"),
+        Scenario(share=0.2, method="d2ft"),
+        Scenario(share=0.2, seed=1),
+    ]
+    keys = [one.key("sign flip") for one in (scenario, *others)]
+    assert len({*keys, scenario.key("none")}) == 5
+    for key, one in zip(keys[1:], others, strict=True):
+        assert Scenario(**json.loads(key)[1]) == one
+
+
+def test_what_was_finished_before_is_not_run_again(tmp_path, capsys):
+    old = {
+        name: value
+        for name, value in outcome("sign flip", 0.2, 0, 0.654, 7).items()
+        if name not in ("attack", "share", "split", "codec", "seed")
+    }
+    runs = tmp_path / "runs.jsonl"
+    runs.write_text(json.dumps([BEFORE, old]) + "\n")
+    options = ["--shares", "0.2", "--seeds", "1", "--splits", "iid"]
+    assert main([*options, "--attacks", "sign flip", "--out", str(tmp_path)]) == 0
+    assert "| sign flip | 20% | iid | fp32 | 0.654 |" in capsys.readouterr().out
+    assert len(runs.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--model", "minilm", "--method", "d2ft"],
+            "--model minilm: not with --method d2ft; choose from: small.",
+        ),
+        (
+            ["--method", "d2ft", "--attacks", "none", "sign flip"],
+            "Attack 'sign flip' does not exist under D2FT, where no device sends a "
+            "block's gradient; choose from: none, label flip, backdoor, not there, ",
+        ),
+        (
+            ["--attacks", "contributions turned round"],
+            "Attack 'contributions turned round' does not exist under LoLa-DEFT, where "
+            "no device sends hidden states; choose from: none, sign flip, ",
+        ),
+        (["--attacks", "dance"], "Unknown attack 'dance'; choose from: none, "),
+        (["--method", "d2ft", "--codecs", "fp32", "int8"], "--codecs int8: under D2FT"),
+        (["--method", "d2ft", "--own-examples", "64"], "--own-examples 64: under D2FT"),
+    ],
+)
+def test_what_there_is_not_is_refused_in_one_line(options, said, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*options, "--out", str(out)]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert not out.exists()
+
+
+def test_every_attack_is_one_of_a_method():
+    assert {*attacks_of(LOLA), *attacks_of(D2FT)} == {*ATTACKS.values()}
+    both = {attack.name for attack in attacks_of(LOLA) if D2FT in attack.methods}
+    assert both == {"none", "not there", "label flip", "backdoor"}
+    assert MODELS.keys() == {LOLA, D2FT}
+
+
+@pytest.mark.slow
+def test_a_run_is_repeated_to_the_bit():
+    scenario = Scenario(share=0.3, rounds=2, batch_size=4, own_examples=4)
+    first, again = (run(scenario, ATTACKS["backdoor"]) for _ in range(2))
+    assert json.dumps(asdict(first)) == json.dumps(asdict(again))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_every_attack_runs_against_the_server_as_it_is(codec):
-    from simulations.attacks.__main__ import ATTACKS
-    from simulations.attacks.federation import Scenario, run
-
-    assert len(ATTACKS) > 12
-    for attack in ATTACKS.values():
+    attacks = attacks_of(LOLA)
+    assert len(attacks) > 12
+    for attack in attacks:
         came = run(Scenario(share=0.3, codec=codec, rounds=6), attack)
         assert 0.3 < came.accuracy < 0.8
 
 
 @pytest.mark.slow
 def test_the_servers_own_examples_find_who_stays_within_the_spread_of_honest_ones():
-    from simulations.attacks.__main__ import ATTACKS
-    from simulations.attacks.federation import Scenario, run
-
     scenario = Scenario(share=0.2, rounds=60, own_examples=64)
     came = run(scenario, ATTACKS["a little is enough"])
     assert came.found == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, TypeVar
@@ -11,18 +11,23 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.arrays import Float32Array, Float32Arrays
+from lola_flwr.device.asked import Arrays, PartResult
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.randomness import rng_for
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.wire.records import Assignment
+from lola_flwr.wire.records import Assignment, PartTask
+from simulations.attacks.task import AttackedTask
 
 _Same = TypeVar("_Same")
 
 # Names of runs without attack: with all devices, and without those that are hostile in
 # the others.
 HONEST, ABSENT = "none", "not there"
+# The methods of training.
+LOLA, D2FT = "lola", "d2ft"
+BOTH = (LOLA, D2FT)
 
 
 @dataclass(eq=False)
@@ -96,7 +101,32 @@ class Turn:
         return rng_for(self.gang.seed, "attack", *purpose)
 
 
-def _as_it_is(honest: _Same, turn: Turn) -> _Same:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PartTurn:
+    """A device's turn to answer under D2FT.
+
+    Parameters
+    ----------
+    device
+        Id of the device.
+    task
+        What it is asked for.
+    seed
+        Of what it draws.
+    """
+
+    device: str
+    task: PartTask
+    seed: int
+
+    def rng(self, *purpose: str | int) -> np.random.Generator:
+        """Return the generator of what the device draws for a purpose."""
+        task = self.task
+        place = task.step, task.layer_index, task.branch_index
+        return rng_for(self.seed, "attack", *purpose, self.device, *place)
+
+
+def _as_it_is(honest: _Same, turn: object) -> _Same:
     return honest
 
 
@@ -114,18 +144,27 @@ class Attack:
         Makes of its mini-batch that on which it trains.
     reply
         Makes of its reply, with these gradients, what it sends.
+    received
+        Makes of what it is sent for its part of a step under D2FT what it goes by.
+    part
+        Makes of that part what it sends.
     profile
         Makes of its profile what it claims.
     joins_at_round
         First round in which it is there.
+    methods
+        Methods of training in which there is such an attack.
     """
 
     name: str
     gradients: Callable[[Float32Arrays, Turn], Float32Arrays] = _as_it_is
-    batch: Callable[[Batch], Batch] = lambda batch: batch
+    batch: Callable[[Batch, AttackedTask], Batch] = _as_it_is
     reply: Callable[[DeviceReply, Turn], DeviceReply] = _as_it_is
+    received: Callable[[Arrays, PartTurn], Arrays] = _as_it_is
+    part: Callable[[PartResult, PartTurn], PartResult] = _as_it_is
     profile: Callable[[DeviceProfile], DeviceProfile] = lambda profile: profile
     joins_at_round: int = 1
+    methods: Sequence[str] = (LOLA,)
 
 
 def norm_of(gradients: Float32Arrays) -> float:

@@ -6,13 +6,11 @@ The server is the `Coordinator` with all that a run's state is, the devices are
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from torch import nn
 
 from lola_flwr.arrays import Float32Arrays
@@ -35,7 +33,6 @@ from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.example_gradients import example_gradients
 from lola_flwr.model.loading import load_values
-from lola_flwr.randomness import rng_for
 from lola_flwr.run.records import RoundRecord
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.replies import DeviceReply
@@ -45,77 +42,8 @@ from lola_flwr.wire.codec import codec_named
 from lola_flwr.wire.packing import GRADIENTS, unpack
 from lola_flwr.wire.records import Assignment
 from simulations.attacks.attack import HONEST, Attack, Gang, Turn, npy
-from simulations.attacks.small import LENGTH, SmallTask, small_model
-
-# The model is evaluated so often, every so many rounds, the last time after the last.
-_EVALUATIONS, _EVERY = 5, 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """What is run.
-
-    Parameters
-    ----------
-    share
-        Part of the devices that is hostile.
-    alpha
-        Of the Dirichlet shares of the classes; None: all devices have the same.
-    codec
-        What gradients travel in.
-    seed
-        Seed of the run, of its task, and of who is hostile.
-    num_devices, rounds, batch_size, lr
-        As in any run; the rate falls to nothing, lest accuracy go up and down.
-    own_examples
-        Examples that the server has to judge devices by; as many as the apps have.
-    """
-
-    share: float = 0.0
-    alpha: float | None = None
-    codec: str = "fp32"
-    seed: int = 0
-    num_devices: int = 12
-    rounds: int = 120
-    batch_size: int = 16
-    lr: float = 1e-2
-    own_examples: int = 64
-
-    @property
-    def hostile(self) -> frozenset[int]:
-        """Numbers of the hostile devices."""
-        drawn = rng_for(self.seed, "hostile").permutation(self.num_devices)
-        return frozenset(drawn[: round(self.share * self.num_devices)].tolist())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a run.
-
-    Parameters
-    ----------
-    accuracy
-        On data that no device has: the mean over evaluations in the last rounds, since
-        steps are large and accuracy goes up and down.
-    backdoor
-        Part of the examples of the other class that the trigger turns, likewise.
-    honest_refused
-        Updates of honest devices that were not used, as a part of all of theirs.
-    honest_distrusted
-        Honest devices that were trusted less than half in the end.
-    found
-        Hostile devices that were refused in the end, or trusted less than half, as a
-        part of them.
-    found_after
-        Rounds until the median one of those was for the first time; None of none.
-    """
-
-    accuracy: float
-    backdoor: float
-    honest_refused: float
-    honest_distrusted: int
-    found: float
-    found_after: int | None
+from simulations.attacks.scenario import Outcome, Scenario
+from simulations.attacks.task import AttackedTask, TaskModel
 
 
 class _Devices:
@@ -125,7 +53,7 @@ class _Devices:
         self,
         scenario: Scenario,
         attack: Attack,
-        task: SmallTask,
+        task: AttackedTask,
         local: tuple[nn.Module, BlockPartition],
         store: Path,
     ) -> None:
@@ -141,14 +69,14 @@ class _Devices:
     def _device(
         self,
         scenario: Scenario,
-        task: SmallTask,
+        task: AttackedTask,
         local: tuple[nn.Module, BlockPartition],
         index: int,
     ) -> BlockDevice:
         changed = self._attack if index in self._hostile else Attack(name=HONEST)
 
         def draw(server_round: int, batch_size: int) -> Batch:
-            return changed.batch(task.draw(index, server_round, batch_size))
+            return changed.batch(task.draw(index, server_round, batch_size), task)
 
         return BlockDevice(
             profile=changed.profile(simulated_device(index, seed=scenario.seed)),
@@ -231,10 +159,10 @@ def run(
     limits
         The server's (default: those that it has).
     """
-    task = SmallTask.split(
+    task = scenario.task_model.split(
         scenario.num_devices, alpha=scenario.alpha, seed=scenario.seed
     )
-    model, partition = small_model(scenario.seed)
+    model, partition = scenario.task_model.load(scenario.seed)
     coordinator = _coordinator(scenario, task, (model, partition), limits)
     records, accuracies, backdoors = [], [], []
     distrusted: list[set[str]] = []
@@ -251,19 +179,24 @@ def run(
             ]
             records.append(coordinator.complete_round(plan, replies))
             distrusted.append(_distrusted(coordinator.state))
-            left = scenario.rounds - server_round
-            if left % _EVERY == 0 and left < _EVERY * _EVALUATIONS:
+            if scenario.is_evaluated(server_round):
                 state, names = coordinator.values(), partition.trainable
                 load_values(model, names, [state[name] for name in names])
                 accuracies.append(task.accuracy(model))
                 backdoors.append(task.backdoor_success(model))
     hostile = {devices.name(index) for index in scenario.hostile}
-    return _outcome(accuracies, backdoors, records, distrusted, hostile)
+    return Outcome.of(
+        accuracies=accuracies,
+        backdoors=backdoors,
+        honest_refused=_honest_refused(records, hostile),
+        distrusted=distrusted,
+        hostile=hostile,
+    )
 
 
 def _coordinator(
     scenario: Scenario,
-    task: SmallTask,
+    task: AttackedTask,
     trained: tuple[nn.Module, BlockPartition],
     limits: NormLimits | None,
 ) -> Coordinator:
@@ -271,7 +204,7 @@ def _coordinator(
     if scenario.own_examples:
         examples = task.own_examples(scenario.own_examples)
         own_examples = example_gradients(
-            *small_model(scenario.seed),
+            *scenario.task_model.load(scenario.seed),
             lambda chosen: {name: values[chosen] for name, values in examples.items()},
             scenario.own_examples,
         )
@@ -279,11 +212,11 @@ def _coordinator(
     return coordinator_for(
         model,
         partition,
-        costs=_costs(scenario.batch_size),
+        costs=_costs(scenario.task_model, scenario.batch_size, task.max_tokens),
         batch_size=scenario.batch_size,
         step=ServerStep(lr=scenario.lr, linear_decay_steps=scenario.rounds),
         settings=RoundSettings(
-            channel=Channel(bandwidth_hz=1e6),
+            channel=Channel(bandwidth_hz=scenario.task_model.recipe.bandwidth_hz),
             transfer=Transfer(codec=scenario.codec),
             allocation=AllocationOptions(rotation_eps=0.5),
             limits=NormLimits() if limits is None else limits,
@@ -294,39 +227,19 @@ def _coordinator(
 
 
 @lru_cache
-def _costs(batch_size: int) -> BlockCosts:
+def _costs(task_model: TaskModel, batch_size: int, max_tokens: int) -> BlockCosts:
     """Return what the model's blocks cost, whatever its values."""
-    return model_costs(*small_model(0), batch_size=batch_size, sequence_length=LENGTH)
-
-
-def _outcome(
-    accuracies: list[float],
-    backdoors: list[float],
-    records: list[RoundRecord],
-    distrusted: list[set[str]],
-    hostile: set[str],
-) -> Outcome:
-    blocks = [block for record in records for block in record.blocks]
-    honest = [block for block in blocks if block.device not in hostile]
-    refused = [block for block in honest if block.status != "accepted"]
-    found = hostile & distrusted[-1]
-    first = [
-        next(n for n, names in enumerate(distrusted, 1) if device in names)
-        for device in found
-    ]
-    return Outcome(
-        accuracy=float(np.mean(accuracies)),
-        backdoor=_mean_of_known(backdoors),
-        honest_refused=len(refused) / len(honest),
-        honest_distrusted=len(distrusted[-1] - hostile),
-        found=len(found) / len(hostile) if hostile else 0.0,
-        found_after=int(np.median(first)) if first else None,
+    return model_costs(
+        *task_model.load(0), batch_size=batch_size, sequence_length=max_tokens
     )
 
 
-def _mean_of_known(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
+def _honest_refused(records: list[RoundRecord], hostile: set[str]) -> float:
+    """Return the part of honest devices' updates that was not used."""
+    blocks = [block for record in records for block in record.blocks]
+    honest = [block for block in blocks if block.device not in hostile]
+    refused = [block for block in honest if block.status != "accepted"]
+    return len(refused) / len(honest)
 
 
 def _distrusted(state: RunState) -> set[str]:

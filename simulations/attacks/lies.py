@@ -9,9 +9,10 @@ import numpy as np
 
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import DeviceProfile
-from simulations.attacks.attack import ABSENT, Attack, Turn, npy, scaled
+from simulations.attacks.attack import ABSENT, BOTH, Attack, Turn, npy, scaled
 
-_JOIN = 40
+# First round of devices that come late.
+JOIN = 40
 
 
 def _replayed(reply: DeviceReply, turn: Turn) -> DeviceReply:
@@ -32,7 +33,8 @@ def _as_weights(reply: DeviceReply, turn: Turn) -> DeviceReply:
     return replace(reply, tensors=tensors, report=report)
 
 
-def _claimed(profile: DeviceProfile) -> DeviceProfile:
+def claims_to_be_fastest(profile: DeviceProfile) -> DeviceProfile:
+    """Return what a device claims that wants all of the work."""
     return replace(profile, flops_per_s=1e13, snr_db=40.0, memory_bytes=1e12)
 
 
@@ -43,7 +45,7 @@ def _never_slow(reply: DeviceReply, turn: Turn) -> DeviceReply:
 
 
 LIES = (
-    Attack(name=ABSENT, joins_at_round=sys.maxsize),
+    Attack(name=ABSENT, joins_at_round=sys.maxsize, methods=BOTH),
     Attack(
         name="free rider: replay",
         reply=_replayed,
@@ -64,11 +66,11 @@ LIES = (
         name="claims to be fastest, sign flip",
         gradients=lambda honest, turn: scaled(honest, -1.0),
         reply=_never_slow,
-        profile=_claimed,
+        profile=claims_to_be_fastest,
     ),
     Attack(
         name="late sybils, sign flip",
         gradients=lambda honest, turn: scaled(honest, -1.0),
-        joins_at_round=_JOIN,
+        joins_at_round=JOIN,
     ),
 )
