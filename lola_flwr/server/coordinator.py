@@ -233,7 +233,10 @@ class Coordinator:
             for device in plan.device_ids
             if device in checked.accepted
         ]
-        moves = self._stepped(plan.server_round, updates) if updates else {}
+        moves: dict[int, float] = {}
+        if updates:
+            lengths = plan.step_lengths(checked.accepted)
+            moves = self._stepped(plan.server_round, updates, lengths)
         record = round_record(
             plan,
             checked,
@@ -267,6 +270,7 @@ class Coordinator:
         self,
         server_round: int,
         updates: Collection[tuple[Sequence[int], BlockUpdate]],
+        lengths: Mapping[int, float],
     ) -> dict[int, float]:
         """Step the model; return how far each block that was stepped has moved."""
         values = self._model.state()
@@ -279,6 +283,7 @@ class Coordinator:
             server_round,
             [update for _, update in updates],
             zeroth_order_lr=0.0 if zeroth_order is None else zeroth_order.lr,
+            lengths=lengths,
         )
         blocks = [block for trained, _ in updates for block in trained]
         return relative_moves(self.partition, blocks, before, values)

@@ -154,6 +154,7 @@ class ServedModel:
         updates: Sequence[BlockUpdate],
         *,
         zeroth_order_lr: float = 0.0,
+        lengths: Mapping[int, float] | None = None,
     ) -> None:
         """Step the model by one round's updates; statistics are averaged.
 
@@ -165,6 +166,9 @@ class ServedModel:
             The updates; their order can matter.
         zeroth_order_lr
             Rate of a plain step by estimated gradients, which goes past the optimizer.
+        lengths
+            By block: what part of the optimizer's step is taken, at most 1 (default:
+            all of it).
         """
         first_order = [u for u in updates if not u.zeroth_order]
         gradient = self._assemble(first_order)
@@ -174,11 +178,34 @@ class ServedModel:
             self._last_moves = {n: gradient[n].copy() for n in gradient}
         estimate = self._assemble([u for u in updates if u.zeroth_order])
         if gradient:
-            self._optimizer.step(gradient, server_round)
+            self._step(gradient, server_round, {} if lengths is None else lengths)
         if estimate:
             rate = np.float32(zeroth_order_lr)
             self._optimizer.shift({name: -rate * g for name, g in estimate.items()})
         self._state_dict |= average_statistics(updates, self._block_mean)
+
+    def _step(
+        self, gradient: Float32Arrays, server_round: int, lengths: Mapping[int, float]
+    ) -> None:
+        """Step by a gradient; some blocks by a part of the step."""
+        values = self._optimizer.state()
+        part_of = {
+            name: np.float32(length)
+            for block, length in lengths.items()
+            if length < 1.0
+            for name in self.partition.blocks[block]
+            if name in gradient
+        }
+        before = {name: values[name].copy() for name in part_of}
+        self._optimizer.step(gradient, server_round)
+        values = self._optimizer.state()
+        # The moments are those of the gradient as it is.
+        self._optimizer.shift(
+            {
+                name: (part - 1) * (values[name] - before[name])
+                for name, part in part_of.items()
+            }
+        )
 
     def start_from(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in the values to start from.

@@ -13,6 +13,7 @@ it to the other. Batches therefore follow from the largest that was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -33,6 +34,29 @@ _COMMON_COUNTS = 6.0
 # who trains a block may lie about it.
 _FURTHEST = 3.0
 _LARGEST = 1e5
+# Examples that a rate is taken to be meant for where batches are chosen: steps by fewer
+# are shorter.
+_MEANT_FOR = 128.0
+
+
+def step_length(batch_size: float, noise_scale: float) -> float:
+    """Return how long the step by a mini-batch is, of that which the rate is meant for.
+
+    Of the square of a gradient of B examples ``B / (B + S)`` is signal. AdamW divides
+    by the root of that square: its steps are as long however little of them leads on.
+    Times the root of that share, in parts of that of 128 examples, they go as far as
+    there is reason for (the square-root scaling rule of adaptive optimizers, Malladi,
+    Lyu, Panigrahi, Arora, arXiv:2205.10287). No step is longer than the rate says.
+
+    Parameters
+    ----------
+    batch_size
+        Examples.
+    noise_scale
+        Noise scale of the gradient, in examples; at least 0.
+    """
+    share = batch_size / (batch_size + noise_scale)
+    return math.sqrt(min(share * (_MEANT_FOR + noise_scale) / _MEANT_FOR, 1.0))
 
 
 @dataclass(frozen=True)

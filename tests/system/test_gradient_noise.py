@@ -7,12 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.run.values import from_values, to_values
-from lola_flwr.system.gradient_noise import GradientNoise, NoiseObservation
+from lola_flwr.system.gradient_noise import (
+    GradientNoise,
+    NoiseObservation,
+    step_length,
+)
 
 PARTITION = BlockPartition(
     (("first.weight", "first.bias"), ("second.weight", "second.bias")),
@@ -181,3 +187,21 @@ def test_it_survives_a_checkpoint():
     noise = GradientNoise().update([observation(n, 80.0, rng) for n in range(2)])
     kept = from_values(GradientNoise, to_values(noise))
     np.testing.assert_array_equal(kept.scales(2), noise.scales(2))
+
+
+@given(
+    batch_size=st.integers(1, 4096),
+    noise_scale=st.floats(0, 1e5),
+)
+def test_steps_by_few_examples_are_shorter_by_the_root_of_the_signals_share(
+    batch_size, noise_scale
+):
+    length = step_length(batch_size, noise_scale)
+    assert 0 < length <= 1
+    if batch_size >= 128 or noise_scale == 0:
+        assert length == 1
+    else:
+        # Times what the gradient is longer by, it is as long as that of 128 examples.
+        ratio = (1 + noise_scale / batch_size) / (1 + noise_scale / 128)
+        assert length**2 * ratio == pytest.approx(1)
+        assert length <= step_length(batch_size + 1, noise_scale)

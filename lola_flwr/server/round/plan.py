@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,7 @@ import numpy as np
 from lola_flwr.allocation import Allocation, AllocationProblem
 from lola_flwr.planning import SolvedRound
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.gradient_noise import step_length
 from lola_flwr.wire.records import Assignment
 from lola_flwr.wire.versions import Manifest
 
@@ -106,6 +107,27 @@ class RoundPlan:
         row = self.device_ids.index(device_id)
         scale = float(np.median(solved.noise_scale[solved.batch_size > 0]))
         return math.sqrt(1.0 + scale / solved.batch_size[row])
+
+    def step_lengths(self, device_ids: Iterable[str]) -> dict[int, float]:
+        """Return how long the steps of blocks are, where batches are chosen.
+
+        Parameters
+        ----------
+        device_ids
+            The devices whose updates they follow. What several send of one block is as
+            one of all their examples.
+        """
+        solved = self.solved
+        if solved.batch_size is None or solved.noise_scale is None:
+            return {}
+        examples: dict[int, int] = {}
+        noise: dict[int, float] = {}
+        for device_id in device_ids:
+            row = self.device_ids.index(device_id)
+            for block in self.assignments[device_id].blocks:
+                examples[block] = examples.get(block, 0) + int(solved.batch_size[row])
+                noise[block] = float(solved.noise_scale[row])
+        return {b: step_length(count, noise[b]) for b, count in examples.items()}
 
     @property
     def whole_codec(self) -> str:
