@@ -19,6 +19,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient
+from lola_flwr.model.stored_base import stored_values
 from lola_flwr.zeroth_order.directions import Directions
 from lola_flwr.zeroth_order.forward_mode import directional_derivatives
 from lola_flwr.zeroth_order.projections import projected_gradients
@@ -173,6 +174,20 @@ def test_autocast_computes_in_half_and_leaves_gradients_in_full(options):
 def test_the_model_begins_as_it_was_but_for_rounding(options, most):
     difference = abs(logits(adapted("peqa", options)) - logits(roberta())).max()
     assert 0 < difference < most
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_what_the_codes_stand_for_is_what_others_read(kind):
+    """Such as OwLore, which looks for outliers."""
+    linear = linear_of(kind, 6, 4)
+    before = linear.weight.detach().double()
+    layer = one_map("peqa", {"bits": 8}, linear)
+    model = nn.ModuleDict({"map": layer})
+    values = stored_values(model, "map.base_layer.weight")
+    torch.testing.assert_close(values, before, rtol=0, atol=0.05)
+    layer.merge()
+    values = stored_values(model, "map.base_layer.weight")
+    torch.testing.assert_close(values, before, rtol=0, atol=0.05)
 
 
 def test_a_block_is_one_scale_a_row():

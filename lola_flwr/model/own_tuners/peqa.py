@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from lola_flwr.model.own_tuners.on_peft import OwnConfig, OwnLayer, register
 
@@ -84,6 +85,14 @@ class PeqaLayer(OwnLayer):
         if not hasattr(self, "bits"):
             return super().matrix
         return self.scaled(self.steps)
+
+    def codes_stand_for(self) -> Tensor:
+        """Return the rounded weight, laid out as the base's."""
+        if self.merged:
+            weight: Tensor = self.base_layer.weight.detach()
+            return weight
+        is_turned = isinstance(self.base_layer, Conv1D)
+        return self.matrix.T if is_turned else self.matrix
 
     def scaled(self, scales: Tensor) -> Tensor:
         """Return the matrix ``[out, in]`` that the codes are under some scales."""
