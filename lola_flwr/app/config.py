@@ -17,7 +17,7 @@ from lola_flwr.allocation import (
     find_allocator,
 )
 from lola_flwr.app.channel_keys import ChannelKeys
-from lola_flwr.app.interface import Interface, interface_of
+from lola_flwr.app.interface import Interface, for_d2ft, interface_of
 from lola_flwr.app.link_rates import LinkRates
 from lola_flwr.app.number_or_auto import BatchSize, OwnExamples
 from lola_flwr.model.bases import Base
@@ -119,6 +119,7 @@ class AppConfig(RunConfig):
     tuning: str
     tuning_options: Options
     base: Base = "fp32"
+    start_from: str = ""
     rounds: int = Field(ge=1)
     batch_size: BatchSize
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
@@ -372,18 +373,12 @@ class FedAvgFullConfig(UpdatesConfig):
     _because = "where every device trains the one block"
 
 
-def _for_d2ft(interface: Interface) -> Interface:
-    if interface != "message":
-        raise ValueError('method="d2ft" needs interface="message"; leave interface out')
-    return interface
-
-
 class D2ftConfig(AppConfig):
     """D2FT: the model is spread over the devices."""
 
     _because = "where no device trains a block by itself"
 
-    interface: Annotated[Interface, AfterValidator(_for_d2ft)]
+    interface: Annotated[Interface, AfterValidator(for_d2ft)]
     batch_size: int = Field(ge=1)
     d2ft_options: Options = ""
 

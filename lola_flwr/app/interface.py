@@ -8,6 +8,19 @@ from typing import Literal
 Interface = Literal["legacy", "message"]
 
 
+def for_d2ft(interface: Interface) -> Interface:
+    """Return D2FT's interface, the one that it has.
+
+    Raises
+    ------
+    ValueError
+        It is the other one.
+    """
+    if interface != "message":
+        raise ValueError('method="d2ft" needs interface="message"; leave interface out')
+    return interface
+
+
 def interface_of(run_config: Mapping[str, object]) -> str:
     """Return the interface that is configured, or where that is "" the method's own.
 

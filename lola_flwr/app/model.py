@@ -14,9 +14,11 @@ from lola_flwr.app.config import (
 )
 from lola_flwr.costs import of_model
 from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.machine.files import local_path
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.lora_start import begin_from
 from lola_flwr.model.trace import Example
 from lola_flwr.run.config import keyword_arguments
 
@@ -25,6 +27,27 @@ def adapted(config: AppConfig, model: nn.Module) -> Any:
     """Return a model with adapters, if they are what is tuned, on its stored base."""
     options = keyword_arguments(config.tuning_options)
     return adapt(model, config.tuning, options, base=config.base, seed=config.seed)
+
+
+def begin(config: AppConfig, model: nn.Module) -> str:
+    """Let the server's model begin where the run is told to, if that is no usual start.
+
+    Devices need not know: they are sent its values.
+
+    Parameters
+    ----------
+    config
+        Run configuration.
+    model
+        The model, with its adapters; changed in place.
+
+    Returns
+    -------
+    What to tell the user; "" of the usual start.
+    """
+    if not config.start_from:
+        return ""
+    return begin_from(model, local_path(config.start_from))
 
 
 def model_blocks(config: AppConfig, model: nn.Module) -> BlockPartition:

@@ -73,8 +73,8 @@ def adapt(
     tuning
         ``"full"``, which returns the model as it is, or a tuner of peft by the name of
         its configuration: ``"lora"``, ``"randlora"``, ``"vera"``, ``"ia3"``, ...; or
-        one of ours: ``"paca"``, ``"svfit"``, ``"lamda"``; or ``"ladder"``, for a side
-        network, with the options of `add_ladder`.
+        one of ours: ``"paca"``, ``"svfit"``, ``"lamda"``, ``"peqa"``; or ``"ladder"``,
+        for a side network, with the options of `add_ladder`.
     options
         Keyword arguments of that configuration: ``{"r": 8, "use_dora": True}``. Where
         they leave it open, ``target_modules`` are those that peft knows for the type of

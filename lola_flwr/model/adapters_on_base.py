@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lola_flwr.errors import UserError, reason_of
@@ -13,6 +12,7 @@ from lola_flwr.model.bases import QUANTISED, Base
 from lola_flwr.model.example import examples_of
 from lola_flwr.model.inputs import failure_of
 from lola_flwr.model.loading import fingerprint, keep_fingerprint
+from lola_flwr.model.lora_start import begin_with
 from lola_flwr.model.stored_base import store_base
 
 _BITS = {"nf4": 4, "int8": 8}
@@ -69,7 +69,7 @@ def store_under_adapters(model: Any, base: Base, *, loftq: bool = False) -> None
     def begin_with_loss(path: str, weight: Tensor, stored: Tensor) -> None:
         adapter = model.get_submodule(path.removesuffix(".base_layer"))
         if path.endswith(".base_layer") and hasattr(adapter, "lora_A"):
-            _begin_with(adapter, weight - stored)
+            begin_with(adapter, weight - stored)
 
     names = [n for n, p in model.named_parameters() if not p.requires_grad]
     store_base(model, base, base_weights(names), begin_with_loss if loftq else None)
@@ -89,14 +89,3 @@ def _try_to_run(model: Any, base: Base) -> None:
                     f"base={base!r}: adapters with these options do not run on it "
                     f"({reason_of(failure)}); use others, or base='bf16' or 'fp32'."
                 )
-
-
-def _begin_with(adapter: Any, lost: Tensor) -> None:
-    """Let LoRA's product be the best of its rank for a matrix."""
-    left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
-    first, second = adapter.lora_A["default"].weight, adapter.lora_B["default"].weight
-    rank, scale = len(first), adapter.scaling["default"]
-    roots = (sizes[:rank] / scale).sqrt()
-    with torch.no_grad():
-        first.copy_(roots[:, None] * right[:rank])
-        second.copy_(left[:, :rank] * roots)

@@ -228,6 +228,9 @@ def stored_values(model: nn.Module, name: str) -> Tensor:
     module: Any = model.get_submodule(path)
     if leaf == "weight" and is_quantised(module):
         return weight_of(module)
+    host: Any = model.get_submodule(path.removesuffix(".base_layer"))
+    if leaf == "weight" and hasattr(host, "codes_stand_for"):
+        return in_full(host.codes_stand_for())
     values: Tensor = getattr(module, leaf).detach()
     return in_full(values)
 

@@ -88,7 +88,7 @@ def test_memory(name, compared):
             assert ours <= MOST_MEMORY * theirs
 
 
-@pytest.mark.parametrize("tuning", ["paca", "svfit", "lamda"])
+@pytest.mark.parametrize("tuning", ["paca", "svfit", "lamda", "peqa"])
 def test_counted(tuning, compared):
     """What a device's step and upload come to, counted without weights."""
     config = transformers.RobertaConfig(
@@ -115,5 +115,5 @@ def test_counted(tuning, compared):
     )
     for what, unit, ours, theirs in rows:
         compared(f"{tuning}, first block, {what}", ours, "LoRA", theirs, unit)
-    if tuning == "svfit":
-        assert found[tuning][2] < 20
+    if tuning in ("svfit", "peqa"):
+        assert found[tuning][2] < 30

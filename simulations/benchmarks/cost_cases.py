@@ -119,6 +119,15 @@ CASES: dict[str, Case] = {
         tuning="lamda",
         options={"r": 8},
     ),
+    "RoBERTa, PEQA of 4 bits": Case(
+        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)),
+        tuning="peqa",
+    ),
+    "RoBERTa, PEQA of 8 bits, grouped": Case(
+        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)),
+        tuning="peqa",
+        options={"bits": 8, "group_size": 32},
+    ),
     "DistilBERT classifier": Case(
         lambda: hf.DistilBertForSequenceClassification(
             hf.DistilBertConfig(
@@ -163,6 +172,9 @@ CASES: dict[str, Case] = {
         lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
         tuning="paca",
         options={"r": 8},
+    ),
+    "GPT-2 LM, PEQA of 4 bits": Case(
+        lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), tuning="peqa"
     ),
     "Llama classifier": Case(
         lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**DECODER))

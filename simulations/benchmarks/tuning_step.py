@@ -29,6 +29,7 @@ OPTIONS = {
     "paca": {"r": 8},
     "svfit": {},
     "lamda": {"r": 8},
+    "peqa": {},
 }
 
 

@@ -15,19 +15,19 @@ from lola_flwr.model.loading import load_classifier
 from tests.tree import ROOT
 
 APP = ROOT / "simulations" / "glue"
-TINY = ("model=random:roberta-tiny", "batch-size=8", "eval-every=2", "save-model=true")
-TUNINGS = {"paca": "r=4", "svfit": "k=16", "lamda": "r=4"}
+TINY = ("model=random:roberta-tiny", "batch-size=8", "eval-every=2")
+TUNINGS = {"paca": "r=4", "svfit": "k=16", "lamda": "r=4", "peqa": "bits=8"}
 
 
-def run(directory, tuning, *overrides):
-    """Run the app; return its records and the saved model's bytes."""
+def run_app(directory, *overrides):
+    """Run the app; return the directory of its results."""
+    directory.mkdir(exist_ok=True)
     ran = subprocess.run(
         [
             *(sys.executable, "-m", "lola_flwr.cli.main", "simulate", str(APP)),
             *("--plain", "--devices", "5", "--home", str(directory / "home")),
             *("--cpus-per-client", str(os.cpu_count() or 1)),
-            *(*TINY, "num-devices=5", f"output-dir={directory}/out"),
-            *(f"tuning={tuning}", f"tuning-options={TUNINGS[tuning]}", *overrides),
+            *(*TINY, "num-devices=5", f"output-dir={directory}/out", *overrides),
         ],
         cwd=directory,
         stdout=subprocess.PIPE,
@@ -36,6 +36,13 @@ def run(directory, tuning, *overrides):
         check=False,
     )
     assert ran.returncode == 0, ran.stdout
+    return directory / "out"
+
+
+def run(directory, tuning, *overrides):
+    """Run the app; return its records and the saved model's bytes."""
+    tuned = (f"tuning={tuning}", f"tuning-options={TUNINGS[tuning]}")
+    run_app(directory, "save-model=true", *tuned, *overrides)
     lines = (directory / "out" / "rounds.jsonl").read_text().splitlines()
     records = [
         {k: v for k, v in json.loads(line).items() if not k.startswith("measured")}
@@ -49,8 +56,6 @@ def run(directory, tuning, *overrides):
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_a_run_goes_on_under_the_other_interface_to_the_same_bits(tuning, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
     records, saved = run(whole, tuning, "rounds=4", "interface=message")
     for record in records:
         assert {block["status"] for block in record["blocks"]} == {"accepted"}
@@ -72,7 +77,11 @@ def test_a_run_goes_on_under_the_other_interface_to_the_same_bits(tuning, tmp_pa
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("tuning", "options", "lr", "rounds"),
-    [("paca", "r=8", "1e-2", 24), ("svfit", "", "2e-2", 40)],
+    [
+        ("paca", "r=8", "1e-2", 24),
+        ("svfit", "", "2e-2", 40),
+        ("peqa", "", "2e-2", 40),
+    ],
 )
 def test_the_embedded_task_is_learned(tuning, options, lr, rounds, tmp_path):
     records, _ = run(

@@ -11,6 +11,8 @@ from lola_flwr.costs.estimated import BlockCosts, estimate_costs
 from lola_flwr.costs.of_model import model_costs, zeroth_order_costs
 from lola_flwr.device.block_device import BlockDevice
 from lola_flwr.errors import UserError
+from lola_flwr.model.adapter_blocks import model_partition
+from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint, load_classifier
@@ -367,8 +369,10 @@ def test_settings_out_of_range(changes):
 
 
 @pytest.mark.slow
-def test_devices_without_back_propagation_learn(roberta, batch):
-    partition = partition_of(roberta)
+@pytest.mark.parametrize("tuning", ["full", "peqa"])
+def test_devices_without_back_propagation_learn(tuning, roberta, batch):
+    roberta = adapt(roberta, tuning)
+    partition = model_partition(roberta)
     sizes = {"batch_size": 6, "sequence_length": 10}
     zeroth_order = ZerothOrder(
         costs=zeroth_order_costs(roberta, partition, **sizes, num_directions=16),

@@ -121,18 +121,23 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         return weight.T if isinstance(self.base_layer, Conv1D) else weight
 
     @property
-    def trained(self) -> nn.Parameter:
-        """What is trained."""
+    def trained(self) -> Tensor:
+        """What is trained: a parameter, or what stands for it in forward mode."""
         (values,) = getattr(self, self.adapter_layer_names[0]).values()
-        assert isinstance(values, nn.Parameter)
+        assert isinstance(values, Tensor)
         return values
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map inputs ``[..., in]`` to outputs ``[..., out]``."""
-        if self.disable_adapters or self.merged:
+        if self.merged:
             output: Tensor = self.base_layer(inputs)
             return output
-        return self.adapted(inputs)
+        return self.unadapted(inputs) if self.disable_adapters else self.adapted(inputs)
+
+    def unadapted(self, inputs: Tensor) -> Tensor:
+        """Map inputs ``[..., in]`` as the base does."""
+        output: Tensor = self.base_layer(inputs)
+        return output
 
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -143,7 +148,9 @@ class OwnLayer(nn.Module, BaseTunerLayer):
             return
         weight: nn.Parameter = self.base_layer.weight
         with torch.no_grad():
-            merged = self.adapted_matrix().to(weight.dtype)
+            merged = self.adapted_matrix()
+        if weight.is_floating_point():
+            merged = merged.to(weight.dtype)
         if safe_merge and not merged.isfinite().all():
             raise ValueError("the trained weight is not finite")
         self._unmerged = weight.data
@@ -178,6 +185,14 @@ class OwnTuner(BaseTuner):
     ) -> None:
         if isinstance(target, BaseTunerLayer):
             raise ValueError("a model has one adapter of this kind, and no second")
+        weight = getattr(target, "weight", None)
+        every = self.model.named_parameters(remove_duplicate=False)
+        users = [name for name, parameter in every if parameter is weight]
+        if len(users) > 1:
+            raise ValueError(
+                f"{' and '.join(users)} are one matrix, and adapting one of them would "
+                "change the other, too; let target_modules name neither"
+            )
         layer = self.tuner_layer_cls(target)
         try:
             layer.begin(adapter_name, peft_config)

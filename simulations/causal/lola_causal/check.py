@@ -40,9 +40,10 @@ def check(run_config: Mapping[str, object], num_devices: int) -> None:
     from lola_causal.model import causal_costs, load_model
     from lola_causal.sequences import encode
     from lola_flwr.app.d2ft import make_trainer
-    from lola_flwr.app.model import model_blocks
+    from lola_flwr.app.model import begin, model_blocks
 
     model, tokenizer = load_model(config)
+    begin(config, model)
     for part in records:
         encode(part, tokenizer, max_length=config.max_length, model_name=config.model)
     split(len(records[0]), num_devices, config.seed)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from logging import INFO
 from typing import Any
 
 import torch
 from flwr.common import Context
+from flwr.common.logger import log
 from flwr.server import Grid
 from torch.nn.functional import cross_entropy
 
@@ -26,7 +28,7 @@ from lola_causal.sequences import (
 from lola_flwr.app.config import LolaDeftConfig, UpdatesConfig
 from lola_flwr.app.d2ft import make_trainer
 from lola_flwr.app.methods import make_coordinator, own_examples_of, response_of
-from lola_flwr.app.model import model_blocks
+from lola_flwr.app.model import begin, model_blocks
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
 from lola_flwr.model.backprop import Batch
@@ -44,6 +46,9 @@ def fine_tune(grid: Grid, context: Context) -> None:
     config = CausalConfig.from_run_config(context.run_config)
     records = load_records(config.data, config.eval_data, seed=config.seed)
     model, tokenizer = load_model(config)
+    said = begin(config, model)
+    if said:
+        log(INFO, "%s", said)
     sequences, held_out = (
         encode(part, tokenizer, max_length=config.max_length, model_name=config.model)
         for part in records

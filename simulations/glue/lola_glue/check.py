@@ -45,9 +45,11 @@ def check_on_the_model(config: GlueConfig, profiles: Sequence[DeviceProfile]) ->
     """Load the model, count what it costs, and plan the first round."""
     # PyTorch takes seconds; what is above is said before that.
     from lola_flwr.app.d2ft import make_trainer
+    from lola_flwr.app.model import begin
     from lola_glue.costs import load_model, model_blocks, model_costs
 
     model, _ = load_model(config, find_task(config.task))
+    begin(config, model)
     partition = model_blocks(config, model)
     if isinstance(config, D2ftConfig):
         make_trainer(config, model, partition)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from logging import INFO
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.common import Context
+from flwr.common.logger import log
 from flwr.server import Grid
 
 from lola_flwr.app.config import LolaDeftConfig
 from lola_flwr.app.d2ft import make_trainer
 from lola_flwr.app.methods import make_coordinator, own_examples_of, response_of
+from lola_flwr.app.model import begin
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
 from lola_flwr.model.backprop import Batch
@@ -40,6 +43,9 @@ def fine_tune(grid: Grid, context: Context) -> None:
         # Each device works out its own part: a split that cannot be is seen here first.
         split(config, train_examples, config.num_devices)
     model, tokenizer = load_model(config, task)
+    said = begin(config, model)
+    if said:
+        log(INFO, "%s", said)
     partition = model_blocks(config, model)
     few = make_batch(
         train_examples, np.arange(1), tokenizer, max_length=config.max_length
