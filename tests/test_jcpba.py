@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import model_loss
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.loading import load_values
-from simulations.compare.contender import Update, mean_of_those_that_trained
+from lola_flwr.system.devices import FleetRanges, simulated_device
+from simulations.compare.contender import Fleet, Update, mean_of_those_that_trained
 from simulations.compare.jcpba import (
     PrunedSizes,
     PruningOptions,
@@ -22,7 +25,7 @@ from simulations.compare.jcpba import (
     mean_of_rows,
     problem,
 )
-from simulations.compare.local_rounds import _fleet, _round_cost, _values, train
+from simulations.compare.local_rounds import _round_cost, _values, train
 from simulations.compare.methods import Method, RunSettings
 from simulations.compare.pruned_model import prunable, pruned, rows_left_out
 from simulations.compare.pruning_rates import by_descent
@@ -55,7 +58,26 @@ def task(request, plain):
 
 @pytest.fixture(scope="module")
 def lora_fleet(plain):
-    return _fleet(adapted(plain, "lora"), Method(kind="jcpba", **LORA), SETTINGS)
+    """All layers are one block here, which takes less counting."""
+    task = adapted(plain, "lora")
+    counted = partial(
+        model_costs,
+        task.model,
+        task.partition,
+        batch_size=5,
+        sequence_length=task.sequence_length,
+        merged=True,
+    )
+    return Fleet(
+        method=Method(kind="jcpba", **LORA),
+        partition=task.partition.merged(),
+        costs=counted(),
+        shapes={name: value.shape for name, value in _values(task).items()},
+        profiles=[simulated_device(k, seed=1, ranges=FleetRanges()) for k in range(3)],
+        num_examples=[task.num_examples(k) for k in range(3)],
+        model=task.model,
+        counted=counted,
+    )
 
 
 @pytest.fixture(scope="module")
