@@ -13,9 +13,10 @@ how far all are from the whole model is one on the mean of their rates.
 `by_descent` alternates between the two, each exactly, as block coordinate descent does.
 It ends where neither alone can do better, which need not be where both can do no
 better: once all devices end together, and the mean is used up or one has the highest
-rate, other rates let nobody end earlier before the shares change too. `jointly` finds the least time of all, by bisection over it: with a
-deadline, the share that a device needs is convex in its rate, and what is left is to
-spend the mean where it saves most of the band.
+rate, other rates let nobody end earlier before the shares change too. `jointly` finds
+the least time of all, by bisection over it: with a deadline, the share that a device
+needs is convex in its rate, and what is left is to spend the mean where it saves most
+of the band.
 
 Source: the problem is our reading of JCPBA, arXiv:2602.01024, as `simulations.compare.
 jcpba` says.
