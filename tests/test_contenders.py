@@ -31,6 +31,7 @@ from simulations.compare.runs import run_method
 from simulations.compare.tasks import image_task
 
 SETTINGS = RunSettings(rounds=2, eval_every=1, num_devices=4, batch_size=5, seed=1)
+RATES_BPS = np.full(4, 5e7)
 LORA = {"tuning": "lora", "tuning_options": {"r": 4}, "ranks": (4, 2)}
 
 
@@ -118,7 +119,7 @@ def test_a_device_of_lower_rank_trains_and_sends_that(lora):
     speeds = [profile.flops_per_s for profile in fleet.profiles]
     assert ranks[int(np.argmax(speeds))] == 4 > ranks[int(np.argmin(speeds))]
     contender = flexlora(fleet)
-    parts = contender.parts(1)
+    parts = contender.parts(1, RATES_BPS)
     low, high = ranks.index(2), ranks.index(4)
     adapters = sum(4 * v.size for n, v in _values(lora).items() if ".lora_" in n)
     assert parts[high].sent_bytes - parts[low].sent_bytes == adapters / 2
@@ -161,20 +162,23 @@ def test_blocks_and_devices_take_turns():
         return block
 
     turns = CONTENDERS["one-block-in-turn"](fleet)
-    seen = [[(d, trained(p)) for d, p in turns.parts(r).items()] for r in range(1, 6)]
+    seen = [
+        [(d, trained(p)) for d, p in turns.parts(r, RATES_BPS).items()]
+        for r in range(1, 6)
+    ]
     assert seen == [[(0, 0)], [(1, 1)], [(2, 2)], [(0, 3)], [(1, 0)]]
     each = CONTENDERS["a-block-each"](fleet)
-    seen = [[trained(p) for p in each.parts(r).values()] for r in (1, 2)]
+    seen = [[trained(p) for p in each.parts(r, RATES_BPS).values()] for r in (1, 2)]
     assert seen == [[0, 1, 2], [1, 2, 3]]
 
 
 def test_uploads_beside_the_next_computation_take_no_longer():
     fleet = _fleet(image_task(num_devices=4, seed=1), Method(), SETTINGS)
-    parts = CONTENDERS["a-block-each"](fleet).parts(1)
-    plain = _round_cost(fleet, SETTINGS, 1, 0.0, parts, parts)
-    beside = _round_cost(fleet, SETTINGS, 1, 0.0, parts, dict(parts))
-    alone = _round_cost(fleet, SETTINGS, 1, 0.0, parts, {})
-    sending = _round_cost(fleet, SETTINGS, 1, 0.0, {}, parts)
+    parts = CONTENDERS["a-block-each"](fleet).parts(1, RATES_BPS)
+    plain = _round_cost(fleet, RATES_BPS, parts, parts)
+    beside = _round_cost(fleet, RATES_BPS, parts, dict(parts))
+    alone = _round_cost(fleet, RATES_BPS, parts, {})
+    sending = _round_cost(fleet, RATES_BPS, {}, parts)
     assert beside.seconds == pytest.approx(max(alone.seconds, sending.seconds))
     assert beside.seconds < plain.seconds <= alone.seconds + sending.seconds
 

@@ -10,6 +10,7 @@ methods here; so is ParaBlock's correction of values that are a round old.
 
 from __future__ import annotations
 
+from lola_flwr.arrays import Float64Array
 from simulations.compare.contender import Contender, Fleet, Part
 
 
@@ -17,7 +18,7 @@ def one_block_in_turn(fleet: Fleet) -> Contender:
     """Return rounds of one device and one block, both in turn (FedCyBGD)."""
     parts = _block_parts(fleet)
 
-    def turn(server_round: int) -> dict[int, Part]:
+    def turn(server_round: int, _: Float64Array) -> dict[int, Part]:
         number = server_round - 1
         return {number % len(fleet.profiles): parts[number % len(parts)]}
 
@@ -28,7 +29,7 @@ def a_block_each(fleet: Fleet) -> Contender:
     """Return rounds in which all devices train a block each, another every round."""
     parts = _block_parts(fleet)
     return Contender(
-        parts=lambda server_round: {
+        parts=lambda server_round, _: {
             device: parts[(device + server_round - 1) % len(parts)]
             for device in range(len(fleet.profiles))
         },

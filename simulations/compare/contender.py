@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from torch import nn
 
-from lola_flwr.arrays import Float32Arrays
+from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
 from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.system.devices import DeviceProfile
@@ -35,12 +36,15 @@ class Part:
         Bytes of the values that it uploads.
     around_bytes
         Bytes of the message around them.
+    pruning_rate
+        Part of the rows of the layers' matrices that it does without.
     """
 
     names: tuple[str, ...]
     step_flops: float
     sent_bytes: int
     around_bytes: float
+    pruning_rate: float = 0.0
 
     @property
     def payload_bits(self) -> float:
@@ -58,10 +62,13 @@ class Update:
         The values that it ends with, of the parameters of its part.
     num_examples
         Examples that it holds, by which it weighs.
+    rows
+        Rows that the values are of, where these are not all of a parameter.
     """
 
     values: Float32Arrays
     num_examples: int
+    rows: Mapping[str, IntArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +87,13 @@ class Fleet:
         Shape of each parameter that may be trained.
     profiles
         The K devices.
+    num_examples
+        Examples of each.
+    model
+        The model, with the values to start from.
+    counted
+        Counts again what a step of all blocks together costs, on the model as it is
+        then.
     """
 
     method: Method
@@ -87,6 +101,9 @@ class Fleet:
     costs: BlockCosts
     shapes: Mapping[str, Sequence[int]]
     profiles: Sequence[DeviceProfile]
+    num_examples: Sequence[int]
+    model: nn.Module
+    counted: Callable[[], BlockCosts]
 
     def part_from(self, first: int, end: int | None = None) -> Part:
         """Return the part of consecutive blocks: by default of all from one on."""
@@ -136,7 +153,8 @@ class Contender:
     Parameters
     ----------
     parts
-        Tells who trains what in a round: part by device.
+        Tells who trains what in a round, by its number and the devices' full-band rates
+        up, bits per second, shape [K]: part by device.
     given
         Gives the values that a device starts from, of the server's.
     merged
@@ -146,7 +164,7 @@ class Contender:
         server then has them a round later.
     """
 
-    parts: Callable[[int], Mapping[int, Part]]
+    parts: Callable[[int, Float64Array], Mapping[int, Part]]
     given: Callable[[int, Float32Arrays], Float32Arrays] = as_it_is
     merged: Callable[[Float32Arrays, Mapping[int, Update]], Float32Arrays] = (
         mean_of_those_that_trained

@@ -19,7 +19,7 @@ def depth_limited(fleet: Fleet) -> Contender:
     """Return rounds in which a device trains all blocks from one of its own on."""
     firsts = first_blocks(fleet)
     parts = {device: fleet.part_from(first) for device, first in enumerate(firsts)}
-    return Contender(parts=lambda _: parts)
+    return Contender(parts=lambda *_: parts)
 
 
 def first_blocks(fleet: Fleet) -> list[int]:

@@ -12,4 +12,4 @@ from simulations.compare.contender import Contender, Fleet
 def fedavg(fleet: Fleet) -> Contender:
     """Return FedAvg's rounds."""
     part = fleet.part_from(0)
-    return Contender(parts=lambda _: dict.fromkeys(range(len(fleet.profiles)), part))
+    return Contender(parts=lambda *_: dict.fromkeys(range(len(fleet.profiles)), part))

@@ -52,7 +52,7 @@ def flexlora(fleet: Fleet) -> Contender:
         for device, own in enumerate(ranks)
     }
     return Contender(
-        parts=lambda _: parts,
+        parts=lambda *_: parts,
         given=lambda device, values: truncated(values, ranks[device]),
         merged=partial(merged, rank=rank),
     )

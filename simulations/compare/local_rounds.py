@@ -6,8 +6,10 @@ and the band is shared best: so that the last device has uploaded as early as po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 
 from lola_flwr.allocation.shares import best_shares
-from lola_flwr.arrays import Float32Arrays, Float64Array
+from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
 from lola_flwr.build import Channel
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.model.backprop import Batch, model_loss, only_trainable, train_mode
@@ -29,8 +31,10 @@ from simulations.compare.contender import Contender, Fleet, Part, Update
 from simulations.compare.depth_limited import depth_limited
 from simulations.compare.fedavg import fedavg
 from simulations.compare.flexlora import flexlora
+from simulations.compare.jcpba import jcpba
 from simulations.compare.measure import counted_flops, peak_bytes
 from simulations.compare.methods import Method, Point, Report, RunSettings
+from simulations.compare.pruned_model import prunable, pruned
 from simulations.compare.tasks import Task
 
 CONTENDERS: dict[str, Callable[[Fleet], Contender]] = {
@@ -39,6 +43,7 @@ CONTENDERS: dict[str, Callable[[Fleet], Contender]] = {
     "depth-limited": depth_limited,
     "one-block-in-turn": one_block_in_turn,
     "a-block-each": a_block_each,
+    "jcpba": jcpba,
 }
 
 
@@ -54,9 +59,10 @@ def run_local(
     previous: Mapping[int, Part] = {}
     payload, spent = 0, _Spent(0.0, 0.0)
     for server_round in range(1, settings.rounds + 1):
-        parts = contender.parts(server_round)
+        rates_bps = _rates_bps(fleet, settings, server_round, spent.seconds)
+        parts = contender.parts(server_round, rates_bps)
         sent = previous if contender.overlaps else parts
-        spent += _round_cost(fleet, settings, server_round, spent.seconds, parts, sent)
+        spent += _round_cost(fleet, rates_bps, parts, sent)
         updates = {
             device: effort.update(
                 server_round, device, part, contender.given(device, values)
@@ -102,19 +108,24 @@ class _Spent:
 
 def _fleet(task: Task, method: Method, settings: RunSettings) -> Fleet:
     ranges, count = FleetRanges().with_powers(), settings.num_devices
+    counted = partial(
+        model_costs,
+        task.model,
+        task.partition,
+        batch_size=settings.batch_size,
+        sequence_length=task.sequence_length,
+    )
     return Fleet(
         method=method,
         partition=task.partition,
-        costs=model_costs(
-            task.model,
-            task.partition,
-            batch_size=settings.batch_size,
-            sequence_length=task.sequence_length,
-        ),
+        costs=counted(),
         shapes={name: value.shape for name, value in _values(task).items()},
         profiles=[
             simulated_device(i, seed=settings.seed, ranges=ranges) for i in range(count)
         ],
+        num_examples=[task.num_examples(i) for i in range(count)],
+        model=task.model,
+        counted=partial(counted, merged=True),
     )
 
 
@@ -125,11 +136,20 @@ def _values(task: Task) -> dict[str, Any]:
     return {name: parameters[name].numpy(force=True).copy() for name in names}
 
 
+def _rates_bps(
+    fleet: Fleet, settings: RunSettings, server_round: int, begins_s: float
+) -> Float64Array:
+    """Return each device's rate up over the whole band in a round, shape [K]."""
+    return rates_up_bps(
+        fleet.profiles,
+        Channel(bandwidth_hz=settings.bandwidth_hz),
+        Moment(server_round, begins_s, settings.seed),
+    )
+
+
 def _round_cost(
     fleet: Fleet,
-    settings: RunSettings,
-    server_round: int,
-    begins_s: float,
+    rates_bps: Float64Array,
     parts: Mapping[int, Part],
     sent: Mapping[int, Part],
 ) -> _Spent:
@@ -146,12 +166,7 @@ def _round_cost(
     for device, part in sent.items():
         sends_bits[device] = part.payload_bits
         begins[device] = compute_s[device] if sent is parts else 0.0
-    rates = rates_up_bps(
-        fleet.profiles,
-        Channel(bandwidth_hz=settings.bandwidth_hz),
-        Moment(server_round, begins_s, settings.seed),
-    )
-    upload_s = _uploads_s(begins, sends_bits / rates)
+    upload_s = _uploads_s(begins, sends_bits / rates_bps)
     joules = [
         profile.joules(float(compute_s[k]), float(upload_s[k]))
         for k, profile in enumerate(fleet.profiles)
@@ -177,8 +192,10 @@ class _Effort:
     def __init__(self, task: Task, method: Method, settings: RunSettings) -> None:
         self.flops = self.memory = 0
         self._task, self._steps, self._settings = task, method.local_steps, settings
-        # Following every tensor takes time: once for each part.
-        self._measured: set[tuple[str, ...]] = set()
+        # Following every tensor takes time: once for each part, and again where less of
+        # it is pruned than ever before, since that takes more.
+        self._measured: dict[tuple[str, ...], float] = {}
+        self._maps: Mapping[str, str] | None = None
 
     def update(
         self, server_round: int, device: int, part: Part, values: Float32Arrays
@@ -195,16 +212,31 @@ class _Effort:
             rng_for(settings.seed, "dropout", server_round, device).integers(2**62)
         )
         work = task.model, part.names, batches, task.lr * left, seed
-        if part.names not in self._measured:
-            self._measured.add(part.names)
-            load_values(task.model, list(values), list(values.values()))
+        if part.pruning_rate < self._measured.get(part.names, np.inf):
+            self._measured[part.names] = part.pruning_rate
             # Two steps: from the second on the optimizer has all that it keeps.
             few = (*work[:2], batches[:2], *work[3:])
-            self.memory = max(self.memory, peak_bytes(task.model, train, *few))
-        load_values(task.model, list(values), list(values.values()))
-        trained, count = counted_flops(train, *work)
+            with self._device_model(part, values):
+                self.memory = max(self.memory, peak_bytes(task.model, train, *few))
+        with self._device_model(part, values) as rows:
+            trained, count = counted_flops(train, *work)
         self.flops += count
-        return Update(trained, task.num_examples(device))
+        return Update(trained, task.num_examples(device), rows)
+
+    @contextmanager
+    def _device_model(
+        self, part: Part, values: Float32Arrays
+    ) -> Iterator[Mapping[str, IntArray]]:
+        """Give the model a device's values, pruned as its part says; give the rows."""
+        model = self._task.model
+        load_values(model, list(values), list(values.values()))
+        if not part.pruning_rate:
+            yield {}
+            return
+        if self._maps is None:
+            self._maps = prunable(model, self._task.partition)
+        with pruned(model, self._maps, part.pruning_rate) as rows:
+            yield rows
 
 
 def train(

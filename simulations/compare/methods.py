@@ -43,10 +43,10 @@ class Method:
         Examples of a device's mini-batch (default: the comparison's).
     chooses_batches
         Whether rounds choose their batches instead.
-    local_steps, ranks, overlaps
+    local_steps, ranks, overlaps, pruning
         Of local training: steps of a device in a round; ranks that FlexLoRA's devices
         have; whether devices that train a block each upload a round's values during the
-        next.
+        next; options of JCPBA's pruning (`simulations.compare.jcpba.PruningOptions`).
     activations
         As `BlockDevice` has it.
     compute, traffic, shared_budgets, same_micro_batches, backward_weight, solver,
@@ -74,6 +74,7 @@ class Method:
     local_steps: int = 5
     ranks: Sequence[int] = (8, 4, 2)
     overlaps: bool = False
+    pruning: Mapping[str, Any] = field(default_factory=dict)
     activations: Activations = "exact"
     compute: float = 1.0
     traffic: float = 1.0
