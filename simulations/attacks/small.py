@@ -114,7 +114,7 @@ def _sequences(rng: np.random.Generator, count: int, share_of_ones: float) -> Ba
 SMALL = TaskModel(
     load=small_model,
     split=SmallTask.split,
-    recipe=Recipe(rounds=120, batch_size=16, lr=1e-2, bandwidth_hz=1e6),
+    recipe=Recipe(rounds=240, batch_size=16, lr=1e-2, bandwidth_hz=1e6),
 )
 # With four heads it has twelve sub-networks: as many as there are devices.
 SPREAD_SMALL = TaskModel(
