@@ -74,7 +74,7 @@ BEFORE = (
 
 
 def test_a_run_is_known_by_its_scenario_and_as_before():
-    scenario = Scenario(share=0.2)
+    scenario = Scenario(share=0.2, rounds=120)
     assert scenario.key("sign flip") == BEFORE
     others = [
         Scenario(share=0.2, model="minilm"),
@@ -95,7 +95,7 @@ def test_what_was_finished_before_is_not_run_again(tmp_path, capsys):
     }
     runs = tmp_path / "runs.jsonl"
     runs.write_text(json.dumps([BEFORE, old]) + "\n")
-    options = ["--shares", "0.2", "--seeds", "1", "--splits", "iid"]
+    options = ["--shares", "0.2", "--seeds", "1", "--splits", "iid", "--rounds", "120"]
     assert main([*options, "--attacks", "sign flip", "--out", str(tmp_path)]) == 0
     assert "| sign flip | 20% | iid | fp32 | 0.654 |" in capsys.readouterr().out
     assert len(runs.read_text().splitlines()) == 1
