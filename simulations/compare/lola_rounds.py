@@ -191,7 +191,9 @@ def _coordinator(
         step=ServerStep(lr=task.lr, linear_decay_steps=settings.linear_decay_steps),
         settings=RoundSettings(
             channel=Channel(bandwidth_hz=settings.bandwidth_hz),
-            transfer=Transfer(codec=method.codec, low_rank=low_rank),
+            transfer=Transfer(
+                codec=method.codec, low_rank=low_rank, rank=method.rank
+            ),
             allocation=AllocationOptions(
                 mode=mode, batch_sizes=BATCH_SIZES if method.chooses_batches else ()
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lola_flwr.model.activations import Activations
 from lola_flwr.run.target import Target
@@ -37,6 +37,8 @@ class Method:
         How devices pick their mini-batches, as the GLUE app has it.
     low_rank
         Rank and period of a `LowRankProjection`; empty: gradients travel whole.
+    rank
+        How many components of LoRA adapters devices send, or "auto" (default: all).
     codec
         Codec of the gradients.
     batch_size
@@ -68,6 +70,7 @@ class Method:
     sampler: str = "random"
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     low_rank: Mapping[str, int] = field(default_factory=dict)
+    rank: int | Literal["auto"] | None = None
     codec: str = "fp32"
     batch_size: int | None = None
     chooses_batches: bool = False
