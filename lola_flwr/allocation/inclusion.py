@@ -47,7 +47,7 @@ def inclusion_probabilities(square: Float64Array, rank: int) -> Float64Array:
     """
     if not 1 <= rank <= square.size:
         raise ValueError(f"{rank} of {square.size} components cannot be drawn.")
-    if not square.any():
+    if rank == square.size or not square.any():
         return np.full(square.size, rank / square.size)
     size = np.sqrt(np.maximum(square / square.mean(), _SMALLEST))
     least = _LEAST * rank / square.size

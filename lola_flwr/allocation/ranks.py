@@ -96,12 +96,14 @@ def own_ranks(problem: RankProblem) -> IntArray:
         best_deadline(problem.compute_s, problem.full_band_upload_s[:, rung])
         for rung in (0, -1)
     )
-    # Beyond the first no device has time, at a time of 0 for nobody.
-    lengths_s = np.geomspace(shortest_s, longest_s, _LENGTHS if shortest_s else 0)
+    if not longest_s:
+        return np.asarray(problem.worth.argmax(axis=1))
+    lengths_s = np.geomspace(shortest_s or 1e-6 * longest_s, longest_s, _LENGTHS)
     highest = float(problem.worth.max())
     prices = np.concatenate([[0.0], highest * np.geomspace(1e-3, 1e3, _PRICES)])
     found = {tuple(rung.tolist()) for rung in ends}
     for length_s in lengths_s:
+        # Who has no time left needs far more than the band.
         left_s = np.maximum(length_s - problem.compute_s, 1e-12 * length_s)
         share = problem.full_band_upload_s / left_s[:, None]
         for price in prices:
