@@ -1,11 +1,14 @@
 """How many components of its adapter each device sends: the most progress a second.
 
-What components that are left out add to the noise is as that of a mini-batch: where the
-estimate's expected square is V times what it would be, the share of it that leads on is
-``1 / V`` of what it was, and a step brings as much less (`lola_flwr.allocation.batches`
-has the power). With the matching given, device k of rank r uploads for ``tau[k, r]``
-over the whole band. That round is best whose progress less the pace times its latency
-is largest.
+Components that are left out add to the noise of a step as a smaller mini-batch does:
+where the estimate's expected square is V times what it would be, the share of it that
+leads on is ``1 / V`` of what it was. An optimizer that divides by the root of that
+square makes a step that is the root of this share as long towards where all components
+lead, and that is what such a step brings (`lola_flwr.allocation.batches` has another
+power for the noise of mini-batches; of 8 components 4, 2 and 1 took 1.6, 2.2 and 2.7
+times as many rounds to a target). With the matching given, device k of rank r uploads
+for ``tau[k, r]`` over the whole band. That round is best whose progress less the pace
+times its latency is largest.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lola_flwr.allocation.batches import progress
 from lola_flwr.allocation.inclusion import inclusion_probabilities, sampling_noise
 from lola_flwr.allocation.shares import best_deadline
 from lola_flwr.arrays import Float64Array, IntArray
 
+# Power of the signal's share that a step brings.
+_EXPONENT = 0.5
 # Lengths of a round and prices of the band that are looked at.
 _LENGTHS, _PRICES = 16, 24
 # Passes over the devices that try every other rank of one of them.
@@ -36,7 +40,7 @@ def kept_progress(square: Float64Array, rank: int) -> float:
         How many are drawn; 1.0 is left where that is all.
     """
     noise = sampling_noise(square, inclusion_probabilities(square, rank))
-    return float(progress(np.ones(1), np.array([noise - 1.0]))[0])
+    return float(noise**-_EXPONENT)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lola_flwr.allocation import Participation
 from lola_flwr.model.activations import Activations
 from lola_flwr.run.target import Target
 
@@ -27,6 +28,9 @@ class Method:
         What is trained, as the apps have it: "full", or a tuner of peft.
     lr
         Learning rate (default: the task's).
+    participation
+        Whether all devices take part, or those that a round needs, as `RoundMode` has
+        it.
     selector, selector_options
         Which blocks a round trains.
     latency_target
@@ -63,6 +67,7 @@ class Method:
     tuning: str = "full"
     tuning_options: Mapping[str, Any] = field(default_factory=dict)
     lr: float | None = None
+    participation: Participation = "needed"
     selector: str = "all"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     latency_target: float = math.inf

@@ -66,7 +66,9 @@ def profile(index, snr_db):
 
 def gradients(server_round, device, block):
     rng = np.random.default_rng([server_round, int(device[-1]), block])
-    found = {n: 1e-3 * rng.standard_normal(SHAPES[n]) for n in PARTITION.update_names(block)}
+    found = {
+        n: 1e-3 * rng.standard_normal(SHAPES[n]) for n in PARTITION.update_names(block)
+    }
     a, b = PARTITION.blocks[block]
     found[a] *= SIZE[:, None]
     found[b] *= SIZE
@@ -107,7 +109,10 @@ def test_off_unless_asked_for():
 def test_all_components_are_as_no_rank():
     plain, whole = make(rank=None), make(rank=RANK)
     for server_round in range(1, 4):
-        one, other = one_round(plain, server_round)[0], one_round(whole, server_round)[0]
+        one, other = (
+            one_round(plain, server_round)[0],
+            one_round(whole, server_round)[0],
+        )
         assert one.assignments == other.assignments
     for name, values in plain.values().items():
         np.testing.assert_array_equal(values, whole.values()[name])
@@ -226,7 +231,9 @@ def test_other_ways_to_send_less_are_refused():
 
 def test_programs_send_all_components():
     own = replace(profile(0, 3.0), trains_one_block=True)
-    with pytest.raises(InvalidProfile, match=r"'phone-0' trains one block, as programs"):
+    with pytest.raises(
+        InvalidProfile, match=r"'phone-0' trains one block, as programs"
+    ):
         make().add_device("id-0", own.to_properties())
     make(rank=None).add_device("id-0", own.to_properties())
 
