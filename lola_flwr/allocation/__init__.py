@@ -37,8 +37,8 @@ from lola_flwr.allocation.inclusion import (
     sampling_noise,
 )
 from lola_flwr.allocation.joules import EnergyCosts
-from lola_flwr.allocation.ranks import RankProblem, kept_progress, own_ranks
 from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
+from lola_flwr.allocation.ranks import RankProblem, kept_progress, own_ranks
 from lola_flwr.allocation.rotation import rotate
 from lola_flwr.allocation.sharing import share_blocks
 from lola_flwr.allocation.solution import Allocation, InfeasibleAllocation

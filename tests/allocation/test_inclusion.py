@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -26,7 +28,7 @@ def every_draw(probability):
     """Give all draws that there are, each with how much of [0, 1) leads to it."""
     ends = np.cumsum(probability[probability < 1 - 1e-9]) % 1.0
     cuts = np.unique(np.concatenate([[0.0, 1.0], ends]))
-    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+    for low, high in pairwise(cuts):
         if high - low > 1e-9:
             yield drawn_components(probability, (low + high) / 2), high - low
 

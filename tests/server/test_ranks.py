@@ -124,7 +124,7 @@ def test_a_number_is_every_devices_rank(rank):
     for asked in plan.assignments.values():
         (components,) = components_of(asked).values()
         assert len(components) == rank
-    shapes = {n: (rank, WIDTH) for n in NAMES[:-1]} | {NAMES[-1]: (2, WIDTH)}
+    shapes = dict.fromkeys(NAMES[:-1], (rank, WIDTH)) | {NAMES[-1]: (2, WIDTH)}
     names = PARTITION.update_names(0, head=True)
     counted = update_bytes(names, shapes, codec_named("fp32"))
     assert {block.payload_bytes for block in record.blocks} == {counted}
