@@ -20,7 +20,6 @@ from lola_flwr.arrays import Float64Array, IntArray
 _LEAST = 0.25
 # A square is at least so much of the mean one: what is near 0 is not known as well.
 _SMALLEST = 1e-6
-_BISECTIONS = 100
 # From here on a probability is 1.
 _CERTAIN = 1.0 - 1e-9
 
@@ -51,15 +50,13 @@ def inclusion_probabilities(square: Float64Array, rank: int) -> Float64Array:
         return np.full(square.size, rank / square.size)
     size = np.sqrt(np.maximum(square / square.mean(), _SMALLEST))
     least = _LEAST * rank / square.size
-    # The root's scale, by bisection: from all at their least to all at 1.
-    low, high = 0.0, 1.0 / float(size.min())
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if np.clip(middle * size, least, 1.0).sum() < rank:
-            low = middle
-        else:
-            high = middle
-    return np.asarray(np.clip(high * size, least, 1.0))
+    # The sum rises with the root's scale, in lines between the scales at which one more
+    # component is no longer at its least, or is at 1.
+    scales = np.sort(np.concatenate([least / size, 1.0 / size]))
+    sums = np.clip(scales[:, None] * size, least, 1.0).sum(axis=1)
+    upper = min(int(np.searchsorted(sums, rank)), scales.size - 1)
+    scale = np.interp(rank, sums[[upper - 1, upper]], scales[[upper - 1, upper]])
+    return np.asarray(np.clip(scale * size, least, 1.0))
 
 
 def drawn_components(probability: Float64Array, point: float) -> IntArray:

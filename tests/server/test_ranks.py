@@ -25,7 +25,7 @@ from lola_flwr.wire.records import UpdateReport
 from tests.flat_settings import coordinator_of
 from tests.server.test_coordinator import npy
 
-RANK, WIDTH = 8, 300
+RANK, WIDTH = 8, 150
 SHAPES = {
     **{
         f"layer.{n}.q.lora_{factor}.default.weight": shape
@@ -155,20 +155,20 @@ def test_who_has_the_better_channel_sends_more():
 def test_the_largest_component_is_sent_most_often():
     coordinator = make(rank=2)
     counts = np.zeros(RANK)
-    for server_round in range(1, 26):
+    for server_round in range(1, 21):
         plan, _ = one_round(coordinator, server_round)
         if server_round > 10:
             for asked in plan.assignments.values():
                 counts[components_of(asked)[asked.block_index]] += 1
     table = coordinator.state.components.of_blocks(3, RANK)
     assert (table[:, 0] > 30 * table[:, 1:].mean(axis=1)).all()
-    assert counts[0] == 15 * 3  # certain
+    assert counts[0] == 10 * 3  # certain
     assert counts[1:].min() > 0
 
 
 def test_a_run_goes_on_to_the_same_bits():
     unbroken, first = make(), make()
-    for server_round in range(1, 4):
+    for server_round in (1, 2):
         one_round(unbroken, server_round)
         one_round(first, server_round)
     held = first.snapshot()
@@ -183,7 +183,7 @@ def test_a_run_goes_on_to_the_same_bits():
             values=json.loads(json.dumps(held.values)),
         )
     )
-    for server_round in range(4, 7):
+    for server_round in (3, 4):
         one, other = (one_round(c, server_round)[0] for c in (unbroken, again))
         assert one.assignments == other.assignments
     for name, values in unbroken.values().items():
