@@ -5,7 +5,7 @@ where the estimate's expected square is V times what it would be, the share of i
 leads on is ``1 / V`` of what it was. An optimizer that divides by the root of that
 square makes a step that is the root of this share as long towards where all components
 lead, and that is what such a step brings (`lola_flwr.allocation.batches` has another
-power for the noise of mini-batches; of 8 components 4, 2 and 1 took 1.6, 2.2 and 2.7
+power for the noise of mini-batches; of 8 components 4, 2 and 1 took 1.5, 2.1 and 2.6
 times as many rounds to a target). With the matching given, device k of rank r uploads
 for ``tau[k, r]`` over the whole band. That round is best whose progress less the pace
 times its latency is largest.
