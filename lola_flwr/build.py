@@ -104,6 +104,8 @@ def coordinator_for(
     ------
     LayerNotUnderstood
         ``reduced_schedules`` of a model whose layers cannot run in part.
+    UserError
+        ``transfer.rank`` with a mean that is not linear.
     """
     step = ServerStep() if step is None else step
     settings = RoundSettings() if settings is None else settings
@@ -111,6 +113,7 @@ def coordinator_for(
         find_subnetworks(model, partition, num_groups=1)
     values = _trainable_values(model, partition)
     low_rank = settings.transfer.low_rank
+    settings.check_step(step)
     devices = settings.devices
     if devices.reputation and devices.own_examples is None and low_rank is None:
         _logger.info(

@@ -130,6 +130,8 @@ def test_every_method_of_the_file_is_one():
     assert {"auto", "fp32-32", "int8-256"} <= set(
         read_methods(METHODS.with_name("batches.toml"))
     )
+    ranks = read_methods(METHODS.with_name("ranks.toml"))
+    assert {method.rank for method in ranks.values()} == {None, 4, 2, 1, "auto"}
     contenders = read_methods(METHODS.with_name("contenders.toml"))
     kinds = {method.kind for method in contenders.values()}
     assert kinds == {"lola", "fedavg-full", *CONTENDERS}

@@ -31,6 +31,7 @@ ADDED = frozenset(
         "batch_size",
         "joules",
         "measured_compute_j",
+        "rank",
     }
 )
 DROPPED: dict[str, frozenset[str]] = {}

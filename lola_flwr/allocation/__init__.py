@@ -31,8 +31,14 @@ from lola_flwr.allocation.broadcast import (
     settled,
 )
 from lola_flwr.allocation.codec_levels import refine_payloads
+from lola_flwr.allocation.inclusion import (
+    drawn_components,
+    inclusion_probabilities,
+    sampling_noise,
+)
 from lola_flwr.allocation.joules import EnergyCosts
 from lola_flwr.allocation.problem import AllocationProblem, Participation, RoundMode
+from lola_flwr.allocation.ranks import RankProblem, kept_progress, own_ranks
 from lola_flwr.allocation.rotation import rotate
 from lola_flwr.allocation.sharing import share_blocks
 from lola_flwr.allocation.solution import Allocation, InfeasibleAllocation
@@ -55,6 +61,7 @@ __all__ = [
     "OwnBatches",
     "Participation",
     "PowerLimitedUplink",
+    "RankProblem",
     "RoundMode",
     "SpanCover",
     "SpanProblem",
@@ -62,11 +69,16 @@ __all__ = [
     "allocate",
     "allocate_broadcast",
     "best_candidate",
+    "drawn_components",
     "find_allocator",
+    "inclusion_probabilities",
+    "kept_progress",
     "own_batches",
+    "own_ranks",
     "progress",
     "refine_payloads",
     "rotate",
+    "sampling_noise",
     "settled",
     "share_blocks",
     "solve_spans",

@@ -19,7 +19,7 @@ from lola_flwr.allocation import (
 from lola_flwr.app.channel_keys import ChannelKeys
 from lola_flwr.app.interface import Interface, for_d2ft, interface_of
 from lola_flwr.app.link_rates import LinkRates
-from lola_flwr.app.number_or_auto import BatchSize, OwnExamples
+from lola_flwr.app.number_or_auto import BatchSize, OwnExamples, Rank
 from lola_flwr.model.bases import Base
 from lola_flwr.planning import BATCH_SIZES
 from lola_flwr.run.config import RunConfig, keyword_arguments
@@ -218,7 +218,7 @@ class AppConfig(RunConfig):
     def results_depend_on(self) -> dict[str, Scalar]:
         """Return the part of the run configuration that a run is only resumed with.
 
-        It has all methods' keys, and `rounds` where the learning rate depends on it.
+        It has all methods' keys, and `rounds` where the rate depends on it.
         """
         free = _FREE if self.schedule == "linear" else {*_FREE, "rounds"}
         return {
@@ -342,6 +342,7 @@ class LolaDeftConfig(UpdatesConfig):
     reduced_schedules: bool = False
     rotation_eps: float = Field(0.0, ge=0, allow_inf_nan=False)
     sharing_eps: float = Field(0.0, ge=0, allow_inf_nan=False)
+    rank: Rank = 0
 
     def _contradictions(self) -> Iterator[str]:
         if self.backups and self.participation == "all":
@@ -377,7 +378,6 @@ class D2ftConfig(AppConfig):
     """D2FT: the model is spread over the devices."""
 
     _because = "where no device trains a block by itself"
-
     interface: Annotated[Interface, AfterValidator(for_d2ft)]
     batch_size: int = Field(ge=1)
     d2ft_options: Options = ""

@@ -148,6 +148,7 @@ def settings_of(
     )
     return replace(
         settings,
+        transfer=replace(settings.transfer, rank=config.rank or None),
         allocation=replace(
             settings.allocation,
             mode=mode,

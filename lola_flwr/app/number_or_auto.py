@@ -1,4 +1,4 @@
-"""Keys that are a number of examples, or "auto": what lets a run choose it."""
+"""Keys that are a whole number, or "auto": what lets a run choose it."""
 
 from __future__ import annotations
 
@@ -31,3 +31,5 @@ BatchSize = Annotated[
 OwnExamples = Annotated[
     Annotated[int, Field(ge=0)] | Literal["auto"], _known("own-examples", 0)
 ]
+# 0: all components.
+Rank = Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], _known("rank", 0)]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from lola_flwr.arrays import Float32Array
 from lola_flwr.device.store import Residuals
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.wire.codec import WireArray, codec_named, encode_with_feedback
+from lola_flwr.wire.components import components_of, sent_part, with_part
 from lola_flwr.wire.low_rank import projection_of
 from lola_flwr.wire.packing import pack
 from lola_flwr.wire.records import Assignment
@@ -65,9 +68,11 @@ def encode_update(
     partition
         The model's blocks.
     assignment
-        Names the codec, and tells whether the head's gradient is to be sent.
+        Names the codec, and the components that are to be sent if not all are; tells
+        whether the head's gradient is.
     residuals
-        What this device's codecs have left out before; None if it keeps nothing.
+        What this device's codecs have left out before; None if it keeps nothing. Of
+        components that are not sent it stays as it is.
 
     Returns
     -------
@@ -76,7 +81,8 @@ def encode_update(
     Raises
     ------
     UserError
-        The codec is unknown, or wants residuals and there is nowhere to keep them.
+        The codec is unknown, or wants residuals and there is nowhere to keep them; or
+        the gradients lack a component.
     """
     codec = codec_named(assignment.codec)
     if codec.has_feedback and residuals is None:
@@ -85,6 +91,8 @@ def encode_update(
             "next gradient; give the device a directory: BlockDevice(store=...)."
         )
     parts = {f"block-{block}": partition.blocks[block] for block in assignment.blocks}
+    asked = components_of(assignment)
+    sent = {f"block-{block}": components for block, components in asked.items()}
     if assignment.sends_head:
         parts["head"] = partition.head
     projection = projection_of(assignment)
@@ -97,11 +105,16 @@ def encode_update(
         before = residuals.take(part, assignment.server_round) if residuals else {}
         left_out: dict[str, Float32Array] = {}
         for name in names:
+            some, residual = sent.get(part), before.get(name)
             wire[name], left = encode_with_feedback(
-                codec, gradients[name], before.get(name)
+                codec,
+                sent_part(name, gradients[name], some),
+                None if residual is None else sent_part(name, residual, some),
             )
+            if residual is None:
+                residual = np.zeros_like(gradients[name])
             if left is not None:
-                left_out[name] = left
+                left_out[name] = with_part(name, residual, left, some)
         if residuals:
             residuals.put(part, assignment.server_round, left_out)
     return pack(wire)

@@ -8,7 +8,7 @@ its time wins, and then each device is given a batch of its own.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -23,24 +23,23 @@ from lola_flwr.allocation import (
     progress,
 )
 from lola_flwr.allocation.shares import with_best_shares
-from lola_flwr.arrays import Float64Array, IntArray
+from lola_flwr.arrays import IntArray
 from lola_flwr.planning.known import Known, RunStatement
 from lola_flwr.planning.pace import Brought
+from lola_flwr.planning.parts import Parts
+from lola_flwr.planning.ranks import of_rank, with_own_ranks
 from lola_flwr.planning.solution import SolvedRound, solve_round_at
-from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.system.gradient_noise import GradientNoise
 from lola_flwr.wire.codec import relative_error
 
 # What is between, devices' own batches find. Smaller ones leave processors idle, larger
 # ones hardly any task needs.
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
 
-# Examples that are asked of a device that does not say how many it holds, at most.
-_UNTOLD = 32
-
 
 def solve_round(run: RunStatement, known: Known) -> SolvedRound:
-    """State a round's problem and solve it, with the batches that bring most a second.
+    """State a round's problem and solve it, with what brings most a second.
+
+    That is batches and ranks, where these are to be chosen, with a codec for all.
 
     Parameters
     ----------
@@ -54,12 +53,17 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
     InfeasibleAllocation
         The devices cannot compute the blocks.
     """
-    grid = sorted(run.allocation.batch_sizes)
-    if not grid:
+    if not run.allocation.batch_sizes and not run.ranks:
         return solve_round_at(run, known)
+    grid = sorted(run.allocation.batch_sizes) or [run.batch_size]
     known = replace(known, uplink_bps=known.drawn(run))
+    if run.ranks and known.component_squares is None:
+        alike = np.ones((run.num_blocks, run.ranks[-1]))
+        known = replace(known, component_squares=alike)
+    ranks: tuple[int | None, ...] = run.ranks or (None,)
     codecs: tuple[str, ...] = ("",) if run.sizes is None else run.sizes.ladder
-    runs = [_of_codec(run, codec) for codec in codecs]
+    levels = [(rank, codec) for rank in ranks for codec in codecs]
+    runs = [of_rank(_of_codec(run, codec), rank) for rank, codec in levels]
     solved: dict[tuple[int, int], SolvedRound] = {}
 
     def attempt(batch_size: int, level: int) -> Tried | None:
@@ -73,7 +77,7 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
         if found.stated.trained.sum() < first.stated.trained.sum():
             return None
         solved[batch_size, level] = found
-        parts = _Parts.of(found, known)
+        parts = Parts.of(found, known)
         return Tried(
             progress=parts.progress(parts.asked(run, batch_size)),
             round_s=found.allocation.round_s,
@@ -82,11 +86,12 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
 
     chosen = best_candidate(
         grid,
-        [relative_error(codec) if codec else 0.0 for codec in codecs],
+        [relative_error(codec) if codec else 0.0 for _, codec in levels],
         attempt,
         pace=known.pace,
-        # Within a latency target finer codecs leave blocks out.
-        finer_is_longer=math.isinf(run.latency_target_s),
+        # Within a latency target finer codecs leave blocks out, and a level of higher
+        # rank may be of a coarser codec.
+        finer_is_longer=math.isinf(run.latency_target_s) and not run.ranks,
     )
     if chosen is None:
         # Says what is lacking.
@@ -99,7 +104,7 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
 
 
 class _Own(Protocol):
-    """Gives devices their own batches, in a round that is given or has to be solved."""
+    """Gives devices their own choices, in a round that is given or has to be solved."""
 
     def __call__(
         self, known: Known, solved: SolvedRound | None = None
@@ -145,7 +150,7 @@ def _dispensable(found: SolvedRound, known: Known) -> set[int]:
     that, none is dispensable.
     """
     assert found.batch_size is not None and known.pace is not None
-    parts, share = _Parts.of(found, known), found.allocation.share
+    parts, share = Parts.of(found, known), found.allocation.share
     rows, upload_s = parts.rows, found.allocation.upload_s(found.problem)
     with np.errstate(divide="ignore", invalid="ignore"):
         a_second = np.where(upload_s[rows] > 0, share[rows] / upload_s[rows], 0.0).sum()
@@ -163,16 +168,10 @@ def _dispensable(found: SolvedRound, known: Known) -> set[int]:
     return {int(parts.blocks[n]) for n in (left.argmin(), parts.weight.argmin())}
 
 
-def _waited(known: Known, num_blocks: int) -> IntArray:
-    if known.rounds_since is None:
-        return np.ones(num_blocks, np.int64)
-    return known.rounds_since
-
-
 def _gain(solved: SolvedRound, known: Known) -> float:
     """Return what a round whose devices have their batches brings over its time."""
     assert solved.batch_size is not None and known.pace is not None
-    parts = _Parts.of(solved, known)
+    parts = Parts.of(solved, known)
     brought = parts.progress(solved.batch_size[parts.rows])
     return brought - known.pace * solved.allocation.round_s
 
@@ -187,80 +186,9 @@ def _of_codec(run: RunStatement, codec: str) -> RunStatement:
 
 def _at(run: RunStatement, batch_size: int) -> RunStatement:
     """Return what rounds of one batch size have in common."""
+    if not run.allocation.batch_sizes:
+        return run
     return replace(run, costs=run.costs.at(batch_size))
-
-
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """The active devices of a round: rows and first blocks, in order of the rows.
-
-    Parameters
-    ----------
-    rows, blocks
-        Row and block of each, shape [A].
-    weight
-        What each one's step brings without noise, of what all blocks' do, shape [A]: a
-        block that has not been trained for some rounds counts for as many.
-    noise_scale
-        Of its block, shape [A]; of several, their mean. Devices that train one block
-        add their batches up: each is taken for one of as many parts.
-    held_examples
-        Examples that it holds, shape [A].
-    count
-        Devices that train its block, shape [A].
-    own_size
-        Examples that its steps are made for, shape [A]; 0 where they may be any number.
-    """
-
-    rows: IntArray
-    blocks: IntArray
-    weight: Float64Array
-    noise_scale: Float64Array
-    held_examples: IntArray
-    count: IntArray
-    own_size: IntArray
-
-    @classmethod
-    def of(cls, solved: SolvedRound, known: Known) -> _Parts:
-        rows, blocks = np.array([*solved.active()], np.int64).reshape(-1, 2).T
-        num_blocks = solved.allocation.num_blocks
-        noise_scale = known.noise_scale
-        if noise_scale is None:
-            noise_scale = GradientNoise().scales(num_blocks)
-        waited = _waited(known, num_blocks)
-        count = np.bincount(blocks, minlength=num_blocks)[blocks]
-        trained = [list(solved.stated.blocks(int(block))) for block in blocks]
-        profiles = [solved.stated.profiles[row] for row in rows]
-        return cls(
-            rows=rows,
-            blocks=blocks,
-            weight=np.array([waited[several].sum() for several in trained])
-            / (count * num_blocks),
-            noise_scale=np.array([noise_scale[several].mean() for several in trained])
-            / count,
-            held_examples=np.array([_held_examples(p) for p in profiles], np.int64),
-            own_size=np.array([int(p.batch_size or 0) for p in profiles], np.int64),
-            count=count,
-        )
-
-    def asked(self, run: RunStatement, batch_size: int) -> IntArray:
-        """Return what devices are asked for where all have one batch, [A].
-
-        No more than they hold; and where steps have a size of their own, which they
-        take as long for as it has, that.
-        """
-        largest = max(run.allocation.batch_sizes)
-        size = np.where(self.own_size > 0, self.own_size.clip(max=largest), batch_size)
-        return np.minimum(size, self.held_examples)
-
-    def progress(self, batch_size: IntArray) -> float:
-        """Return what the round brings with these batches, [A]."""
-        return float(self.weight @ progress(batch_size, self.noise_scale))
-
-
-def _held_examples(profile: DeviceProfile) -> int:
-    held = profile.num_examples
-    return int(profile.batch_size or _UNTOLD) if held is None else int(held)
 
 
 def _with_own_batches(
@@ -270,18 +198,21 @@ def _with_own_batches(
     known: Known,
     solved: SolvedRound | None = None,
 ) -> SolvedRound:
-    """Give each device its own batch, with the matching and the codec as they are.
+    """Give each device its own rank and batch, with matching and codec as they are.
 
-    Where that has more conditions than the band's, all keep the common one.
+    Where that has more conditions than the band's, all keep the common ones.
     """
     if solved is None:
         solved = solve_round_at(at, known)
-    parts = _Parts.of(solved, known)
+    if run.ranks:
+        solved = with_own_ranks(at, known, solved, batch_size)
+    parts = Parts.of(solved, known)
     stated, problem = solved.stated, solved.problem
     rows, blocks = parts.rows, parts.blocks
     held = parts.asked(run, batch_size)
     if (
-        stated.spans
+        not run.allocation.batch_sizes
+        or stated.spans
         or problem.power_limited is not None
         or math.isfinite(run.latency_target_s)
     ):
@@ -330,7 +261,7 @@ def _with_own_batches(
     return _asking(asked, parts, found)
 
 
-def _asking(solved: SolvedRound, parts: _Parts, batch_size: IntArray) -> SolvedRound:
+def _asking(solved: SolvedRound, parts: Parts, batch_size: IntArray) -> SolvedRound:
     asked = np.zeros(solved.problem.num_devices, np.int64)
     asked[parts.rows] = batch_size
     scales = np.zeros(solved.problem.num_devices)
@@ -349,7 +280,7 @@ def _asking(solved: SolvedRound, parts: _Parts, batch_size: IntArray) -> SolvedR
 
 
 def _bounds(
-    run: RunStatement, solved: SolvedRound, parts: _Parts, held: IntArray
+    run: RunStatement, solved: SolvedRound, parts: Parts, held: IntArray
 ) -> tuple[IntArray, IntArray]:
     """Return the batches between which devices may be given one, [A] each.
 

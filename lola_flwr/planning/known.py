@@ -189,6 +189,11 @@ class RunStatement:
         Time that a round may take, seconds.
     seed
         Seed of the run: the channel and random allocators follow from it.
+    ranks
+        How many components of its adapter a device may be told to send, lowest first,
+        where rounds choose that; empty: as ``sizes`` says.
+    batch_size
+        Examples of a device's mini-batch, where rounds choose ranks, and not these.
 
     Raises
     ------
@@ -206,11 +211,18 @@ class RunStatement:
     train_all: bool = False
     latency_target_s: float = math.inf
     seed: int = 0
+    ranks: tuple[int, ...] = ()
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         """Check what goes together."""
         self.allocation.check_channel(self.channel)
         self._check_in_turn()
+        if self.ranks and self.allocation.saves_energy:
+            raise UserError(
+                f"rank='auto' does not go with allocator={self.allocation.allocator!r},"
+                " whose shares it would change; give a number, or another allocator."
+            )
         codecs = () if self.sizes is None else self.sizes.ladder
         if self.allocation.saves_energy and len(codecs) > 1:
             raise UserError(
@@ -225,6 +237,8 @@ class RunStatement:
             return
         if math.isfinite(self.latency_target_s):
             what = f"latency_target_s={self.latency_target_s:g}"
+        elif self.ranks:
+            what = "rank='auto'"
         elif self.sizes is not None and len(self.sizes.ladder) > 1:
             what = f"A codec out of {', '.join(self.sizes.ladder)} for each device"
         else:
@@ -304,6 +318,9 @@ class Known:
     uplink_bps
         What the channel lets each device send over the whole band, bit/s, shape [K];
         None: it has not been drawn yet.
+    component_squares
+        Expected square of the gradient of each component of a block's adapter, shape
+        [N, R]; None: there are none, or none is known.
     """
 
     server_round: int
@@ -325,6 +342,7 @@ class Known:
     rounds_since: IntArray | None = None
     pace: float | None = None
     uplink_bps: Float64Array | None = None
+    component_squares: Float64Array | None = None
 
     @classmethod
     def at_first(

@@ -59,6 +59,11 @@ class SolvedRound:
         scale of its block that this follows from, shape [k]; 0 where idle.
     brought
         Then, too: what the round brings.
+    rank
+        Where devices send some components of their adapters: how many each does, shape
+        [k]; 0 where idle.
+    rank_bits
+        Where each device has a rank of its own: bits of its payload, shape [k].
     """
 
     server_round: int
@@ -71,6 +76,8 @@ class SolvedRound:
     batch_size: IntArray | None = None
     noise_scale: Float64Array | None = None
     brought: Brought | None = None
+    rank: IntArray | None = None
+    rank_bits: Float64Array | None = None
 
     def active(self) -> Iterator[tuple[int, int]]:
         """Give row and block of each active device, in the order of the rows.
@@ -131,7 +138,14 @@ def solve_round_at(run: RunStatement, known: Known) -> SolvedRound:
         codec_level=codec_level,
         downlink_s=stated.downlink_s + wait_s * waits,
         num_excluded=len(known.profiles) - len(stated.profiles),
+        rank=_common_rank(run, allocation),
     )
+
+
+def _common_rank(run: RunStatement, allocation: Allocation) -> IntArray | None:
+    if run.sizes is None or run.sizes.rank is None:
+        return None
+    return np.where(allocation.block_of_device >= 0, run.sizes.rank, 0)
 
 
 def matching_seed(seed: int, server_round: int) -> int:
@@ -191,6 +205,8 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
         compute_s = float(solved.problem.compute_s[row, block]) - downlink_s
         codec = stated.payloads.codecs[level]
         payload_bits = stated.payloads.bits[level, block]
+        if solved.rank_bits is not None:
+            payload_bits = solved.rank_bits[row]
         if run.zeroth_order is not None and stated.without_backward[row]:
             # Projections on directions travel as they are.
             codec, payload_bits = "", run.zeroth_order.costs.payload_bits[block]
@@ -215,6 +231,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
                 further_blocks=stated.blocks(block)[1:],
                 batch_size=_at_row(solved.batch_size, row, int),
                 noise_scale=_at_row(solved.noise_scale, row, float),
+                rank=_at_row(solved.rank, row, int),
                 joules=stated.profiles[row].joules(compute_s, float(upload_s[row])),
             )
         )

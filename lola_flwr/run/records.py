@@ -18,23 +18,21 @@ if TYPE_CHECKING:
 class BlockRecord:
     """One device's part in a round; seconds as planned unless ``reported``.
 
-    ``ignored_arrays`` counts what the device sent beyond its block and the head.
-    ``measured_upload_s`` is on the server's clock, None where the transport does not
-    tell; ``uplink_limit`` is what held the upload to its share, None if nothing did.
+    ``ignored_arrays`` counts what it sent beyond its block and the head.
+    ``measured_upload_s`` is on the server's clock, None where nothing tells;
+    ``uplink_limit`` is what held the upload to its share, None if nothing did.
     ``payload_bytes`` is the message that the allocation counted on, ``received_bytes``
     the arrays in the one that came, ``sent_bytes`` the arrays sent to the device.
     Memory is what the block needs by the cost model, what the device offers, and at its
-    peak what the device measured, None if it did not. ``further_blocks`` are those that
-    the device trains besides, behind ``block_index``. ``unexplained_s`` is how long it
-    kept the round waiting for no known reason, None if it did not. ``downlink_s`` is
-    how long it takes to have its message and begin, 0 where nothing tells, and
-    ``turn_s`` how long it waits for its turn to send where devices take turns.
-    ``joules`` is what the device draws in that time, computing and sending, by its
-    powers and the seconds observed, or else planned; None where it does not say them.
-    Of these ``measured_compute_j`` is what computing took by the device's own sensors,
-    None without any.
-    ``batch_size`` is the examples that it was asked for where rounds choose them, and
-    ``noise_scale`` the noise scale of its block's gradient that they follow from.
+    peak what it measured, if it did. ``further_blocks`` are those that it trains behind
+    the first. ``unexplained_s`` is how long it kept the round waiting for no known
+    reason, None if it did not. ``downlink_s`` is how long it waits for its message, 0
+    where nothing tells, and ``turn_s`` for its turn to send where devices take turns.
+    ``joules`` is what it draws in that time by its powers and the seconds observed, or
+    else planned, ``measured_compute_j`` what computing took by its sensors, if known.
+    ``batch_size`` is the examples that it was asked for where rounds choose, and
+    ``noise_scale`` that of its block's gradient. ``rank`` is how many components of its
+    adapter it sends, where devices may send some of them.
     """
 
     block_index: int
@@ -66,6 +64,7 @@ class BlockRecord:
     noise_scale: float | None = None
     joules: float | None = None
     measured_compute_j: float | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         """JSON knows no tuples."""
@@ -263,7 +262,8 @@ class RoundRecord(Record):
                 f"{block.uplink_limit or 'advice'})"
             )
             status = "" if block.status == "accepted" else f" [{block.status}]"
-            batch = "" if block.batch_size is None else f", batch {block.batch_size}"
+            asked = {"batch": block.batch_size, "rank": block.rank}
+            batch = "".join(f", {k} {n}" for k, n in asked.items() if n is not None)
             energy = "" if block.joules is None else f", {block.joules:.3f} J"
             downlink = f"downlink {block.downlink_s:.3f} s + " * (block.downlink_s > 0)
             turn = f"turn {block.turn_s:.3f} s + " * (block.turn_s > 0)

@@ -33,6 +33,7 @@ from lola_flwr.server.selection.importance import measure_importance
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.server.state import RunState
 from lola_flwr.wire.codec import WireArray
+from lola_flwr.wire.components import checked_rank
 from lola_flwr.wire.payload import SizesDown, UpdateSizes
 from lola_flwr.wire.versions import Manifest
 
@@ -58,8 +59,8 @@ class Coordinator:
     Raises
     ------
     UserError
-        The settings name blocks, a codec or a policy that there is not, or what is for
-        gradients where devices return weights.
+        The settings name blocks, a codec, a policy or a rank that there is not, or what
+        is for gradients where devices return weights.
     """
 
     def __init__(
@@ -80,21 +81,13 @@ class Coordinator:
         self._settings = settings
         if settings.selection.response is not None:
             model.remember_start()
-        low_rank = settings.transfer.low_rank
+        sizes = _update_sizes(model, settings)
+        rank = settings.transfer.rank
         self._planner = RoundPlanner(
             partition=partition,
             costs=costs,
-            sizes=UpdateSizes(
-                partition,
-                {
-                    name: v.shape if low_rank is None else low_rank.shape(v.shape)
-                    for name, v in model.state().items()
-                },
-                settings.transfer.codec,
-                settings.transfer.head,
-                by_name=model.is_sent_whole,
-                statistics_bytes=model.statistics_bytes(),
-            ),
+            sizes=sizes,
+            full_rank=rank and checked_rank(partition, sizes.shapes, rank),
             settings=settings,
             batch_size=batch_size,
             base_fingerprint=model.base_fingerprint,
@@ -144,7 +137,7 @@ class Coordinator:
         """Take in a device's profile, or raise `InvalidProfile`."""
         assumed = self._settings.devices.assumed_profile
         fleet = self.state.fleet.with_device(device_id, properties, assumed)
-        self._settings.channel.check_profile(fleet.profiles[device_id])
+        self._settings.check_profile(fleet.profiles[device_id])
         self.state = replace(self.state, fleet=fleet)
 
     def note_answers(
@@ -235,7 +228,9 @@ class Coordinator:
         ]
         moves: dict[int, float] = {}
         if updates:
-            lengths = plan.step_lengths(checked.accepted)
+            lengths: dict[int, float] = {}
+            if self._settings.allocation.batch_sizes:
+                lengths = plan.step_lengths(checked.accepted)
             moves = self._stepped(plan.server_round, updates, lengths)
         record = round_record(
             plan,
@@ -250,6 +245,7 @@ class Coordinator:
             plan,
             checked,
             record,
+            partition=self._planner.partition,
             relative_moves=moves,
             correct_profiles=self._settings.devices.correct_profiles,
         )
@@ -375,3 +371,21 @@ class Coordinator:
         if self._reference is not None:
             self._reference.restore(snapshot)
         self.state = state
+
+
+def _update_sizes(model: ServedModel, settings: RoundSettings) -> UpdateSizes:
+    """Return how large updates are, by what the devices' gradients become."""
+    low_rank, rank = settings.transfer.low_rank, settings.transfer.rank
+    shapes = {
+        name: v.shape if low_rank is None else low_rank.shape(v.shape)
+        for name, v in model.state().items()
+    }
+    return UpdateSizes(
+        model.partition,
+        shapes,
+        settings.transfer.codec,
+        settings.transfer.head,
+        by_name=model.is_sent_whole,
+        statistics_bytes=model.statistics_bytes(),
+        rank=rank if isinstance(rank, int) else None,
+    )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.arrays import Float32Array, Float32Arrays, squared_norm
-from lola_flwr.errors import brief, quoted
+from lola_flwr.errors import brief
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.statistics import is_plausible, statistics_names
 from lola_flwr.server.assembly import BlockUpdate
@@ -23,16 +23,14 @@ from lola_flwr.server.received import (
     read_array,
     read_move,
 )
+from lola_flwr.server.reports import TRAINED_KINDS, checked_report
 from lola_flwr.wire.codec import codec_named
+from lola_flwr.wire.components import Drawn
 from lola_flwr.wire.low_rank import projection_of
 from lola_flwr.wire.packing import GRADIENTS, packed_type, unpack
 from lola_flwr.wire.records import (
-    FAILURE_DETAIL_KEY,
-    FAILURE_KEY,
-    OUT_OF_MEMORY,
     PROJECTION_TYPE,
     Assignment,
-    MalformedRecord,
     UpdateReport,
 )
 from lola_flwr.zeroth_order.directions import directions_of, estimated_gradient
@@ -95,25 +93,6 @@ class Upload:
         return cls(bits, reply.upload_s, len(sent) - used_arrays)
 
 
-# Kinds of updates of devices that train the weights themselves.
-_TRAINED = ("weights", "moves")
-
-# Beyond these a device's report is not believed: no mini-batch takes a day, and no loss
-# that can still be trained on is this large.
-_LONGEST_COMPUTE_S = 86_400.0
-_LARGEST_LOSS = 1e6
-_LARGEST_PEAK_BYTES = 1e15
-_LARGEST_SQUARE = 1e18
-_LARGEST_COMPUTE_J = 1e9
-
-
-def _failure(record: Mapping[str, object]) -> UpdateRefused:
-    """Return what a device says that kept it from training."""
-    kind = record[FAILURE_KEY]
-    reason = kind if kind == OUT_OF_MEMORY else "device-failure"
-    return UpdateRefused(str(reason), quoted(record.get(FAILURE_DETAIL_KEY, kind)))
-
-
 @dataclass(frozen=True, eq=False)
 class UpdateReader:
     """Reads devices' updates.
@@ -143,6 +122,7 @@ class UpdateReader:
         reply: DeviceReply,
         assignment: Assignment | None,
         sent: Mapping[str, npt.NDArray[Any]],
+        drawn: Drawn | None = None,
     ) -> tuple[BlockUpdate, UpdateReport]:
         """Return what a reply holds, however large it is.
 
@@ -154,6 +134,8 @@ class UpdateReader:
             What its device was asked for; None if for nothing.
         sent
             The arrays that were sent, by name.
+        drawn
+            Which components of its adapter the device was to send; None: all.
 
         Raises
         ------
@@ -162,7 +144,9 @@ class UpdateReader:
         """
         if assignment is None:
             raise UpdateRefused("not-asked", "the device has no block this round")
-        report = self._read_report(assignment, reply.report)
+        report = checked_report(
+            assignment, reply.report, takes_weights=self.takes_weights
+        )
         if report.update_kind == "nothing":
             raise UpdateRefused("lost-copy", "the device no longer holds its version")
         # A transport may carry a bool, a float or a list here.
@@ -174,7 +158,7 @@ class UpdateReader:
             raise UpdateRefused(
                 "wrong-examples", f"claims {brief(examples)} examples of {most}"
             )
-        if report.update_kind in _TRAINED:
+        if report.update_kind in TRAINED_KINDS:
             examples = min(examples, most)
         elif examples > most:
             raise UpdateRefused("wrong-examples", f"claims {examples} of {most}")
@@ -184,6 +168,11 @@ class UpdateReader:
             estimate = self._estimated(report, assignment, sent, names)
             return BlockUpdate(estimate, examples, zeroth_order=True), report
         if report.update_kind == "gradient":
+            if drawn is not None:
+                gradients, norm = self._components(
+                    reply, assignment, sent, names, drawn
+                )
+                return BlockUpdate(gradients, examples, norm=norm), report
             gradients = self._gradients(reply, assignment, sent, names)
             return BlockUpdate(gradients, examples, norm=_norm(gradients)), report
         tensors = self._named_tensors(reply, names)
@@ -221,22 +210,55 @@ class UpdateReader:
         names: Sequence[str],
     ) -> Float32Arrays:
         """Return the gradients that a reply's one array holds."""
-        codec = codec_named(assignment.codec)
         projection = projection_of(assignment)
         shapes = {name: sent[name].shape for name in names}
-        if projection is not None:
-            shapes = {name: projection.shape(shape) for name, shape in shapes.items()}
+        if projection is None:
+            return self._received(reply, assignment, shapes)
+        shapes = {name: projection.shape(shape) for name, shape in shapes.items()}
+        return {
+            name: projection.lift(
+                assignment.server_round, name, received, sent[name].shape
+            )
+            for name, received in self._received(reply, assignment, shapes).items()
+        }
+
+    def _components(
+        self,
+        reply: DeviceReply,
+        assignment: Assignment,
+        sent: Mapping[str, npt.NDArray[Any]],
+        names: Sequence[str],
+        drawn: Drawn,
+    ) -> tuple[Float32Arrays, float]:
+        """Return the unbiased estimate that components are of, and the whole's norm."""
+        block_of = {n: b for b in assignment.blocks for n in self.partition.blocks[b]}
+        whole = {name: sent[name].shape for name in names}
+        parts = {n: drawn.shape(block_of.get(n), n, whole[n]) for n in names}
+        gradients: dict[str, Float32Array] = {}
+        total = 0.0
+        for name, part in self._received(reply, assignment, parts).items():
+            gradients[name], square = drawn.assembled(
+                block_of.get(name), name, part, whole[name]
+            )
+            # What a component counts may have made it too large.
+            finite(name, gradients[name])
+            total += square
+        return gradients, math.sqrt(total)
+
+    def _received(
+        self,
+        reply: DeviceReply,
+        assignment: Assignment,
+        shapes: Mapping[str, Sequence[int]],
+    ) -> dict[str, Float32Array]:
+        """Return what a reply's one array holds, by name."""
+        codec = codec_named(assignment.codec)
         data = self._named_tensors(reply, (GRADIENTS,))[GRADIENTS]
         packed = read_array(GRADIENTS, data, *packed_type(codec, shapes.values()))
-        gradients: dict[str, Float32Array] = {}
-        for name, wire in unpack(packed, codec, shapes).items():
-            received = decoded(name, wire, shapes[name], codec)
-            if projection is not None:
-                received = projection.lift(
-                    assignment.server_round, name, received, sent[name].shape
-                )
-            gradients[name] = received
-        return gradients
+        return {
+            name: decoded(name, wire, shapes[name], codec)
+            for name, wire in unpack(packed, codec, shapes).items()
+        }
 
     def _estimated(
         self,
@@ -264,59 +286,6 @@ class UpdateReader:
             projections=projections.clip(-limit, limit),
         )
 
-    def _read_report(
-        self, assignment: Assignment, record: Mapping[str, object]
-    ) -> UpdateReport:
-        """Return a checked report: for a device that gives none, what goes unsaid."""
-        if FAILURE_KEY in record:
-            raise _failure(record)
-        if "update-kind" not in record:
-            return UpdateReport(
-                server_round=assignment.server_round,
-                block_index=assignment.block_index,
-                update_kind="weights",
-                loss=None,
-                compute_s=None,
-                compute_clock="",
-            )
-        try:
-            report = UpdateReport.from_record(record)
-        except MalformedRecord as error:
-            raise UpdateRefused("malformed-report", str(error)) from None
-        if report.server_round != assignment.server_round:
-            raise UpdateRefused("late", f"answers round {report.server_round}")
-        if report.block_index != assignment.block_index:
-            raise UpdateRefused("wrong-block", f"is for block {report.block_index}")
-        estimates = assignment.direction_seed is not None
-        trained = _TRAINED if self.takes_weights else ()
-        kinds = ["zeroth-order"] if estimates else ["gradient", *trained]
-        if report.update_kind not in (*kinds, "nothing"):
-            raise UpdateRefused("wrong-kind", f"holds {quoted(report.update_kind)}")
-        if report.update_kind == "zeroth-order" and (
-            report.direction_seed != assignment.direction_seed
-        ):
-            raise UpdateRefused(
-                "wrong-seed", f"is about the directions of seed {report.direction_seed}"
-            )
-        if report.compute_clock not in ("", "measured", "simulated"):
-            clock = quoted(report.compute_clock)
-            raise UpdateRefused("malformed-report", f"compute-clock={clock}")
-        if report.uplink_limit not in (None, "pacing", "tc"):
-            limit = quoted(report.uplink_limit)
-            raise UpdateRefused("malformed-report", f"uplink-limit={limit}")
-        compute_s, loss = report.compute_s, report.loss
-        if compute_s is not None and not 0 <= compute_s <= _LONGEST_COMPUTE_S:
-            raise UpdateRefused("implausible", f"compute_s={compute_s:g}")
-        if loss is not None and not abs(loss) <= _LARGEST_LOSS:
-            raise UpdateRefused("implausible", f"loss={loss:g}")
-        peak_bytes = report.peak_memory_bytes
-        if peak_bytes is not None and not 0 <= peak_bytes <= _LARGEST_PEAK_BYTES:
-            raise UpdateRefused("implausible", f"peak_memory_bytes={peak_bytes:g}")
-        joules = report.compute_j
-        if joules is not None and not 0 <= joules <= _LARGEST_COMPUTE_J:
-            raise UpdateRefused("implausible", f"compute_j={joules:g}")
-        return _with_checked_squares(report, assignment)
-
     def _statistics(
         self, tensors: Mapping[str, bytes], sent: Mapping[str, npt.NDArray[Any]]
     ) -> dict[str, npt.NDArray[Any]]:
@@ -341,7 +310,7 @@ class UpdateReader:
             order: Sequence[str] = self.sent_names
             if "update-kind" in reply.report:
                 order = names
-                if reply.report["update-kind"] in _TRAINED:
+                if reply.report["update-kind"] in TRAINED_KINDS:
                     order = (*names, *statistics_names(self.sent_names))
             if len(tensors) != len(order):
                 raise UpdateRefused(
@@ -354,26 +323,6 @@ class UpdateReader:
                 "wrong-count", f"{len(missing)} arrays missing, such as {missing[0]}"
             )
         return tensors
-
-
-def _with_checked_squares(report: UpdateReport, assignment: Assignment) -> UpdateReport:
-    """Return a report without the squares that nobody asked for; check the others."""
-    few, most = report.few_examples, report.all_examples
-    squares = report.few_square, report.all_square
-    if not assignment.measures_noise or None in (few, most, *squares):
-        return replace(
-            report,
-            few_examples=None,
-            few_square=None,
-            all_examples=None,
-            all_square=None,
-        )
-    if not (few and most and 1 <= few < most <= assignment.batch_size):
-        raise UpdateRefused("implausible", f"squares over {few} of {most} examples")
-    for square in squares:
-        if not (square is not None and 0 <= square <= _LARGEST_SQUARE):
-            raise UpdateRefused("implausible", f"a squared norm of {square:g}")
-    return report
 
 
 def _norm(gradients: Float32Arrays) -> float:

@@ -10,9 +10,10 @@ from lola_flwr.planning import AllocationOptions
 from lola_flwr.server.norm_limits import NormLimits
 from lola_flwr.server.own_examples import ExampleGradients
 from lola_flwr.server.selection import Selection
+from lola_flwr.server.step import ServerStep
 from lola_flwr.system.channel import Channel
-from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.wire.codec import CODECS
+from lola_flwr.system.devices import DeviceProfile, InvalidProfile
+from lola_flwr.wire.codec import AUTO, CODECS
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.payload import HeadPolicy
 from lola_flwr.zeroth_order.mixing import ZerothOrder
@@ -45,13 +46,19 @@ class Transfer:
         What a device that holds the values of the round before is sent of what has
         changed: the values (``"fp32"``), or by how much they have, in this codec. What
         that leaves out is sent with the next change; see `lola_flwr.server.reference`.
+    rank
+        Where blocks are LoRA adapters: how many components of its own each device sends
+        the gradient of, drawn anew each round by how large they are; see
+        `lola_flwr.wire.components`. ``"auto"``: as many as bring most for the round's
+        time, each device its own number. None: all.
 
     Raises
     ------
     UserError
         ``downlink`` is neither, there is no such ``downlink_codec``, or it is for
-        devices that keep copies and there are none. (Codec and head are checked with
-        the model.)
+        devices that keep copies and there are none; a rank is no whole number from 1
+        on, or gradients are projected besides. (Codec, head, and whether there are as
+        many components are checked with the model.)
     """
 
     codec: str = "fp32"
@@ -59,8 +66,10 @@ class Transfer:
     low_rank: LowRankProjection | None = None
     downlink: Downlink = "all"
     downlink_codec: DownlinkCodec = "fp32"
+    rank: int | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
+        self._check_rank()
         if self.downlink not in get_args(Downlink):
             raise UserError(f"downlink={self.downlink!r} must be 'all' or 'changed'.")
         if self.downlink_codec not in get_args(DownlinkCodec):
@@ -72,6 +81,20 @@ class Transfer:
             raise UserError(
                 f"downlink_codec={self.downlink_codec!r} is for devices that keep "
                 "copies; it needs downlink='changed'."
+            )
+
+    def _check_rank(self) -> None:
+        rank = self.rank
+        if rank is None:
+            return
+        if rank != AUTO and not (type(rank) is int and rank >= 1):
+            raise UserError(
+                f"rank={brief(rank)} must be a whole number, at least 1, or 'auto'."
+            )
+        if self.low_rank is not None:
+            raise UserError(
+                f"rank={rank!r} leaves components of adapters out, and low_rank "
+                "projects them; drop one of the two."
             )
 
 
@@ -154,7 +177,8 @@ class RoundSettings:
     ------
     UserError
         The selection does not go with the allocation's mode, its allocator not with the
-        channel, or the server's examples not with projected gradients.
+        channel, the server's examples not with projected gradients, or devices without
+        back-propagation not with ranks.
     """
 
     channel: Channel = field(default_factory=Channel)
@@ -173,6 +197,42 @@ class RoundSettings:
             raise UserError(
                 "own_examples: their gradients are not compared with projected ones; "
                 "drop them, or low_rank."
+            )
+        if self.transfer.rank is not None and self.devices.zeroth_order is not None:
+            raise UserError(
+                f"rank={self.transfer.rank!r}: devices without back-propagation send "
+                "no components; drop rank, or zeroth_order."
+            )
+
+    def check_step(self, step: ServerStep) -> None:
+        """Refuse what would not put together without bias what is drawn of gradients.
+
+        Raises
+        ------
+        UserError
+            Devices send some components, and their mean is not linear.
+        """
+        rank = self.transfer.rank
+        if rank is not None and (step.block_mean != "mean" or step.steady):
+            given = "steady=True" if step.steady else f"block_mean={step.block_mean!r}"
+            raise UserError(
+                f"rank={rank!r}: devices send components that are drawn, of which "
+                f"{given} is no unbiased mean; use block_mean='mean' and steady=False."
+            )
+
+    def check_profile(self, profile: DeviceProfile) -> None:
+        """Refuse a device that would not do what is planned.
+
+        Raises
+        ------
+        InvalidProfile
+            Its link is another, or it cannot leave components out.
+        """
+        self.channel.check_profile(profile)
+        if self.transfer.rank is not None and profile.trains_one_block:
+            raise InvalidProfile(
+                f"Device {profile.name!r} trains one block, as programs do, and these "
+                "send all components; leave rank out, or this device."
             )
 
     def check_for_weights(self) -> None:
@@ -194,6 +254,7 @@ class RoundSettings:
             )
         for name, value, usual in (
             ("low_rank", transfer.low_rank, None),
+            ("rank", transfer.rank, None),
             ("downlink_codec", transfer.downlink_codec, "fp32"),
             ("own_examples", devices.own_examples, None),
             ("zeroth_order", devices.zeroth_order, None),

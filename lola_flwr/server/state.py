@@ -17,6 +17,7 @@ from lola_flwr.server.influence import Influence
 from lola_flwr.server.norm_limits import NormHistory
 from lola_flwr.server.reputation import Reputation
 from lola_flwr.server.selection.history import BlockHistory
+from lola_flwr.system.component_importance import ComponentImportance
 from lola_flwr.system.estimation import (
     ComputeEstimate,
     DownlinkEstimate,
@@ -73,6 +74,8 @@ class RunState:
         How noisy the blocks' gradients are, where batches follow from it.
     pace
         How fast the run comes on, likewise.
+    components
+        How large the gradients of adapters' components are, where devices send some.
     """
 
     server_round: int = 0
@@ -90,6 +93,7 @@ class RunState:
     held: HeldVersions = field(default_factory=HeldVersions)
     noise: GradientNoise = field(default_factory=GradientNoise)
     pace: Pace = field(default_factory=Pace)
+    components: ComponentImportance = field(default_factory=ComponentImportance)
 
     def meetings_of(self, device_name: str) -> tuple[int, ...]:
         """Return how often each block met a device's data, [N]."""
@@ -139,6 +143,7 @@ class RunState:
             "noise": to_values(GradientNoise()),
             "influence": to_values(Influence()),
             "pace": to_values(Pace()),
+            "components": to_values(ComponentImportance()),
         }
         values = {**missing, **values}
         values["reputation"] = {**missing["reputation"], **values["reputation"]}

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.wire.codec import Codec, codec_ladder, codec_named
+from lola_flwr.wire.components import shapes_at_rank
 from lola_flwr.wire.npy import NPY_HEADER_BYTES
 from lola_flwr.wire.packing import (
     GRADIENTS,
@@ -218,6 +219,8 @@ class UpdateSizes:
         Whether devices return weights, each parameter as an array of its own.
     statistics_bytes
         What every device sends besides: the running statistics of a model's layers.
+    rank
+        How many components of its adapter each device sends; None: it has none, or all.
 
     Raises
     ------
@@ -231,6 +234,7 @@ class UpdateSizes:
     head: HeadPolicy
     by_name: bool = False
     statistics_bytes: int = 0
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         """Check the names: unknown ones are errors now, not in round 1."""
@@ -269,6 +273,12 @@ class UpdateSizes:
         return Payloads(codecs, bits + 8.0 * self.statistics_bytes, sends_head)
 
     @cached_property
+    def _sent_shapes(self) -> Shapes:
+        if self.rank is None:
+            return self.shapes
+        return shapes_at_rank(self.partition, self.shapes, self.rank)
+
+    @cached_property
     def _with_head(self) -> npt.NDArray[np.float64]:
         return self._bits(np.ones(self.partition.num_blocks, bool))
 
@@ -284,7 +294,7 @@ class UpdateSizes:
             [
                 payload_bits(
                     self.partition,
-                    self.shapes,
+                    self._sent_shapes,
                     codec_named(name),
                     sends_head,
                     by_name=self.by_name,

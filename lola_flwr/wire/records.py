@@ -47,7 +47,6 @@ SECAGG_REFUSAL = (
     "comes from one device: take the SecAgg mod and workflow out."
 )
 
-
 # What the projections of zeroth-order training travel as, in a report.
 PROJECTION_TYPE = np.dtype("<f4")
 
@@ -173,10 +172,12 @@ class Assignment(_Record):
         What each layer is to do, a letter each: see ``lola_flwr.d2ft.reduced``. None:
         all layers run.
     further_blocks
-        Blocks to train besides, behind the first, separated by spaces; None: it is one
-        block.
+        Blocks to train besides, behind the first, separated by spaces; None: none.
     measures_noise
         Whether the device is to say how noisy its gradient is; None: it is not.
+    components
+        What of an adapter's gradient to send: see ``lola_flwr.wire.components``; None:
+        all of it.
     """
 
     server_round: int
@@ -204,6 +205,7 @@ class Assignment(_Record):
     further_blocks: str | None = None
     trains_all: bool = False
     measures_noise: bool | None = None
+    components: str | None = None
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -236,8 +238,7 @@ class UpdateReport(_Record):
         Where ``compute_s`` comes from: ``"measured"`` on the device, or ``"simulated"``
         where the device itself is.
     uplink_limit
-        What holds the upload to ``uplink_bps``: ``"pacing"`` or ``"tc"``; None if
-        nothing does, and the share is advice.
+        What holds the upload to ``uplink_bps``: ``"pacing"``, ``"tc"``, or None.
     held
         Version of the model that the device now holds, as `Manifest.version` names it,
         so that the next message may leave out what has not changed since; None if it

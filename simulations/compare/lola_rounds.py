@@ -182,7 +182,7 @@ def _coordinator(
     if method.low_rank:
         low_rank = LowRankProjection(**method.low_rank, seed=settings.seed)
     is_merged = method.kind == "fedavg-full"
-    mode = RoundMode(participation="all" if is_merged else "needed")
+    mode = RoundMode(participation="all" if is_merged else method.participation)
     coordinator = coordinator_for(
         task.model,
         run.partition,
@@ -191,7 +191,7 @@ def _coordinator(
         step=ServerStep(lr=task.lr, linear_decay_steps=settings.linear_decay_steps),
         settings=RoundSettings(
             channel=Channel(bandwidth_hz=settings.bandwidth_hz),
-            transfer=Transfer(codec=method.codec, low_rank=low_rank),
+            transfer=Transfer(codec=method.codec, low_rank=low_rank, rank=method.rank),
             allocation=AllocationOptions(
                 mode=mode, batch_sizes=BATCH_SIZES if method.chooses_batches else ()
             ),

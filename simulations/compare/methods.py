@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from lola_flwr.allocation import Participation
 from lola_flwr.model.activations import Activations
 from lola_flwr.run.target import Target
 
@@ -27,6 +28,9 @@ class Method:
         What is trained, as the apps have it: "full", or a tuner of peft.
     lr
         Learning rate (default: the task's).
+    participation
+        Whether all devices take part, or those that a round needs, as `RoundMode` has
+        it.
     selector, selector_options
         Which blocks a round trains.
     latency_target
@@ -37,6 +41,8 @@ class Method:
         How devices pick their mini-batches, as the GLUE app has it.
     low_rank
         Rank and period of a `LowRankProjection`; empty: gradients travel whole.
+    rank
+        How many components of LoRA adapters devices send, or "auto" (default: all).
     codec
         Codec of the gradients.
     batch_size
@@ -61,6 +67,7 @@ class Method:
     tuning: str = "full"
     tuning_options: Mapping[str, Any] = field(default_factory=dict)
     lr: float | None = None
+    participation: Participation = "needed"
     selector: str = "all"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     latency_target: float = math.inf
@@ -68,6 +75,7 @@ class Method:
     sampler: str = "random"
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     low_rank: Mapping[str, int] = field(default_factory=dict)
+    rank: int | Literal["auto"] | None = None
     codec: str = "fp32"
     batch_size: int | None = None
     chooses_batches: bool = False

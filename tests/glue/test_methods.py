@@ -205,6 +205,20 @@ def test_zeroth_order_options(tiny):
         )
 
 
+def test_ranks(tiny):
+    ranks = [
+        settings_of(config(**own), *tiny).transfer.rank
+        for own in ({}, {"rank": 4}, {"rank": "auto"})
+    ]
+    assert ranks == [None, 4, "auto"]
+    with pytest.raises(UserError, match=r"rank=1.5 must be a whole number, at least 0"):
+        config(rank=1.5)
+    with pytest.raises(UserError, match=r'rank=2 means nothing with method="fedavg'):
+        config(rank=2, method="fedavg-full")
+    with pytest.raises(UserError, match=r"zeroth-order|zeroth_order"):
+        settings_of(config(rank=2, zeroth_order="always"), *tiny)
+
+
 def test_low_rank_options():
     assert low_rank_of(config()) is None
     projection = low_rank_of(config(low_rank="rank=8, period=2", seed=4))

@@ -310,6 +310,7 @@ def asked_of(question):
         ({"further_blocks": "2"}, "train several blocks together"),
         ({"update_names": "a"}, "return weights"),
         ({"projection_rank": 2}, "project its gradient"),
+        ({"components": "0 2"}, "send some components"),
         ({"manifest": "+" + "0" * 32 + ":0-9999999"}, "impossible positions"),
         ({"manifest": "+" + "0" * 32 + ":0-1,1-2"}, "a position twice"),
         ({"manifest": "+" + "0" * 32 + ":0-1"}, "is of 2 arrays; this model has"),

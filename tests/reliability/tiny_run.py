@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from lola_flwr.build import coordinator_for
 from lola_flwr.clients import BlockClient, BlockDevice, LoLaClient
 from lola_flwr.costs.of_model import model_costs
-from lola_flwr.model.blocks import partition_parameters
+from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.run.directory import RunDirectory
 from lola_flwr.strategies import LoLaDeft, message
 from lola_flwr.strategies.run_rounds import run_rounds
@@ -41,7 +41,7 @@ def make_coordinator(model, partition, *, batch_size=BATCH, **options):
     )
 
 
-def make_device(index, model, partition):
+def make_device(index, model, partition, store=None):
     def draw_batch(server_round, size):
         generator = torch.Generator().manual_seed(1000 * server_round + index)
         input_ids = torch.randint(5, 60, (size, 10), generator=generator)
@@ -51,6 +51,7 @@ def make_device(index, model, partition):
         profile=simulated_device(index, seed=2),
         load_model=lambda: (model, partition),
         batch_source=draw_batch,
+        store=store,
         # Slower than the profile says, each by another factor: there is to learn.
         simulated_compute_s=lambda a: 1e-3 * (1 + index) * (4 - a.block_index),
     )
@@ -68,6 +69,8 @@ def run(
     on_round=lambda record: None,
     configuration=None,
     options=None,
+    make_model=tiny_model,
+    store=None,
 ):
     """Run, or go on with, a run of ``num_rounds``; return its coordinator.
 
@@ -77,12 +80,12 @@ def run(
     for name in ("_run_id", "_task_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
     torch.set_num_threads(1)
-    model = tiny_model()
-    partition = partition_parameters(name for name, _ in model.named_parameters())
+    model = make_model()
+    partition = model_partition(model)
     coordinator = make_coordinator(model, partition, **(options or {}))
 
     def device_fn(context):
-        return make_device(context.node_id - first_node, model, partition)
+        return make_device(context.node_id - first_node, model, partition, store)
 
     def client_fn(context):
         return BlockClient(device_fn(context)).to_client()

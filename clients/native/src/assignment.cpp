@@ -65,6 +65,7 @@ void refuse_other_work(const Record& record) {
       {"further-blocks", "train several blocks together"},
       {"update-names", "return weights"},
       {"projection-rank", "project its gradient"},
+      {"components", "send some components of an adapter (rank)"},
   };
   for (const auto& [key, what] : kOther) {
     if (find(record, key) != nullptr) {

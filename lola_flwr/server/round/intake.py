@@ -144,7 +144,9 @@ def read_replies(
         try:
             if device in accepted:
                 raise UpdateRefused("duplicate", "the device replied before")
-            update, report = reader.read(reply, assignments.get(device), sent)
+            update, report = reader.read(
+                reply, assignments.get(device), sent, plan.drawn.get(device)
+            )
         except UpdateRefused as refusal:
             refused[refusal.reason] += 1
             refusals.setdefault(device, str(refusal))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.run.records import RoundRecord
 from lola_flwr.server.round.intake import AcceptedReply, RoundReplies
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.state import RunState
 from lola_flwr.system.estimation import Observation, RateObservation
 from lola_flwr.system.gradient_noise import NoiseObservation
+from lola_flwr.wire.components import component_squares
 
 
 def learned(
@@ -19,6 +21,7 @@ def learned(
     replies: RoundReplies,
     record: RoundRecord,
     *,
+    partition: BlockPartition,
     relative_moves: Mapping[int, float],
     correct_profiles: bool,
 ) -> RunState:
@@ -34,6 +37,8 @@ def learned(
         What became of it.
     record
         The round's record.
+    partition
+        The model's blocks.
     relative_moves
         How far each block that was stepped has moved, by index.
     correct_profiles
@@ -72,7 +77,23 @@ def learned(
         reputation=replies.reputation or state.reputation,
         noise=state.noise.update(_noise_observed(replies)),
         pace=state.pace.after(plan.solved.brought),
+        components=state.components.after(_components_seen(plan, replies, partition)),
     )
+
+
+def _components_seen(
+    plan: RoundPlan, replies: RoundReplies, partition: BlockPartition
+) -> Iterator[tuple[int, Mapping[int, float]]]:
+    """Give how large the components are that devices sent, block by block."""
+    if plan.solved.rank is None:
+        return
+    for device in plan.device_ids:
+        if device in replies.accepted:
+            gradients = replies.accepted[device].update.gradients
+            drawn = plan.drawn.get(device)
+            for block in plan.assignments[device].blocks:
+                names = partition.blocks[block]
+                yield block, component_squares(gradients, names, drawn, block)
 
 
 def _noise_observed(replies: RoundReplies) -> Iterator[NoiseObservation]:

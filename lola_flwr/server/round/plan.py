@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +13,7 @@ from lola_flwr.allocation import Allocation, AllocationProblem
 from lola_flwr.planning import SolvedRound
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.gradient_noise import step_length
+from lola_flwr.wire.components import Drawn
 from lola_flwr.wire.records import Assignment
 from lola_flwr.wire.versions import Manifest
 
@@ -35,6 +36,9 @@ class RoundPlan:
     overheard
         What idle devices that hear the broadcast have by it, by device id: all that
         they lacked.
+    drawn
+        Which components of its adapter a device sends, and what each counts, by device
+        id; without an entry it sends all.
     """
 
     device_ids: tuple[str, ...]
@@ -42,6 +46,7 @@ class RoundPlan:
     assignments: Mapping[str, Assignment]
     manifests: Mapping[str, Manifest]
     overheard: Mapping[str, Manifest]
+    drawn: Mapping[str, Drawn] = field(default_factory=dict)
 
     @property
     def server_round(self) -> int:

@@ -14,9 +14,12 @@ from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.exchange import Exchange
 from lola_flwr.planning import Known, RunStatement, SolvedRound, solve_round
+from lola_flwr.randomness import rng_for
 from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.server.state import RunState
+from lola_flwr.wire.codec import AUTO
+from lola_flwr.wire.components import Drawn, rank_ladder
 from lola_flwr.wire.payload import SizesDown, UpdateSizes
 from lola_flwr.wire.records import Assignment
 from lola_flwr.wire.versions import Manifest, ModelVersion
@@ -47,6 +50,8 @@ class RoundPlanner:
     exchange
         What devices call these arrays, and what they keep to themselves; None: they
         call them as the server does, and keep nothing.
+    full_rank
+        How many components the blocks' adapters have, where devices may send some.
     """
 
     partition: BlockPartition
@@ -58,6 +63,11 @@ class RoundPlanner:
     is_sent_whole: bool
     sizes_down: SizesDown
     exchange: Exchange | None = None
+    full_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check now what would else be an error in round 1."""
+        self.statement  # noqa: B018
 
     @property
     def statement(self) -> RunStatement:
@@ -73,7 +83,16 @@ class RoundPlanner:
             reduced_schedules=settings.devices.reduced_schedules,
             latency_target_s=settings.selection.latency_target_s,
             seed=settings.seed,
+            ranks=self._ranks,
+            batch_size=self.batch_size,
         )
+
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        """Ranks that rounds choose from; none where they have one that is given."""
+        if self.full_rank is None or self.settings.transfer.rank != AUTO:
+            return ()
+        return rank_ladder(self.full_rank)
 
     def plan(
         self,
@@ -121,11 +140,13 @@ class RoundPlanner:
             for row, _ in solved.active()
             if version is not None
         }
+        drawn = self._drawn(state, solved, left)
         return RoundPlan(
             device_ids=left,
             solved=solved,
-            assignments=self._assignments(solved, left, manifests),
+            assignments=self._assignments(solved, left, manifests, drawn),
             manifests=manifests,
+            drawn=drawn,
             overheard={
                 left[row]: state.held.manifest(left[row], version)
                 for row in solved.overhearing()
@@ -194,13 +215,42 @@ class RoundPlanner:
             noise_scale=noise_scale,
             rounds_since=state.history.staleness(server_round),
             pace=state.pace.a_second(noise_scale),
+            component_squares=self._component_squares(state),
         )
+
+    def _component_squares(self, state: RunState) -> Float64Array | None:
+        if self.full_rank is None:
+            return None
+        return state.components.of_blocks(self.partition.num_blocks, self.full_rank)
+
+    def _drawn(
+        self, state: RunState, solved: SolvedRound, device_ids: Sequence[str]
+    ) -> dict[str, Drawn]:
+        """Draw which components devices send that do not send all."""
+        squares = self._component_squares(state)
+        if squares is None or solved.rank is None:
+            return {}
+        drawn = {}
+        for row, block in solved.active():
+            rank, name = int(solved.rank[row]), solved.stated.profiles[row].name
+            if rank < squares.shape[1]:
+                blocks = solved.stated.blocks(block)
+                rng = rng_for(
+                    self.settings.seed, "components", solved.server_round, name
+                )
+                drawn[device_ids[row]] = Drawn.of(
+                    {one: squares[one] for one in blocks},
+                    rank,
+                    {one: rng.random() for one in blocks},
+                )
+        return drawn
 
     def _assignments(
         self,
         solved: SolvedRound,
         device_ids: Sequence[str],
         manifests: dict[str, Manifest],
+        drawn: dict[str, Drawn],
     ) -> dict[str, Assignment]:
         """Return what each active device is told."""
         stated, payloads = solved.stated, solved.stated.payloads
@@ -229,6 +279,8 @@ class RoundPlanner:
                 fields |= zeroth_order.directions_for(
                     self.settings.seed, solved.server_round, profile.name
                 )
+            if device in drawn:
+                fields["components"] = drawn[device].to_text()
             if low_rank is not None:
                 fields |= low_rank.assignment_fields()
             batch_size = self.batch_size

@@ -7,28 +7,34 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lola_flwr.build import RoundMode
 from lola_flwr.system.gradient_noise import step_length
 from tests.server.test_coordinator import PARTITION, honest_reply, make_coordinator
 
 NOISE = 300.0
 
 
-def moved(batch_sizes, *, silent=(), **options):
+def moved(sizes_of_blocks, *, silent=(), chosen=(8,)):
     """Return by how much each block's and the head's values have moved in a round.
 
     Parameters
     ----------
-    batch_sizes
-        By block; of a block that several devices train, of each of them. None: batches
-        are not chosen.
+    sizes_of_blocks
+        Examples of their devices' batches; None: the round does not say.
+    silent
+        Blocks that are not sent.
+    chosen
+        Batches of which the run chooses.
     """
-    coordinator = make_coordinator(**options)
+    # Else a round may leave blocks out.
+    everybody = RoundMode(participation="all")
+    coordinator = make_coordinator(batch_sizes=chosen, mode=everybody)
     before = {name: v.copy() for name, v in coordinator.values().items()}
     plan = coordinator.plan_round(1, [f"id-{n}" for n in range(4)])
-    if batch_sizes is not None:
+    if sizes_of_blocks is not None:
         sizes = np.zeros(4, np.int64)
         for row, _, block in plan.active():
-            sizes[row] = batch_sizes[block]
+            sizes[row] = sizes_of_blocks[block]
         solved = replace(plan.solved, batch_size=sizes, noise_scale=np.full(4, NOISE))
         plan = replace(plan, solved=solved)
     replies = [
@@ -57,8 +63,10 @@ def test_a_block_s_step_is_as_long_as_its_batch_has_reason_for():
     assert step_length(8, NOISE) < 0.4
 
 
-def test_where_batches_are_not_chosen_all_steps_are_whole():
-    assert moved(None) == [{0.25}] * 4
+@pytest.mark.parametrize("sizes", [None, {0: 8, 1: 64, 2: 256}])
+def test_where_batches_are_not_chosen_all_steps_are_whole(sizes):
+    """A rate is for the batch that is given, also where a round tells noise."""
+    assert moved(sizes, chosen=()) == [{0.25}] * 4
 
 
 def test_a_block_that_nobody_sent_is_not_moved():
