@@ -101,13 +101,23 @@ class Errors:
     variance: float
 
 
-def passes_per_direction() -> list[float]:
-    """Count the forward passes that a derivative takes, of MiniLM's chosen blocks."""
-    task = text_task("acceptability", data_dir=None, num_devices=1, seed=0)
-    sizes = {"batch_size": 16, "sequence_length": 32, "num_directions": AT_A_TIME}
-    derivatives = forward_mode_costs(task.model, task.partition, **sizes).flops
-    compared = zeroth_order_costs(task.model, task.partition, **sizes).flops
-    return [2 * float(derivatives[b] / compared[b]) for b in COUNTED_BLOCKS]
+def passes_per_direction(
+    model: nn.Module,
+    partition: BlockPartition,
+    blocks: Sequence[int],
+    *,
+    batch_size: int,
+    sequence_length: int,
+) -> list[float]:
+    """Count the forward passes that a derivative along a direction takes, by block."""
+    sizes = {
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "num_directions": AT_A_TIME,
+    }
+    derivatives = forward_mode_costs(model, partition, **sizes).flops
+    compared = zeroth_order_costs(model, partition, **sizes).flops
+    return [2 * float(derivatives[block] / compared[block]) for block in blocks]
 
 
 def directions_for(forward_passes: float, per_direction: float) -> int:
@@ -227,18 +237,27 @@ def print_errors(
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print what derivatives take, and both tables."""
     torch.set_num_threads(1)
-    per_direction = passes_per_direction()
+    small, partition = small_model(0)
+    split = SmallTask.split(1, alpha=None, seed=0)
+    task = text_task("acceptability", data_dir=None, num_devices=1, seed=0)
+    per_direction = passes_per_direction(
+        task.model, task.partition, COUNTED_BLOCKS, batch_size=16, sequence_length=32
+    )
+    own = passes_per_direction(
+        small, partition, range(3), batch_size=BATCH, sequence_length=split.max_tokens
+    )
+    for name, passes in (("MiniLM", per_direction), ("small", own)):
+        listed = ", ".join(f"{one:.2f}" for one in passes)
+        print(f"{name}: a derivative takes {listed} forward passes")
     counts = [directions_for(2.0 * DIRECTIONS, passes) for passes in per_direction]
+    print()
     print(
         "| model, block | way | directions | cosine | expected | variance | expected |"
     )
     print("|---|---|---:|---:|---:|---:|---:|")
-    small, partition = small_model(0)
-    split = SmallTask.split(1, alpha=None, seed=0)
     print_errors("small", split, small, partition, dict(enumerate(counts)))
-    task = text_task("acceptability", data_dir=None, num_devices=1, seed=0)
     blocks = dict(zip(COUNTED_BLOCKS, counts, strict=True))
     print_errors("MiniLM", task, task.model, task.partition, blocks)
     print()

@@ -14,6 +14,7 @@ from simulations.benchmarks.forward_gap import (
     directions_for,
     errors_of,
     final_loss,
+    passes_per_direction,
 )
 
 EXACT = Way("back-propagation")
@@ -21,13 +22,19 @@ EXACT = Way("back-propagation")
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(forward_gap, "JUDGED", 64)
+    monkeypatch.setattr(forward_gap, "JUDGED", 32)
     monkeypatch.setattr(forward_gap, "ESTIMATES", 2)
 
 
 def test_directions_take_about_the_passes_that_there_are():
     for per_direction, count in ((2.07, 4), (1.32, 6), (0.81, 10), (9.0, 2)):
         assert directions_for(8.0, per_direction) == count
+
+
+def test_a_derivative_takes_fewer_passes_nearer_to_the_loss():
+    sizes = {"batch_size": 16, "sequence_length": 10}
+    deep, near = passes_per_direction(*small_model(0), (0, 2), **sizes)
+    assert 0.5 < near < deep < 3
 
 
 def test_the_same_directions_lead_to_the_same_loss():
