@@ -31,6 +31,7 @@ def test_directions_take_about_the_passes_that_there_are():
         assert directions_for(8.0, per_direction) == count
 
 
+@pytest.mark.slow
 def test_a_derivative_takes_fewer_passes_nearer_to_the_loss():
     sizes = {"batch_size": 16, "sequence_length": 10}
     deep, near = passes_per_direction(*small_model(0), (0, 2), **sizes)
