@@ -160,9 +160,8 @@ def test_what_divides_the_band_is_refused(options):
     [{"codec": "auto"}, {"selection": Selection(latency_target_s=5.0)}],
 )
 def test_what_chooses_by_shares_is_refused(options):
-    coordinator = make_coordinator(**IN_TURN, **options)
     with pytest.raises(UserError, match="under uplink='tdma' they send in turn"):
-        coordinator.plan_round(1, IDS)
+        make_coordinator(**IN_TURN, **options)
 
 
 def test_links_that_are_real_wait_for_no_turn():
