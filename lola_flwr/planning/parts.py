@@ -63,13 +63,9 @@ class Parts:
         profiles = [solved.stated.profiles[row] for row in rows]
         weight = np.array([waited[several].sum() for several in trained])
         if solved.rank is not None:
-            ranks = solved.rank[rows].tolist()
-            weight = (
-                weight
-                * kept_by_rank(solved, known, sorted({*ranks}))[
-                    np.arange(rows.size), np.searchsorted(sorted({*ranks}), ranks)
-                ]
-            )
+            ranks, place = np.unique(solved.rank[rows], return_inverse=True)
+            kept = kept_by_rank(solved, known, ranks.tolist())
+            weight = weight * kept[np.arange(rows.size), place]
         return cls(
             rows=rows,
             blocks=blocks,

@@ -228,9 +228,9 @@ class Coordinator:
         ]
         moves: dict[int, float] = {}
         if updates:
-            lengths: dict[int, float] = {}
-            if self._settings.allocation.batch_sizes:
-                lengths = plan.step_lengths(checked.accepted)
+            # A rate is for the batch that is given.
+            chosen = bool(self._settings.allocation.batch_sizes)
+            lengths = plan.step_lengths(checked.accepted) if chosen else {}
             moves = self._stepped(plan.server_round, updates, lengths)
         record = round_record(
             plan,

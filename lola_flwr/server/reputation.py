@@ -4,7 +4,8 @@ With one device a block there is nothing to compare an update with in its own ro
 device is judged by all of its updates instead: by how far their directions agreed with
 those of other devices (`lola_flwr.server.directions`), and by how often they were far
 longer than is usual. An honest device's agreements have a mean m > 0 where gradients
-tell anything, those of one that turns them round have -m. With n agreements of mean x
+tell anything, those of one that turns them round have -m. What blocks say of one
+mini-batch is one agreement, as many as they are. With n agreements of mean x
 the likelihood ratio of the two has the logarithm
 
     2 * m * x / (s ** 2 / n + t ** 2),

@@ -274,7 +274,5 @@ def _directions(
         drawn = sketch(update.gradients, names, key)
         share = None if part == HEAD else 1.0 / len(assignment.blocks)
         if drawn is not None:
-            yield (
-                part,
-                Direction(device, assignment.server_round, drawn, share=share),
-            )
+            found = Direction(device, assignment.server_round, drawn, share=share)
+            yield part, found
