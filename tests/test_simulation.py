@@ -421,11 +421,14 @@ class TestStop:
             [PYTHON, "-uc", command], cwd=ROOT, stdout=subprocess.PIPE, text=True
         ) as process:
             assert process.stdout is not None
-            while not (flower / "daemon.pid").exists():
+            # All have to be there first, in whatever order they start.
+            names = ("superlink", "flwr", "daemon")
+            notes = [flower / f"{name}.pid" for name in names]
+            while not all(note.exists() and note.stat().st_size for note in notes):
                 time.sleep(0.05)
             process.send_signal(number)
             process.wait()
-        for name in ("superlink", "flwr", "daemon"):
+        for name in names:
             assert stopped(noted(flower, name)), name
 
     def test_a_program_that_does_not_stop_is_killed(self, tmp_path, monkeypatch):
