@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lola_flwr.costs.of_model import model_costs
+from lola_flwr.d2ft.pruning import num_pruned
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import model_loss
@@ -27,7 +28,7 @@ from simulations.compare.jcpba import (
 )
 from simulations.compare.local_rounds import _round_cost, _values, train
 from simulations.compare.methods import Method, RunSettings
-from simulations.compare.pruned_model import prunable, pruned, rows_left_out
+from simulations.compare.pruned_model import prunable, pruned
 from simulations.compare.pruning_rates import by_descent
 from simulations.compare.runs import run_method
 from simulations.compare.tasks import image_task
@@ -109,7 +110,7 @@ def test_a_pruned_model_is_the_whole_one_with_rows_of_zeros(task, rate):
     assert all(after[name] is before[name] for name in before)
     assert not any("kept_rows" in name for name, _ in task.model.named_buffers())
     for name, kept in rows.items():
-        left_out = rows_left_out(len(before[name]), rate)
+        left_out = num_pruned(len(before[name]), rate)
         assert len(kept) == len(before[name]) - left_out == small[name][0]
         with torch.no_grad():
             mask = torch.zeros(len(before[name]), dtype=torch.bool)
@@ -141,9 +142,9 @@ def test_the_least_rows_hold_no_more_than_the_rate(task):
 
 
 def test_a_map_keeps_a_row():
-    assert rows_left_out(2, 0.99) == rows_left_out(100, 0.019) == 1
-    assert rows_left_out(10, 0.3) == 3  # 0.3 * 10 is below 3 in floats of some steps
-    assert rows_left_out(1, 0.99) == 0
+    assert num_pruned(2, 0.99) == num_pruned(100, 0.019) == 1
+    assert num_pruned(10, 0.3) == 3  # 0.3 * 10 is below 3 in floats of some steps
+    assert num_pruned(1, 0.99) == 0
 
 
 @pytest.mark.parametrize("rate", [0.011, 0.37, 0.6])

@@ -16,13 +16,13 @@ from lola_flwr.allocation import (
     UNIFORM_POWER_ALLOCATORS,
     find_allocator,
 )
+from lola_flwr.app.base_keys import BaseKeys
 from lola_flwr.app.channel_keys import ChannelKeys
 from lola_flwr.app.interface import Interface, for_d2ft, interface_of
 from lola_flwr.app.link_rates import LinkRates
 from lola_flwr.app.number_or_auto import BatchSize, OwnExamples, Rank
-from lola_flwr.model.bases import Base
 from lola_flwr.planning import BATCH_SIZES
-from lola_flwr.run.config import RunConfig, keyword_arguments
+from lola_flwr.run.config import keyword_arguments
 from lola_flwr.run.target import Target
 from lola_flwr.run.tracking import TRACKERS, check_trackers
 from lola_flwr.server.assembly import BLOCK_MEANS
@@ -99,7 +99,7 @@ _FREE = frozenset(
 )
 
 
-class AppConfig(RunConfig):
+class AppConfig(BaseKeys):
     """What every method of every app is told.
 
     An app's own model adds its keys, and one model a method those that not all methods
@@ -118,8 +118,6 @@ class AppConfig(RunConfig):
     method: str
     tuning: str
     tuning_options: Options
-    base: Base = "fp32"
-    start_from: str = ""
     rounds: int = Field(ge=1)
     batch_size: BatchSize
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
@@ -233,11 +231,7 @@ class AppConfig(RunConfig):
         return self
 
     def _contradictions(self) -> Iterator[str]:
-        if self.base != "fp32" and self.tuning == "full":
-            yield (
-                f'base={self.base!r} is for adapters, and tuning="full" trains the '
-                'base itself; use tuning="lora", or base="fp32"'
-            )
+        yield from self._base_faults(self.tuning)
         if self.stack and self.blocks:
             yield (
                 f"stack={self.stack!r} and blocks={self.blocks!r} both say what the "
@@ -387,6 +381,11 @@ class D2ftConfig(AppConfig):
             yield (
                 f'base={self.base!r} does not go with method="d2ft", which cuts the '
                 'weights of layers; use base="fp32"'
+            )
+        if self.pruning:
+            yield (
+                f'pruning={self.pruning!r} does not go with method="d2ft", of which '
+                'no device holds a whole model; use pruning=""'
             )
         yield from super()._contradictions()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from lola_flwr.app.config import (
@@ -14,17 +17,96 @@ from lola_flwr.app.config import (
 )
 from lola_flwr.costs import of_model
 from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.d2ft.cuts import Cut, cuts_of
+from lola_flwr.d2ft.pruned import prune
+from lola_flwr.d2ft.recovery import check_recoverable, recovered
 from lola_flwr.machine.files import local_path
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.model.loading import load_values
 from lola_flwr.model.lora_start import begin_from
 from lola_flwr.model.trace import Example
 from lola_flwr.run.config import keyword_arguments
 
 
 def adapted(config: AppConfig, model: nn.Module) -> Any:
-    """Return a model with adapters, if they are what is tuned, on its stored base."""
+    """Return a model with adapters, if they are what is tuned, on its stored base.
+
+    The base is pruned before, if it is to be: this is the model that is trained.
+    """
+    cuts = _cuts_of(config, model)
+    if cuts:
+        prune(model, model_layers(config, model), cuts)
+    made = _with_adapters(config, model)
+    check_recoverable(made, cuts)
+    return made
+
+
+@dataclass(frozen=True, eq=False)
+class WholeModel:
+    """What a run evaluates and saves: the trained model, with all of its base.
+
+    Parameters
+    ----------
+    model
+        The model.
+    cuts
+        What devices hold of it, where its base is pruned; then it is another model
+        than the one that is trained.
+    """
+
+    model: Any
+    cuts: Mapping[str, Cut]
+
+    def load(
+        self, partition: BlockPartition, values: Mapping[str, npt.NDArray[np.floating]]
+    ) -> None:
+        """Overwrite what is trained by values of the trained model.
+
+        Parameters
+        ----------
+        partition
+            The trained model's blocks.
+        values
+            Its trained parameters, by their names, which are those of the whole one.
+        """
+        names = partition.trainable
+        load_values(
+            self.model, names, [recovered(n, values[n], self.cuts) for n in names]
+        )
+
+
+def whole_model(
+    config: AppConfig, model: Any, load_base: Callable[[], nn.Module]
+) -> WholeModel:
+    """Return the model that a run evaluates and saves.
+
+    Parameters
+    ----------
+    config
+        Run configuration.
+    model
+        The model that is trained, by `adapted`.
+    load_base
+        Gives it anew as it was before: called where a part of it was pruned, and then
+        there are two models in memory.
+    """
+    if config.pruned is None:
+        return WholeModel(model, {})
+    base = load_base()
+    cuts = _cuts_of(config, base)
+    return WholeModel(_with_adapters(config, base), cuts)
+
+
+def _cuts_of(config: AppConfig, model: nn.Module) -> dict[str, Cut]:
+    pruned = config.pruned
+    if pruned is None:
+        return {}
+    return cuts_of(model, model_layers(config, model), pruned, seed=config.seed)
+
+
+def _with_adapters(config: AppConfig, model: nn.Module) -> Any:
     options = keyword_arguments(config.tuning_options)
     return adapt(model, config.tuning, options, base=config.base, seed=config.seed)
 

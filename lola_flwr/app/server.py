@@ -17,6 +17,7 @@ from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
 from lola_flwr.app.config import AppConfig
+from lola_flwr.app.model import WholeModel
 from lola_flwr.app.rounds import OnRound, run_d2ft, run_legacy, run_message
 from lola_flwr.app.target import (
     TargetReached,
@@ -30,7 +31,6 @@ from lola_flwr.machine.files import filling
 from lola_flwr.model.adapter_trial import check_merging, check_saving
 from lola_flwr.model.backprop import Batch
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.model.loading import load_values
 from lola_flwr.model.saved_adapters import merge, save_model
 from lola_flwr.run.directory import RunDirectory, describe_run, run_directory, told
 from lola_flwr.run.records import Record
@@ -78,22 +78,22 @@ class Subject:
     ----------
     app
         The app's name.
-    model, tokenizer
-        The model, whose values are overwritten when it is evaluated, and what is saved
-        with it.
+    whole, tokenizer
+        The model that is evaluated, by which its values are overwritten, and saved; and
+        what is saved with it.
     partition
-        Its blocks.
+        The blocks of the one that is trained.
     data
         Digest of what it is trained and evaluated on.
     evaluate
-        Returns the loss and the metrics of the model as it is.
+        Returns the loss and the metrics of the whole model as it is.
     keep_beside
         Keeps what more belongs to a saved model, and returns what to tell the user
         (default: nothing does).
     """
 
     app: str
-    model: Any
+    whole: WholeModel
     tokenizer: Any
     partition: BlockPartition
     data: str
@@ -131,7 +131,7 @@ def train(
     trained: Coordinator | SpreadTrainer,
 ) -> None:
     """Run the rounds and keep what comes of them, the model included if asked for."""
-    model, partition = subject.model, subject.partition
+    partition = subject.partition
     target = Target.parse(config.target) if config.target else None
 
     def evaluate(
@@ -139,7 +139,8 @@ def train(
     ) -> dict[str, float] | None:
         if server_round % config.eval_every and server_round != config.rounds:
             return None
-        load_values(model, partition.trainable, values)
+        named = dict(zip(partition.trainable, values, strict=True))
+        subject.whole.load(partition, named)
         metrics = subject.evaluate()
         check_target(target, server_round, metrics)
         return metrics
@@ -192,15 +193,12 @@ def train(
     require_training(records)
     log(INFO, "%s%s", records[-1].final_line(), spent_words(target, records))
     if config.save_model or config.save_merged:
-        values = trained.values()
-        load_values(
-            model, partition.trainable, [values[n] for n in partition.trainable]
-        )
+        subject.whole.load(partition, trained.values())
         _save(config, subject, directory)
 
 
 def _save(config: AppConfig, subject: Subject, directory: Path) -> None:
-    model, tokenizer = subject.model, subject.tokenizer
+    model, tokenizer = subject.whole.model, subject.tokenizer
     if config.save_model:
         with filling(directory / "model") as saved:
             save_model(model, saved)

@@ -92,6 +92,11 @@ def find_subnetworks(
     return Subnetworks(layers, slices)
 
 
+def forget(model: nn.Module) -> None:
+    """Forget what a model's layers consist of: who changed them has it seen anew."""
+    _seen.pop(model, None)
+
+
 # With what a layer is called, by name; hidden states first.
 _Call = dict[str, Any]
 

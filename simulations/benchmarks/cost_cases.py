@@ -30,6 +30,7 @@ from simulations.benchmarks.cost_models import (
     checkpointed,
     contrastive,
     encoder_layers,
+    half_pruned,
     llama,
     quantised,
 )
@@ -69,6 +70,13 @@ CASES: dict[str, Case] = {
     ),
     "RoBERTa, LoRA": Case(
         lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)),
+        tuning="lora",
+        options=LORA,
+    ),
+    "RoBERTa, LoRA on half of it": Case(
+        lambda: half_pruned(
+            hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER))
+        ),
         tuning="lora",
         options=LORA,
     ),
@@ -188,6 +196,9 @@ CASES: dict[str, Case] = {
     ),
     "Llama LM, LoRA on nf4": Case(quantised(llama, 4), tuning="lora", options=LORA),
     "Llama LM, LoRA on int8": Case(quantised(llama, 8), tuning="lora", options=LORA),
+    "Llama LM, LoRA on half of it": Case(
+        lambda: half_pruned(llama()), tuning="lora", options=LORA
+    ),
     "Llama LM, checkpointed": Case(checkpointed),
     "Qwen2 LM": Case(lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**DECODER))),
     "Qwen3 LM": Case(

@@ -9,6 +9,11 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from lola_flwr.d2ft.cuts import cuts_of
+from lola_flwr.d2ft.pruned import prune
+from lola_flwr.d2ft.pruning import Pruning
+from lola_flwr.model.adapter_blocks import model_partition
+
 ENCODER = {
     "vocab_size": 2000,
     "hidden_size": 128,
@@ -174,6 +179,14 @@ def quantised(make: Callable[[], nn.Module], bits: int) -> Callable[[], nn.Modul
 def llama(**options: Any) -> nn.Module:
     """Return a Llama that predicts the next token."""
     return hf.LlamaForCausalLM(hf.LlamaConfig(**{**DECODER, **options}))
+
+
+def half_pruned(model: nn.Module) -> nn.Module:
+    """Return a model without half of its heads and neurons."""
+    partition = model_partition(model)
+    half = Pruning(heads=0.5, neurons=0.5)
+    prune(model, partition, cuts_of(model, partition, half))
+    return model
 
 
 def checkpointed() -> nn.Module:

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from lola_flwr.arrays import Float32Arrays, Float64Array
+from lola_flwr.d2ft.pruning import num_pruned
 from lola_flwr.errors import UserError
 from simulations.compare.contender import Contender, Fleet, Part, Update
-from simulations.compare.pruned_model import prunable, pruned, rows_left_out
+from simulations.compare.pruned_model import prunable, pruned
 from simulations.compare.pruning_rates import (
     PruningPlan,
     PruningProblem,
@@ -168,7 +169,7 @@ class PrunedSizes:
 
 
 def _left_out(sizes: tuple[tuple[int, int], ...], rate: float) -> int:
-    return sum(rows_left_out(rows, rate) * width for rows, width in sizes)
+    return sum(num_pruned(rows, rate) * width for rows, width in sizes)
 
 
 def problem(

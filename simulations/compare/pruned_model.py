@@ -7,7 +7,6 @@ Of LoRA the rows of ``B`` go with those of the matrix that it adapts, and ``A`` 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_flwr.arrays import IntArray
+from lola_flwr.d2ft.pruning import num_pruned
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 
@@ -53,11 +53,6 @@ def prunable(model: nn.Module, partition: BlockPartition) -> dict[str, str]:
     return found
 
 
-def rows_left_out(rows: int, rate: float) -> int:
-    """Return how many of a matrix's rows are pruned: no more than the rate, not all."""
-    return min(math.floor(rate * rows + 1e-9), rows - 1)
-
-
 @contextmanager
 def pruned(
     model: nn.Module, maps: Mapping[str, str], rate: float
@@ -81,7 +76,7 @@ def pruned(
     kept = {
         name: _greatest_rows(modules[name].weight, rate)
         for name in set(maps.values())
-        if rows_left_out(len(modules[name].weight), rate)
+        if num_pruned(len(modules[name].weight), rate)
     }
     rows: dict[str, IntArray] = {}
     undo = []
@@ -110,7 +105,7 @@ def pruned(
 
 def _greatest_rows(weight: Tensor, rate: float) -> Tensor:
     """Return the rows that stay, in their order; of equal ones the first."""
-    count = len(weight) - rows_left_out(len(weight), rate)
+    count = len(weight) - num_pruned(len(weight), rate)
     norms = weight.detach().float().norm(dim=1)
     order = torch.argsort(norms, descending=True, stable=True)
     return order[:count].sort().values

@@ -29,7 +29,7 @@ from tests.model.test_blocks import CASES as MODELS
 from tests.model.test_blocks import built
 
 # The others are like it; all of them are in the table of the documentation.
-FAST = ("Llama LM, LoRA on nf4",)
+FAST = ("Llama LM, LoRA on nf4", "Llama LM, LoRA on half of it")
 REFUSED = {"LSTM": r"recurrent layer .* set torch\.backends\.mkldnn\.enabled"}
 if not hasattr(torch.ops.aten, "_grouped_mm"):  # before PyTorch 2.9
     REFUSED["OLMoE LM (experts)"] = r"grouped_mm_fallback takes is not known"

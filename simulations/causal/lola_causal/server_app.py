@@ -28,7 +28,7 @@ from lola_causal.sequences import (
 from lola_flwr.app.config import LolaDeftConfig, UpdatesConfig
 from lola_flwr.app.d2ft import make_trainer
 from lola_flwr.app.methods import make_coordinator, own_examples_of, response_of
-from lola_flwr.app.model import begin, model_blocks
+from lola_flwr.app.model import begin, model_blocks, whole_model
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
 from lola_flwr.model.backprop import Batch
@@ -58,20 +58,21 @@ def fine_tune(grid: Grid, context: Context) -> None:
         split(len(sequences), config.num_devices, config.seed)
     partition = model_blocks(config, model)
     few = {**padded(sequences[:1], tokenizer.pad_token_id)}
-    try_saving(config, model, lambda: load_base(config)[0], few)
+    whole = whole_model(config, model, lambda: load_base(config)[0])
+    try_saving(config, whole.model, lambda: load_base(config)[0], few)
 
     batch_size = config.batch_size
     if isinstance(batch_size, str):
         batch_size = _EVALUATION_BATCH
 
-    def metrics_on(some: Sequence[Tokens]) -> dict[str, float]:
-        return evaluate_model(model, tokenizer, some, batch_size)
+    def metrics_of(some: Any, tokens: Sequence[Tokens]) -> dict[str, float]:
+        return evaluate_model(some, tokenizer, tokens, batch_size)
 
     def batch_of(drawn: IntArray) -> Batch:
         return padded([sequences[index] for index in drawn], tokenizer.pad_token_id)
 
     def mean_loss(drawn: IntArray) -> float:
-        return metrics_on([sequences[index] for index in drawn])["loss"]
+        return metrics_of(model, [sequences[index] for index in drawn])["loss"]
 
     trained: Coordinator | SpreadTrainer
     if isinstance(config, UpdatesConfig):
@@ -101,7 +102,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
         )
     subject = Subject(
         app="lola-causal",
-        model=model,
+        whole=whole,
         tokenizer=tokenizer,
         partition=partition,
         data=data_digest(
@@ -109,7 +110,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
             for part in records
             for record in part
         ),
-        evaluate=lambda: metrics_on(held_out),
+        evaluate=lambda: metrics_of(whole.model, held_out),
     )
     train(grid, context, config, subject, trained)
 

@@ -14,7 +14,7 @@ from flwr.server import Grid
 from lola_flwr.app.config import LolaDeftConfig
 from lola_flwr.app.d2ft import make_trainer
 from lola_flwr.app.methods import make_coordinator, own_examples_of, response_of
-from lola_flwr.app.model import begin
+from lola_flwr.app.model import begin, whole_model
 from lola_flwr.app.server import Subject, server_app, train, try_saving
 from lola_flwr.arrays import IntArray
 from lola_flwr.model.backprop import Batch
@@ -50,10 +50,11 @@ def fine_tune(grid: Grid, context: Context) -> None:
     few = make_batch(
         train_examples, np.arange(1), tokenizer, max_length=config.max_length
     )
-    try_saving(config, model, lambda: load_base(config, task)[0], few)
+    whole = whole_model(config, model, lambda: load_base(config, task)[0])
+    try_saving(config, whole.model, lambda: load_base(config, task)[0], few)
 
-    def metrics_on(examples: Examples) -> dict[str, float]:
-        return evaluate_model(model, tokenizer, task, examples, config.max_length)
+    def metrics_of(some: Any, examples: Examples) -> dict[str, float]:
+        return evaluate_model(some, tokenizer, task, examples, config.max_length)
 
     def batch_of(drawn: IntArray) -> Batch:
         return make_batch(
@@ -61,7 +62,7 @@ def fine_tune(grid: Grid, context: Context) -> None:
         )
 
     def mean_loss(drawn: IntArray) -> float:
-        return metrics_on(train_examples.at(drawn))["loss"]
+        return metrics_of(model, train_examples.at(drawn))["loss"]
 
     trained: Coordinator | SpreadTrainer
     if isinstance(config, SampledConfig):
@@ -84,11 +85,11 @@ def fine_tune(grid: Grid, context: Context) -> None:
         trained = make_trainer(config, model, partition)
     subject = Subject(
         app="lola-glue",
-        model=model,
+        whole=whole,
         tokenizer=tokenizer,
         partition=partition,
         data=data_digest((*train_examples.rows(), *dev.rows())),
-        evaluate=lambda: metrics_on(dev),
+        evaluate=lambda: metrics_of(whole.model, dev),
         keep_beside=keep_class_names,
     )
     train(grid, context, config, subject, trained)
