@@ -139,12 +139,14 @@ def pulls_after(
     gradients, values
         The examples' gradients, at this round's values.
     parts
-        Names of the parameters of each part of the model.
+        Names of the parameters of each part of the model. One of which nothing is
+        trained, as an output layer under adapters, has no pulls.
     server_round
         The round.
     key
         As in `lola_flwr.server.directions.sketch`.
     """
+    parts = {part: names for part, names in parts.items() if names}
     every = np.arange(gradients.count)
     chosen = np.array_split(every, _ROUNDS)[server_round % _ROUNDS]
     is_known = known.keys() == parts.keys() and all(

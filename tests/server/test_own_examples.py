@@ -155,6 +155,18 @@ def test_they_are_the_projections_of_the_gradients_that_devices_would_send(rng):
         assert not np.allclose(found, other, rtol=0.1)
 
 
+def test_nothing_pulls_at_a_head_of_which_nothing_is_trained(rng):
+    """As of a language model under adapters."""
+    examples, parts = Examples(rng), {0: ("a", "b"), -1: ()}
+    pulls = {}
+    for server_round in (1, 2):
+        pulls = pulls_after(
+            pulls, examples, values_of(1.0), parts, server_round=server_round, key=7
+        )
+        assert pulls.keys() == {0}
+    assert [len(numbers) for numbers in examples.asked] == [8, 2]
+
+
 def test_a_quarter_is_computed_anew_in_each_round_and_the_others_are_kept(rng):
     examples = Examples(rng)
     pulls = after({}, examples, 5)
