@@ -67,6 +67,27 @@ def test_adapters_on_a_quantised_base_are_trained_saved_and_write(interface, tmp
     assert not torch.equal(untrained(**asked).logits, model(**asked).logits)
 
 
+def test_adapters_of_a_pruned_decoder_are_saved_for_the_whole_one(tmp_path):
+    records = run(
+        tmp_path,
+        *('interface="message"', 'tuning="lora"', 'pruning="heads=0.5, neurons=0.25"'),
+        *("lr=1e-2", "save-model=true", "save-merged=true"),
+    )
+    for record in records:
+        assert {block["status"] for block in record["blocks"]} == {"accepted"}
+        assert len(record["blocks"]) == 4
+    start, last = records[0]["start_metrics"], records[-1]["metrics"]
+    assert last["perplexity"] < start["perplexity"]
+    model = peft.PeftModel.from_pretrained(made(1)[0], tmp_path / "out" / "model")
+    merged = type(made(1)[0]).from_pretrained(tmp_path / "out" / "merged")
+    asked = embedded_tokenizer()("what does the cow say ?", return_tensors="pt")
+    asked.pop("token_type_ids", None)
+    with torch.no_grad():
+        found, expected = merged(**asked).logits, model(**asked).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(made(1)[0](**asked).logits, expected)
+
+
 def test_d2ft_spreads_a_decoder_and_goes_on(tmp_path):
     options = (
         *('method="d2ft"', 'd2ft-options="micro_batches=2"', "num-devices=2"),

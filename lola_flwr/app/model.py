@@ -39,7 +39,7 @@ def adapted(config: AppConfig, model: nn.Module) -> Any:
     if cuts:
         prune(model, model_layers(config, model), cuts)
     made = _with_adapters(config, model)
-    check_recoverable(made, cuts)
+    check_recoverable(made, cuts, keyword_arguments(config.tuning_options))
     return made
 
 

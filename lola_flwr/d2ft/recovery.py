@@ -23,7 +23,9 @@ _LORA = ".lora_"
 _TRAINED_COPY = ".modules_to_save.default"
 
 
-def check_recoverable(model: Any, cuts: Mapping[str, Cut]) -> None:
+def check_recoverable(
+    model: Any, cuts: Mapping[str, Cut], options: Mapping[str, Any] | None = None
+) -> None:
     """Check that what is trained of a pruned model is recovered on the whole one.
 
     Parameters
@@ -32,6 +34,8 @@ def check_recoverable(model: Any, cuts: Mapping[str, Cut]) -> None:
         The pruned model with its adapters.
     cuts
         What was left of it, by the paths that it had without adapters.
+    options
+        With which it was adapted: LoftQ's start shows in them alone.
 
     Raises
     ------
@@ -41,12 +45,13 @@ def check_recoverable(model: Any, cuts: Mapping[str, Cut]) -> None:
     """
     if not cuts:
         return
-    if changes_base(model):
-        config = model.peft_config["default"]
+    asked = (options or {}).get("init_lora_weights")
+    if changes_base(model) or str(asked).lower() == "loftq":
+        start = asked or model.peft_config["default"].init_lora_weights
         raise UserError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base, and "
-            "pruning leaves another one than adapters are recovered on; use 'gaussian' "
-            "or leave it out."
+            f"init_lora_weights={start!r} begins with what the base is without the "
+            "adapters, and pruning leaves another one than they are recovered on; use "
+            "'gaussian' or leave it out."
         )
     for path in cuts:
         try:

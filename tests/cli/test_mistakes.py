@@ -87,6 +87,12 @@ MISTAKES = [
     ("simulate GLUE --devices 6 task=cole", FAILED, 'Did you mean "cola"?'),
     ("simulate GLUE --devices 6 allocator=greedi", FAILED, "Did you mean 'greedy'?"),
     ("simulate CAUSAL --devices 4 base=nf4", FAILED, "trains the base itself"),
+    (
+        "simulate GLUE --devices 6 tuning=lora pruning=heads=2",
+        FAILED,
+        "heads=2 must be a share of at least 0 and below 1",
+    ),
+    ("simulate GLUE --devices 6 pruning=heads=0.5", FAILED, "is of a base under LoRA"),
     ("simulate CAUSAL --devices 4 data=x", FAILED, "data='x' cannot be read"),
     (
         "simulate CAUSAL --devices 4 data=lines.jsonl",

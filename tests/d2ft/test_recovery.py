@@ -56,7 +56,7 @@ def pruned_with_adapters(family, **options):
     base = built(family)
     pruned, cuts = pruned_copy(base, HALF)
     model = adapt(pruned, "lora", {**LORA, **options}, seed=1)
-    check_recoverable(model, cuts)
+    check_recoverable(model, cuts, options)
     moved(trained(model))
     return base, model, cuts
 
@@ -255,7 +255,7 @@ def test_a_device_with_another_pruned_base_is_refused(pruning):
     ("options", "message"),
     [
         ({"use_dora": True}, r"is not of plain LoRA"),
-        ({"init_lora_weights": "pissa"}, r"'pissa' changes the base"),
+        ({"init_lora_weights": "pissa"}, r"'pissa' begins with what"),
         ({"bias": "all"}, r"bias is trained in full, and pruning left a part"),
         (
             {"modules_to_save": ["intermediate"], "target_modules": ["query"]},
@@ -271,6 +271,16 @@ def test_what_is_not_recovered_is_refused(options, message):
     with pytest.raises(UserError, match=message) as raised:
         pruned_with_adapters("roberta", **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_adapters_do_not_make_up_for_what_a_pruned_base_has_lost():
+    start = f"{TINY['tuning-options']}, init_lora_weights='loftq'"
+    config = GlueConfig.from_run_config(
+        {**TINY, "base": "int8", "tuning-options": start}
+    )
+    with pytest.raises(UserError, match=r"='loftq' begins with what .*'gaussian'"):
+        adapted(config, loaded(config))
 
 
 @pytest.mark.parametrize(
