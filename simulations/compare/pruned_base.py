@@ -184,10 +184,13 @@ def print_runs(directories: list[Path]) -> None:
         ]
         lines = (directory / "rounds.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        sent = sum(block["payload_bits"] / 8 for r in records for block in r["blocks"])
+        sent = sum(block["payload_bytes"] for r in records for block in r["blocks"])
         cells = [f"{m[key]:.4f}" for key in ("accuracy", "loss") for m in metrics]
         cells += [f"{records[-1]['wireless_s']:.1f}", f"{sent / 1e6:.1f}"]
-        print(f"| {directory.name} | `{run['pruning']}` | {' | '.join(cells)} |")
+        print(
+            f"| {directory.name} | `{run['pruning']}` | {' | '.join(cells)} |",
+            flush=True,
+        )
 
 
 def main() -> None:

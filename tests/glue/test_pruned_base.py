@@ -6,8 +6,10 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import peft
 import pytest
+import torch
 import transformers as hf
 from safetensors.torch import load_file
 
@@ -16,11 +18,17 @@ from lola_flwr.costs.shapes import model_shapes
 from lola_flwr.d2ft.cuts import cuts_of
 from lola_flwr.d2ft.pruning import Pruning
 from lola_flwr.errors import UserError
+from lola_flwr.export.describe import example_batch
+from lola_flwr.export.graph import block_step, traced_loss
 from lola_flwr.model.adapter_blocks import model_partition
+from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.loading import load_classifier
+from lola_flwr.model.stored_base import evaluation_mode
 from lola_flwr.system.devices import FleetRanges, simulated_device
 from lola_glue.costs import load_model, model_costs
-from lola_glue.tasks import find_task
+from lola_glue.exports import exported
+from lola_glue.tasks import find_task, load_task
+from simulations.compare.pruned_base import Trained, gradients
 from tests.glue.test_methods import config
 from tests.glue.test_own_tunings import run_app
 
@@ -94,6 +102,44 @@ def test_what_devices_hold_compute_and_send_is_less():
     assert (pruned.flops < whole.flops).all()
     assert (pruned.memory_bytes < whole.memory_bytes).all()
     assert (pruned.gradient_bytes < whole.gradient_bytes).all()
+
+
+@pytest.mark.slow
+def test_the_step_that_is_exported_is_that_of_what_is_left():
+    keys = {**KEYS, "max-length": 16, "batch-size": 4}
+    made = exported(config(**keys).to_run_config())
+    batch = example_batch(made)
+    step = block_step(traced_loss(made.model, batch), made.partition, 2, batch)
+    values = [made.model.get_parameter(n) for n in made.partition.trainable]
+    _, *found = step.module()(*values, *batch.values())
+    evaluation_mode(made.model)
+    expected = block_gradient(made.model, made.partition, 2, batch).gradients
+    names = made.partition.update_names(2)
+    for name, gradient in zip(names, found, strict=True):
+        torch.testing.assert_close(gradient, expected[name])
+    whole = config(**{**keys, "pruning": ""})
+    task = find_task("acceptability")
+    plain, _ = load_model(whole, task)
+    for name, values in made.model.named_parameters():
+        if name in made.partition.frozen and "intermediate" in name:
+            assert values.numel() == 0.75 * plain.get_parameter(name).numel()
+
+
+@pytest.mark.parametrize("pruning", ["", KEYS["pruning"]])
+def test_a_bias_is_that_of_pruning(pruning):
+    """The benchmark compares the same weights: of one model with itself nothing."""
+    tiny = {"model": "random:roberta-tiny", "max-length": 16}
+    made = Trained.of({**KEYS, **tiny, "pruning": pruning})
+    values = made.model.state_dict()
+    trained = {n: values[n].numpy() for n in made.partition.trainable}
+    made.whole.load(made.partition, trained)
+    _, examples, _ = load_task("acceptability", "", seed=0)
+    batch = made.batch(examples, np.arange(4))
+    pruned, whole = gradients(made, 1, [batch])
+    assert pruned.shape == whole.shape
+    assert pruned.any()
+    off = float((pruned - whole).norm() / whole.norm())
+    assert off > 0.01 if pruning else off == 0
 
 
 def test_devices_with_room_for_what_is_left_are_not_refused():
