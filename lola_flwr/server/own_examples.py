@@ -51,6 +51,11 @@ class ExampleGradients(Protocol):
         """How many examples there are."""
         ...
 
+    @property
+    def groups(self) -> IntArray:
+        """The number of each example's group, of classes for instance, [R], from 0."""
+        ...
+
     def __call__(
         self,
         values: Float32Arrays,
@@ -209,13 +214,36 @@ class ExampleMean:
 
     def agreement(self, update: Float64Array) -> float:
         """Return how far an update's projection agrees, from -1 to 1."""
-        own, other = self._evened(update), self._evened(self.mean)
-        length = math.sqrt(max(float(own @ update) * float(other @ self.mean), 0.0))
-        return float(own @ self.mean) / length if length else 0.0
+        return self.cosine(update, self.mean)
+
+    def cosine(self, one: Float64Array, other: Float64Array) -> float:
+        """Return the cosine of two projections' angle, as above; 0 where one is 0."""
+        evened, beside = self._evened(one), self._evened(other)
+        length = math.sqrt(max(float(evened @ one) * float(beside @ other), 0.0))
+        return float(evened @ other) / length if length else 0.0
+
+    def beyond(self, means: Float64Array, update: Float64Array) -> Float64Array:
+        """Return what of an update is not as some means are, or sums of them.
+
+        Parameters
+        ----------
+        means
+            Projections of G means, shape [G, D].
+        update
+            An update's projection, shape [D].
+        """
+        evened = np.stack([self._evened(mean) for mean in means])
+        parts, *_ = np.linalg.lstsq(evened @ means.T, evened @ update)
+        return update - parts @ means
 
     def _evened(self, vector: Float64Array) -> Float64Array:
         """Return (C + l)^-1 times a vector, but for the factor l."""
         return vector - (self.inverse @ (self.apart @ vector)) @ self.apart
+
+
+def means_of(examples: Float64Array, groups: IntArray) -> Float64Array:
+    """Return the mean of each group of examples, shape [G, D]."""
+    return np.stack([examples[groups == n].mean(axis=0) for n in np.unique(groups)])
 
 
 def agreements_among(examples: Float64Array, batch_size: int) -> list[float]:

@@ -12,6 +12,7 @@ from lola_flwr.server.directions import projection
 from lola_flwr.server.own_examples import (
     ExampleMean,
     agreements_among,
+    means_of,
     pulls_after,
 )
 from lola_flwr.server.reputation import Reputation
@@ -68,6 +69,23 @@ def test_nothing_is_told_by_examples_that_do_not_differ(rng):
     assert agreement(np.zeros(8), rng.standard_normal((4, 8))) == 0
 
 
+def test_what_means_explain_is_taken_out_and_nothing_else(rng):
+    examples = rng.standard_normal((20, 30))
+    groups = np.arange(20) % 3
+    means = means_of(examples, groups)
+    for n in range(3):
+        np.testing.assert_allclose(means[n], examples[n::3].mean(axis=0))
+    known = ExampleMean.of(examples)
+    rest = rng.standard_normal(30)
+    beyond = known.beyond(means, rest)
+    for mean in means:
+        assert known.cosine(beyond, mean) == pytest.approx(0, abs=1e-9)
+        np.testing.assert_allclose(
+            known.beyond(means, rest - 3 * mean), beyond, atol=1e-9
+        )
+    assert known.cosine(np.zeros(30), rest) == 0
+
+
 @pytest.mark.parametrize("count", [2, 3, 8, 21])
 def test_examples_are_compared_with_those_of_the_other_quarters(rng, count):
     examples = rng.standard_normal((count, 30)) + 1
@@ -102,6 +120,7 @@ class Examples:
 
     def __init__(self, rng, count=8):
         self.count = count
+        self.groups = np.arange(count) % 2
         self.asked = []
         self.drawn = [
             {n: rng.standard_normal(s).astype("f4") for n, s in SHAPES.items()}
