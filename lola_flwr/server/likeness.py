@@ -12,7 +12,9 @@ which the other sent one of the latest. With c the cosine, a sum follows
     s <- max(s + c - d, 0),
 
 which stays near nothing as long as the mean of c is below d (Page's cumulative sum
-[2]_), so that of most pairs nothing is kept. At 1 the two count as one.
+[2]_), so that of most pairs nothing is kept. At 1 the two count as one. d is beyond
+what mini-batches have in common by chance: where they are larger than the server's
+groups of examples, nothing can be told.
 
 References
 ----------
@@ -24,7 +26,7 @@ References
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,12 +34,18 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.arrays import Float64Array, IntArray
-from lola_flwr.server.own_examples import ExampleMean, means_of
+from lola_flwr.server.own_examples import (
+    ExampleMean,
+    likeness_by_chance,
+    means_of,
+)
 
 # Mean cosine that two devices may have in common. In runs without attack no pair's mean
 # was above 0.21 (a small model with Dirichlet shares, MiniLM); of "a little is enough"
 # it is 0.3 to 0.6, of the head under a backdoor 0.36 (`make attacks`).
 _ALLOWED = 0.25
+# What it may be beyond that by chance: examples are of the rounds before, too.
+_BEYOND_CHANCE = 0.05
 # No sum grows beyond this, so that what ends is forgotten.
 _LARGEST = 2.0
 # Latest updates of a part of the model that a new one is compared with.
@@ -100,7 +108,8 @@ class Likeness:
 
     def after(
         self,
-        received: Iterable[tuple[str, Mapping[int, Float64Array]]],
+        received: Sequence[tuple[str, Mapping[int, Float64Array]]],
+        batch_size: int,
         examples: Mapping[int, Float64Array],
         groups: IntArray,
     ) -> Likeness:
@@ -111,6 +120,8 @@ class Likeness:
         received
             Names of devices, and their updates' projections by part of the model,
             shape [D].
+        batch_size
+            Examples of the largest mini-batch of the round.
         examples
             Projections of the server's examples' gradients by part, shape [R, D].
         groups
@@ -119,29 +130,43 @@ class Likeness:
         """
         latest = dict(self.latest)
         excess = {one: dict(others) for one, others in self.excess.items()}
-        means = {part: ExampleMean.of(rows) for part, rows in examples.items()}
-        centres = {part: means_of(rows, groups) for part, rows in examples.items()}
-        every = ((d, *part) for d, parts in received for part in parts.items())
-        for device, part, projected in every:
-            mean = means[part]
-            if mean is None or not projected.any():
+        for part, rows in examples.items():
+            mean = ExampleMean.of(rows)
+            if mean is None:
                 continue
-            rest = mean.beyond(centres[part], projected)
-            for said in latest.get(part, ()):
-                if said.device != device:
-                    other = mean.beyond(centres[part], said.sketch.astype(float))
-                    _compared(excess, device, said.device, mean.cosine(rest, other))
-            said_now = Said.of(device, projected)
-            latest[part] = (*latest.get(part, ()), said_now)[-_LATEST:]
+            chance = likeness_by_chance(rows, groups, batch_size)
+            allowed = max(_ALLOWED, chance + _BEYOND_CHANCE)
+            now = [
+                Said.of(device, parts[part])
+                for device, parts in received
+                if part in parts and parts[part].any()
+            ]
+            if not now:
+                continue
+            said = (*latest.get(part, ()), *now)
+            sketches = np.stack([one.sketch for one in said]).astype(float)
+            cosines = mean.cosines(mean.beyond(means_of(rows, groups), sketches))
+            for place, other in _pairs(said, len(now)):
+                pair = said[place].device, said[other].device
+                _compared(excess, pair, float(cosines[place, other]) - allowed)
+            latest[part] = said[-_LATEST:]
         return Likeness(latest, {one: some for one, some in excess.items() if some})
 
 
+def _pairs(said: Sequence[Said], num_new: int) -> Iterator[tuple[int, int]]:
+    """Give each new one's place, and those of others' latest before it."""
+    for place in range(len(said) - num_new, len(said)):
+        for other in range(max(place - _LATEST, 0), place):
+            if said[other].device != said[place].device:
+                yield place, other
+
+
 def _compared(
-    excess: dict[str, dict[str, float]], one: str, other: str, cosine: float
+    excess: dict[str, dict[str, float]], pair: tuple[str, str], beyond: float
 ) -> None:
-    """Let the sum of a pair follow."""
-    first, second = sorted((one, other))
+    """Let a pair's sum follow, by how far its cosine was beyond what is allowed."""
+    first, second = sorted(pair)
     others = excess.setdefault(first, {})
-    total = min(others.pop(second, 0.0) + cosine - _ALLOWED, _LARGEST)
+    total = min(others.pop(second, 0.0) + beyond, _LARGEST)
     if total > 0:
         others[second] = total

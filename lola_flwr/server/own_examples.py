@@ -21,14 +21,14 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
+from lola_flwr.arrays import BoolArray, Float32Arrays, Float64Array, IntArray
 from lola_flwr.server.directions import projections, rows_looked_at
 
 Sketches = npt.NDArray[np.int16]
@@ -214,27 +214,34 @@ class ExampleMean:
 
     def agreement(self, update: Float64Array) -> float:
         """Return how far an update's projection agrees, from -1 to 1."""
-        return self.cosine(update, self.mean)
+        own, other = self._evened(update), self._evened(self.mean)
+        length = math.sqrt(max(float(own @ update) * float(other @ self.mean), 0.0))
+        return float(own @ self.mean) / length if length else 0.0
 
-    def cosine(self, one: Float64Array, other: Float64Array) -> float:
-        """Return the cosine of two projections' angle, as above; 0 where one is 0."""
-        evened, beside = self._evened(one), self._evened(other)
-        length = math.sqrt(max(float(evened @ one) * float(beside @ other), 0.0))
-        return float(evened @ other) / length if length else 0.0
+    def cosines(self, updates: Float64Array) -> Float64Array:
+        """Return how far N projections, shape [N, D], agree with each other, [N, N]."""
+        products = updates @ np.stack([self._evened(one) for one in updates]).T
+        lengths = np.sqrt(np.maximum(products.diagonal(), 0.0))
+        scale = np.outer(lengths, lengths)
+        return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
 
-    def beyond(self, means: Float64Array, update: Float64Array) -> Float64Array:
-        """Return what of an update is not as some means are, or sums of them.
+    def squares(self, updates: Float64Array) -> Float64Array:
+        """Return the squared lengths of projections, shape [N, D], evened so."""
+        return np.array([float(one @ self._evened(one)) for one in updates])
+
+    def beyond(self, means: Float64Array, updates: Float64Array) -> Float64Array:
+        """Return what of updates is not as some means are, or sums of them.
 
         Parameters
         ----------
         means
             Projections of G means, shape [G, D].
-        update
-            An update's projection, shape [D].
+        updates
+            Projections of N updates, shape [N, D].
         """
         evened = np.stack([self._evened(mean) for mean in means])
-        parts, *_ = np.linalg.lstsq(evened @ means.T, evened @ update)
-        return update - parts @ means
+        parts, *_ = np.linalg.lstsq(evened @ means.T, evened @ updates.T)
+        return updates - parts.T @ means
 
     def _evened(self, vector: Float64Array) -> Float64Array:
         """Return (C + l)^-1 times a vector, but for the factor l."""
@@ -244,6 +251,52 @@ class ExampleMean:
 def means_of(examples: Float64Array, groups: IntArray) -> Float64Array:
     """Return the mean of each group of examples, shape [G, D]."""
     return np.stack([examples[groups == n].mean(axis=0) for n in np.unique(groups)])
+
+
+def likeness_by_chance(
+    examples: Float64Array, groups: IntArray, batch_size: int
+) -> float:
+    """Return the cosine that mini-batches of a group have without the group's mean.
+
+    That mean is one of few examples: all mini-batches have in common by how much it is
+    wrong. With n examples of variance v it is v / n, and a mini-batch of B lies V / B
+    from what it should be, so that the cosine is v / n / (v / n + V / B). V is that of
+    examples which are no part of what they are compared with.
+
+    Parameters
+    ----------
+    examples
+        Projections of the examples' gradients, shape [R, D].
+    groups
+        The number of each example's group, [R].
+    batch_size
+        Examples of a device's mini-batch.
+
+    Returns
+    -------
+    That of the group of which it is largest; 1 where examples tell nothing.
+    """
+    whole = ExampleMean.of(examples)
+    apart: list[float] = []
+    for inside in _quarters(len(examples)):
+        others = ExampleMean.of(examples[~inside])
+        if others is not None:
+            means = means_of(examples[~inside], groups[~inside])
+            apart += [*others.squares(others.beyond(means, examples[inside]))]
+    if whole is None or not apart:
+        return 1.0
+    wrong = 0.0
+    for n in np.unique(groups):
+        some = examples[groups == n]
+        variance = whole.squares(some - some.mean(axis=0)).mean()
+        wrong = max(wrong, float(variance) / len(some))
+    return wrong / (wrong + float(np.mean(apart)) / batch_size)
+
+
+def _quarters(count: int) -> Iterator[BoolArray]:
+    """Give which of so many examples are in each quarter, of different rounds."""
+    for first in range(min(_QUARTERS, count)):
+        yield np.arange(count) % _QUARTERS == first
 
 
 def agreements_among(examples: Float64Array, batch_size: int) -> list[float]:
@@ -260,9 +313,8 @@ def agreements_among(examples: Float64Array, batch_size: int) -> list[float]:
         Examples of a device's mini-batch.
     """
     found = []
-    numbers = np.arange(len(examples))
-    for first in range(min(_QUARTERS, len(examples))):
-        quarter = numbers[first::_QUARTERS]
+    for inside in _quarters(len(examples)):
+        quarter = np.flatnonzero(inside)
         # Of those that were computed in different rounds.
         some = quarter[:: max(len(quarter) // batch_size, 1)][:batch_size]
         others = ExampleMean.of(np.delete(examples, some, axis=0))

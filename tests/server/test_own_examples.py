@@ -12,6 +12,7 @@ from lola_flwr.server.directions import projection
 from lola_flwr.server.own_examples import (
     ExampleMean,
     agreements_among,
+    likeness_by_chance,
     means_of,
     pulls_after,
 )
@@ -76,14 +77,47 @@ def test_what_means_explain_is_taken_out_and_nothing_else(rng):
     for n in range(3):
         np.testing.assert_allclose(means[n], examples[n::3].mean(axis=0))
     known = ExampleMean.of(examples)
-    rest = rng.standard_normal(30)
+    rest = rng.standard_normal((4, 30))
     beyond = known.beyond(means, rest)
     for mean in means:
-        assert known.cosine(beyond, mean) == pytest.approx(0, abs=1e-9)
-        np.testing.assert_allclose(
-            known.beyond(means, rest - 3 * mean), beyond, atol=1e-9
-        )
-    assert known.cosine(np.zeros(30), rest) == 0
+        np.testing.assert_allclose(known.beyond(means, rest - 3 * mean), beyond)
+    cosines = known.cosines(np.concatenate([beyond, means]))
+    np.testing.assert_allclose(cosines[:4, 4:], 0, atol=1e-9)
+    np.testing.assert_allclose(cosines.diagonal(), 1)
+
+
+def test_cosines_are_those_of_the_definition(rng):
+    examples = rng.standard_normal((20, 30)) + 0.2
+    known = ExampleMean.of(examples)
+    updates = np.stack([known.mean, *rng.standard_normal((3, 30)), np.zeros(30)])
+    cosines = known.cosines(updates)
+    np.testing.assert_allclose(cosines, cosines.T)
+    for update, found in zip(updates[1:4], cosines[0, 1:4], strict=True):
+        assert found == pytest.approx(by_matrices(update, examples))
+    assert not cosines[-1].any()
+
+
+@pytest.mark.parametrize("batch_size", [4, 16, 64])
+def test_by_chance_mini_batches_are_as_much_alike_as_a_mean_of_few_is_wrong(batch_size):
+    found, measured = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        pull = 2 * rng.standard_normal(100)
+        groups = np.arange(64) % 2
+        examples = rng.standard_normal((64, 100)) + np.outer(1 - 2 * groups, pull)
+        found.append(likeness_by_chance(examples, groups, batch_size))
+        known = ExampleMean.of(examples)
+        noise = rng.standard_normal((40, 100)) / np.sqrt(batch_size)
+        cosines = known.cosines(known.beyond(means_of(examples, groups), pull + noise))
+        measured.append(cosines[~np.eye(40, dtype=bool)].mean())
+    assert 0 < np.mean(measured) < np.mean(found) < 1
+    assert np.mean(found) == pytest.approx(batch_size / (batch_size + 32), abs=0.25)
+
+
+def test_by_chance_everything_is_alike_where_examples_tell_nothing():
+    groups = np.zeros(8, int)
+    assert likeness_by_chance(np.ones((8, 5)), groups, 4) == 1
+    assert likeness_by_chance(np.ones((1, 5)), groups[:1], 4) == 1
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 21])

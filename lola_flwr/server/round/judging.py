@@ -314,6 +314,7 @@ class _Beside:
                 among[number][part] = cosine
         likeness = reputation.likeness.after(
             [(names[device], parts) for device, parts in self.updates.items()],
+            max(self.batch_sizes.values()),
             self.examples,
             self.groups,
         )
