@@ -12,9 +12,12 @@ which the other sent one of the latest. With c the cosine, a sum follows
     s <- max(s + c - d, 0),
 
 which stays near nothing as long as the mean of c is below d (Page's cumulative sum
-[2]_), so that of most pairs nothing is kept. At 1 the two count as one. d is beyond
-what mini-batches have in common by chance: where they are larger than the server's
-groups of examples, nothing can be told.
+[2]_), so that of most pairs nothing is kept. At 1 the two count as one.
+
+The mean of a class that is taken out is that of n examples, and all devices of the
+class have in common by how much it is wrong. As that has 1 / n of an example's
+variance, and a mini-batch of B has 1 / B, c is up to B / (B + n) by chance; d is more
+than that. With many more examples in a mini-batch than the server has, nothing is told.
 
 References
 ----------
@@ -34,18 +37,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.arrays import Float64Array, IntArray
-from lola_flwr.server.own_examples import (
-    ExampleMean,
-    likeness_by_chance,
-    means_of,
-)
+from lola_flwr.server.own_examples import ExampleMean, means_of
 
 # Mean cosine that two devices may have in common. In runs without attack no pair's mean
 # was above 0.21 (a small model with Dirichlet shares, MiniLM); of "a little is enough"
 # it is 0.3 to 0.6, of the head under a backdoor 0.36 (`make attacks`).
 _ALLOWED = 0.25
-# What it may be beyond that by chance: examples are of the rounds before, too.
-_BEYOND_CHANCE = 0.05
+# And by how much it may be beyond what it is by chance.
+_BEYOND_CHANCE = 0.1
 # No sum grows beyond this, so that what ends is forgotten.
 _LARGEST = 2.0
 # Latest updates of a part of the model that a new one is compared with.
@@ -128,14 +127,15 @@ class Likeness:
             The number of each example's group, [R]: what its mean explains is nothing
             that devices have in common.
         """
+        fewest = int(np.unique(groups, return_counts=True)[1].min())
+        by_chance = batch_size / (batch_size + fewest)
+        allowed = max(_ALLOWED, by_chance + _BEYOND_CHANCE)
         latest = dict(self.latest)
         excess = {one: dict(others) for one, others in self.excess.items()}
         for part, rows in examples.items():
             mean = ExampleMean.of(rows)
             if mean is None:
                 continue
-            chance = likeness_by_chance(rows, groups, batch_size)
-            allowed = max(_ALLOWED, chance + _BEYOND_CHANCE)
             now = [
                 Said.of(device, parts[part])
                 for device, parts in received

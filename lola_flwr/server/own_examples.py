@@ -223,11 +223,8 @@ class ExampleMean:
         products = updates @ np.stack([self._evened(one) for one in updates]).T
         lengths = np.sqrt(np.maximum(products.diagonal(), 0.0))
         scale = np.outer(lengths, lengths)
-        return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
-
-    def squares(self, updates: Float64Array) -> Float64Array:
-        """Return the squared lengths of projections, shape [N, D], evened so."""
-        return np.array([float(one @ self._evened(one)) for one in updates])
+        found: Float64Array = products / np.where(scale > 0, scale, np.inf)
+        return found
 
     def beyond(self, means: Float64Array, updates: Float64Array) -> Float64Array:
         """Return what of updates is not as some means are, or sums of them.
@@ -241,7 +238,8 @@ class ExampleMean:
         """
         evened = np.stack([self._evened(mean) for mean in means])
         parts, *_ = np.linalg.lstsq(evened @ means.T, evened @ updates.T)
-        return updates - parts.T @ means
+        rest: Float64Array = updates - parts.T @ means
+        return rest
 
     def _evened(self, vector: Float64Array) -> Float64Array:
         """Return (C + l)^-1 times a vector, but for the factor l."""
@@ -251,46 +249,6 @@ class ExampleMean:
 def means_of(examples: Float64Array, groups: IntArray) -> Float64Array:
     """Return the mean of each group of examples, shape [G, D]."""
     return np.stack([examples[groups == n].mean(axis=0) for n in np.unique(groups)])
-
-
-def likeness_by_chance(
-    examples: Float64Array, groups: IntArray, batch_size: int
-) -> float:
-    """Return the cosine that mini-batches of a group have without the group's mean.
-
-    That mean is one of few examples: all mini-batches have in common by how much it is
-    wrong. With n examples of variance v it is v / n, and a mini-batch of B lies V / B
-    from what it should be, so that the cosine is v / n / (v / n + V / B). V is that of
-    examples which are no part of what they are compared with.
-
-    Parameters
-    ----------
-    examples
-        Projections of the examples' gradients, shape [R, D].
-    groups
-        The number of each example's group, [R].
-    batch_size
-        Examples of a device's mini-batch.
-
-    Returns
-    -------
-    That of the group of which it is largest; 1 where examples tell nothing.
-    """
-    whole = ExampleMean.of(examples)
-    apart: list[float] = []
-    for inside in _quarters(len(examples)):
-        others = ExampleMean.of(examples[~inside])
-        if others is not None:
-            means = means_of(examples[~inside], groups[~inside])
-            apart += [*others.squares(others.beyond(means, examples[inside]))]
-    if whole is None or not apart:
-        return 1.0
-    wrong = 0.0
-    for n in np.unique(groups):
-        some = examples[groups == n]
-        variance = whole.squares(some - some.mean(axis=0)).mean()
-        wrong = max(wrong, float(variance) / len(some))
-    return wrong / (wrong + float(np.mean(apart)) / batch_size)
 
 
 def _quarters(count: int) -> Iterator[BoolArray]:

@@ -12,43 +12,47 @@ from lola_flwr.server.reputation import Reputation
 GROUPS = np.arange(64) % 2
 
 
-def federation(rng, common, rounds=30, devices=6):
+def federation(rng, common, rounds=30, devices=6, batch_size=16):
     """Give examples of two classes, and what devices of one class each send.
 
     The first two have something in common, ``common`` times as long as their noise.
     """
-    signal, pull, shared = rng.standard_normal((3, 128)) / np.sqrt(128)
-    noise = rng.standard_normal((64, 128)) / np.sqrt(128)
+    signal, pull, shared = rng.standard_normal((3, 128))
+    noise = rng.standard_normal((64, 128))
     examples = {0: noise + 0.5 * signal + np.outer([1.0, -1.0], pull)[GROUPS]}
     for _ in range(rounds):
         received = []
         for number in range(devices):
-            own = rng.standard_normal(128) / np.sqrt(128) / 4
-            sent = own + 0.5 * signal + (-1) ** (number // 3) * pull
-            if number < 2:
-                sent = sent + common * shared / 4
+            own = rng.standard_normal(128) + common * shared * (number < 2)
+            sent = own / np.sqrt(batch_size) + 0.5 * signal
+            sent += (-1) ** (number // 3) * pull
             received.append((f"device-{number}", {0: sent}))
         yield received, examples
 
 
-def after(rounds):
+def after(rounds, batch_size=16):
     likeness = Likeness()
     for received, examples in rounds:
-        likeness = likeness.after(received, 16, examples, GROUPS)
+        likeness = likeness.after(received, batch_size, examples, GROUPS)
     return likeness
 
 
-def test_devices_of_one_class_have_a_voice_each(rng):
-    likeness = after(federation(rng, common=0.0))
-    voices = [likeness.voice(f"device-{number}") for number in range(6)]
-    assert min(voices) > 0.9
+# Of large mini-batches it is mostly the server's few examples that are wrong.
+@pytest.mark.parametrize("batch_size", [2, 16, 64, 1024])
+def test_devices_of_one_class_have_a_voice_each(batch_size):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        rounds = federation(rng, common=0.0, batch_size=batch_size)
+        likeness = after(rounds, batch_size)
+        voices = [likeness.voice(f"device-{number}") for number in range(6)]
+        assert min(voices) > 0.7
     assert likeness.voice("never seen") == 1
 
 
 def test_devices_that_say_the_same_beyond_their_class_have_one_voice(rng):
     likeness = after(federation(rng, common=2.0))
     assert likeness.voice("device-0") == likeness.voice("device-1") == 0.5
-    assert min(likeness.voice(f"device-{n}") for n in range(2, 6)) > 0.9
+    assert min(likeness.voice(f"device-{n}") for n in range(2, 6)) > 0.7
     # Longer updates say no more.
     louder = after(
         ([(d, {0: 100 * p[0]}) for d, p in received], examples)

@@ -12,7 +12,6 @@ from lola_flwr.server.directions import projection
 from lola_flwr.server.own_examples import (
     ExampleMean,
     agreements_among,
-    likeness_by_chance,
     means_of,
     pulls_after,
 )
@@ -95,29 +94,6 @@ def test_cosines_are_those_of_the_definition(rng):
     for update, found in zip(updates[1:4], cosines[0, 1:4], strict=True):
         assert found == pytest.approx(by_matrices(update, examples))
     assert not cosines[-1].any()
-
-
-@pytest.mark.parametrize("batch_size", [4, 16, 64])
-def test_by_chance_mini_batches_are_as_much_alike_as_a_mean_of_few_is_wrong(batch_size):
-    found, measured = [], []
-    for seed in range(12):
-        rng = np.random.default_rng(seed)
-        pull = 2 * rng.standard_normal(100)
-        groups = np.arange(64) % 2
-        examples = rng.standard_normal((64, 100)) + np.outer(1 - 2 * groups, pull)
-        found.append(likeness_by_chance(examples, groups, batch_size))
-        known = ExampleMean.of(examples)
-        noise = rng.standard_normal((40, 100)) / np.sqrt(batch_size)
-        cosines = known.cosines(known.beyond(means_of(examples, groups), pull + noise))
-        measured.append(cosines[~np.eye(40, dtype=bool)].mean())
-    assert 0 < np.mean(measured) < np.mean(found) < 1
-    assert np.mean(found) == pytest.approx(batch_size / (batch_size + 32), abs=0.25)
-
-
-def test_by_chance_everything_is_alike_where_examples_tell_nothing():
-    groups = np.zeros(8, int)
-    assert likeness_by_chance(np.ones((8, 5)), groups, 4) == 1
-    assert likeness_by_chance(np.ones((1, 5)), groups[:1], 4) == 1
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 21])
