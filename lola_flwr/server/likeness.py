@@ -12,7 +12,7 @@ which the other sent one of the latest. With c the cosine, a sum follows
     s <- max(s + c - d, 0),
 
 which stays near nothing as long as the mean of c is below d (Page's cumulative sum
-[2]_), so that of most pairs nothing is kept. At 1 the two count as one.
+[2]_), so that of most pairs nothing is kept. From 1 on the two count less, at 2 as one.
 
 The mean of a class that is taken out is that of n examples, and all devices of the
 class have in common by how much it is wrong. As that has 1 / n of an example's
@@ -45,7 +45,7 @@ from lola_flwr.server.own_examples import ExampleMean, means_of
 _ALLOWED = 0.25
 # And by how much it may be beyond what it is by chance.
 _BEYOND_CHANCE = 0.1
-# No sum grows beyond this, so that what ends is forgotten.
+# At this the two are one. No sum grows beyond, so that what ends is forgotten.
 _LARGEST = 2.0
 # Latest updates of a part of the model that a new one is compared with.
 _LATEST = 16
@@ -101,8 +101,8 @@ class Likeness:
         found: dict[str, float] = defaultdict(float)
         for one, others in self.excess.items():
             for other, total in others.items():
-                found[one] += min(total, 1.0)
-                found[other] += min(total, 1.0)
+                found[one] += max(total - 1.0, 0.0)
+                found[other] += max(total - 1.0, 0.0)
         return found
 
     def after(
