@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -39,6 +40,8 @@ _logger = logging.getLogger(__name__)
 _AT_A_TIME = 16
 # Examples that are tried, one by one, before many at once are believed.
 _TRIED = 3
+# Examples of a class that make it a group: the mean of fewer is mostly noise.
+_OF_A_GROUP = 8
 # By what part of a block's gradient the two may differ. Rounding to 16 bits stays below
 # it, what a model does otherwise with a batch does not.
 _SAME = 0.02
@@ -55,6 +58,23 @@ class ExampleGradientsOf:
     loss_function: LossFunction
     batch_weight: BatchWeight
     is_separable: bool | None = field(default=None, init=False)
+
+    @cached_property
+    def groups(self) -> IntArray:
+        """The number of each example's group, [R]: those of a class are one.
+
+        Examples of classes that have few are a group together, and all are one where
+        labels are no classes: numbers, or a label for every token.
+        """
+        labels = self.batch_of(np.arange(self.count)).get("labels")
+        if labels is None or labels.ndim != 1 or labels.is_floating_point():
+            return np.zeros(self.count, int)
+        classes, sizes = np.unique(labels.numpy(), return_counts=True)
+        large = classes[sizes >= _OF_A_GROUP]
+        # The others stand together, behind.
+        known = np.isin(labels.numpy(), large)
+        groups = np.where(known, np.searchsorted(large, labels.numpy()), len(large))
+        return np.unique(groups, return_inverse=True)[1]
 
     def __call__(
         self, values: Float32Arrays, chosen: IntArray, rows: Rows

@@ -51,6 +51,13 @@ class Agreements:
         """Their mean; 0 of none."""
         return self.total / self.count if self.count else 0.0
 
+    @property
+    def is_significant(self) -> bool:
+        """Tell whether their mean is above nothing."""
+        if not self.count:
+            return False
+        return _is_significant(self.mean, self.squares / self.count, [self])
+
 
 @dataclass(frozen=True)
 class Honest:

@@ -21,14 +21,14 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
+from lola_flwr.arrays import BoolArray, Float32Arrays, Float64Array, IntArray
 from lola_flwr.server.directions import projections, rows_looked_at
 
 Sketches = npt.NDArray[np.int16]
@@ -49,6 +49,11 @@ class ExampleGradients(Protocol):
     @property
     def count(self) -> int:
         """How many examples there are."""
+        ...
+
+    @property
+    def groups(self) -> IntArray:
+        """The number of each example's group, of classes for instance, [R], from 0."""
         ...
 
     def __call__(
@@ -215,9 +220,43 @@ class ExampleMean:
         length = math.sqrt(max(float(own @ update) * float(other @ self.mean), 0.0))
         return float(own @ self.mean) / length if length else 0.0
 
+    def cosines(self, updates: Float64Array) -> Float64Array:
+        """Return how far N projections, shape [N, D], agree with each other, [N, N]."""
+        products = updates @ np.stack([self._evened(one) for one in updates]).T
+        lengths = np.sqrt(np.maximum(products.diagonal(), 0.0))
+        scale = np.outer(lengths, lengths)
+        found: Float64Array = products / np.where(scale > 0, scale, np.inf)
+        return found
+
+    def beyond(self, means: Float64Array, updates: Float64Array) -> Float64Array:
+        """Return what of updates is not as some means are, or sums of them.
+
+        Parameters
+        ----------
+        means
+            Projections of G means, shape [G, D].
+        updates
+            Projections of N updates, shape [N, D].
+        """
+        evened = np.stack([self._evened(mean) for mean in means])
+        parts, *_ = np.linalg.lstsq(evened @ means.T, evened @ updates.T)
+        rest: Float64Array = updates - parts.T @ means
+        return rest
+
     def _evened(self, vector: Float64Array) -> Float64Array:
         """Return (C + l)^-1 times a vector, but for the factor l."""
         return vector - (self.inverse @ (self.apart @ vector)) @ self.apart
+
+
+def means_of(examples: Float64Array, groups: IntArray) -> Float64Array:
+    """Return the mean of each group of examples, shape [G, D]."""
+    return np.stack([examples[groups == n].mean(axis=0) for n in np.unique(groups)])
+
+
+def _quarters(count: int) -> Iterator[BoolArray]:
+    """Give which of so many examples are in each quarter, of different rounds."""
+    for first in range(min(_QUARTERS, count)):
+        yield np.arange(count) % _QUARTERS == first
 
 
 def agreements_among(examples: Float64Array, batch_size: int) -> list[float]:
@@ -234,9 +273,8 @@ def agreements_among(examples: Float64Array, batch_size: int) -> list[float]:
         Examples of a device's mini-batch.
     """
     found = []
-    numbers = np.arange(len(examples))
-    for first in range(min(_QUARTERS, len(examples))):
-        quarter = numbers[first::_QUARTERS]
+    for inside in _quarters(len(examples)):
+        quarter = np.flatnonzero(inside)
         # Of those that were computed in different rounds.
         some = quarter[:: max(len(quarter) // batch_size, 1)][:batch_size]
         others = ExampleMean.of(np.delete(examples, some, axis=0))

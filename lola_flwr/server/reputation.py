@@ -19,7 +19,10 @@ nothing, and nobody is judged by them.
 With examples of the server's own (`lola_flwr.server.own_examples`) it is the same, but
 that t is m / 2, that one agreement tells something already, and that the server counts
 as four devices, by how far its examples agree with each other: so m is known in the
-first round, whoever is asked in it. What other devices send then tells nothing more.
+first round, whoever is asked in it. What other devices send then tells nothing more,
+not even where m is not significant though the examples agree with each other: a model
+that leans to one class has devices agree with those of their class alone. And devices
+that say the same have one voice together (`lola_flwr.server.likeness`).
 
 Updates are compared without the directions of greatest variation, in which devices'
 classes differ; where that tells nothing, as it does where noise is so small that these
@@ -39,6 +42,7 @@ import xxhash
 
 from lola_flwr.server.directions import Direction, agreements
 from lola_flwr.server.likelihoods import FEW_AGREEMENTS, FEWEST, Agreements, Honest
+from lola_flwr.server.likeness import Likeness
 from lola_flwr.server.own_examples import Pulls
 
 # The model's part that is no block, by the number that stands for it.
@@ -140,6 +144,8 @@ class Reputation:
         How far the server's own examples agreed with each other.
     pulls
         Where these pull at each part of the model.
+    likeness
+        Which devices say the same, more than these explain.
     """
 
     key: int = 0
@@ -148,11 +154,14 @@ class Reputation:
     lately: Mapping[int, tuple[Direction, ...]] = field(default_factory=dict)
     own: Evidence = field(default_factory=Evidence)
     pulls: Mapping[int, Pulls] = field(default_factory=dict)
+    likeness: Likeness = field(default_factory=Likeness)
 
     def weight(self, device: str) -> float:
         """Return what an update of a device counts, 0 to 1; 0: it is not used."""
         trust = self.trust(device)
-        return 0.0 if trust < _LEAST else trust * self._earned(device)
+        if trust < _LEAST:
+            return 0.0
+        return trust * self._earned(device) * self.likeness.voice(device)
 
     def trust(self, device: str) -> float:
         """Return the odds that a device is honest, or 1 where they are better."""
@@ -301,7 +310,8 @@ class Reputation:
     def _log_likelihoods(self) -> Mapping[str, float]:
         """Logarithms of the likelihood ratios, by device."""
         return {
-            device: evidence.lengths + _by_directions(evidence, self._honest)
+            device: evidence.lengths
+            + _by_directions(evidence, self._honest, self.own.agreements)
             for device, evidence in self._known.items()
         }
 
@@ -310,14 +320,19 @@ def _name(part: int) -> str:
     return "head" if part == HEAD else "blocks"
 
 
-def _by_directions(evidence: Evidence, honest: Mapping[str, Honest]) -> float:
+def _by_directions(
+    evidence: Evidence, honest: Mapping[str, Honest], own: Mapping[str, Agreements]
+) -> float:
     """Return the logarithm of the likelihood ratio by a device's agreements."""
     parts = []
     for part in ("blocks", "head"):
+        shown = f"{part} shown"
         # What the server has seen itself tells more than what others send; and of whole
         # gradients those of honest devices differ where their classes do.
-        kinds = (f"{part} {how}" for how in ("shown", "rest", "whole"))
-        kind = next((kind for kind in kinds if honest[kind].mean), f"{part} whole")
+        kinds = (shown, f"{part} rest", f"{part} whole")
+        kind = next((kind for kind in kinds if honest[kind].mean), shown)
+        if kind != shown and own.get(shown, Agreements()).is_significant:
+            kind = shown
         parts.append(honest[kind].log_likelihood(evidence.of_kind(kind)))
     # Who is honest about one part is not thereby so about the other.
     return min(*parts, sum(parts))

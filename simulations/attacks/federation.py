@@ -243,7 +243,11 @@ def _honest_refused(records: list[RoundRecord], hostile: set[str]) -> float:
 
 
 def _distrusted(state: RunState) -> set[str]:
-    """Return the names of those trusted less than half, or that failed lately."""
-    trust, failures = state.reputation.trust, state.fleet.absences.failures
+    """Return the names of those that count half or less, or that failed lately.
+
+    Newcomers count less, too, but are no less trusted.
+    """
+    reputation, failures = state.reputation, state.fleet.absences.failures
     names = [profile.name for profile in state.fleet.profiles.values()]
-    return {name for name in names if trust(name) < 0.5 or failures(name)}
+    counts = {n: reputation.trust(n) * reputation.likeness.voice(n) for n in names}
+    return {name for name in names if counts[name] <= 0.5 or failures(name)}

@@ -223,3 +223,26 @@ def test_their_mean_is_the_gradient_of_the_batch_without_dropout(roberta):
     for name, gradient in whole.items():
         mean = found[name].mean(axis=0).reshape(gradient.shape)
         np.testing.assert_allclose(mean, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups"),
+    [
+        ([0, 1] * 10, [0, 1] * 10),
+        # Of a class with few examples the mean tells little; two such are together.
+        ([7] * 12 + [3] * 8 + [1] * 7, [1] * 12 + [0] * 8 + [2] * 7),
+        ([5] * 9 + [1, 2, 3, 9], [0] * 9 + [1] * 4),
+        ([1, 2, 3], [0] * 3),
+        # No classes: numbers, a label for each token, none.
+        ([0.5, 1.5] * 10, [0] * 20),
+        ([[0, 1], [1, 0]] * 8, [0] * 16),
+        (None, [0] * 9),
+    ],
+)
+def test_examples_of_a_class_are_a_group(labels, groups):
+    batch = {"input_ids": torch.zeros(len(groups), 4)}
+    if labels is not None:
+        batch["labels"] = torch.tensor(labels)
+    model = tiny_model("Bert")
+    found = given(batch, model, model_partition(model)).groups
+    assert found.tolist() == groups

@@ -12,6 +12,7 @@ from lola_flwr.server.directions import projection
 from lola_flwr.server.own_examples import (
     ExampleMean,
     agreements_among,
+    means_of,
     pulls_after,
 )
 from lola_flwr.server.reputation import Reputation
@@ -68,6 +69,33 @@ def test_nothing_is_told_by_examples_that_do_not_differ(rng):
     assert agreement(np.zeros(8), rng.standard_normal((4, 8))) == 0
 
 
+def test_what_means_explain_is_taken_out_and_nothing_else(rng):
+    examples = rng.standard_normal((20, 30))
+    groups = np.arange(20) % 3
+    means = means_of(examples, groups)
+    for n in range(3):
+        np.testing.assert_allclose(means[n], examples[n::3].mean(axis=0))
+    known = ExampleMean.of(examples)
+    rest = rng.standard_normal((4, 30))
+    beyond = known.beyond(means, rest)
+    for mean in means:
+        np.testing.assert_allclose(known.beyond(means, rest - 3 * mean), beyond)
+    cosines = known.cosines(np.concatenate([beyond, means]))
+    np.testing.assert_allclose(cosines[:4, 4:], 0, atol=1e-9)
+    np.testing.assert_allclose(cosines.diagonal(), 1)
+
+
+def test_cosines_are_those_of_the_definition(rng):
+    examples = rng.standard_normal((20, 30)) + 0.2
+    known = ExampleMean.of(examples)
+    updates = np.stack([known.mean, *rng.standard_normal((3, 30)), np.zeros(30)])
+    cosines = known.cosines(updates)
+    np.testing.assert_allclose(cosines, cosines.T)
+    for update, found in zip(updates[1:4], cosines[0, 1:4], strict=True):
+        assert found == pytest.approx(by_matrices(update, examples))
+    assert not cosines[-1].any()
+
+
 @pytest.mark.parametrize("count", [2, 3, 8, 21])
 def test_examples_are_compared_with_those_of_the_other_quarters(rng, count):
     examples = rng.standard_normal((count, 30)) + 1
@@ -102,6 +130,7 @@ class Examples:
 
     def __init__(self, rng, count=8):
         self.count = count
+        self.groups = np.arange(count) % 2
         self.asked = []
         self.drawn = [
             {n: rng.standard_normal(s).astype("f4") for n, s in SHAPES.items()}

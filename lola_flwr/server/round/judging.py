@@ -10,10 +10,11 @@ from statistics import median_low
 import numpy as np
 import xxhash
 
-from lola_flwr.arrays import Float32Arrays
+from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.directions import Direction, projection, sketch
+from lola_flwr.server.expected_lengths import expected
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.own_examples import (
     ExampleGradients,
@@ -27,6 +28,9 @@ from lola_flwr.server.round.plan import RoundPlan
 from lola_flwr.wire.records import Assignment
 
 _DISTRUSTED = "distrusted"
+# An update is not too long if it is at most so many times as far from the mean of a
+# group of the server's examples as a mini-batch of that group is.
+_NEAR = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +120,13 @@ def judged(
     """
     asked = {device: plan.assignments[device] for device in updates}
     names = {device: plan.profiles[device].name for device in updates}
+    beside: _Beside | None = None
+    if reputation is not None and updates:
+        digests = {device: _digest(update) for device, update in updates.items()}
+        reputation = reputation.keyed(digests.values())
+        if own is not None:
+            reputation = own.pulling(reputation, partition, plan.server_round)
+            beside = _Beside.of(partition, asked, updates, reputation, own)
     # As one of each of its blocks would have it, and by what noise lets it be longer.
     noisy = {device: plan.length_by_noise(device) for device in updates}
     norm_of = {
@@ -125,6 +136,8 @@ def judged(
     kind = {device: _kind(partition, asked[device]) for device in updates}
     norms = norms.after((kind[d], norm, names[d]) for d, norm in norm_of.items())
     usual = {device: norms.usual(kind[device]) for device in updates}
+    if beside is not None:
+        usual = {d: beside.usual(d, norm_of[d], usual[d]) for d in updates}
     scale = {
         d: limits.scale(
             norm_of[d] * noisy[d], usual[d] * noisy[d], norms.elsewhere * noisy[d]
@@ -137,14 +150,8 @@ def judged(
         if not factor
     }
     if reputation is not None and updates:
-        digests = {device: _digest(update) for device, update in updates.items()}
-        reputation = reputation.keyed(digests.values())
-        if own is not None:
-            reputation = own.pulling(reputation, partition, plan.server_round)
-        shown = _shown(partition, asked, updates, reputation)
-        reputation = reputation.after_shown(
-            {names[d]: agreed for d, agreed in shown.of_device.items()}, shown.among
-        )
+        if beside is not None:
+            reputation = beside.taken_in(reputation, names)
         for device, update in updates.items():
             weight = reputation.weight(names[device])
             if not update.norm:
@@ -212,54 +219,106 @@ def _parts(
 
 
 @dataclass(frozen=True, eq=False)
-class _Shown:
-    """What the server's examples tell.
+class _Beside:
+    """A round's updates beside the server's own examples, as projections.
 
     Parameters
     ----------
-    of_device
-        How far they agree with each part of devices' updates.
-    among
-        How far they agree with some of each other, by part of the model.
+    updates
+        By device id and part of the model, shape [D].
+    examples
+        Of R examples, by those parts that devices were asked for, shape [R, D].
+    groups
+        The number of each example's group, [R].
+    batch_sizes
+        Examples of each device's mini-batch.
     """
 
-    of_device: Mapping[str, Mapping[int, float]]
-    among: Sequence[Mapping[int, float]]
+    updates: Mapping[str, Mapping[int, Float64Array]]
+    examples: Mapping[int, Float64Array]
+    groups: IntArray
+    batch_sizes: Mapping[str, int]
 
-
-def _shown(
-    partition: BlockPartition,
-    asked: Mapping[str, Assignment],
-    updates: Mapping[str, BlockUpdate],
-    reputation: Reputation,
-) -> _Shown:
-    """Compare updates with the server's examples, part by part."""
-    parts_of = {d: _parts(partition, assignment) for d, assignment in asked.items()}
-    every = {part for parts in parts_of.values() for part in parts}
-    examples = {
-        part: pulls.projections
-        for part, pulls in reputation.pulls.items()
-        if part in every
-    }
-    means = {part: ExampleMean.of(rows) for part, rows in examples.items()}
-    of_device = {
-        device: {
-            part: mean.agreement(
-                projection(updates[device].gradients, names, reputation.key)
-            )
-            for part, names in parts.items()
-            if (mean := means.get(part)) is not None
+    @classmethod
+    def of(
+        cls,
+        partition: BlockPartition,
+        asked: Mapping[str, Assignment],
+        updates: Mapping[str, BlockUpdate],
+        reputation: Reputation,
+        own: OwnExamples,
+    ) -> _Beside:
+        """Project what devices sent as the examples are projected."""
+        projected = {
+            device: {
+                part: projection(updates[device].gradients, names, reputation.key)
+                for part, names in _parts(partition, assignment).items()
+            }
+            for device, assignment in asked.items()
         }
-        for device, parts in parts_of.items()
-    }
-    batch_size = min((one.batch_size for one in asked.values()), default=1)
-    among: list[dict[int, float]] = []
-    for part, rows in examples.items():
-        for number, cosine in enumerate(agreements_among(rows, batch_size)):
-            if number == len(among):
-                among.append({})
-            among[number][part] = cosine
-    return _Shown(of_device, among)
+        every = {part for parts in projected.values() for part in parts}
+        examples = {
+            part: pulls.projections
+            for part, pulls in reputation.pulls.items()
+            if part in every
+        }
+        sizes = {device: assignment.batch_size for device, assignment in asked.items()}
+        return cls(projected, examples, own.gradients.groups, sizes)
+
+    def usual(self, device: str, norm: float, usual_norm: float) -> float:
+        """Return the usual norm of updates such as a device's.
+
+        Parameters
+        ----------
+        norm
+            Norm of its update, as it is compared.
+        usual_norm
+            That of its block's latest updates; infinite if it is not known.
+        """
+        found = expected(
+            self.updates[device], self.examples, self.groups, self.batch_sizes[device]
+        )
+        if found is None:
+            return usual_norm
+        if found.apart <= _NEAR:
+            # As a group of the examples has it, however long that is.
+            return max(norm, usual_norm) if math.isfinite(usual_norm) else norm
+        longest = norm / found.times_longest
+        return usual_norm if math.isfinite(usual_norm) else longest
+
+    def taken_in(self, reputation: Reputation, names: Mapping[str, str]) -> Reputation:
+        """Take in how far updates agree with the examples, and with each other.
+
+        Parameters
+        ----------
+        reputation
+            How far devices were trusted before.
+        names
+            The devices' names, by id.
+        """
+        means = {part: ExampleMean.of(rows) for part, rows in self.examples.items()}
+        shown = {
+            names[device]: {
+                part: mean.agreement(projected)
+                for part, projected in parts.items()
+                if (mean := means[part]) is not None
+            }
+            for device, parts in self.updates.items()
+        }
+        among: list[dict[int, float]] = []
+        for part, rows in self.examples.items():
+            found = agreements_among(rows, min(self.batch_sizes.values()))
+            for number, cosine in enumerate(found):
+                if number == len(among):
+                    among.append({})
+                among[number][part] = cosine
+        likeness = reputation.likeness.after(
+            [(names[device], parts) for device, parts in self.updates.items()],
+            max(self.batch_sizes.values()),
+            self.examples,
+            self.groups,
+        )
+        return replace(reputation.after_shown(shown, among), likeness=likeness)
 
 
 def _directions(

@@ -165,6 +165,7 @@ class OwnExamples:
     """Eight examples of the server's that pull about where it says."""
 
     count = 8
+    groups = np.zeros(8, int)
 
     def __call__(self, values, chosen, rows):
         found = {}
