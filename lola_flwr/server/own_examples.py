@@ -21,14 +21,14 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.arrays import BoolArray, Float32Arrays, Float64Array, IntArray
+from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
 from lola_flwr.server.directions import projections, rows_looked_at
 
 Sketches = npt.NDArray[np.int16]
@@ -253,12 +253,6 @@ def means_of(examples: Float64Array, groups: IntArray) -> Float64Array:
     return np.stack([examples[groups == n].mean(axis=0) for n in np.unique(groups)])
 
 
-def _quarters(count: int) -> Iterator[BoolArray]:
-    """Give which of so many examples are in each quarter, of different rounds."""
-    for first in range(min(_QUARTERS, count)):
-        yield np.arange(count) % _QUARTERS == first
-
-
 def agreements_among(examples: Float64Array, batch_size: int) -> list[float]:
     """Return how far some of the examples agree with the others, as a device might.
 
@@ -273,8 +267,9 @@ def agreements_among(examples: Float64Array, batch_size: int) -> list[float]:
         Examples of a device's mini-batch.
     """
     found = []
-    for inside in _quarters(len(examples)):
-        quarter = np.flatnonzero(inside)
+    numbers = np.arange(len(examples))
+    for first in range(min(_QUARTERS, len(examples))):
+        quarter = numbers[first::_QUARTERS]
         # Of those that were computed in different rounds.
         some = quarter[:: max(len(quarter) // batch_size, 1)][:batch_size]
         others = ExampleMean.of(np.delete(examples, some, axis=0))

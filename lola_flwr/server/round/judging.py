@@ -14,7 +14,7 @@ from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.directions import Direction, projection, sketch
-from lola_flwr.server.expected_lengths import expected
+from lola_flwr.server.expected_lengths import Expected, expected
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.own_examples import (
     ExampleGradients,
@@ -136,11 +136,14 @@ def judged(
     kind = {device: _kind(partition, asked[device]) for device in updates}
     norms = norms.after((kind[d], norm, names[d]) for d, norm in norm_of.items())
     usual = {device: norms.usual(kind[device]) for device in updates}
+    elsewhere = dict.fromkeys(updates, norms.elsewhere)
     if beside is not None:
-        usual = {d: beside.usual(d, norm_of[d], usual[d]) for d in updates}
+        found = {device: beside.expected(device) for device in updates}
+        usual = {d: _usual(found[d], norm_of[d], usual[d]) for d in updates}
+        elsewhere = {d: _longest(found[d], norm_of[d], elsewhere[d]) for d in updates}
     scale = {
         d: limits.scale(
-            norm_of[d] * noisy[d], usual[d] * noisy[d], norms.elsewhere * noisy[d]
+            norm_of[d] * noisy[d], usual[d] * noisy[d], elsewhere[d] * noisy[d]
         )
         for d in updates
     }
@@ -179,6 +182,20 @@ def judged(
         norms=norms,
         reputation=reputation,
     )
+
+
+def _usual(found: Expected | None, norm: float, usual_norm: float) -> float:
+    """Return the usual norm of updates such as one; its own, if examples have such."""
+    if found is None or found.apart > _NEAR or math.isinf(usual_norm):
+        return usual_norm
+    return max(norm, usual_norm)
+
+
+def _longest(found: Expected | None, norm: float, elsewhere: float) -> float:
+    """Return how long an update may be where its block's usual norm is not known."""
+    if found is None:
+        return elsewhere
+    return norm if found.apart <= _NEAR else min(norm / found.times_longest, elsewhere)
 
 
 def _lengths(times_usual: Mapping[str, float]) -> Iterator[tuple[str, float]]:
@@ -253,38 +270,20 @@ class _Beside:
             device: {
                 part: projection(updates[device].gradients, names, reputation.key)
                 for part, names in _parts(partition, assignment).items()
+                if part in reputation.pulls
             }
             for device, assignment in asked.items()
         }
-        every = {part for parts in projected.values() for part in parts}
-        examples = {
-            part: pulls.projections
-            for part, pulls in reputation.pulls.items()
-            if part in every
-        }
+        every = sorted({part for parts in projected.values() for part in parts})
+        examples = {part: reputation.pulls[part].projections for part in every}
         sizes = {device: assignment.batch_size for device, assignment in asked.items()}
         return cls(projected, examples, own.gradients.groups, sizes)
 
-    def usual(self, device: str, norm: float, usual_norm: float) -> float:
-        """Return the usual norm of updates such as a device's.
-
-        Parameters
-        ----------
-        norm
-            Norm of its update, as it is compared.
-        usual_norm
-            That of its block's latest updates; infinite if it is not known.
-        """
-        found = expected(
+    def expected(self, device: str) -> Expected | None:
+        """Return how long a device's update is beside what the examples let expect."""
+        return expected(
             self.updates[device], self.examples, self.groups, self.batch_sizes[device]
         )
-        if found is None:
-            return usual_norm
-        if found.apart <= _NEAR:
-            # As a group of the examples has it, however long that is.
-            return max(norm, usual_norm) if math.isfinite(usual_norm) else norm
-        longest = norm / found.times_longest
-        return usual_norm if math.isfinite(usual_norm) else longest
 
     def taken_in(self, reputation: Reputation, names: Mapping[str, str]) -> Reputation:
         """Take in how far updates agree with the examples, and with each other.
