@@ -180,6 +180,19 @@ class OwnExamples:
         return {name: np.stack(each) for name, each in found.items()}
 
 
+class OwnExamplesOfTwoClasses(OwnExamples):
+    """Of the second the gradients are far longer: the model does not know it."""
+
+    count = 16
+    groups = np.arange(16) // 8
+
+    def __call__(self, values, chosen, rows):
+        found = super().__call__(values, chosen, rows)
+        times = np.where(np.asarray(chosen) < 8, 1, -12)[:, None]
+        noise = {name: each[::-1] / 12 for name, each in found.items()}
+        return {name: times * each + noise[name] for name, each in found.items()}
+
+
 def signal(name):
     return np.random.default_rng([*name.encode()]).standard_normal(SHAPES[name])
 
@@ -226,6 +239,87 @@ def test_an_update_that_the_servers_examples_speak_against_counts_less_at_once()
     assert {part: len(p.lengths) for part, p in known.pulls.items()} == dict.fromkeys(
         (-1, 0, 1, 2), 8
     )
+
+
+@pytest.mark.parametrize(("times", "is_as_it_was"), [(-12, True), (12, False)])
+def test_a_long_update_counts_as_it_is_if_a_class_of_the_servers_examples_has_such(
+    times, is_as_it_was
+):
+    coordinator = make_coordinator(
+        reputation=True, own_examples=OwnExamplesOfTwoClasses()
+    )
+    for server_round in range(1, 5):
+        one_round(coordinator, server_round, lambda plan: pulling(plan, None))
+
+    def with_a_long_one(plan):
+        device = next(iter(plan.assignments))
+        names = sorted(PARTITION.update_names(*plan.assignments[device].blocks))
+        long = [times * signal(name).reshape(-1) for name in names]
+        sent = npy(np.concatenate(long).astype("f4"))
+        others = [r for r in pulling(plan, None) if r.device_id != device]
+        return [honest_reply(plan, device, tensors=[sent]), *others]
+
+    plan, record, moved = one_round(coordinator, 5, with_a_long_one)
+    assert not record.refused
+    device = next(iter(plan.assignments))
+    (block,) = plan.assignments[device].blocks
+    length = np.sqrt(sum(np.square(moved[n]).sum() for n in PARTITION.blocks[block]))
+    whole = np.sqrt(sum(np.square(signal(n)).sum() for n in PARTITION.blocks[block]))
+    part = length / (12 * whole)
+    assert part == pytest.approx(1, rel=0.01) if is_as_it_was else part < 0.2
+    name = plan.profiles[device].name
+    told = coordinator.state.reputation.of_device[name].lengths
+    assert told == 0 if is_as_it_was else told < -1
+
+
+def test_what_examples_let_expect_limits_a_blocks_first_update_and_refuses_none():
+    def moved_with(own_examples, factor):
+        coordinator = make_coordinator(reputation=True, own_examples=own_examples)
+        _, record, moved = one_round(
+            coordinator,
+            1,
+            lambda plan: [
+                drawn(plan, d, n, factor) for n, d in enumerate(plan.assignments)
+            ],
+        )
+        assert not record.refused
+        names = [n for block in PARTITION.blocks for n in block]
+        return np.sqrt(sum(np.square(moved[name]).sum() for name in names))
+
+    # Not more than 10, which is the largest norm, without examples.
+    assert moved_with(None, 1e3) > 2 * moved_with(OwnExamples(), 1e3)
+    # However long it is; how devices are trusted is drawn anew.
+    times = moved_with(OwnExamples(), 1e4) / moved_with(OwnExamples(), 1e3)
+    assert 0.5 < times < 2
+
+
+def test_devices_that_say_the_same_have_a_voice_together():
+    coordinator = make_coordinator(reputation=True, own_examples=OwnExamples())
+    rng = np.random.default_rng(5)
+    agreed = {name: 3 * rng.standard_normal(SHAPES[name]) for name in sorted(SHAPES)}
+
+    def sent(plan):
+        replies = pulling(plan, None)
+        for place, (device, assignment) in enumerate(plan.assignments.items()):
+            if device in IDS[:2]:
+                names = sorted(PARTITION.update_names(*assignment.blocks))
+                noise = np.random.default_rng([plan.server_round, place])
+                same = [
+                    agreed[n] + 0.1 * noise.standard_normal(SHAPES[n]) for n in names
+                ]
+                flat = np.concatenate([values.reshape(-1) for values in same])
+                tensors = [npy(flat.astype("f4"))]
+                replies[place] = honest_reply(plan, device, tensors=tensors)
+        return replies
+
+    for server_round in range(1, 9):
+        one_round(coordinator, server_round, sent)
+    profiles = coordinator.state.fleet.profiles
+    likeness = coordinator.state.reputation.likeness
+    voices = {device: likeness.voice(profiles[device].name) for device in IDS[:3]}
+    assert voices == {"id-0": 0.5, "id-1": 0.5, "id-2": 1.0}
+    weight = coordinator.state.reputation.weight(profiles["id-0"].name)
+    assert weight <= 0.5
 
 
 def test_with_the_servers_examples_a_run_goes_on_bit_for_bit():
