@@ -34,7 +34,7 @@ from lola_flwr.model.stored_base import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
 
@@ -267,8 +267,7 @@ def _pretrained(
         if key.startswith(f"{model.base_model_prefix}."):
             raise ModelNotFound(
                 f"model={name!r}: its weights do not fit its config.json: {key} has "
-                f"shape {tuple(stored)}, expected {tuple(expected)}. Save model and "
-                "configuration together, with save_pretrained."
+                f"shape {tuple(stored)}, expected {tuple(expected)}. {_remedy(config)}"
             )
     said = fit_head(
         model,
@@ -280,6 +279,17 @@ def _pretrained(
     if said:
         _logger.warning("model=%r: %s", without_directories(name), said)
     return model, tokenizer
+
+
+def _remedy(config: PretrainedConfig) -> str:
+    """Say what to do where a model's weights have other shapes than it has."""
+    if getattr(config, "pruned_heads", None):
+        # transformers 4 left these out when it loaded a model; 5 makes all heads.
+        return (
+            "Its pruned_heads are left out by transformers 4 alone; give the model as "
+            "it was before they were pruned (here pruning='heads=...' leaves out some)."
+        )
+    return "Save model and configuration together, with save_pretrained."
 
 
 def _random_roberta(

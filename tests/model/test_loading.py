@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -29,6 +30,29 @@ def directory(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     return tmp_path
+
+
+def test_a_model_whose_heads_were_pruned_by_transformers_4_is_refused_by_name(
+    directory,
+):
+    """As 4.57.1 saves it; 5.24.0 makes all heads (findings/)."""
+    file = directory / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    config = json.loads((directory / "config.json").read_text())
+    size = config["hidden_size"] // config["num_attention_heads"]
+    for name, values in weights.items():
+        if ".layer.0.attention.self." in name:
+            weights[name] = values[size:].contiguous()
+        if name.endswith(".layer.0.attention.output.dense.weight"):
+            weights[name] = values[:, size:].contiguous()
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelNotFound, match="Save model and configuration together"):
+        load_classifier(str(directory), num_labels=2)
+    config["pruned_heads"] = {"0": [0]}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelNotFound, match="pruned_heads are left out by tran") as one:
+        load_classifier(str(directory), num_labels=2)
+    assert "\n" not in str(one.value)
 
 
 def test_random_shape_is_a_function_of_the_seed():
