@@ -32,7 +32,7 @@ from lola_flwr.wire.npy import NPY_HEADER_BYTES
 from lola_flwr.wire.payload import payload_bits
 from tests.conftest import SMALL
 from tests.marks import rest_slow
-from tests.server.test_coordinator import npy
+from tests.server.coordinators import npy
 
 # peft warns of much that is meant here.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -38,7 +38,7 @@ from lola_flwr.model.saved_ladder import load_ladder
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import simulated_device
 from tests.marks import rest_slow
-from tests.server.test_coordinator import npy
+from tests.server.coordinators import npy
 
 SIZES = {
     "vocab_size": 60,

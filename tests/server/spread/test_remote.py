@@ -33,7 +33,7 @@ from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.records import MalformedRecord, PartReport, PartTask
 from tests.d2ft.test_execution import FAMILIES, Case, make
 from tests.marks import rest_slow
-from tests.server.test_coordinator import npy
+from tests.server.coordinators import npy
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
 DEVICES = ["a", "b", "c"]
