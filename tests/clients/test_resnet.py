@@ -22,7 +22,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.strategies import LoLaDeft as LegacyLoLaDeft
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
-from tests.model.test_blocks import TorchvisionResNet
+from tests.model.block_cases import TorchvisionResNet
 from tests.strategies.in_process import InProcessGrid
 
 BLOCKS = ["layer1", "layer2", "layer3", "layer4"]
