@@ -28,6 +28,7 @@ from lola_flwr.model.saved_adapters import (
 from lola_flwr.model.saved_ladder import load_ladder
 from lola_flwr.model.stored_base import (
     evaluation_mode,
+    let_trained_take_half,
     store_base,
     stored_as,
 )
@@ -90,16 +91,19 @@ def check_saving(
     ):
         expected = _outputs(model, example)
         save_model(model, Path(directory))
-        loaded = _read_back(_base_for(model, load_base, directory), directory, kind)
+        base = _base_for(model, load_base, directory)
+        with _refused_in_one_line(kind):
+            loaded = _read_back(base, directory)
+            difference = _difference(_outputs(loaded, example), expected)
         lost = [] if converted else _lost(model, loaded)
-        difference = _difference(_outputs(loaded, example), expected)
         _round_otherwise(loaded)
         expected = _outputs(loaded, example)
-        del loaded
+        del base, loaded
         base = _round_otherwise(_base_for(model, load_base, directory))
-        with _OtherSigns():
-            elsewhere = _read_back(base, directory, kind)
-        off = _difference(_outputs(elsewhere, example), expected)
+        with _refused_in_one_line(kind):
+            with _OtherSigns():
+                elsewhere = _read_back(base, directory)
+            off = _difference(_outputs(elsewhere, example), expected)
     fault = ""
     if lost:
         fault = f"without {lost[0]}"
@@ -240,12 +244,22 @@ def _base_for(
     return base
 
 
-def _read_back(base: nn.Module, directory: str, kind: str) -> Any:
+def _read_back(base: nn.Module, directory: str) -> Any:
     from peft import PeftModel
 
+    # Trainable, as what was saved is: by that a head in full precision is found.
+    loaded = PeftModel.from_pretrained(base, directory, is_trainable=True).eval()
+    if stored_as(base) != "fp32":
+        let_trained_take_half(loaded)
+    return loaded
+
+
+@contextmanager
+def _refused_in_one_line(kind: str) -> Iterator[None]:
+    """Refuse what is saved where it cannot be loaded, or does not run as it is."""
     try:
-        return PeftModel.from_pretrained(base, directory).eval()
-    # What peft raises for a file that does not fit is of all types.
+        yield
+    # What peft and torch raise where values do not fit is of all types.
     except Exception as error:
         raise UserError(
             f"What peft saves of tuning={kind!r} with these options cannot be read "

@@ -85,7 +85,8 @@ def _try_to_run(model: Any, base: Base) -> None:
         for _ in range(2):
             failure = failure_of(model, example)
             if failure is not None:
+                wider = "" if base == "bf16" else "'bf16' or "
                 raise UserError(
                     f"base={base!r}: adapters with these options do not run on it "
-                    f"({reason_of(failure)}); use others, or base='bf16' or 'fp32'."
+                    f"({reason_of(failure)}); use others, or base={wider}'fp32'."
                 )

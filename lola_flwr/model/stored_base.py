@@ -120,8 +120,7 @@ def store_base(
             if on_rounded is not None:
                 on_rounded(path, linear.weight.detach(), weight_of(stored))
             model.set_submodule(path, stored)
-    for module in model.modules():
-        _take_float32(module)
+    let_trained_take_half(model)
     keep_differentiable(model)
     _stored_as[model] = base
 
@@ -294,12 +293,16 @@ def evaluation_mode(model: nn.Module) -> Mapping[nn.Module, bool]:
     return modes
 
 
-def _take_float32(module: nn.Module) -> None:
-    """Let what is trained in full take half hidden states, too."""
-    own = [*module.parameters(recurse=False)]
-    is_trained = any(p.requires_grad and p.dtype == torch.float32 for p in own)
-    if is_trained and type(module).__module__.partition(".")[0] != "peft":
-        module.register_forward_pre_hook(_in_float32)
+def let_trained_take_half(model: nn.Module) -> None:
+    """Let what is trained in full, in float32, take hidden states of a half base, too.
+
+    Layers of peft see to that themselves.
+    """
+    for module in model.modules():
+        own = [*module.parameters(recurse=False)]
+        is_trained = any(p.requires_grad and p.dtype == torch.float32 for p in own)
+        if is_trained and type(module).__module__.partition(".")[0] != "peft":
+            module.register_forward_pre_hook(_in_float32)
 
 
 def _in_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from lola_flwr.costs.of_model import model_costs
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition, BlocksNotFound, partition_parameters
-from tests.clients.test_assigned_block import (
+from tests.clients.own_project import (
     Net,
     federate,
     federate_config,
@@ -25,7 +25,6 @@ from tests.clients.test_assigned_block import (
     moved,
     reply_content,
     statistics,
-    task,  # noqa: F401
 )
 
 EXAMPLE = torch.ones(2, 3)

@@ -29,18 +29,14 @@ from lola_flwr.clients.held_copies import complete_arrays
 from lola_flwr.machine.files import replacing
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.wire.versions import Manifest, Piece, Versions
-from tests.clients.test_assigned_block import (
+from tests.clients.own_project import (
     Net,
     federate,
     fit,
     make_app,
-    model,
     plain_train,
     prepared_train,
-    task,
 )
-
-__all__ = ["model", "task"]  # fixtures
 
 APPS = {
     "prepared": lambda held: make_app(prepared_train, [held]),

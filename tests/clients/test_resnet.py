@@ -13,7 +13,6 @@ from flwr.clientapp import ClientApp
 from flwr.common import parameters_to_ndarrays
 from flwr.server import Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
-from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 from lola_flwr.build import DeviceOptions, RoundSettings, coordinator_for_weights
@@ -23,18 +22,11 @@ from lola_flwr.errors import UserError
 from lola_flwr.strategies import LoLaDeft as LegacyLoLaDeft
 from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
-from tests.model.test_blocks import TorchvisionResNet
+from tests.model.block_cases import TorchvisionResNet
 from tests.strategies.in_process import InProcessGrid
 
 BLOCKS = ["layer1", "layer2", "layer3", "layer4"]
 EXAMPLE = torch.zeros(1, 3, 32, 32)
-
-
-@pytest.fixture(autouse=True)
-def task(monkeypatch):
-    """Flower makes messages only within a task."""
-    for name in ("_run_id", "_task_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+"""What a step costs, counted as PyTorch executes it."""
+
 from __future__ import annotations
 
 import warnings
@@ -24,19 +26,13 @@ from lola_flwr.model.blocks import BlockPartition, partition_parameters
 from simulations.benchmarks.cost_cases import CASES
 from simulations.benchmarks.counted_costs import compare
 from tests.conftest import SMALL
+from tests.costs.counting import REFUSED, partition_of
 from tests.marks import rest_slow
-from tests.model.test_blocks import CASES as MODELS
-from tests.model.test_blocks import built
+from tests.model.block_cases import CASES as MODELS
+from tests.model.block_cases import built
 
 # The others are like it; all of them are in the table of the documentation.
 FAST = ("Llama LM, LoRA on nf4", "Llama LM, LoRA on half of it")
-REFUSED = {"LSTM": r"recurrent layer .* set torch\.backends\.mkldnn\.enabled"}
-if not hasattr(torch.ops.aten, "_grouped_mm"):  # before PyTorch 2.9
-    REFUSED["OLMoE LM (experts)"] = r"grouped_mm_fallback takes is not known"
-
-
-def partition_of(model, **by_hand):
-    return partition_parameters((n for n, _ in model.named_parameters()), **by_hand)
 
 
 @pytest.mark.parametrize(
@@ -105,75 +101,6 @@ def layers_in_turn():
 
 def layers_of_stages():
     return MODELS["swin by layers"].make(), MODELS["swin by layers"].by_hand
-
-
-def test_layers_twice_by_hand():
-    model = nn.Sequential(
-        *(nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU()) for _ in range(3)),
-        nn.Linear(4, 2, bias=False),
-    )
-    partition = partition_of(model, blocks=["0", "1", "2"])
-    costs = model_costs(model, partition, batch_size=6)
-    twice = costs.step.recomputation()
-    np.testing.assert_array_equal(twice.further_flops, 6 * 2 * 16 * np.array([3, 2, 1]))
-
-
-def test_what_runs_twice_differently_is_not_counted_on(caplog):
-    class Grows(nn.Linear):
-        def forward(self, x):
-            return super().forward(x.add_(1))
-
-    model = nn.Sequential(*(Grows(4, 4, bias=False) for _ in range(3)))
-    model = nn.Sequential(model[0], nn.Sequential(model[1]), nn.Sequential(model[2]))
-    partition = partition_of(model, blocks=["0", "1", "2"])
-    costs = model_costs(model, partition, batch_size=6)
-    assert costs.step.recomputation() is None
-    assert "Sequential cannot be recomputed" in caplog.text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_what_layers_that_run_twice_take_is_what_pytorch_executes(name):
-    if "nf4" in name or "int8" in name:
-        pytest.importorskip("bitsandbytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if name in REFUSED or name == "LSTM without oneDNN":
-            # Which it is without is forgotten by the second run.
-            with pytest.raises(UserError):
-                compare(CASES[name], recompute=True)
-            return
-        rows = compare(CASES[name], recompute=True)
-    for row in rows:
-        # FRoD takes products of sparse matrices.
-        assert row.flops_ratio == pytest.approx(1, abs=0.04)
-        assert row.step_ratio == pytest.approx(1, abs=0.05)
-        assert row.memory_ratio == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("span", [(0,), (6,), (0, 1, 2), (6, 7, 8)])
-def test_what_is_estimated_of_layers_that_run_twice_is_what_is_counted(span):
-    with torch.device("meta"):
-        config = hf.RobertaConfig(max_position_embeddings=514, type_vocab_size=1)
-        model = hf.RobertaForSequenceClassification(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    sizes = {"batch_size": 16, "sequence_length": 128}
-    partition = partition_of(model)
-    first = span[0]
-    estimated, counts = (
-        costs.joined([span]).step
-        for costs in (
-            estimate_costs(shapes, partition, dropout_heads=12, **sizes),
-            model_costs(model, partition, **sizes),
-        )
-    )
-    flops = [step.recomputation().further_flops[first] for step in (estimated, counts)]
-    assert flops[0] == pytest.approx(flops[1], rel=0.02)
-    for size in (16, 2):
-        levers = Levers(size, recompute_suffix=True)
-        peaks = [step.peak_bytes(levers)[first] for step in (estimated, counts)]
-        assert peaks[0] == pytest.approx(peaks[1], rel=0.05)
 
 
 LAYERS = rest_slow([layers_alike, layers_in_turn, layers_of_stages])
@@ -340,129 +267,6 @@ def test_forward_passes_alone(roberta):
     assert pairs.memory_bytes.max() < costs.memory_bytes[0]
     pool = with_pool(costs, roberta, partition, **sizes, pool_factor=4)
     np.testing.assert_allclose(pool.flops - costs.flops, 4 * forward)
-
-
-# --- inputs, and what is refused ------------------------------------------------------
-
-INPUTS = {
-    "roberta": {"input_ids": (1, 7), "attention_mask": (1, 7), "labels": (1,)},
-    "gpt2 language model": {
-        "input_ids": (1, 7),
-        "attention_mask": (1, 7),
-        "labels": (1, 7),
-    },
-    "t5 encoder": {"input_ids": (1, 7), "attention_mask": (1, 7), "labels": (1, 7)},
-    "vit": {"pixel_values": (1, 3, 32, 32), "labels": (1,)},
-    "swin by stages": {"pixel_values": (1, 3, 32, 32), "labels": (1,)},
-}
-
-
-@pytest.mark.parametrize("name", INPUTS)
-def test_a_models_input_follows_from_its_configuration(name):
-    model = MODELS[name].make()
-    example = training_example(model, 7)
-    assert {n: tuple(value.shape) for n, value in example.items()} == INPUTS[name]
-
-
-@pytest.mark.parametrize(
-    ("problem", "num_labels", "shape", "dtype"),
-    [
-        (None, 1, (1,), torch.float32),
-        ("regression", 3, (1, 3), torch.float32),
-        ("multi_label_classification", 3, (1, 3), torch.float32),
-        (None, 3, (1,), torch.long),
-    ],
-)
-def test_labels_are_of_the_problems_kind(problem, num_labels, shape, dtype):
-    config = hf.BertConfig(**SMALL, num_labels=num_labels, problem_type=problem)
-    model = hf.BertForSequenceClassification(config)
-    labels = training_example(model, 7)["labels"]
-    assert (tuple(labels.shape), labels.dtype) == (shape, dtype)
-    costs = model_costs(model, partition_of(model), batch_size=2, sequence_length=7)
-    assert (costs.flops > 0).all()
-
-
-# Models that have to be told what they read.
-NEED_EXAMPLES = {
-    "resnet by layers": r'"pixel_values": torch\.zeros\(1, 3, 224, 224\)',
-    "resnet by stages": r'"pixel_values": torch\.zeros\(1, 3, 224, 224\)',
-    "torchvision's resnet by layers": r"example=torch\.zeros\(1, 3, 224, 224\)",
-    "torchvision's resnet by stages": r"example=torch\.zeros\(1, 3, 224, 224\)",
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name in (*NEED_EXAMPLES, "deberta-v2 with convolution")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in MODELS
-    ],
-)
-def test_every_model_is_counted_or_refused_with_what_to_pass(name):
-    case = MODELS[name]
-    model, batch = built(case)
-    partition = partition_of(model, **case.by_hand)
-    options = {"batch_size": 4, "sequence_length": 1 if case.batch == "tensor" else 7}
-    if name in NEED_EXAMPLES:
-        with pytest.raises(UserError, match=NEED_EXAMPLES[name]) as refusal:
-            model_costs(model, partition, **options)
-        assert "\n" not in str(refusal.value)
-        options["example"] = batch.get("input", batch)
-    costs = model_costs(model, partition, **options)
-    assert (costs.flops > 0).all()
-    assert np.isfinite(costs.memory_bytes).all()
-
-
-def refused(model, match, *, partition=None, **options):
-    sizes = {"batch_size": 2, "sequence_length": 7, **options}
-    with pytest.raises(UserError, match=match) as refusal:
-        model_costs(model, partition or partition_of(model), **sizes)
-    assert "\n" not in str(refusal.value)
-
-
-def test_what_depends_on_values_needs_weights():
-    config = hf.DebertaV2Config(**SMALL)
-    with torch.device("meta"):
-        model = hf.DebertaV2ForSequenceClassification(config)
-    refused(
-        model, r"depends on values \(.*aten\.nonzero.* only with weights: load them"
-    )
-
-
-def test_an_input_that_does_not_fit_is_named(roberta):
-    example = {"input_ids": torch.zeros(1, 9), "labels": torch.zeros(1)}
-    match = r'"input_ids": torch\.zeros\(1, 9\), .* it fails: .*pass example='
-    refused(roberta, match, example=example)
-
-
-class Odd(nn.Module):
-    """Four layers whose products PyTorch has no formula for."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + torch.cdist(layer(x), layer(x))
-        return x
-
-
-def test_operations_without_a_formula_are_refused():
-    refused(
-        Odd(),
-        r"aten::_cdist_forward takes is not known.*register_flop_formula",
-        example=torch.zeros(1, 4, 4),
-    )
-
-
-def test_a_block_without_a_gradient_is_refused():
-    config = hf.LlamaConfig(**SMALL, num_key_value_heads=1, pad_token_id=0)
-    model = hf.LlamaForCausalLM(config)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    refused(model, r"has no gradient.*|computes the gradients of all.* use_reentrant")
 
 
 class TestWeights:

@@ -14,7 +14,7 @@ from lola_flwr.d2ft.training import reduced_gradient
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import partition_parameters
-from tests.d2ft.test_execution import make
+from tests.d2ft.cases import make
 from tests.model.test_backprop import saved_bytes
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL

@@ -22,13 +22,8 @@ from lola_flwr.planning import RoundProblem
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.payload import Payloads
 from lola_flwr.wire.records import Assignment
-from tests.d2ft.test_execution import make
-from tests.server.test_coordinator import (
-    PARTITION,
-    SHAPES,
-    honest_reply,
-    make_coordinator,
-)
+from tests.d2ft.cases import make
+from tests.server.coordinators import PARTITION, SHAPES, honest_reply, make_coordinator
 
 COSTS = estimate_costs(SHAPES, PARTITION, batch_size=4000, sequence_length=4)
 IDS = ["a", "b", "c"]

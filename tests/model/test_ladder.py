@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,97 +10,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lola_flwr.build import coordinator_for
 from lola_flwr.clients import BlockDevice
-from lola_flwr.costs.counter import saved_bytes
-from lola_flwr.costs.memory import Levers
 from lola_flwr.costs.of_model import model_costs
-from lola_flwr.d2ft.find import find_subnetworks
-from lola_flwr.device.prefix import (
-    ActivationCache,
-    LayeredWeights,
-    StreamedModel,
-    reused_prefix,
-    save_base,
-)
-from lola_flwr.errors import UserError
-from lola_flwr.export.describe import ExportedModel
 from lola_flwr.model.adapter_blocks import model_partition
-from lola_flwr.model.adapter_trial import check_merging, check_saving
+from lola_flwr.model.adapter_trial import check_saving
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.backprop import block_gradient, model_loss, train_mode
-from lola_flwr.model.example import example_of
 from lola_flwr.model.loading import fingerprint
-from lola_flwr.model.recompute import recomputed_suffix
-from lola_flwr.model.saved_adapters import merge, save_model
+from lola_flwr.model.saved_adapters import save_model
 from lola_flwr.model.saved_ladder import load_ladder
 from lola_flwr.server.replies import DeviceReply
 from lola_flwr.system.devices import simulated_device
 from tests.marks import rest_slow
-from tests.server.test_coordinator import npy
+from tests.model.ladders import FAMILIES, SIZES, examples, moved, plain, with_ladder
+from tests.server.coordinators import npy
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
-# Heads of 8 features; two of keys and values.
-LLAMA = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
-GPT2 = {"vocab_size": 60, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
-DISTILBERT = {"vocab_size": 60, "dim": 32, "n_layers": 3, "n_heads": 4}
-FAMILIES = {
-    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", SIZES),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
-    "bert": ("BertForSequenceClassification", "BertConfig", SIZES),
-    "distilbert": (
-        "DistilBertForSequenceClassification",
-        "DistilBertConfig",
-        {**DISTILBERT, "hidden_dim": 64},
-    ),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA),
-    "llama-classifier": ("LlamaForSequenceClassification", "LlamaConfig", LLAMA),
-    "vit": (
-        "ViTForImageClassification",
-        "ViTConfig",
-        {**SIZES, "image_size": 32, "patch_size": 16},
-    ),
-}
 each_family = pytest.mark.parametrize("family", rest_slow(FAMILIES, fast=2))
-
-
-def plain(family="roberta"):
-    model, config, sizes = FAMILIES[family]
-    torch.manual_seed(0)
-    made = getattr(transformers, config)(**sizes)
-    return getattr(transformers, model)(made).eval()
-
-
-def sized(**sizes):
-    torch.manual_seed(0)
-    config = transformers.RobertaConfig(**{**SIZES, **sizes})
-    return transformers.RobertaForSequenceClassification(config).eval()
-
-
-def with_ladder(family="roberta", seed=0, **options):
-    return adapt(plain(family), "ladder", {"r": 4, **options}, seed=seed)
-
-
-def moved(model):
-    """Move what is trained to where every value of it matters."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name in model_partition(model).trainable:
-            values = model.get_parameter(name)
-            values.add_(0.1 * torch.randn_like(values))
-    return model
-
-
-def examples(model, count=4, num_tokens=7):
-    batch = example_of(model, count, num_tokens=num_tokens)
-    is_lm = "LM" in type(model).__name__
-    labels = batch["input_ids"].clone() if is_lm else torch.arange(count) % 2
-    return {**batch, "labels": labels}
 
 
 def by_autograd(model, partition, batch):
@@ -272,103 +193,6 @@ class TestBeginning:
         assert all(values.abs().max() > 0 for values in found.values())
 
 
-class TestForwardPass:
-    def test_the_frozen_model_has_no_dropout_and_keeps_nothing(self):
-        model = with_ladder()
-        train_mode(model)
-        partition, batch = model_partition(model), examples(model, 8, 24)
-        seen = []
-        model.roberta.encoder.layer[2].attention.register_forward_hook(
-            lambda *given: seen.append(given[2][0])
-        )
-        for _ in range(2):
-            block_gradient(model, partition, 0, batch)
-        assert torch.equal(*seen)
-        assert not any(part.training for part in model.roberta.modules())
-        assert all(part.training for part in model.ladder.modules())
-        assert model.classifier.dropout.training
-
-        def step(of, blocks):
-            def run():
-                for name, parameter in of.named_parameters():
-                    parameter.requires_grad_(name in blocks.update_names(0))
-                model_loss(of, batch)
-
-            return saved_bytes(of, run)
-
-        # Of 3 narrow layers side layers keep much; that the model's keep nothing shows
-        # where they are wider and the side network is not.
-        wide = adapt(sized(hidden_size=64, intermediate_size=128), "ladder", {"r": 8})
-        more = model_partition(wide)
-        read = 8 * 24 * 4 * (64 - 32)  # the first block's projection keeps two states
-        kept = step(wide.train(), more) - step(model, partition)
-        assert kept < 3 * read
-
-    def test_a_copy_has_a_side_network_of_its_own(self):
-        model = moved(with_ladder())
-        batch = examples(model)
-        twin = copy.deepcopy(model)
-        with torch.no_grad():
-            before = model(**batch).logits
-            twin.ladder.up.weight.zero_()
-            assert torch.equal(model(**batch).logits, before)
-            assert not torch.equal(twin(**batch).logits, before)
-
-    def test_a_pass_that_failed_is_forgotten(self):
-        model = moved(with_ladder())
-        batch = examples(model)
-        with torch.no_grad():
-            before = model(**batch).logits
-
-            def fail(*_):
-                raise MemoryError
-
-            handle = model.roberta.encoder.layer[1].register_forward_pre_hook(fail)
-            with pytest.raises(MemoryError):
-                model(**batch)
-            handle.remove()
-            copy.deepcopy(model)
-            assert torch.equal(model(**batch).logits, before)
-
-    def test_side_layers_may_run_twice(self):
-        model = moved(with_ladder()).train()
-        partition, batch = model_partition(model), examples(model)
-        torch.manual_seed(3)
-        once = block_gradient(model, partition, 0, batch)
-        torch.manual_seed(3)
-        with recomputed_suffix(model, partition, 0):
-            twice = block_gradient(model, partition, 0, batch)
-        for name, gradient in once.gradients.items():
-            torch.testing.assert_close(twice.gradients[name], gradient)
-
-    def test_generation_goes_without_keys_and_values(self):
-        model = moved(with_ladder("llama"))
-        ids = examples(model, 1)["input_ids"]
-        options = {"max_new_tokens": 4, "do_sample": False}
-        found = model.generate(ids, use_cache=False, **options)
-        expected = ids
-        for _ in range(4):
-            with torch.no_grad():
-                following = model(expected).logits[:, -1].argmax(-1, keepdim=True)
-            expected = torch.cat([expected, following], dim=1)
-            if following.item() == model.config.eos_token_id:
-                break
-        assert torch.equal(found, expected)
-        with pytest.raises(UserError, match="use_cache=False"):
-            model.generate(ids, use_cache=True, **options)
-
-    def test_a_checkpointed_model_has_the_same_gradient(self):
-        model = moved(with_ladder()).train()
-        partition, batch = model_partition(model), examples(model)
-        torch.manual_seed(3)
-        expected = block_gradient(model, partition, 0, batch)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(3)
-        found = block_gradient(model, partition, 0, batch)
-        for name, gradient in expected.gradients.items():
-            torch.testing.assert_close(found.gradients[name], gradient)
-
-
 @pytest.mark.parametrize("base", ["bf16", *rest_slow(["nf4", "int8"], fast=0)])
 @pytest.mark.parametrize("family", ["roberta", "llama"])
 def test_a_base_in_fewer_bits(family, base, tmp_path):
@@ -435,134 +259,6 @@ class TestCosts:
         below = costs.step.working_bytes.of(16)
         weights = sum(p.nbytes for p in model.parameters())
         assert costs.memory_bytes[0] < 1.3 * (weights + below)
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"r": 3}, "no multiple of it.*divide the features of a head, 8"),
-            ({"r": 16}, "divide the features of a head, 8"),
-            ({"r": 1}, "by a factor of 2 or more"),
-            ({"r": True}, "by a factor of 2 or more"),
-            ({"rank": 8}, "options r and stack; got 'rank'"),
-            ({"r": 4, "stack": "encoder"}, "No stack of layers at stack='encoder'"),
-        ],
-    )
-    def test_options(self, options, message):
-        with pytest.raises(UserError, match=message):
-            adapt(plain(), "ladder", options)
-
-    @pytest.mark.parametrize(
-        ("kind", "config", "sizes", "message"),
-        [
-            ("CohereForCausalLM", "CohereConfig", SIZES, "no such pairs"),
-            (
-                "DebertaV2ForSequenceClassification",
-                "DebertaV2Config",
-                {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-                "do not run as those of DebertaV2ForSequenceClassification are called",
-            ),
-            (
-                "T5ForConditionalGeneration",
-                "T5Config",
-                {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64},
-                "2 stacks have 6 layers",
-            ),
-        ],
-    )
-    def test_models(self, kind, config, sizes, message):
-        made = getattr(transformers, config)(**sizes)
-        with pytest.raises(UserError, match=message):
-            adapt(getattr(transformers, kind)(made).eval(), "ladder", {"r": 4})
-
-    def test_what_is_no_model_of_transformers(self):
-        with pytest.raises(UserError, match="models of transformers"):
-            adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), "ladder")
-        with pytest.raises(UserError, match="have no ladder yet"):
-            adapt(with_ladder(), "ladder", {"r": 4})
-
-    def test_other_blocks(self):
-        model = with_ladder()
-        for named in ({"stack": "roberta.encoder.layer"}, {"blocks": r"roberta\.\d"}):
-            with pytest.raises(UserError, match="name the stack that it stands beside"):
-                model_partition(model, **named)
-        named = "roberta.encoder.layer"
-        assert model_partition(with_ladder(stack=named), stack=named).num_blocks == 3
-
-    def test_merging(self):
-        model = with_ladder()
-        for refused in (merge, lambda given: check_merging(given, examples(given))):
-            with pytest.raises(UserError, match="cannot be merged"):
-                refused(model)
-
-    def test_layers_below_left_out(self, tmp_path):
-        model = with_ladder()
-        save_base(model, tmp_path)
-        partition = model_partition(model)
-        cache = ActivationCache(1 << 20)
-        with pytest.raises(UserError, match="none below it to be left out"):
-            reused_prefix(model, partition, 2, cache)
-        with pytest.raises(UserError, match="none below it to be left out"):
-            StreamedModel(model, partition, LayeredWeights(tmp_path, tmp_path))
-        # So a device that could stream plans for no less.
-        costs = model_costs(model, partition, batch_size=4, sequence_length=7)
-        plain_bytes, streamed_bytes = (
-            costs.step.peak_bytes(Levers(4, stream_prefix=stream))
-            for stream in (False, True)
-        )
-        np.testing.assert_array_equal(streamed_bytes, plain_bytes)
-
-    def test_d2ft_and_exports(self):
-        model = with_ladder()
-        partition = model_partition(model)
-        with pytest.raises(UserError, match="or another method than D2FT"):
-            find_subnetworks(model, partition)
-        costs = model_costs(model, partition, batch_size=4, sequence_length=7)
-        with pytest.raises(UserError, match="are not exported"):
-            ExportedModel(
-                name="it",
-                model=model,
-                partition=partition,
-                example=examples(model),
-                batch_size=4,
-                sequence_length=7,
-                costs=costs,
-            )
-
-
-class TestSavedDirectories:
-    def test_another_model_is_refused(self, tmp_path):
-        save_model(with_ladder(), tmp_path)
-        other = plain()
-        with torch.no_grad():
-            other.roberta.encoder.layer[0].output.dense.weight[0, 0] += 1
-        with pytest.raises(UserError, match="stands beside another model"):
-            load_ladder(other, tmp_path)
-        assert not hasattr(other, "ladder")
-        with pytest.raises(UserError, match="num_labels=2"):
-            load_ladder(plain("bert"), tmp_path)
-
-    def test_damage_is_refused(self, tmp_path):
-        with pytest.raises(UserError, match="no side network that can be read"):
-            load_ladder(plain(), tmp_path)
-        save_model(with_ladder(), tmp_path)
-        about = json.loads((tmp_path / "ladder.json").read_text())
-        (tmp_path / "ladder.json").write_text(json.dumps({**about, "format": 2}))
-        with pytest.raises(UserError, match="format 2, not 1"):
-            load_ladder(plain(), tmp_path)
-        (tmp_path / "ladder.json").write_text(
-            json.dumps({**about, "r": 2, "offset": 1})
-        )
-        with pytest.raises(UserError, match="has other values"):
-            load_ladder(plain(), tmp_path)
-        (tmp_path / "ladder.json").write_text(json.dumps({**about, "offset": 4}))
-        with pytest.raises(UserError, match="is not below its r"):
-            load_ladder(plain(), tmp_path)
-        (tmp_path / "ladder.json").write_text(json.dumps(about))
-        (tmp_path / "ladder.safetensors").write_bytes(b"\0" * 20)
-        with pytest.raises(UserError, match="no side network that can be read"):
-            load_ladder(plain(), tmp_path)
 
 
 def test_a_round_steps_the_side_network(batch):

@@ -22,7 +22,7 @@ from lola_flwr.model.recording import NoGradient, noted_calls
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.records import Assignment
 from tests.conftest import SMALL
-from tests.d2ft.test_execution import FULL, make
+from tests.d2ft.cases import FULL, make
 from tests.server.spread import test_remote
 from tests.server.spread.test_remote import DRAWS, Devices, spread, spread_gradient
 

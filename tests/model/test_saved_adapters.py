@@ -14,8 +14,9 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.adapter_trial import _OtherSigns, check_merging, check_saving
 from lola_flwr.model.adapters import adapt
-from lola_flwr.model.saved_adapters import merge, save_model
+from lola_flwr.model.saved_adapters import SAVED_BASE, merge, save_model
 from tests.conftest import SMALL
+from tests.marks import rest_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -118,6 +119,17 @@ class TestTrial:
             check_saving(model, plain, INPUTS)
         assert "\n" not in str(one.value)
 
+    def test_what_does_not_run_as_it_is_read_back(self):
+        def of_fewer_words():
+            config = copy.deepcopy(CONFIGS["roberta"])
+            config.vocab_size = 4
+            return HEADS["SEQ_CLS"].from_config(config).eval()
+
+        model = adapt(plain(), "lora")
+        with pytest.raises(UserError, match=r"cannot be read back .*save it") as one:
+            check_saving(model, of_fewer_words, INPUTS)
+        assert "\n" not in str(one.value)
+
     def test_a_trained_value_that_is_not_saved(self):
         model = adapt(plain(), "lora")
         model.base_model.model.roberta.embeddings.LayerNorm.weight.requires_grad_(True)
@@ -162,6 +174,54 @@ class TestTrial:
             check_merging(model, INPUTS)
         # The trial was one on a copy.
         assert model_partition(model).num_blocks == 3
+
+
+class TestHeadOnAHalfBase:
+    """The head is trained in full and in float32, on hidden states in bfloat16."""
+
+    @pytest.mark.parametrize(
+        ("family", "head", "tuning", "options"),
+        rest_slow(
+            [
+                ("roberta", "SEQ_CLS", "lora", {}),
+                ("roberta", "SEQ_CLS", "lora", {"init_lora_weights": "pissa"}),
+                *((family, "SEQ_CLS", "lora", {}) for family in [*CONFIGS][::-1]),
+                *(("roberta", head, "lora", {}) for head in [*HEADS][1:]),
+                *(("roberta", "SEQ_CLS", t, {}) for t in ("ia3", "vera", "loha")),
+            ],
+            fast=3,
+        ),
+    )
+    def test_is_tried_and_read_by_plain_peft(
+        self, family, head, tuning, options, tmp_path
+    ):
+        model = adapt(plain(family, head), tuning, options, base="bf16")
+        check_saving(model, lambda: plain(family, head), INPUTS)
+        check_merging(model, INPUTS)
+        moved(model)
+        save_model(model, tmp_path)
+        expected, largest = outputs(model), outputs(model).abs().max()
+        assert expected.dtype == torch.float32
+        beside = tmp_path / SAVED_BASE
+        for dtype in (torch.float32, torch.bfloat16):
+            base = plain(family, head)
+            if beside.is_dir():
+                base = type(base).from_pretrained(beside)
+            read = peft.PeftModel.from_pretrained(base.to(dtype), tmp_path).eval()
+            # Of half a mantissa's bits, three layers leave two decimal digits.
+            assert (outputs(read).float() - expected).abs().max() < 0.05 * largest
+
+    def test_a_tuner_that_reads_the_base_anew_is_refused_in_one_line(self):
+        model = adapt(plain(), "psoft", {"r": 4}, base="bf16")
+        with pytest.raises(UserError, match=r"'psoft' .*save it merged") as one:
+            check_saving(model, plain, INPUTS)
+        assert "\n" not in str(one.value)
+        check_merging(model, INPUTS)
+
+    def test_what_does_not_run_is_told_another_base(self):
+        with pytest.raises(UserError, match=r"not run on it .*, or base='fp32'") as one:
+            adapt(plain(), "lntuning", base="bf16")
+        assert "\n" not in str(one.value)
 
 
 def test_other_signs_are_as_good():

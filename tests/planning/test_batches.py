@@ -22,12 +22,7 @@ from lola_flwr.run.records import BlockRecord
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 from lola_flwr.wire.payload import UpdateSizes
-from tests.server.test_coordinator import (
-    PARTITION,
-    SHAPES,
-    honest_reply,
-    make_coordinator,
-)
+from tests.server.coordinators import PARTITION, SHAPES, honest_reply, make_coordinator
 
 GRID = (8, 16, 32, 64, 128)
 TOKENS = 64

@@ -16,12 +16,7 @@ from lola_flwr.run.values import to_values
 from lola_flwr.server.state import RunState
 from lola_flwr.system.devices import simulated_device
 from tests.marks import rest_slow
-from tests.server.test_coordinator import (
-    PARTITION,
-    SHAPES,
-    honest_reply,
-    make_coordinator,
-)
+from tests.server.coordinators import PARTITION, SHAPES, honest_reply, make_coordinator
 from tests.zeroth_order.test_zeroth_order import settings
 
 

@@ -21,7 +21,7 @@ from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.packing import pack
 from lola_flwr.wire.records import Assignment
 from tests.reliability.tiny_run import run
-from tests.server.test_coordinator import (
+from tests.server.coordinators import (
     PARTITION,
     SHAPES,
     fleet_of_equals,

@@ -29,7 +29,7 @@ from lola_flwr.wire.codec import CODECS, codec_named
 from lola_flwr.wire.npy import MalformedArray, read_npy
 from lola_flwr.wire.packing import GRADIENTS, pack
 from lola_flwr.wire.records import Assignment, MalformedRecord, UpdateReport
-from tests.server.test_coordinator import (
+from tests.server.coordinators import (
     PARTITION,
     SHAPES,
     honest_reply,

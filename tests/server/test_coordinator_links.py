@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lola_flwr.system.devices import simulated_device
-from tests.server.test_coordinator import honest_reply, make_coordinator
+from tests.server.coordinators import honest_reply, make_coordinator
 
 RATES_BPS = {"id-0": 4e5, "id-1": 2e5, "id-2": 1e5}
 

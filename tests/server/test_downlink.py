@@ -16,12 +16,7 @@ from lola_flwr.system.channel import Channel, rates_down_bps
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 from lola_flwr.system.own_channel import Moment
 from lola_flwr.wire.payload import SizesDown
-from tests.server.test_coordinator import (
-    PARTITION,
-    SHAPES,
-    honest_reply,
-    make_coordinator,
-)
+from tests.server.coordinators import PARTITION, SHAPES, honest_reply, make_coordinator
 
 IDS = [f"id-{n}" for n in range(6)]
 GAIN_DB = 3.0

@@ -12,7 +12,7 @@ from lola_flwr.run.target import Target, reached
 from lola_flwr.server.state import RunState
 from lola_flwr.system.channel import DownlinkChannel
 from lola_flwr.system.devices import FleetRanges, simulated_device
-from tests.server.test_coordinator import honest_reply, make_coordinator
+from tests.server.coordinators import honest_reply, make_coordinator
 
 NAMES = [f"id-{index}" for index in range(6)]
 RANGES = FleetRanges().with_powers()

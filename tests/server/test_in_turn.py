@@ -17,12 +17,7 @@ from lola_flwr.server.selection import Selection
 from lola_flwr.system.channel import DownlinkChannel, full_band_rate_bps
 from lola_flwr.system.devices import InvalidProfile, simulated_device
 from lola_flwr.wire.records import UpdateReport
-from tests.server.test_coordinator import (
-    PARTITION,
-    SHAPES,
-    honest_reply,
-    make_coordinator,
-)
+from tests.server.coordinators import PARTITION, SHAPES, honest_reply, make_coordinator
 from tests.server.test_power_limited import snr_of
 
 BANDWIDTH_HZ = 2e4

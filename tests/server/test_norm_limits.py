@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lola_flwr.server.norm_limits import NormHistory, NormLimits
-from tests.server.test_coordinator import honest_reply, make_coordinator
+from tests.server.coordinators import honest_reply, make_coordinator
 
 
 def test_the_usual_norm_is_the_median_of_a_block():

@@ -7,7 +7,7 @@ import numpy as np
 from lola_flwr.run.values import to_values
 from lola_flwr.server.state import RunState
 from lola_flwr.system.devices import simulated_device
-from tests.server.test_coordinator import honest_reply, make_coordinator
+from tests.server.coordinators import honest_reply, make_coordinator
 
 IDS = ["id-0", "id-1", "id-2", "id-3"]
 

@@ -11,7 +11,7 @@ import pytest
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.system.mobility import Mobility
 from lola_flwr.system.own_channel import find_channel
-from tests.server.test_coordinator import honest_reply, make_coordinator
+from tests.server.coordinators import honest_reply, make_coordinator
 
 IDS = [f"id-{n}" for n in range(5)]
 MBIT_S = (3.5, 0.7, 12.125, 1.1, 6.6)

@@ -18,12 +18,7 @@ from lola_flwr.system.channel import DownlinkChannel
 from lola_flwr.system.devices import InvalidProfile, simulated_device
 from tests.allocation.allocation_oracle import least_share
 from tests.planning.test_batches import fleet, known, statement
-from tests.server.test_coordinator import (
-    PARTITION,
-    SHAPES,
-    honest_reply,
-    make_coordinator,
-)
+from tests.server.coordinators import PARTITION, SHAPES, honest_reply, make_coordinator
 
 BANDWIDTH_HZ = 2e4
 LIMITED = {"uplink": "power-limited", "bandwidth_hz": BANDWIDTH_HZ}

@@ -23,7 +23,7 @@ from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.payload import update_bytes
 from lola_flwr.wire.records import UpdateReport
 from tests.flat_settings import coordinator_of
-from tests.server.test_coordinator import npy
+from tests.server.coordinators import npy
 
 RANK, WIDTH = 8, 150
 SHAPES = {

@@ -18,7 +18,7 @@ from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.packing import GRADIENTS, pack
 from lola_flwr.wire.records import Assignment, UpdateReport
 from lola_flwr.zeroth_order.directions import Directions, estimated_gradient
-from tests.server.test_coordinator import PARTITION, SHAPES, npy
+from tests.server.coordinators import PARTITION, SHAPES, npy
 
 BLOCK, ROUND, MOST = 1, 3, 8
 STATISTICS = {

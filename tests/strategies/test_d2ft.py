@@ -9,14 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Error,
-    Message,
-    MetricRecord,
-)
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
@@ -36,7 +29,7 @@ from lola_flwr.strategies import Waits
 from lola_flwr.strategies.d2ft import D2FT
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 from lola_flwr.wire.records import REPORT_KEY
-from tests.d2ft.test_execution import make
+from tests.d2ft.cases import make
 from tests.flat_settings import with_fields
 from tests.strategies.in_process import InProcessGrid
 

@@ -28,7 +28,7 @@ from lola_flwr.wire.components import (
 from lola_flwr.wire.payload import UpdateSizes
 from lola_flwr.wire.records import Assignment, MalformedRecord, UpdateReport
 from tests.allocation.test_inclusion import every_draw
-from tests.server.test_coordinator import npy
+from tests.server.coordinators import npy
 
 RANK = 4
 SHAPES = {

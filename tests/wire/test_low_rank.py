@@ -26,7 +26,7 @@ from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.packing import GRADIENTS
 from lola_flwr.wire.records import Assignment
-from tests.server.test_coordinator import npy
+from tests.server.coordinators import npy
 
 P = LowRankProjection(rank=4, period=5, seed=3)
 

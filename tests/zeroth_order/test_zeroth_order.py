@@ -29,7 +29,7 @@ from lola_flwr.zeroth_order.directions import (
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 from lola_flwr.zeroth_order.projections import projected_gradients
 from simulations.compare.measure import peak_bytes
-from tests.server.test_coordinator import (
+from tests.server.coordinators import (
     PARTITION,
     SHAPES,
     honest_reply,

@@ -20,7 +20,7 @@ from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.model.loading import fingerprint
 from lola_flwr.model.recompute import recomputed_suffix
 from tests.conftest import SMALL
-from tests.device.prefix.test_reuse import FAMILIES, assert_same, bert, partition_of
+from tests.device.prefix.families import FAMILIES, assert_same, bert, partition_of
 
 
 def streamed(make, model, tmp_path, save=save_base):

@@ -11,7 +11,7 @@ from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.replies import UpdateReader
 from lola_flwr.server.round.intake import read_replies
 from lola_flwr.wire.versions import Manifest, Piece
-from tests.server.test_coordinator import (
+from tests.server.coordinators import (
     PARTITION,
     SHAPES,
     honest_reply,

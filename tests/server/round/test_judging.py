@@ -12,7 +12,7 @@ from lola_flwr.run.values import to_values
 from lola_flwr.server.coordinator import Coordinator
 from lola_flwr.server.reputation import Reputation
 from lola_flwr.system.devices import simulated_device
-from tests.server.test_coordinator import (
+from tests.server.coordinators import (
     PARTITION,
     SHAPES,
     honest_reply,

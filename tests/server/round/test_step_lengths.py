@@ -9,7 +9,7 @@ import pytest
 
 from lola_flwr.build import RoundMode
 from lola_flwr.system.gradient_noise import step_length
-from tests.server.test_coordinator import PARTITION, honest_reply, make_coordinator
+from tests.server.coordinators import PARTITION, honest_reply, make_coordinator
 
 NOISE = 300.0
 

@@ -25,12 +25,7 @@ from lola_flwr.server.selection import (
 )
 from lola_flwr.server.selection.importance import measure_importance
 from lola_flwr.server.selection.outliers import outlier_ratios
-from tests.server.test_coordinator import (
-    PARTITION,
-    SHAPES,
-    honest_reply,
-    make_coordinator,
-)
+from tests.server.coordinators import PARTITION, SHAPES, honest_reply, make_coordinator
 
 IDS = ["id-0", "id-1", "id-2", "id-3"]
 VALUES = {name: np.ones(SHAPES[name], np.float32) for name in PARTITION.trainable}

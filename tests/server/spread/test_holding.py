@@ -25,9 +25,9 @@ from lola_flwr.optimizer import ServerOptimizer
 from lola_flwr.run.checkpoint import Checkpoints
 from lola_flwr.server.spread.exchange import PartFailed, PartReply
 from lola_flwr.system.devices import DeviceProfile
-from tests.d2ft.test_execution import make
+from tests.d2ft.cases import make
 from tests.marks import rest_slow
-from tests.server.test_coordinator import npy
+from tests.server.coordinators import npy
 from tests.test_optimizer_snapshot import usable_optimizers
 
 DEVICES = ["a", "b", "c"]

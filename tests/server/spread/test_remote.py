@@ -31,9 +31,9 @@ from lola_flwr.server.spread.remote import spread_gradient
 from lola_flwr.server.spread.returns import fetch
 from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.records import MalformedRecord, PartReport, PartTask
-from tests.d2ft.test_execution import FAMILIES, Case, make
+from tests.d2ft.cases import FAMILIES, Case, make
 from tests.marks import rest_slow
-from tests.server.test_coordinator import npy
+from tests.server.coordinators import npy
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
 DEVICES = ["a", "b", "c"]
