@@ -63,18 +63,16 @@ class ExampleGradientsOf:
     def groups(self) -> IntArray:
         """The number of each example's group, [R]: those of a class are one.
 
-        Examples of classes that have few are a group together, and all are one where
+        All are one where a class has too few to have a mean of its own, and where
         labels are no classes: numbers, or a label for every token.
         """
         labels = self.batch_of(np.arange(self.count)).get("labels")
         if labels is None or labels.ndim != 1 or labels.is_floating_point():
             return np.zeros(self.count, int)
-        classes, sizes = np.unique(labels.numpy(), return_counts=True)
-        large = classes[sizes >= _OF_A_GROUP]
-        # The others stand together, behind.
-        known = np.isin(labels.numpy(), large)
-        groups = np.where(known, np.searchsorted(large, labels.numpy()), len(large))
-        return np.unique(groups, return_inverse=True)[1]
+        _, groups, sizes = np.unique(
+            labels.numpy(force=True), return_inverse=True, return_counts=True
+        )
+        return groups if sizes.min() >= _OF_A_GROUP else np.zeros(self.count, int)
 
     def __call__(
         self, values: Float32Arrays, chosen: IntArray, rows: Rows

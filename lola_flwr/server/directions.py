@@ -88,10 +88,15 @@ def sketch(gradients: Float32Arrays, names: Iterable[str], key: int) -> Sketch |
     for name in names:
         drawn = _drawn(key, name, gradients[name].shape)
         total += drawn.projected(_evened(drawn.rows_of(gradients[name])))
-    length = math.sqrt(float(total @ total))
+    return sketch_of(total)
+
+
+def sketch_of(projected: Float64Array) -> Sketch | None:
+    """Return a projection, shape [D], as a sketch keeps it; None of one that is zero."""
+    length = math.sqrt(float(projected @ projected))
     if not length:
         return None
-    return np.rint(total * (_LENGTH / length)).astype(np.int16)
+    return np.rint(projected * (_LENGTH / length)).astype(np.int16)
 
 
 def projection(

@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.arrays import Float64Array, IntArray
+from lola_flwr.server.directions import sketch_of
 from lola_flwr.server.own_examples import ExampleMean, means_of
 
 # Mean cosine that two devices may have in common. In runs without attack no pair's mean
@@ -49,8 +50,6 @@ _BEYOND_CHANCE = 0.1
 _LARGEST = 2.0
 # Latest updates of a part of the model that a new one is compared with.
 _LATEST = 16
-# Of a sketch: whole numbers, so that a checkpoint is exact.
-_LENGTH = 4000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +66,6 @@ class Said:
 
     device: str
     sketch: npt.NDArray[np.int16]
-
-    @classmethod
-    def of(cls, device: str, projected: Float64Array) -> Said:
-        """Take in a projection that is not zero, shape [D]."""
-        scale = _LENGTH / np.linalg.norm(projected)
-        return cls(device, np.rint(projected * scale).astype(np.int16))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +118,13 @@ class Likeness:
             Projections of the server's examples' gradients by part, shape [R, D].
         groups
             The number of each example's group, [R]: what its mean explains is nothing
-            that devices have in common.
+            that devices have in common. Where all are one, classes are not known, and
+            devices of one class would be taken for a gang: nothing is compared.
         """
-        fewest = int(np.unique(groups, return_counts=True)[1].min())
-        by_chance = batch_size / (batch_size + fewest)
+        sizes = np.bincount(groups)
+        if len(sizes) < 2:
+            return self
+        by_chance = batch_size / (batch_size + int(sizes.min()))
         allowed = max(_ALLOWED, by_chance + _BEYOND_CHANCE)
         latest = dict(self.latest)
         excess = {one: dict(others) for one, others in self.excess.items()}
@@ -137,9 +133,9 @@ class Likeness:
             if mean is None:
                 continue
             now = [
-                Said.of(device, parts[part])
+                Said(device, drawn)
                 for device, parts in received
-                if part in parts and parts[part].any()
+                if part in parts and (drawn := sketch_of(parts[part])) is not None
             ]
             if not now:
                 continue

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import nn
 
 from lola_flwr.build import ServerStep, coordinator_for_weights
 from lola_flwr.clients import AssignedBlock, block_mod, report_profile
@@ -18,32 +17,7 @@ from lola_flwr.strategies.message import LoLaDeft
 from lola_flwr.system.devices import simulated_device
 from tests.flat_settings import grouped
 from tests.strategies.in_process import InProcessGrid
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.norm = nn.BatchNorm1d(4)
-
-    def forward(self, x):
-        return x + torch.tanh(self.linear(self.norm(x)))
-
-
-class Net(nn.Module):
-    """Three layers, with buffers, between an embedding and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(3, 4)
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
-        self.head = nn.Linear(4, 1)
-
-    def forward(self, x):
-        x = self.embed(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
+from tests.strategies.projects import Net
 
 
 def fit(model, config, *, steps=3):

@@ -77,6 +77,14 @@ def test_what_devices_had_in_common_is_forgotten(rng):
     assert likeness.voice("device-0") > 0.9
 
 
+def test_where_classes_are_not_known_nobody_is_taken_for_another(rng):
+    likeness = Likeness()
+    for received, examples in federation(rng, common=2.0):
+        likeness = likeness.after(received, 16, examples, np.zeros(64, int))
+    assert not likeness.excess
+    assert likeness.voice("device-0") == 1
+
+
 def test_what_tells_nothing_is_passed_over(rng):
     same = {0: np.ones((64, 8))}
     received = [("a", {0: np.ones(8)}), ("b", {0: np.ones(8)})]

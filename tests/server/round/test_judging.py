@@ -294,7 +294,9 @@ def test_what_examples_let_expect_limits_a_blocks_first_update_and_refuses_none(
 
 
 def test_devices_that_say_the_same_have_a_voice_together():
-    coordinator = make_coordinator(reputation=True, own_examples=OwnExamples())
+    coordinator = make_coordinator(
+        reputation=True, own_examples=OwnExamplesOfTwoClasses()
+    )
     rng = np.random.default_rng(5)
     agreed = {name: 3 * rng.standard_normal(SHAPES[name]) for name in sorted(SHAPES)}
 
