@@ -92,7 +92,7 @@ def sketch(gradients: Float32Arrays, names: Iterable[str], key: int) -> Sketch |
 
 
 def sketch_of(projected: Float64Array) -> Sketch | None:
-    """Return a projection, shape [D], as a sketch keeps it; None of one that is zero."""
+    """Return a projection, shape [D], as sketches are kept; None of one of zeros."""
     length = math.sqrt(float(projected @ projected))
     if not length:
         return None

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lola_flwr.arrays import Float64Array, IntArray
+from lola_flwr.arrays import Float64Array
+from lola_flwr.server.own_examples import Groups
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class Expected:
 
 
 def expected(
-    update: Mapping[int, Float64Array],
-    examples: Mapping[int, Float64Array],
-    groups: IntArray,
-    batch_size: int,
+    update: Mapping[int, Float64Array], groups: Mapping[int, Groups], batch_size: int
 ) -> Expected | None:
     """Compare an update with groups of examples, and with all of them together.
 
@@ -47,10 +45,8 @@ def expected(
     ----------
     update
         Projections of an update, shape [D], by part of the model.
-    examples
-        Projections of R examples' gradients, shape [R, D], by part.
     groups
-        The number of each example's group, [R].
+        The examples' groups, by part.
     batch_size
         Examples of the update's mini-batch.
 
@@ -58,19 +54,17 @@ def expected(
     -------
     None where examples tell nothing: the update is zero, or they are.
     """
-    members = [groups == n for n in np.unique(groups)] + [np.full(len(groups), True)]
-    apart, noise, lengths = np.zeros((3, len(members)))
-    for part, projected in update.items():
-        for n, some in enumerate(members):
-            mean = examples[part][some].mean(axis=0)
-            deviations = examples[part][some] - mean
-            apart[n] += np.square(projected - mean).sum()
-            noise[n] += np.square(deviations).sum(axis=1).mean() / batch_size
-            lengths[n] += mean @ mean
-    longest = float((lengths + noise).max())
     length = sum(float(projected @ projected) for projected in update.values())
-    if not length or not longest:
+    if not length:
         return None
+    of_parts = [(projected, groups[part]) for part, projected in update.items()]
+    noise = np.sum([of.variances for _, of in of_parts], axis=0) / batch_size
+    squares = np.sum([np.vecdot(of.means, of.means) for _, of in of_parts], axis=0)
+    longest = float(np.max(squares + noise))
+    if not longest:
+        return None
+    distances = [np.square(sent - of.means).sum(axis=1) for sent, of in of_parts]
+    apart = np.sum(distances, axis=0)
     times = [a / n for a, n in zip(apart, noise, strict=True) if n]
     return Expected(
         math.sqrt(min(times, default=math.inf)), math.sqrt(length / longest)

@@ -36,9 +36,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.arrays import Float64Array, IntArray
+from lola_flwr.arrays import Float64Array
 from lola_flwr.server.directions import sketch_of
-from lola_flwr.server.own_examples import ExampleMean, means_of
+from lola_flwr.server.own_examples import ExampleMean, Groups
 
 # Mean cosine that two devices may have in common. In runs without attack no pair's mean
 # was above 0.21 (a small model with Dirichlet shares, MiniLM); of "a little is enough"
@@ -102,8 +102,8 @@ class Likeness:
         self,
         received: Sequence[tuple[str, Mapping[int, Float64Array]]],
         batch_size: int,
-        examples: Mapping[int, Float64Array],
-        groups: IntArray,
+        means: Mapping[int, ExampleMean | None],
+        groups: Mapping[int, Groups],
     ) -> Likeness:
         """Take in a round's updates.
 
@@ -114,22 +114,21 @@ class Likeness:
             shape [D].
         batch_size
             Examples of the largest mini-batch of the round.
-        examples
-            Projections of the server's examples' gradients by part, shape [R, D].
+        means
+            Where the server's examples point, by part.
         groups
-            The number of each example's group, [R]: what its mean explains is nothing
-            that devices have in common. Where all are one, classes are not known, and
-            devices of one class would be taken for a gang: nothing is compared.
+            Their groups, by part: what these explain is nothing that devices have in
+            common. Where there is but one, classes are not known, and devices of a
+            class would be taken for a gang: nothing is compared.
         """
-        sizes = np.bincount(groups)
-        if len(sizes) < 2:
+        if any(len(of.sizes) < 3 for of in groups.values()):  # one, and all
             return self
-        by_chance = batch_size / (batch_size + int(sizes.min()))
+        fewest = min((int(of.sizes.min()) for of in groups.values()), default=1)
+        by_chance = batch_size / (batch_size + fewest)
         allowed = max(_ALLOWED, by_chance + _BEYOND_CHANCE)
         latest = dict(self.latest)
         excess = {one: dict(others) for one, others in self.excess.items()}
-        for part, rows in examples.items():
-            mean = ExampleMean.of(rows)
+        for part, mean in means.items():
             if mean is None:
                 continue
             now = [
@@ -141,7 +140,8 @@ class Likeness:
                 continue
             said = (*latest.get(part, ()), *now)
             sketches = np.stack([one.sketch for one in said]).astype(float)
-            cosines = mean.cosines(mean.beyond(means_of(rows, groups), sketches))
+            rest = mean.beyond(groups[part].means[:-1], sketches)
+            cosines = mean.cosines(rest)
             for place, other in _pairs(said, len(now)):
                 pair = said[place].device, said[other].device
                 _compared(excess, pair, float(cosines[place, other]) - allowed)

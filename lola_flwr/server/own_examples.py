@@ -248,9 +248,34 @@ class ExampleMean:
         return vector - (self.inverse @ (self.apart @ vector)) @ self.apart
 
 
-def means_of(examples: Float64Array, groups: IntArray) -> Float64Array:
-    """Return the mean of each group of examples, shape [G, D]."""
-    return np.stack([examples[groups == n].mean(axis=0) for n in np.unique(groups)])
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Groups of examples, and last all of them together.
+
+    Parameters
+    ----------
+    sizes
+        Examples of each of G groups, and all, shape [G + 1].
+    means
+        Means of their gradients' projections, shape [G + 1, D].
+    variances
+        Mean squared distances from these, shape [G + 1].
+    """
+
+    sizes: IntArray
+    means: Float64Array
+    variances: Float64Array
+
+    @classmethod
+    def of(cls, examples: Float64Array, groups: IntArray) -> Groups:
+        """Tell them from projections of gradients, [R, D], and their numbers, [R]."""
+        parts = [*(examples[groups == n] for n in np.unique(groups)), examples]
+        means = np.stack([part.mean(axis=0) for part in parts])
+        variances = [
+            np.square(part - mean).sum(axis=1).mean()
+            for part, mean in zip(parts, means, strict=True)
+        ]
+        return cls(np.array([len(p) for p in parts]), means, np.array(variances))
 
 
 def agreements_among(examples: Float64Array, batch_size: int) -> list[float]:

@@ -5,9 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from lola_flwr.server.expected_lengths import expected
+from lola_flwr.server import expected_lengths
+from lola_flwr.server.own_examples import Groups
 
 GROUPS = np.repeat([0, 1], 32)
+
+
+def expected(update, examples, groups, batch_size):
+    of_part = {part: Groups.of(rows, groups) for part, rows in examples.items()}
+    return expected_lengths.expected(update, of_part, batch_size)
 
 
 def leaning(rng, parts=(0, -1)):

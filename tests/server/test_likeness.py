@@ -7,6 +7,7 @@ import pytest
 
 from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.likeness import Likeness
+from lola_flwr.server.own_examples import ExampleMean, Groups
 from lola_flwr.server.reputation import Reputation
 
 GROUPS = np.arange(64) % 2
@@ -30,10 +31,16 @@ def federation(rng, common, rounds=30, devices=6, batch_size=16):
         yield received, examples
 
 
+def one_more(likeness, received, examples, batch_size=16, groups=GROUPS):
+    means = {part: ExampleMean.of(rows) for part, rows in examples.items()}
+    of_part = {part: Groups.of(rows, groups) for part, rows in examples.items()}
+    return likeness.after(received, batch_size, means, of_part)
+
+
 def after(rounds, batch_size=16):
     likeness = Likeness()
     for received, examples in rounds:
-        likeness = likeness.after(received, batch_size, examples, GROUPS)
+        likeness = one_more(likeness, received, examples, batch_size)
     return likeness
 
 
@@ -73,14 +80,14 @@ def test_a_gang_has_one_voice_however_many_they_are(rng):
 def test_what_devices_had_in_common_is_forgotten(rng):
     likeness = after(federation(rng, common=2.0))
     for received, examples in federation(rng, common=0.0, rounds=10):
-        likeness = likeness.after(received, 16, examples, GROUPS)
+        likeness = one_more(likeness, received, examples)
     assert likeness.voice("device-0") > 0.9
 
 
 def test_where_classes_are_not_known_nobody_is_taken_for_another(rng):
     likeness = Likeness()
     for received, examples in federation(rng, common=2.0):
-        likeness = likeness.after(received, 16, examples, np.zeros(64, int))
+        likeness = one_more(likeness, received, examples, groups=np.zeros(64, int))
     assert not likeness.excess
     assert likeness.voice("device-0") == 1
 
@@ -101,5 +108,5 @@ def test_it_is_part_of_a_checkpoint(rng):
     assert read.excess
     more = [*federation(rng, common=2.0, rounds=1)]
     for received, examples in more:
-        one = likeness.after(received, 16, examples, GROUPS)
-        assert one.excess == read.after(received, 16, examples, GROUPS).excess
+        one = one_more(likeness, received, examples)
+        assert one.excess == one_more(read, received, examples).excess

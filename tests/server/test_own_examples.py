@@ -11,8 +11,8 @@ from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.directions import projection
 from lola_flwr.server.own_examples import (
     ExampleMean,
+    Groups,
     agreements_among,
-    means_of,
     pulls_after,
 )
 from lola_flwr.server.reputation import Reputation
@@ -72,7 +72,9 @@ def test_nothing_is_told_by_examples_that_do_not_differ(rng):
 def test_what_means_explain_is_taken_out_and_nothing_else(rng):
     examples = rng.standard_normal((20, 30))
     groups = np.arange(20) % 3
-    means = means_of(examples, groups)
+    found = Groups.of(examples, groups)
+    assert found.sizes.tolist() == [7, 7, 6, 20]
+    means = found.means[:-1]
     for n in range(3):
         np.testing.assert_allclose(means[n], examples[n::3].mean(axis=0))
     known = ExampleMean.of(examples)

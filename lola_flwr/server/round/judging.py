@@ -10,7 +10,7 @@ from statistics import median_low
 import numpy as np
 import xxhash
 
-from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
+from lola_flwr.arrays import Float32Arrays, Float64Array
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.directions import Direction, projection, sketch
@@ -19,6 +19,7 @@ from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.own_examples import (
     ExampleGradients,
     ExampleMean,
+    Groups,
     agreements_among,
     pulls_after,
 )
@@ -246,14 +247,14 @@ class _Beside:
     examples
         Of R examples, by those parts that devices were asked for, shape [R, D].
     groups
-        The number of each example's group, [R].
+        Their groups, by part.
     batch_sizes
         Examples of each device's mini-batch.
     """
 
     updates: Mapping[str, Mapping[int, Float64Array]]
     examples: Mapping[int, Float64Array]
-    groups: IntArray
+    groups: Mapping[int, Groups]
     batch_sizes: Mapping[str, int]
 
     @classmethod
@@ -276,14 +277,14 @@ class _Beside:
         }
         every = sorted({part for parts in projected.values() for part in parts})
         examples = {part: reputation.pulls[part].projections for part in every}
+        numbers = own.gradients.groups
+        groups = {part: Groups.of(rows, numbers) for part, rows in examples.items()}
         sizes = {device: assignment.batch_size for device, assignment in asked.items()}
-        return cls(projected, examples, own.gradients.groups, sizes)
+        return cls(projected, examples, groups, sizes)
 
     def expected(self, device: str) -> Expected | None:
         """Return how long a device's update is beside what the examples let expect."""
-        return expected(
-            self.updates[device], self.examples, self.groups, self.batch_sizes[device]
-        )
+        return expected(self.updates[device], self.groups, self.batch_sizes[device])
 
     def taken_in(self, reputation: Reputation, names: Mapping[str, str]) -> Reputation:
         """Take in how far updates agree with the examples, and with each other.
@@ -314,7 +315,7 @@ class _Beside:
         likeness = reputation.likeness.after(
             [(names[device], parts) for device, parts in self.updates.items()],
             max(self.batch_sizes.values()),
-            self.examples,
+            means,
             self.groups,
         )
         return replace(reputation.after_shown(shown, among), likeness=likeness)
