@@ -10,7 +10,12 @@ import pytest
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapters import adapt
 from lola_flwr.model.loading import load_values
-from simulations.compare.contender import Update, mean_of_those_that_trained
+from lola_flwr.wire.codec import codec_named
+from simulations.compare.contender import (
+    Update,
+    as_received,
+    mean_of_those_that_trained,
+)
 from simulations.compare.depth_limited import first_blocks
 from simulations.compare.flexlora import (
     decomposed,
@@ -194,6 +199,27 @@ def test_a_value_that_is_uploaded_late_is_a_round_old():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fedavg", "one-block-in-turn"])
+def test_changes_in_8_bits_take_a_quarter_of_the_bytes(kind):
+    settings = replace(SETTINGS, rounds=1)
+    whole = points(Method(kind=kind), settings)[0]
+    coded = points(Method(kind=kind, codec="int8"), settings)[0]
+    assert 0.25 < coded.payload_bytes / whole.payload_bytes < 0.28
+    assert coded.wireless_s < whole.wireless_s
+    assert coded.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-2)
+
+
+def test_what_a_codec_leaves_out_is_small_beside_the_change(rng):
+    given = {"w": rng.normal(size=(4, 64)).astype(np.float32)}
+    change = 1e-3 * rng.normal(size=(4, 64)).astype(np.float32)
+    update = Update({"w": given["w"] + change}, 7, {"w": np.arange(4)})
+    read = as_received(update, given, codec_named("int8"))
+    assert read.num_examples == 7 and read.rows is update.rows
+    error = read.values["w"] - update.values["w"]
+    assert 0 < np.abs(error).max() < 0.01 * np.abs(change).max()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fedavg", "flexlora", "depth-limited"])
 def test_lora_contenders_run(kind):
     ours = points(Method(**{**LORA, "kind": "lola"}))[-1]
@@ -208,6 +234,9 @@ def test_what_makes_no_sense_is_refused(lora):
         run_method(task, Method(kind="fedsgd"), SETTINGS, lambda _: None)
     with pytest.raises(UserError, match='add tuning = "lora"'):
         device_ranks(_fleet(task, Method(), SETTINGS))
+    for kind in ("flexlora", "jcpba"):
+        with pytest.raises(UserError, match=f"codec = 'int8' of {kind}: .* fp32 alone"):
+            CONTENDERS[kind](_fleet(lora, Method(kind=kind, codec="int8"), SETTINGS))
     for ranks in ((), (8, 4), (4, 0)):
         with pytest.raises(UserError, match=r"ranks = \[.*at least 1, and the largest"):
             device_ranks(_fleet(lora, Method(ranks=ranks), SETTINGS))

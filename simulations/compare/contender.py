@@ -6,18 +6,19 @@ upload the values that they end with; the server puts these together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
 
 from lola_flwr.arrays import Float32Arrays, Float64Array, IntArray
 from lola_flwr.costs.estimated import BlockCosts
+from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.system.devices import DeviceProfile
-from lola_flwr.wire.codec import codec_named
+from lola_flwr.wire.codec import Codec, codec_named
+from lola_flwr.wire.packing import packed_type
 from lola_flwr.wire.payload import payload_bits
 from simulations.compare.methods import Method
 
@@ -111,14 +112,51 @@ class Fleet:
         blocks, head = self.partition.blocks, self.partition.head
         names = tuple(name for block in blocks[first : span.stop] for name in block)
         whole = BlockPartition((names,), head, ())
-        bits = float(payload_bits(whole, self.shapes, codec_named("fp32"))[0])
-        sent_bytes = sum(4 * math.prod(self.shapes[n]) for n in (*names, *head))
+        codec = codec_named(self.method.codec)
+        bits = float(payload_bits(whole, self.shapes, codec)[0])
+        sent_bytes = packed_type(
+            codec, [self.shapes[n] for n in whole.trainable]
+        ).nbytes
         return Part(
             names=(*names, *head),
             step_flops=float(self.costs.joined([span]).flops[first]),
             sent_bytes=sent_bytes,
             around_bytes=bits / 8 - sent_bytes,
         )
+
+
+def in_fp32(method: Method) -> None:
+    """Refuse a codec where bytes are counted by elements of four.
+
+    Raises
+    ------
+    UserError
+        The method has another codec.
+    """
+    if method.codec != "fp32":
+        raise UserError(
+            f"codec = {method.codec!r} of {method.kind}: what it sends is counted in "
+            "fp32 alone; leave codec out."
+        )
+
+
+def as_received(update: Update, given: Float32Arrays, codec: Codec) -> Update:
+    """Return what the server reads of an update whose changes travel in a codec.
+
+    Parameters
+    ----------
+    update
+        What a device ends with.
+    given
+        What it started from, of the same parameters at least.
+    codec
+        What values less those given travel in. What it leaves out is lost.
+    """
+    read = {}
+    for name, value in update.values.items():
+        wire = codec.encode(value - given[name])
+        read[name] = given[name] + codec.decode(wire, value.shape)
+    return replace(update, values=read)
 
 
 def mean_of_those_that_trained(

@@ -26,6 +26,7 @@ from simulations.compare.contender import (
     Contender,
     Fleet,
     Update,
+    in_fp32,
     mean_of_those_that_trained,
 )
 
@@ -38,8 +39,9 @@ def flexlora(fleet: Fleet) -> Contender:
     Raises
     ------
     UserError
-        What is trained is not LoRA, or a rank is none of its.
+        What is trained is not LoRA, a rank is none of its, or a codec is chosen.
     """
+    in_fp32(fleet.method)
     ranks = device_ranks(fleet)
     whole = fleet.part_from(0)
     adapters = [name for name in whole.names if _A in name or _B in name]

@@ -24,7 +24,7 @@ import numpy as np
 from lola_flwr.arrays import Float32Arrays, Float64Array
 from lola_flwr.d2ft.pruning import num_pruned
 from lola_flwr.errors import UserError
-from simulations.compare.contender import Contender, Fleet, Part, Update
+from simulations.compare.contender import Contender, Fleet, Part, Update, in_fp32
 from simulations.compare.pruned_model import prunable, pruned
 from simulations.compare.pruning_rates import (
     PruningPlan,
@@ -93,6 +93,7 @@ def jcpba(fleet: Fleet) -> Contender:
     UserError
         An option is wrong, or the model or its adapters cannot be pruned.
     """
+    in_fp32(fleet.method)
     if fleet.method.tuning not in _TUNINGS:
         raise UserError(
             f'kind="jcpba" prunes under tuning = {" or ".join(_TUNINGS)}; got '

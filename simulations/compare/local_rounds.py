@@ -26,8 +26,15 @@ from lola_flwr.randomness import rng_for
 from lola_flwr.system.channel import rates_up_bps
 from lola_flwr.system.devices import FleetRanges, simulated_device
 from lola_flwr.system.own_channel import Moment
+from lola_flwr.wire.codec import codec_named
 from simulations.compare.block_coordinate import a_block_each, one_block_in_turn
-from simulations.compare.contender import Contender, Fleet, Part, Update
+from simulations.compare.contender import (
+    Contender,
+    Fleet,
+    Part,
+    Update,
+    as_received,
+)
 from simulations.compare.depth_limited import depth_limited
 from simulations.compare.fedavg import fedavg
 from simulations.compare.flexlora import flexlora
@@ -54,6 +61,7 @@ def run_local(
     fleet = _fleet(task, method, settings)
     contender = CONTENDERS[method.kind](fleet)
     effort = _Effort(task, method, settings)
+    sent_as = _transfer(method.codec)
     values: Float32Arrays = _values(task)
     late: Mapping[int, Update] = {}
     previous: Mapping[int, Part] = {}
@@ -63,12 +71,11 @@ def run_local(
         parts = contender.parts(server_round, rates_bps)
         sent = previous if contender.overlaps else parts
         spent += _round_cost(fleet, rates_bps, parts, sent)
-        updates = {
-            device: effort.update(
-                server_round, device, part, contender.given(device, values)
-            )
-            for device, part in parts.items()
-        }
+        updates = {}
+        for device, part in parts.items():
+            given = contender.given(device, values)
+            update = effort.update(server_round, device, part, given)
+            updates[device] = sent_as(update, given)
         arrived, late = (late, updates) if contender.overlaps else (updates, late)
         values = contender.merged(values, arrived)
         payload += sum(part.sent_bytes for part in sent.values())
@@ -89,6 +96,13 @@ def run_local(
             )
             if settings.is_reached(metrics):
                 return
+
+
+def _transfer(codec: str) -> Callable[[Update, Float32Arrays], Update]:
+    """Return what becomes of an update on its way; values themselves travel in fp32."""
+    if codec == "fp32":
+        return lambda update, _: update
+    return partial(as_received, codec=codec_named(codec))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Method:
     rank
         How many components of LoRA adapters devices send, or "auto" (default: all).
     codec
-        Codec of the gradients.
+        Codec of the gradients; of local training, of what values have changed by.
     batch_size
         Examples of a device's mini-batch (default: the comparison's).
     chooses_batches
