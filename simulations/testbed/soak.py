@@ -20,32 +20,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import psutil
-from scipy.stats import theilslopes
 
 from lola_flwr.machine.files import local_path
 from simulations.testbed.federation import Federation, federation
 from simulations.testbed.network import cut, network, shaped, why_unavailable
 from simulations.testbed.options import RESIDENT_NODE, Options
 from simulations.testbed.programs import TestbedError
+from simulations.testbed.watch import Growth, Sample, Watch, growth
 
 _APP = Path(__file__).parents[1] / "glue"
 _RATES_BPS = (8e6, 6e6, 4e6)
 _SLOW_BPS = 2e5
 _GONE_S, _HANGS_S, _SERVER_RESTART_S = 30.0, 20.0, 5.0
-_SAMPLE_S = 1.0
 # A device whose update was lost rests; what it loses so many rounds later is not that.
 _AFTERWARDS_ROUNDS = 6
-# Of a program's memory the first rounds tell nothing: it has yet to see every path.
-_FIRST_ROUNDS, _FEWEST_ROUNDS = 20, 40
 
 Harm = Callable[[Federation, int], object]
 
@@ -108,102 +101,23 @@ class Fault:
     kind
         What.
     device
-        Whose; None if everybody's.
+        Number of the device that it struck; None if all.
     rounds
         From the round in which it began to the one in which it was over.
     """
 
     kind: str
-    device: str | None
+    device: int | None
     rounds: range
 
     def explains(self, server_round: int, device: str) -> bool:
         """Tell whether a device may have lost a round's update by it."""
         there = self.rounds.start <= server_round < self.rounds.stop
-        return there and self.device in (device, None)
+        return there and (self.device is None or device == f"device-{self.device:04d}")
 
-
-@dataclass
-class Watch:
-    """Own memory and open files of a federation's programs, by name and process.
-
-    Parameters
-    ----------
-    running
-        The federation.
-    log
-        Where a run's rounds are.
-    """
-
-    running: Federation
-    log: Path
-    samples: dict[tuple[str, int], list[tuple[int, float, int]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-
-    def round(self) -> int:
-        """Return the number of rounds that are over."""
-        return self.log.read_bytes().count(b"\n") if self.log.exists() else 0
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Sample until the end of the ``with``."""
-        done = threading.Event()
-
-        def sample() -> None:
-            while not done.wait(_SAMPLE_S):
-                for name, process in _processes(self.running):
-                    with suppress(psutil.Error):
-                        # What is shared counts more for one when another ends.
-                        memory = process.memory_full_info().uss
-                        taken = (self.round(), memory, process.num_fds())
-                        self.samples[name, process.pid].append(taken)
-
-        thread = threading.Thread(target=sample)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def slopes(self) -> dict[str, tuple[float, float, int]]:
-        """Return bytes and open files a round, of each program's longest-lived process.
-
-        Returns
-        -------
-        By program: both slopes, and over how many rounds they were taken.
-        """
-        longest: dict[str, tuple[float, float, int]] = {}
-        for (name, _), samples in self.samples.items():
-            rounds, memory, files = np.array(samples, dtype=float).T
-            late = rounds >= rounds[0] + _FIRST_ROUNDS
-            over = int(np.ptp(rounds[late])) if late.any() else 0
-            if over < max(_FEWEST_ROUNDS, longest.get(name, (0, 0, 0))[2]):
-                continue
-            longest[name] = (
-                # The median of all pairs' slopes: a single step is none.
-                float(theilslopes(memory[late], rounds[late])[0]),
-                float(theilslopes(files[late], rounds[late])[0]),
-                over,
-            )
-        return longest
-
-
-def _processes(running: Federation) -> Iterator[tuple[str, psutil.Process]]:
-    """Return all processes that run, by the program that started each."""
-    for name, pid in running.programs().items():
-        with suppress(psutil.Error):
-            started = psutil.Process(pid)
-            yield name, started
-            for each in started.children(recursive=True):
-                yield f"{name}: {_called(each)}", each
-
-
-def _called(process: psutil.Process) -> str:
-    """Return the word of a process's command that says what it is."""
-    words = [Path(word).name for word in process.cmdline() if not word.startswith("-")]
-    return next((w for w in words if not w.startswith("python")), process.name())
+    def strikes(self, program: str) -> bool:
+        """Tell whether a program is one of the device's, as `Federation` names it."""
+        return program.split(":")[0].endswith(f"-{self.device}")
 
 
 def harm(
@@ -223,13 +137,16 @@ def harm(
         begun = watch.round() + 1
         time.sleep(lot.uniform(0, 1))
         print(f"round {begun}: {kind}, device {device}", flush=True)
+        struck = None if kind == _SERVER_KILLED else device
+        # It stands from its beginning on: the run may end before it is over.
+        fault = Fault(kind, struck, range(begun, options.rounds + 1))
+        faults.append(fault)
         if kind == _SERVER_KILLED:
             _kill_superlink(running, device)
         else:
             _HARMS[kind](running, device)
         over = watch.round() + 1 + _AFTERWARDS_ROUNDS
-        struck = None if kind == _SERVER_KILLED else f"device-{device:04d}"
-        faults.append(Fault(kind, struck, range(begun, over + 1)))
+        faults[-1] = replace(fault, rounds=range(begun, over + 1))
         next_round = max(next_round, watch.round()) + options.every
 
 
@@ -272,17 +189,30 @@ def soak(options: argparse.Namespace, directory: Path) -> str:
 
             if running.serve(_APP, overrides, echo=count):
                 raise TestbedError(f"The run ended after round {watch.round()}.")
-        slopes = watch.slopes()
     taken = [[*program, samples] for program, samples in watch.samples.items()]
     (directory / "samples.json").write_text(json.dumps(taken), encoding="ascii")
     records = [json.loads(line) for line in watch.log.read_text().splitlines()]
-    return table(records, faults, slopes, starts)
+    return table(records, faults, longest_lived(watch.samples, faults), starts)
+
+
+def longest_lived(
+    samples: Mapping[tuple[str, int], Sequence[Sample]], faults: Sequence[Fault]
+) -> dict[str, Growth]:
+    """Return how each program's longest-lived process has grown, by name."""
+    longest: dict[str, Growth] = {}
+    for (name, _), of_process in samples.items():
+        struck = [fault.rounds for fault in faults if fault.strikes(name)]
+        grown = growth(of_process, struck)
+        before = longest.get(name)
+        if grown and (before is None or grown.num_rounds > before.num_rounds):
+            longest[name] = grown
+    return longest
 
 
 def table(
     records: Sequence[Mapping[str, Any]],
     faults: Sequence[Fault],
-    slopes: Mapping[str, tuple[float, float, int]],
+    grown: Mapping[str, Growth],
     starts: int,
 ) -> str:
     """Return what became of the rounds, the updates and the memory, as text."""
@@ -319,11 +249,15 @@ def table(
         f"{len(unexplained)}: {', '.join(unexplained[:8]) or '-'}",
         f"devices in the last rounds: {', '.join(sorted(last))}",
         "",
-        "| program | kB a round | files a round | rounds |",
-        "|---|---:|---:|---:|",
+        "| program | kB a round | MB by faults | files a round | rounds |",
+        "|---|---:|---:|---:|---:|",
     ]
-    for name, (memory, files, rounds) in sorted(slopes.items()):
-        lines.append(f"| {name} | {memory / 1e3:+.1f} | {files:+.3f} | {rounds} |")
+    for name, of in sorted(grown.items()):
+        slope_kb, by_faults_mb = of.bytes_a_round / 1e3, of.bytes_by_faults / 1e6
+        lines.append(
+            f"| {name} | {slope_kb:+.1f} | {by_faults_mb:+.1f} | "
+            f"{of.files_a_round:+.3f} | {of.num_rounds} |"
+        )
     return "\n".join(lines)
 
 
