@@ -3,7 +3,10 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+_Options = TypeVar("_Options")
 
 _LONGEST_QUOTE = 200
 
@@ -74,6 +77,33 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def with_options(kind: type[_Options], options: Mapping[str, Any], of: str) -> _Options:
+    """Make a dataclass of options that a user has named.
+
+    Parameters
+    ----------
+    kind
+        The dataclass.
+    options
+        Values by the names of its fields.
+    of
+        What has the options, as a message begins.
+
+    Raises
+    ------
+    UserError
+        It has no such option; the message lists those that it has.
+    """
+    known = [*kind.__dataclass_fields__]  # type: ignore[attr-defined]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise UserError(
+            f"{of} has no option {unknown[0]!r}; it has {', '.join(known)}."
+            f"{nearest(unknown[0], known)}"
+        )
+    return kind(**options)
 
 
 def si(value: float, unit: str) -> str:

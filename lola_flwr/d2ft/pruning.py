@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lola_flwr.errors import UserError, nearest
+from lola_flwr.errors import UserError, with_options
 
 Criterion = Literal["norm", "random"]
 
@@ -62,14 +62,7 @@ class Pruning:
         UserError
             One is unknown, or out of its range.
         """
-        known = [*cls.__dataclass_fields__]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise UserError(
-                f"pruning has no option {unknown[0]!r}; it has {', '.join(known)}."
-                f"{nearest(unknown[0], known)}"
-            )
-        read = cls(**options)
+        read = with_options(cls, options, "pruning")
         return read if read.heads or read.neurons else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lola_flwr.errors import UserError, nearest
+from lola_flwr.errors import UserError, with_options
 
 # What a history draws examples by.
 Measure = Literal["variability", "loss"]
@@ -140,15 +140,7 @@ def sampler_named(name: str, options: Mapping[str, Any]) -> Rule | History | Non
         raise UserError(
             f"sampler={name!r} is unknown; choose from random, {', '.join(_SAMPLERS)}."
         )
-    sampler = _SAMPLERS[name]
-    known = [*sampler.__dataclass_fields__]
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        raise UserError(
-            f"sampler={name!r} has no option {unknown[0]!r}; it has "
-            f"{', '.join(known)}.{nearest(unknown[0], known)}"
-        )
-    return sampler(**options)
+    return with_options(_SAMPLERS[name], options, f"sampler={name!r}")
 
 
 def _is_number(value: object) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 
 from lola_flwr.arrays import Float32Arrays, Float64Array
 from lola_flwr.d2ft.pruning import num_pruned
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, with_options
 from simulations.compare.contender import Contender, Fleet, Part, Update, in_fp32
 from simulations.compare.pruned_model import prunable, pruned
 from simulations.compare.pruning_rates import (
@@ -65,13 +65,7 @@ class PruningOptions:
         UserError
             One is unknown, or out of its range.
         """
-        unknown = [name for name in options if name not in cls.__dataclass_fields__]
-        if unknown:
-            raise UserError(
-                f"pruning has no option {unknown[0]!r}; it has "
-                f"{', '.join(cls.__dataclass_fields__)}."
-            )
-        read = cls(**options)
+        read = with_options(cls, options, "pruning")
         if read.solver not in _SOLVERS:
             raise UserError(
                 f"solver={read.solver!r} of pruning must be one of "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.errors import UserError
+from lola_flwr.errors import UserError, nearest
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.selection.outliers import outlier_ratios
 from lola_flwr.server.selection.selectors import (
@@ -73,11 +72,9 @@ def selector_named(
             )
         return None
     if name not in SELECTORS:
-        near = difflib.get_close_matches(name, SELECTORS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(
             f"selector={name!r} is unknown; use 'all' or one of "
-            f"{', '.join(SELECTORS)}.{hint}"
+            f"{', '.join(SELECTORS)}.{nearest(name, SELECTORS)}"
         )
     options = dict(options)
     max_staleness = options.pop("max_staleness", None)
