@@ -117,7 +117,8 @@ class Fault:
 
     def strikes(self, program: str) -> bool:
         """Tell whether a program is one of the device's, as `Federation` names it."""
-        return program.split(":")[0].endswith(f"-{self.device}")
+        name, _, device = program.split(":")[0].rpartition("-")
+        return bool(name) and self.device in (int(device), None)
 
 
 def harm(
