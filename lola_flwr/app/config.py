@@ -17,6 +17,7 @@ from lola_flwr.allocation import (
     find_allocator,
 )
 from lola_flwr.app.base_keys import BaseKeys
+from lola_flwr.app.batches import GIVEN_CODEC, against_choosing, batches_and_codec
 from lola_flwr.app.channel_keys import ChannelKeys
 from lola_flwr.app.interface import Interface, for_d2ft, interface_of
 from lola_flwr.app.link_rates import LinkRates
@@ -183,6 +184,7 @@ class AppConfig(BaseKeys):
         values = dict(run_config)
         if "interface" in values:
             values["interface"] = interface_of(values)
+        values |= batches_and_codec(values)
         faults = [
             f"{key}={json.dumps(value)} means nothing with "
             f'method="{cls.own_method()}", {cls._because}; set it to {_toml(default)}'
@@ -232,6 +234,9 @@ class AppConfig(BaseKeys):
 
     def _contradictions(self) -> Iterator[str]:
         yield from self._base_faults(self.tuning)
+        if self.batch_size == AUTO:
+            for against in against_choosing(self.to_run_config()):
+                yield f'batch-size="auto" does not go with {against}; give a batch-size'
         if self.stack and self.blocks:
             yield (
                 f"stack={self.stack!r} and blocks={self.blocks!r} both say what the "
@@ -265,7 +270,7 @@ class UpdatesConfig(ChannelKeys, AppConfig):
     energy_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
     correct_profiles: bool = True
     low_rank: Options = ""
-    codec: CodecName = "fp32"
+    codec: CodecName = GIVEN_CODEC
     codec_slack: float = Field(0.1, ge=0, allow_inf_nan=False)
     head: HeadPolicy = "every"
     downlink: Literal["all", "changed"] = "all"
@@ -289,20 +294,17 @@ class UpdatesConfig(ChannelKeys, AppConfig):
             )
         if self.uplink == "tdma":
             yield from self._not_in_turn()
-        for key in ("batch_size", "codec"):
-            if self.allocator in ENERGY_ALLOCATORS and getattr(self, key) == AUTO:
-                key = key.replace("_", "-")
-                yield (
-                    f'{key}="auto" chooses for time, and allocator={self.allocator!r} '
-                    f"for energy; give a {key}"
-                )
+        if self.allocator in ENERGY_ALLOCATORS and self.codec == AUTO:
+            yield (
+                f'codec="auto" chooses for time, and allocator={self.allocator!r} for '
+                "energy; give a codec"
+            )
         yield from super()._contradictions()
 
     def _not_in_turn(self) -> Iterator[str]:
         own = ":" in self.allocator
         for key, divides in {
             "allocator": not own and self.allocator not in IN_TURN_ALLOCATORS,
-            "batch_size": self.batch_size == AUTO,
             "codec": self.codec == AUTO,
             "downlink_channel": self.downlink_channel == "broadcast",
             **{
@@ -348,11 +350,6 @@ class LolaDeftConfig(UpdatesConfig):
             yield (
                 f"latency-target-s={self.latency_target_s:g} leaves blocks out, and "
                 'participation="all" no device; drop one of the two'
-            )
-        if self.batch_size == AUTO and self.zeroth_order != "off":
-            yield (
-                f'batch-size="auto" does not go with zeroth-order={self.zeroth_order!r}'
-                ", whose noise is another; give a batch-size"
             )
         if self.latency_target_s and self.backups:
             yield (

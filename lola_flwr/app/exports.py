@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lola_flwr.app.batches import batches_and_codec
 from lola_flwr.app.config import AppConfig, LolaDeftConfig
 from lola_flwr.errors import UserError
 
@@ -40,6 +42,14 @@ def exportable(config: AppConfig) -> LolaDeftConfig:
             "zeroth-order='fallback' or 'off'."
         )
     return config
+
+
+def of_one_batch(run_config: Mapping[str, object]) -> dict[str, object]:
+    """Return a run configuration whose batch size, where it says none, is a number.
+
+    In a run whose rounds choose batches devices with programs have those of theirs.
+    """
+    return {**run_config, **batches_and_codec(run_config, one_batch=True)}
 
 
 def batch_size_of(config: AppConfig) -> int:

@@ -16,6 +16,7 @@ from flwr.common.logger import log
 from flwr.server import Grid, ServerApp
 from numpy.typing import NDArray
 
+from lola_flwr.app.batches import batches_told
 from lola_flwr.app.config import AppConfig
 from lola_flwr.app.model import WholeModel
 from lola_flwr.app.rounds import OnRound, run_d2ft, run_legacy, run_message
@@ -164,10 +165,12 @@ def train(
         ) as files,
         tracking(trackers, directory, config.to_run_config()) as track,
     ):
+        run_config = config.to_run_config()
+        log(INFO, "%s", batches_told(run_config))
         describe_run(
             directory,
             app=subject.app,
-            config=config.to_run_config(),
+            config=run_config,
             server_round=trained.server_round,
         )
 

@@ -95,12 +95,14 @@ def _app_key(name: str, default: Any, comment: str, rule: Mapping[str, Any]) -> 
     # A number, or one of some words.
     either = rule.get("anyOf", ())
     words = words_of(rule)
-    rule = {**next((each for each in either if "const" not in each), {}), **rule}
+    number = next((each for each in either if "const" not in each), {})
+    kind = kind_of(0) if number.get("type") == "integer" else kind_of(default)
+    rule = {**number, **rule}
     bounds = [f"{said} {rule[at]:g}" for at, said in _BOUNDS.items() if at in rule]
     return AppKey(
         name=name,
         default=default,
-        kind=" or ".join([", ".join([kind_of(default), *bounds]), *words]),
+        kind=" or ".join([", ".join([kind, *bounds]), *words]),
         comment=comment,
         values=tuple(map(str, closed or words or rule.get("examples", ()))),
         is_closed=bool(closed),

@@ -60,9 +60,9 @@ class TestOverrides:
 
     def test_a_number_may_be_one_of_the_words_that_the_schema_knows(self):
         app = read_app(GLUE)
-        assert read_overrides(app, ["batch-size=auto"]) == {"batch-size": "auto"}
-        with pytest.raises(UserError, match="batch-size=many must be a whole number"):
-            read_overrides(app, ["batch-size=many"])
+        assert read_overrides(app, ["rank=auto"]) == {"rank": "auto"}
+        with pytest.raises(UserError, match="rank=many must be a whole number"):
+            read_overrides(app, ["rank=many"])
 
     def test_all_mistakes_are_said_at_once(self):
         with pytest.raises(UserError, match=r"'round'.*lr=fast"):

@@ -54,6 +54,8 @@ def test_what_a_key_takes_is_what_its_schema_says(capsys):
     assert found["lr"]["kind"] == "a number, above 0, at most 100"
     assert found["sampler"]["values"] == ["random", "entropy", "coreset", "history"]
     assert found["sampler"]["is_closed"]
+    assert found["batch-size"]["kind"] == "a whole number, at least 1 or auto"
+    assert found["batch-size"]["values"] == ["auto"]
     assert {*CODECS} < {*found["codec"]["values"]}
     assert not found["codec"]["is_closed"]
     # Keys of every method.

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lola_flwr.app.batches import GIVEN_BATCH
 from lola_flwr.cli.main import main
 from lola_flwr.errors import UserError
 from lola_flwr.export.batches import fitted
@@ -49,6 +50,11 @@ def test_a_device_of_the_run_takes_the_export_for_its_own(name):
     asked = Assignment(1, 0, 1.0, 4, "fp32", manifest.base_fingerprint)
     update = device.train(asked, {VALUES: pack(values)})
     assert update.report.update_kind == "gradient"
+
+
+def test_an_export_has_one_batch_size_where_the_run_chooses():
+    config, export, _ = loaded("glue", **{"batch-size": "", "codec": ""})
+    assert export(config).batch_size == GIVEN_BATCH
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from lola_flwr.app.batches import GIVEN_BATCH, GIVEN_CODEC
 from lola_flwr.app.interface import interface_of
 from lola_flwr.errors import UserError
 from lola_flwr.system.channel import Channel
@@ -26,6 +27,8 @@ MODELS = {
     "d2ft": D2ftConfig,
 }
 DEFAULTS = app_config()
+# As they are where rounds do not choose.
+GIVEN = {**DEFAULTS, "batch-size": GIVEN_BATCH, "codec": GIVEN_CODEC}
 FOREIGN = [
     (method, key) for method, model in MODELS.items() for key in model.keys_of_others()
 ]
@@ -74,7 +77,7 @@ def test_which_keys_are_whose():
 def test_the_defaults_of_models_are_those_of_the_app(model):
     for name, field in model.model_fields.items():
         if not field.is_required():
-            there = DEFAULTS[field.alias]
+            there = GIVEN[field.alias]
             assert (type(field.default), field.default) == (type(there), there), name
 
 
@@ -84,7 +87,7 @@ def test_keys_of_other_methods_keep_their_defaults(method, key):
     message = refusal(method=method, **{key: value})
     assert f'{key}={json.dumps(value)} means nothing with method="{method}"' in message
     advised = re.search(r"set it to (.*)\.$", message)[1]
-    assert json.loads(advised) == DEFAULTS[key]
+    assert json.loads(advised) == GIVEN[key]
 
 
 def test_what_is_refused_is_said_as_it_was():
@@ -143,7 +146,6 @@ def test_all_faults_are_said_at_once():
             )
             for key, value in [
                 ("allocator", "crunch"),
-                ("batch_size", "auto"),
                 ("codec", "auto"),
                 ("downlink_channel", "broadcast"),
                 ("latency_target_s", 3.0),
@@ -223,13 +225,14 @@ def test_d2ft_runs_by_the_interface_that_nobody_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", MODELS)
 def test_a_run_is_resumed_with_the_keys_of_all_methods(method):
     """As checkpoints hold them that were made when one model knew all keys."""
+    given = {"method": method, "batch_size": GIVEN_BATCH, "codec": GIVEN_CODEC}
     here = {"output_dir": "x", "keep_checkpoints": 9, "interface": "message"}
-    depends = config(method=method).results_depend_on()
-    assert config(method=method, **here).results_depend_on() == depends
-    assert config(method=method, rounds=7).results_depend_on() == depends
-    linear = config(method=method, rounds=7, schedule="linear").results_depend_on()
+    depends = config(**given).results_depend_on()
+    assert config(**given, **here).results_depend_on() == depends
+    assert config(**given, rounds=7).results_depend_on() == depends
+    linear = config(**given, rounds=7, schedule="linear").results_depend_on()
     assert linear["rounds"] == 7
-    assert {**DEFAULTS, "method": method, **depends} == {**DEFAULTS, "method": method}
+    assert {**GIVEN, "method": method, **depends} == {**GIVEN, "method": method}
     assert {"codec", "d2ft-options", "rotation-eps"} < depends.keys()
 
 
@@ -239,5 +242,4 @@ def test_batches_may_be_chosen_by_rounds():
     found = config(batch_size="auto")
     assert found.largest_batch == max(found.batch_sizes)
     assert "batch-size='many'" in refusal(batch_size="many")
-    assert "zeroth-order" in refusal(batch_size="auto", zeroth_order="always")
     assert "batch-size" in refusal(batch_size="auto", method="d2ft")

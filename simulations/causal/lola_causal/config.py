@@ -26,14 +26,6 @@ class CausalConfig(app.AppConfig):
         """Return the app's models, one a method; the last has all keys there are."""
         return (LolaDeftConfig, FedAvgFullConfig, D2ftConfig, _AnyMethod)
 
-    def _contradictions(self) -> Iterator[str]:
-        if self.packing and isinstance(self, app.UpdatesConfig) and self.batch_sizes:
-            yield (
-                'packing=true does not go with batch-size="auto": how many packed rows '
-                "a device has differs from round to round; drop one of the two"
-            )
-        yield from super()._contradictions()
-
 
 class LolaDeftConfig(CausalConfig, app.LolaDeftConfig):
     """LoLa-DEFT: each device trains one block."""

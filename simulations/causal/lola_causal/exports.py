@@ -8,7 +8,7 @@ from lola_causal.config import CausalConfig
 from lola_causal.model import causal_costs, causal_loss, load_model
 from lola_causal.records import load_records
 from lola_causal.sequences import encode, padded
-from lola_flwr.app.exports import batch_size_of, example_of, exportable
+from lola_flwr.app.exports import batch_size_of, example_of, exportable, of_one_batch
 from lola_flwr.app.model import model_blocks
 from lola_flwr.errors import UserError
 from lola_flwr.export.describe import ExportedModel
@@ -22,7 +22,7 @@ def exported(run_config: Mapping[str, object]) -> ExportedModel:
     UserError
         The configuration is wrong, or its run is none for exported programs.
     """
-    config = CausalConfig.from_run_config(run_config)
+    config = CausalConfig.from_run_config(of_one_batch(run_config))
     if config.packing:
         raise UserError(
             "packing=true: rows of several sequences have no program; set "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lola_flwr.app.exports import batch_size_of, example_of, exportable
+from lola_flwr.app.exports import batch_size_of, example_of, exportable, of_one_batch
 from lola_flwr.app.model import model_costs
 from lola_flwr.export.describe import ExportedModel
 from lola_glue.config import GlueConfig
@@ -23,7 +23,7 @@ def exported(run_config: Mapping[str, object]) -> ExportedModel:
     UserError
         The configuration is wrong, or its run is none for exported programs.
     """
-    config = GlueConfig.from_run_config(run_config)
+    config = GlueConfig.from_run_config(of_one_batch(run_config))
     costed = exportable(config)
     task, train, _ = load_task(config.task, config.data_dir, seed=config.seed)
     model, tokenizer = load_model(config, task)
