@@ -442,7 +442,7 @@ class TestLearning:
         assert (block["method"], whole["method"]) == ("exact", "fedavg-full+shares")
         assert block["final"] == pytest.approx(0.4)
         # 4 blocks or 6 devices, 4 rounds, the app's batch.
-        batch = learning.app_config()["batch-size"]
+        batch = learning.LearningSetting().overrides("cola", 0)["batch-size"]
         assert (block["samples"], whole["samples"]) == (16 * batch, 24 * batch)
         assert whole["mean_memory_bytes"] > block["largest_memory_bytes"]
         assert block["largest_memory_bytes"] > block["mean_memory_bytes"]

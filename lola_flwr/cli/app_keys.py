@@ -95,7 +95,7 @@ def _app_key(name: str, default: Any, comment: str, rule: Mapping[str, Any]) -> 
     # A number, or one of some words.
     either = rule.get("anyOf", ())
     words = words_of(rule)
-    number = next((each for each in either if "const" not in each), {})
+    number: Mapping[str, Any] = next((r for r in either if "const" not in r), {})
     kind = kind_of(0) if number.get("type") == "integer" else kind_of(default)
     rule = {**number, **rule}
     bounds = [f"{said} {rule[at]:g}" for at, said in _BOUNDS.items() if at in rule]

@@ -40,6 +40,8 @@ from tests.tree import ROOT
 LORA: Mapping[str, object] = {
     "tuning": "lora",
     "tuning-options": "r=8, target_modules='all-linear'",
+    "batch-size": 32,
+    "codec": "fp32",
 }
 PRUNINGS = (
     "",

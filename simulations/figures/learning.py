@@ -86,6 +86,9 @@ class LearningSetting:
             "rounds": self.rounds,
             "eval-every": self.eval_every,
             "seed": seed,
+            # All methods see the same samples, and send them alike.
+            "batch-size": 32,
+            "codec": "fp32",
         }
 
 
