@@ -74,6 +74,7 @@ def test_where_rounds_cannot_choose_there_is_one_batch(app, keys):
     assert told.startswith("batch-size=32")
     said = refusal(app, **keys, **{"batch-size": "auto"})
     assert "batch-size=" in said
+    assert "codec" not in said  # which nobody named
     if made.method != "d2ft":  # a number is all that its key takes
         assert said.removesuffix("; give a batch-size.").endswith(
             told.partition("cannot choose with ")[2]

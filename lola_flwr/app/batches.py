@@ -54,7 +54,8 @@ def batches_and_codec(
     if batch_size == "":
         batch_size = GIVEN_BATCH if one_batch else AUTO
     if codec == "":
-        codec = AUTO if batch_size == AUTO else GIVEN_CODEC
+        # Whoever asks for what cannot be is told of that alone.
+        codec = AUTO if batch_size == AUTO and not one_batch else GIVEN_CODEC
     decided = {"batch-size": batch_size, "codec": codec}
     return {key: value for key, value in decided.items() if key in run_config}
 
