@@ -20,6 +20,7 @@ from lola_flwr.costs.estimated import BlockCosts
 from lola_flwr.costs.of_model import model_costs
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.steps import StepSchedules
+from lola_flwr.device.part import stand_in
 from lola_flwr.errors import UserError
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.model.blocks import BlockPartition
@@ -214,6 +215,7 @@ def trainer_for(
         channel=channel,
         max_gradient_norm=max_gradient_norm,
         seed=seed,
+        recompute=stand_in(model, partition),
     )
 
 

@@ -54,6 +54,12 @@ class StepSchedules:
     return_every
         Steps after which devices of a model that is spread over them return what they
         hold, for the case that they fail.
+    audit_share
+        Part of the steps, 0 to 1, in which the server computes again what a device that
+        is drawn by lot has computed of one branch.
+    audit_seed
+        Seed of those draws, where a run is to be repeated to the byte; who knows it
+        knows when to be honest (default: drawn anew by each trainer).
 
     Raises
     ------
@@ -70,6 +76,8 @@ class StepSchedules:
     costs: UnitCosts = FULL_TUNING
     seed: int = 0
     return_every: int = 100
+    audit_share: float = 0.5
+    audit_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("micro_batches", "return_every"):
@@ -81,6 +89,11 @@ class StepSchedules:
                 raise UserError(
                     f"{name}={getattr(self, name)!r} must be true or false."
                 )
+        if not 0 <= self.audit_share <= 1:
+            raise UserError(f"audit_share={self.audit_share!r} must be from 0 to 1.")
+        seed = self.audit_seed
+        if seed is not None and (type(seed) is not int or seed < 0):
+            raise UserError(f"audit_seed={seed!r} must be a whole number, at least 0.")
         if self.backward_weight is not None and not self.backward_weight > 0:
             raise UserError(f"backward_weight={self.backward_weight} must be positive.")
         if self.solver not in SOLVERS:

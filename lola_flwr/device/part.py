@@ -11,10 +11,12 @@ when they change hands, and returns them when it is asked to.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from lola_flwr.d2ft.find import find_subnetworks
@@ -27,7 +29,9 @@ from lola_flwr.model.backprop import (
     Batch,
     BatchWeight,
     LossFunction,
+    model_loss,
     num_examples_of,
+    train_mode,
 )
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.wire.records import MalformedRecord, PartTask
@@ -97,6 +101,30 @@ def compute_part(
         Keeping() if keeping is None else keeping,
     )
     return compute(part)
+
+
+def stand_in(
+    model: nn.Module, partition: BlockPartition
+) -> Callable[[PartTask, Arrays], PartResult]:
+    """Return what computes for the server what a device would, on the server's model.
+
+    It has no examples, and the values of groups are overwritten.
+    """
+    # The same parameters, but what is kept with them is not kept for devices that may
+    # share the model.
+    own = copy.copy(model)
+
+    def draw(number: int, batch_size: int) -> Batch:
+        raise AssertionError("examples are the devices' own")
+
+    def compute(task: PartTask, arrays: Arrays) -> PartResult:
+        with torch.random.fork_rng():
+            train_mode(own)
+            return compute_part(
+                own, partition, task, arrays, draw=draw, loss_function=model_loss
+            )
+
+    return compute
 
 
 @dataclass(frozen=True, eq=False)

@@ -144,7 +144,11 @@ def _trainer(scenario: Scenario, task: AttackedTask) -> SpreadTrainer:
     return trainer_for(
         model,
         partition,
-        schedules=StepSchedules(micro_batches=partition.num_blocks, seed=scenario.seed),
+        schedules=StepSchedules(
+            micro_batches=partition.num_blocks,
+            seed=scenario.seed,
+            audit_seed=scenario.seed,
+        ),
         micro_batches=MicroBatches(
             micro_batch_size=scenario.batch_size, max_tokens=task.max_tokens
         ),

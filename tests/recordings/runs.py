@@ -56,7 +56,7 @@ FAST = {
     # Its own model of time knows neither errors nor jitter.
     "d2ft": {
         "method": "d2ft",
-        "d2ft_options": "traffic=0.5, micro_batches=4",
+        "d2ft_options": "traffic=0.5, micro_batches=4, audit_share=0",
         "profile_error": 0.0,
         "compute_jitter": 0.0,
     },

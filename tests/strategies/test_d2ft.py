@@ -65,7 +65,9 @@ def federation(
         case.model,
         case.partition,
         micro_batches=MicroBatches(micro_batch_size=2),
-        schedules=StepSchedules(**{"micro_batches": 3, **(schedules or {})}),
+        schedules=StepSchedules(
+            **{"micro_batches": 3, "audit_share": 0.0, **(schedules or {})}
+        ),
         step=with_fields(ServerStep(lr=2e-3), options_left),
         **options_left,
     )

@@ -51,6 +51,10 @@ class PartFailed(Exception):
         self.reasons = dict(reasons)
 
 
+class LieFound(PartFailed):
+    """What devices sent is not what comes of what they were asked: no accident."""
+
+
 @dataclass(frozen=True, eq=False)
 class PartRequest:
     """What one device is asked in an exchange.

@@ -98,6 +98,8 @@ class HeldValues:
         self._clock = optimizer.like({_CLOCK: np.zeros(1, np.float32)})
         self._holds: dict[Place, _Hold] = {}
         self._slices: dict[Place, PartSlices] = {}
+        # What was known before a device returned what no audit has confirmed.
+        self._before: dict[Place, Sequence[list[Tensor]]] = {}
 
     # --- values ----------------------------------------------------------------------
 
@@ -162,13 +164,17 @@ class HeldValues:
         -------
         What it is sent, and what is said of the optimizer.
         """
-        self._note_loss([place])
-        version, (values, moments) = self.version, self._own(place)
-        self._holds[place] = _Hold(device, step, version, version)
+        self.release([place])
+        self._holds[place] = _Hold(device, step, self.version, self.version)
+        return self.content(place)
+
+    def content(self, place: Place) -> tuple[dict[str, npt.NDArray[Any]], str]:
+        """Return what the server knows of a place, and what steps it, to be sent."""
+        values, moments = self._own(place)
         arrays: dict[str, npt.NDArray[Any]] = {VALUES: array_of(values)}
-        if version:
+        if self.version:
             arrays[MOMENTS] = array_of(moments)
-        counts = json.dumps(self._clock.counts(_CLOCK) if version else {})
+        counts = json.dumps(self._clock.counts(_CLOCK) if self.version else {})
         return arrays, f'{{"arguments": {self._arguments}, "counts": {counts}}}'
 
     def unknown(
@@ -202,10 +208,18 @@ class HeldValues:
         self._note_loss(mine)
         for place in mine:
             self._holds.pop(place, None)
+            self._before.pop(place, None)
 
-    def lose(self, devices: Collection[str]) -> None:
-        """Take back what devices hold that failed, or have left."""
-        self.release([p for p, h in self._holds.items() if h.device in devices])
+    def lose(self, devices: Collection[str], *, lied: bool = False) -> None:
+        """Take back what devices hold that failed, lied, or have left."""
+        lost = {p for p, h in self._holds.items() if h.device in devices}
+        for place in self._before.keys() & lost if lied else ():
+            self._overwrite(place, *self._before[place])
+        self.release(lost)
+
+    def confirm(self, place: Place) -> None:
+        """Take note that what is known of a place is what its device computes with."""
+        self._before.pop(place, None)
 
     def take_in(
         self, place: Place, values: Sequence[Tensor], moments: Sequence[Tensor] | None
@@ -232,6 +246,8 @@ class HeldValues:
             if not all((abs(v) <= LARGEST_VALUE).all() for v in trial.state().values()):
                 raise ValueError("moments hold what no step goes on from")
             hold = replace(hold, known_moments=self.version)
+        copies = [[tensor.clone() for tensor in each] for each in self._own(place)]
+        self._before.setdefault(place, copies)
         self._overwrite(place, values, moments or ())
         self._holds[place] = hold
 
@@ -342,6 +358,7 @@ class HeldValues:
     def start_from(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
         """Overwrite all values; what devices hold is no longer of use."""
         self._holds.clear()
+        self._before.clear()
         self._optimizer.load(values)
 
     # --- checkpoints -----------------------------------------------------------------
@@ -357,6 +374,7 @@ class HeldValues:
         """Go on from a snapshot, or raise `UserError` if it is of other parameters."""
         self._optimizer.restore(snapshot)
         self._holds.clear()
+        self._before.clear()
         self._clock = self._optimizer.like({_CLOCK: np.zeros(1, np.float32)})
         if self.version:
             self._clock.go_on(
@@ -370,11 +388,10 @@ class HeldValues:
         for place, device in self.unknown(places, moments=False).items():
             known = self._holds[place].known
             _logger.warning(
-                "device %s no longer has its part of layer %d (%s): it is as it was "
-                "%d steps before",
+                "device %s no longer has its part of %s: it is as it was %d steps "
+                "before",
                 device,
-                place.layer_index,
-                place.branch.name.lower().replace("_", "-"),
+                place,
                 self.version - known,
             )
 

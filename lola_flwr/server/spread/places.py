@@ -15,6 +15,7 @@ from lola_flwr.d2ft.subnetworks import (
     layer_names,
 )
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.wire.records import PartTask
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Place:
     branch: Branch
     first_group: int
     last_group: int
+
+    @classmethod
+    def of(cls, task: PartTask) -> Place:
+        """Return the place that a task is about."""
+        branch = Branch(task.branch_index)
+        return cls(task.layer_index, branch, task.first_group, task.last_group)
+
+    def __str__(self) -> str:
+        branch = self.branch.name.lower().replace("_", "-")
+        return f"layer {self.layer_index} ({branch})"
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a task about it."""

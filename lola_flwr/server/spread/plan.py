@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from lola_flwr.arrays import IntArray
 from lola_flwr.d2ft.schedule import Scores
+from lola_flwr.errors import UserError
+from lola_flwr.run.records import StepRecord
 from lola_flwr.server.fleet import Fleet
 from lola_flwr.system.devices import DeviceProfile
 
@@ -43,12 +46,54 @@ class SpreadState:
         The devices that are there, and who failed lately.
     scores
         What the sub-networks' passes are worth, as far as it is known.
+    excluded
+        Names of the devices that were found to lie: they take part no more.
     """
 
     server_round: int = 0
     wireless_s: float = 0.0
     fleet: Fleet = field(default_factory=Fleet)
     scores: Scores | None = None
+    # None, not empty: the states of earlier versions have no such field.
+    excluded: tuple[str, ...] | None = None
+
+    def usable(self, server_round: int, device_ids: Iterable[str]) -> list[str]:
+        """Return the devices that a step can do with.
+
+        Raises
+        ------
+        UserError
+            There is none.
+        """
+        names = {d: profile.name for d, profile in self.fleet.profiles.items()}
+        honest = [d for d in device_ids if names.get(d) not in (self.excluded or ())]
+        devices = self.fleet.rested(server_round, honest)
+        if not devices:
+            lied = (
+                f" Found to lie: {', '.join(self.excluded)}." if self.excluded else ""
+            )
+            raise UserError(f"No device has a usable profile.{lied}")
+        return devices
+
+    def after(
+        self,
+        record: StepRecord,
+        outcomes: Mapping[str, float | None],
+        scores: Scores | None,
+    ) -> SpreadState:
+        """Return the state after a step; ``outcomes`` are as for `Fleet.after`."""
+        return replace(
+            self,
+            server_round=record.server_round,
+            wireless_s=record.wireless_s,
+            fleet=self.fleet.after(record.server_round, outcomes),
+            scores=scores,
+        )
+
+    def excluding(self, device_ids: Iterable[str]) -> SpreadState:
+        """Take note of who was found to lie."""
+        names = [self.fleet.profiles[d].name for d in device_ids]
+        return replace(self, excluded=(*(self.excluded or ()), *names))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

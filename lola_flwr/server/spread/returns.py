@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from lola_flwr.d2ft.wire import MOMENTS
 from lola_flwr.server.spread.exchange import (
     LARGEST_MOMENT,
@@ -56,20 +58,13 @@ def fetch(
         queues.setdefault(device, []).append(place)
     while queues:
         asked = {
-            device: PartRequest(
-                replace(
-                    task,
-                    kind="return",
-                    wants_moments=moments,
-                    **held.fields(queue[0]),
-                )
-            )
+            device: PartRequest(returning(held, task, queue[0], moments=moments))
             for device, queue in queues.items()
         }
         try:
             replies = ask(exchange, asked)
             for device, reply in replies.items():
-                _take_in(held, queues[device][0], reply, moments=moments)
+                take_in(held, queues[device][0], reply, moments=moments)
         except PartFailed as failure:
             # The others are asked once more: their replies were dropped.
             failed |= failure.reasons
@@ -110,12 +105,23 @@ def hand_over(
     return failed
 
 
-def _take_in(
+def returning(
+    held: HeldValues, task: PartTask, place: Place, *, moments: bool
+) -> PartTask:
+    """Return the task to return what is held of a place."""
+    return replace(task, kind="return", wants_moments=moments, **held.fields(place))
+
+
+def returned(
     held: HeldValues, place: Place, reply: CheckedReply, *, moments: bool
-) -> None:
-    if reply.lacks:
-        held.release([place])
-        return
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Return the values of a place that a device has returned, and their moments.
+
+    Raises
+    ------
+    PartFailed
+        They are not values of this place.
+    """
     values = held.known()
     shapes = [
         tuple(
@@ -125,10 +131,26 @@ def _take_in(
         for piece in held.slices(place).own
     ]
     found = reply.tensors(VALUES, shapes, largest=LARGEST_VALUE)
-    beside = None
-    if moments:
-        each = [shape for shape in shapes for _ in held.moment_names]
-        beside = reply.tensors(MOMENTS, each, largest=LARGEST_MOMENT)
+    if not moments:
+        return found, None
+    each = [shape for shape in shapes for _ in held.moment_names]
+    return found, reply.tensors(MOMENTS, each, largest=LARGEST_MOMENT)
+
+
+def take_in(
+    held: HeldValues, place: Place, reply: CheckedReply, *, moments: bool
+) -> None:
+    """Take note of what a device has returned, or that it has it no more.
+
+    Raises
+    ------
+    PartFailed
+        It is nothing to go on with.
+    """
+    if reply.lacks:
+        held.release([place])
+        return
+    found, beside = returned(held, place, reply, moments=moments)
     try:
         held.take_in(place, found, beside)
     except ValueError as error:

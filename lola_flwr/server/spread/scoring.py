@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from lola_flwr.arrays import Float64Array
+from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.d2ft.maps import in_features, out_features
+from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import Scores, UnitCosts
 from lola_flwr.d2ft.steps import compute_s, uploads_s
 from lola_flwr.d2ft.subnetworks import Branch, Subnetworks
+from lola_flwr.run.records import StepRecord
 from lola_flwr.server.spread.plan import StepPlan
+from lola_flwr.server.spread.remote import SpreadGradient
 from lola_flwr.system.channel import Channel
 from lola_flwr.system.own_channel import Moment
 
@@ -30,11 +33,7 @@ def flops_per_token(subnetworks: Subnetworks) -> float:
 
 
 def scores_after(
-    before: Scores | None,
-    *,
-    squares: Float64Array,
-    magnitudes: Float64Array,
-    ran_fully: npt.NDArray[np.bool_],
+    before: Scores | None, found: SpreadGradient, operations: IntArray
 ) -> Scores:
     """Return the S sub-networks' scores after a step, shapes [S, 1] and [S].
 
@@ -42,48 +41,48 @@ def scores_after(
     ----------
     before
         Their scores before it, as far as they are known.
-    squares, magnitudes
-        What the step has found of each of them that ran fully: sums of the squares of
-        its gradient, and of the magnitudes of its values, shape [S].
-    ran_fully
-        Which of them did, shape [S]. The others are as they were before, or as the mean
-        of those that did.
+    found
+        What the step has found of each of them that ran fully.
+    operations
+        What they did in each micro-batch, shape [S, M]. Those that did not run fully
+        are as they were before, or as the mean of those that did.
     """
+    ran_fully = (operations == Operation.FULL).any(axis=1)
 
     def known(
-        found: Float64Array, earlier: Float64Array | None
+        sums: Float64Array, earlier: Float64Array | None
     ) -> npt.NDArray[np.float64]:
-        usual = found[ran_fully].mean() if ran_fully.any() else 1.0
-        return np.where(ran_fully, found, usual if earlier is None else earlier)
+        usual = sums[ran_fully].mean() if ran_fully.any() else 1.0
+        return np.where(ran_fully, sums, usual if earlier is None else earlier)
 
-    fisher = known(squares, None if before is None else before.fisher[:, 0])[:, None]
-    magnitude = known(magnitudes, None if before is None else before.magnitude)
-    return Scores(fisher, magnitude, np.zeros_like(fisher))
+    fisher = known(found.squares, None if before is None else before.fisher[:, 0])
+    magnitude = known(found.magnitudes, None if before is None else before.magnitude)
+    return Scores(fisher[:, None], magnitude, np.zeros((len(fisher), 1)))
 
 
-def step_s(
+def step_record(
     plan: StepPlan,
+    found: SpreadGradient,
     subnetworks: Subnetworks,
     *,
     costs: UnitCosts,
-    tokens: Sequence[int],
     sent_bytes: Mapping[str, int],
     channel: Channel,
     time_s: float,
     seed: int,
-) -> float:
-    """Return how long a step takes: its computation, and what devices send.
+) -> StepRecord:
+    """Return a step's record: it takes as long as it computes, and devices send.
 
     Parameters
     ----------
     plan
         The step's plan.
+    found
+        What came of it.
     subnetworks
         The sub-networks.
     costs
         What operations cost.
-    tokens
-        Tokens of each micro-batch.
     sent_bytes
         What devices send, by device id.
     channel
@@ -92,16 +91,24 @@ def step_s(
         What its draw follows from: wireless time of the steps before, and the run's
         seed.
     """
-    return compute_s(
+    seconds = compute_s(
         plan.operations,
         plan.device_of,
         [profile.flops_per_s for profile in plan.profiles],
         num_layers=subnetworks.num_layers,
-        forward_flops=np.array(tokens) * flops_per_token(subnetworks),
+        forward_flops=np.array(found.tokens) * flops_per_token(subnetworks),
         costs=costs,
     ) + uploads_s(
         [sent_bytes.get(device, 0) for device in plan.device_ids],
         plan.profiles,
         channel=channel,
         moment=Moment(plan.step, time_s, seed),
+    )
+    return StepRecord(
+        server_round=plan.step,
+        num_devices=len(plan.device_ids),
+        wireless_s=time_s + seconds,
+        round_s=seconds,
+        observed_s=seconds,
+        train_loss=found.loss,
     )

@@ -34,14 +34,24 @@ from lola_flwr.randomness import rng_for
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.run.records import StepRecord
 from lola_flwr.run.values import to_values
-from lola_flwr.server.spread.exchange import CountedExchange, Exchange, PartFailed
+from lola_flwr.server.spread.audit import Auditor, Recompute
+from lola_flwr.server.spread.exchange import (
+    CountedExchange,
+    Exchange,
+    LieFound,
+    PartFailed,
+)
 from lola_flwr.server.spread.held import HeldValues
 from lola_flwr.server.spread.model import SpreadModel
-from lola_flwr.server.spread.places import places_of, require_successive_layers
+from lola_flwr.server.spread.places import (
+    Place,
+    places_of,
+    require_successive_layers,
+)
 from lola_flwr.server.spread.plan import MicroBatches, SpreadState, StepPlan
 from lola_flwr.server.spread.remote import SpreadGradient, spread_gradient
 from lola_flwr.server.spread.returns import fetch, hand_over
-from lola_flwr.server.spread.scoring import scores_after, step_s
+from lola_flwr.server.spread.scoring import scores_after, step_record
 from lola_flwr.server.state import restored
 from lola_flwr.system.channel import Channel
 from lola_flwr.wire.records import PartTask
@@ -64,6 +74,8 @@ class SpreadTrainer:
     schedules
         Give each step its schedule. Their costs are replaced by those of what is
         trained.
+    recompute
+        Does what a device would, to audit it: on the model given here.
     num_groups
         Head groups that each layer is divided into (default: one for each head).
     micro_batches
@@ -90,6 +102,7 @@ class SpreadTrainer:
         *,
         optimizer: ServerOptimizer,
         schedules: StepSchedules,
+        recompute: Recompute,
         num_groups: int | None = None,
         micro_batches: MicroBatches | None = None,
         channel: Channel | None = None,
@@ -108,6 +121,7 @@ class SpreadTrainer:
         self._channel = channel or Channel()
         self._max_gradient_norm = max_gradient_norm
         self._seed = seed
+        self._auditor = Auditor.of(schedules, recompute)
         self._base_fingerprint = fingerprint(model, partition.frozen)
         # No other trainer's devices keep anything under it, whatever the seed.
         self._trainer_id = secrets.randbits(62)
@@ -155,8 +169,8 @@ class SpreadTrainer:
         server_round
             Step, from 1.
         device_ids
-            Devices that are there. Those without a known profile are left out, and
-            those that rest after a failure, unless all do.
+            Devices that are there. Those without a known profile are left out, those
+            that lied, and those that rest after a failure, unless all do.
 
         Raises
         ------
@@ -164,9 +178,7 @@ class SpreadTrainer:
             No device has a usable profile, or the budgets let nothing run.
         """
         present = frozenset(device_ids)
-        devices = self.state.fleet.rested(server_round, present)
-        if not devices:
-            raise UserError("No device has a usable profile.")
+        devices = self.state.usable(server_round, present)
         profiles = tuple(self.state.fleet.profiles[device] for device in devices)
         device_of = place_subnetworks(
             self._subnetworks.count, [profile.flops_per_s for profile in profiles]
@@ -197,8 +209,8 @@ class SpreadTrainer:
         Returns
         -------
         The step's record, with what was exchanged since the one before. Where a device
-        did not do its part, no step is taken: it rests in those that follow, and what
-        it held is as the server last knew it.
+        did not do its part, no step is taken: it rests in those that follow, or, if it
+        lied, in all, and what it held is as the server last knew it.
         """
         counted = CountedExchange(exchange, self._since)
         scores, failed = self.state.scores, dict[str, str]()
@@ -207,19 +219,17 @@ class SpreadTrainer:
             record, scores = self._step(plan, counted, failed)
             outcomes = dict.fromkeys(counted.asked, None)
         except PartFailed as failure:
-            self._held.lose(failure.reasons)
+            lied = isinstance(failure, LieFound)
+            self._held.lose(failure.reasons, lied=lied)
+            if lied:
+                self.state = self.state.excluding(failure.reasons)
             # Where nobody knows whose fault it is, one rests that is drawn by lot.
             lot = rng_for(self._seed, "lot", plan.step).integers(len(plan.device_ids))
             blamed = failure.reasons or [plan.device_ids[lot]]
             outcomes = dict.fromkeys(blamed, 0.0)
             record = self.skip_round(plan.step, str(failure))
         outcomes |= dict.fromkeys(failed, 0.0)
-        self.state = SpreadState(
-            server_round=plan.step,
-            wireless_s=record.wireless_s,
-            fleet=self.state.fleet.after(plan.step, outcomes),
-            scores=scores,
-        )
+        self.state = self.state.after(record, outcomes, scores)
         self._since = counted.anew()
         return replace(
             record,
@@ -328,7 +338,7 @@ class SpreadTrainer:
         held, task = self._held, self._task(plan.step)
         places = places_of(plan.device_of, plan.device_ids, self._subnetworks)
         failed |= hand_over(held, places, plan.present, exchange, task)
-        result = self._spread_gradient(plan, exchange)
+        result = self._spread_gradient(plan, places, exchange)
         scale = result.scale(self._max_gradient_norm)
         held.step(
             {name: (g * scale).numpy() for name, g in result.gradients.items()},
@@ -341,35 +351,22 @@ class SpreadTrainer:
             failed |= self._fetch(exchange, task, moments=True)
         scores = self.state.scores
         if self._schedules.shared_budgets:
-            scores = scores_after(
-                scores,
-                squares=result.squares,
-                magnitudes=result.magnitudes,
-                ran_fully=(plan.operations == Operation.FULL).any(axis=1),
-            )
-        seconds = step_s(
+            scores = scores_after(scores, result, plan.operations)
+        return step_record(
             plan,
+            result,
             self._subnetworks,
             costs=self._schedules.costs,
-            tokens=result.tokens,
             sent_bytes=exchange.received_bytes,
             channel=self._channel,
             time_s=self.state.wireless_s,
             seed=self._seed,
-        )
-        return StepRecord(
-            server_round=plan.step,
-            num_devices=len(plan.device_ids),
-            wireless_s=self.state.wireless_s + seconds,
-            round_s=seconds,
-            observed_s=seconds,
-            train_loss=result.loss,
         ), scores
 
     def _spread_gradient(
-        self, plan: StepPlan, exchange: CountedExchange
+        self, plan: StepPlan, places: Mapping[Place, str], exchange: CountedExchange
     ) -> SpreadGradient:
-        """Compute the gradient of a step, as the devices' parts of it come in."""
+        """Compute a step's gradient as devices' parts of it come in, and audit it."""
         names, values = self._held.own_names, self._held.known()
         load_values(self._model, names, [values[name] for name in names])
         self._model.train()
@@ -383,6 +380,7 @@ class SpreadTrainer:
             exchange=exchange,
             task=self._task(plan.step, seed=int(rng.integers(2**62))),
             held=self._held,
+            watched=self._auditor.watch(plan.step, places),
         )
         # Who begins is drawn, or some would never have a micro-batch where not all of
         # them run.
@@ -390,7 +388,7 @@ class SpreadTrainer:
         first = (plan.step - 1) * self._schedules.micro_batches + 1
         with torch.random.fork_rng():
             torch.manual_seed(int(rng.integers(2**62)))
-            return spread_gradient(
+            result = spread_gradient(
                 spread,
                 plan.owners(order, first),
                 self._micro_batches.micro_batch_size,
@@ -398,3 +396,5 @@ class SpreadTrainer:
                 max_tokens=self._micro_batches.max_tokens,
                 example_weight=self._micro_batches.example_weight,
             )
+        self._auditor.check(spread)
+        return result

@@ -96,12 +96,14 @@ def without_dropout(case):
     return case
 
 
-def federation(family="roberta", *, return_every=50, **options):
+def federation(family="roberta", *, return_every=50, audit_share=0.0, **options):
     case = without_dropout(make(family))
     trainer = trainer_for(
         copy.deepcopy(case.model),
         case.partition,
-        schedules=StepSchedules(micro_batches=3, return_every=return_every),
+        schedules=StepSchedules(
+            micro_batches=3, return_every=return_every, audit_share=audit_share
+        ),
         micro_batches=MicroBatches(micro_batch_size=2, example_weight=10),
         step=ServerStep(**(options or STEP)),
         max_gradient_norm=MAX_NORM,
