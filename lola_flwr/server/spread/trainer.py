@@ -121,7 +121,7 @@ class SpreadTrainer:
         self._channel = channel or Channel()
         self._max_gradient_norm = max_gradient_norm
         self._seed = seed
-        self._auditor = Auditor.of(schedules, recompute)
+        self._auditor = Auditor(recompute, schedules)
         self._base_fingerprint = fingerprint(model, partition.frozen)
         # No other trainer's devices keep anything under it, whatever the seed.
         self._trainer_id = secrets.randbits(62)
