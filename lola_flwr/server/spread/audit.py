@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.d2ft.wire import HIDDEN, MOMENTS, SLOPES, array_of
 from lola_flwr.randomness import rng_for
 from lola_flwr.server.spread.exchange import CheckedReply, LieFound, PartRequest
@@ -81,15 +82,14 @@ class Auditor:
     ----------
     recompute
         Does what a device would; what it keeps for another trainer's number is dropped.
-    share
-        Part of the steps in which a place is drawn, 0 to 1.
-    seed
-        Of the draws, which no device is to know (None: none does).
+    schedules
+        Say in which part of the steps a place is drawn, and by which seed.
     """
 
-    def __init__(self, recompute: Recompute, *, share: float, seed: int | None) -> None:
+    def __init__(self, recompute: Recompute, schedules: StepSchedules) -> None:
         self._recompute = recompute
-        self._share = share
+        self._share = schedules.audit_share
+        seed = schedules.audit_seed
         self._seed = secrets.randbits(62) if seed is None else seed
         self._starts: dict[Place, _Start] = {}
 
