@@ -150,6 +150,9 @@ def _subnetworks_of(
         or (known.parameters, known.partition) != (parameters, partition)
         or known.subnetworks.num_groups != num_groups
     ):
-        subnetworks = find_subnetworks(model, partition, num_groups=num_groups)
+        # They are compared with the layers, more exactly than bfloat16 is.
+        kind = next(model.parameters()).device.type
+        with torch.autocast(kind, enabled=False):
+            subnetworks = find_subnetworks(model, partition, num_groups=num_groups)
         known = _known[model] = _Known(parameters, partition, subnetworks)
     return known.subnetworks
