@@ -334,11 +334,22 @@ def test_keys_that_d2ft_has_no_use_for(changes, message):
 
 def test_d2ft_s_options_are_those_of_its_schedules():
     options = "compute=0.6, micro_batches=7, num_groups=4, same_micro_batches=false"
+    options += ", audit_share=0.25, audit_seed=3"
     schedules, num_groups = schedules_of(config(method="d2ft", d2ft_options=options))
     assert schedules == StepSchedules(
-        micro_batches=7, budgets=Budgets(compute=0.6), same_micro_batches=False
+        micro_batches=7,
+        budgets=Budgets(compute=0.6),
+        same_micro_batches=False,
+        audit_share=0.25,
+        audit_seed=3,
     )
     assert num_groups == 4
-    for wrong in ("compute=1.5", "micro_batches=2.5", "shared_budgets=1", "magic=1"):
+    for wrong in (
+        "compute=1.5",
+        "micro_batches=2.5",
+        "shared_budgets=1",
+        "magic=1",
+        "audit_share=1.5",
+    ):
         with pytest.raises(UserError, match=wrong.split("=")[0]):
             schedules_of(config(method="d2ft", d2ft_options=wrong))

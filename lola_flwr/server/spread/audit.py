@@ -41,8 +41,8 @@ Recompute = Callable[[PartTask, _Arrays], tuple[PartReport, _Arrays]]
 # How far honest hardware is apart, in lengths of what is compared: float32 and bfloat16
 # by 0.03 at most, in the seven families of models of the tests.
 TOLERANCE = 0.1
-# The same of the move that a step makes, there by 0.04: Adam's first moves are the signs
-# of gradients, and rounding turns those of the smallest round.
+# The same of the move that a step makes, there by 0.04: Adam's first are the signs of
+# gradients, and rounding turns those of the smallest round.
 MOVE_TOLERANCE = 0.5
 # What is so small beside what it is computed from is rounding alone.
 _ROUNDING = 1e-6
@@ -133,15 +133,16 @@ class Auditor:
         for place, said in spread.watched.items():
             if "forward" not in said:
                 continue  # it had nothing to do
-            held = _held(spread, place, said["forward"].request)
+            steps = place not in starts  # and its step is checked in the next one
+            held = _held(spread, place, said["forward"].request, moments=steps)
             if place in starts:
                 self._check_move(spread, place, starts[place], held)
             is_exact = self._check_replies(spread, place, said, held)
             if held.reply is not None:
-                take_in(spread.held, place, held.reply, moments=True)
+                take_in(spread.held, place, held.reply, moments=steps)
             spread.held.confirm(place)
             # With dice of another kind its step is another, too.
-            if is_exact and VALUES in held.arrays and place not in starts:
+            if steps and is_exact and VALUES in held.arrays:
                 self._starts[place] = _Start(spread.task.step, held.arrays[VALUES])
 
     def _check_move(
@@ -205,8 +206,13 @@ class Auditor:
         return own
 
 
-def _held(spread: SpreadModel, place: Place, request: PartRequest) -> _Held:
-    """Return what a place holds in a step, as the server knows it or is told."""
+def _held(
+    spread: SpreadModel, place: Place, request: PartRequest, *, moments: bool
+) -> _Held:
+    """Return what a place holds in a step, as the server knows it or is told.
+
+    Without the moments that it has, these are what the server last knew.
+    """
     held, device = spread.held, spread.places[place]
     if not held.slices(place).own:
         return _Held({})
@@ -215,14 +221,15 @@ def _held(spread: SpreadModel, place: Place, request: PartRequest) -> _Held:
         arrays = {name: sent[name] for name in (VALUES, MOMENTS) if name in sent}
         return _Held(arrays, request.task.optimizer)
     arrays, told = held.content(place)
-    if not held.unknown([place], moments=True):
+    if not held.unknown([place], moments=moments):
         return _Held(arrays, told)
-    task = returning(held, spread.task, place, moments=True)
+    task = returning(held, spread.task, place, moments=moments)
     reply = spread.ask({device: PartRequest(task)})[device]
-    values, moments = returned(held, place, reply, moments=True)
-    return _Held(
-        {VALUES: array_of(values), MOMENTS: array_of(moments or ())}, told, reply
-    )
+    values, beside = returned(held, place, reply, moments=moments)
+    arrays[VALUES] = array_of(values)
+    if beside is not None:
+        arrays[MOMENTS] = array_of(beside)
+    return _Held(arrays, told, reply)
 
 
 def _said(
