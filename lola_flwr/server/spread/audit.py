@@ -58,7 +58,7 @@ _WHAT = {
     HIDDEN: "its contributions to",
     SLOPES: "its gradients of the hidden states of",
     GRADIENTS: "its gradients of shared parameters of",
-    _LENGTHS: "the lengths that it says gradients have of",
+    _LENGTHS: "its lengths of gradients of",
     VALUES: "its values, after a step of its own, of",
 }
 
