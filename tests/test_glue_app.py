@@ -235,7 +235,7 @@ def test_two_devices_train_twelve_blocks(interface, tmp_path):
 def test_d2ft_takes_steps_and_goes_on(tmp_path):
     options = (
         *('method="d2ft"', "num-devices=2"),
-        'd2ft-options="traffic=0.5, micro_batches=4"',
+        'd2ft-options="traffic=0.5, micro_batches=4, audit_share=0"',
     )
     finished = run(tmp_path, *options, "rounds=2", num_devices=2)
     assert finished.completed, finished.output

@@ -103,7 +103,7 @@ def test_d2ft_takes_the_steps_that_it_takes_in_simulation(testbed, tmp_path):
         testbed,
         tmp_path,
         'method="d2ft"',
-        'd2ft-options="traffic=0.5, micro_batches=4"',
+        'd2ft-options="traffic=0.5, micro_batches=4, audit_seed=1"',
         *("rounds=2", "eval-every=1"),
     )
     for here, there in zip(deployed, expected, strict=True):

@@ -8,8 +8,8 @@ gradients. In the step after, the same place is audited again, and its values ha
 those that the server's own step makes of the ones before.
 
 Honest devices differ by their hardware: by rounding, and, where dropout is drawn, by
-their generators. The first is known, and how far two draws are apart the server finds
-out by drawing once more.
+their generators. How far rounding goes is known, and how far draws are apart the server
+finds out by drawing again.
 """
 
 from __future__ import annotations
@@ -133,16 +133,17 @@ class Auditor:
         for place, said in spread.watched.items():
             if "forward" not in said:
                 continue  # it had nothing to do
-            steps = place not in starts  # and its step is checked in the next one
-            held = _held(spread, place, said["forward"].request, moments=steps)
+            # Its step from here is checked in the next one, and begins with moments.
+            begins = place not in starts
+            held = _held(spread, place, said["forward"].request, moments=begins)
             if place in starts:
                 self._check_move(spread, place, starts[place], held)
             is_exact = self._check_replies(spread, place, said, held)
             if held.reply is not None:
-                take_in(spread.held, place, held.reply, moments=steps)
+                take_in(spread.held, place, held.reply, moments=begins)
             spread.held.confirm(place)
             # With dice of another kind its step is another, too.
-            if steps and is_exact and VALUES in held.arrays:
+            if begins and is_exact and VALUES in held.arrays:
                 self._starts[place] = _Start(spread.task.step, held.arrays[VALUES])
 
     def _check_move(
@@ -292,6 +293,7 @@ def _distance(
 def _lie(
     spread: SpreadModel, place: Place, name: str, far: float, limit: float
 ) -> LieFound:
+    """Return the error that says who lied, about what, and how far it is off."""
     return LieFound(
         {
             spread.places[place]: f"{_WHAT[name]} {place} are {far:.3g} of their "
