@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from lola_flwr.build import MicroBatches, ServerStep, trainer_for
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.steps import StepSchedules
+from lola_flwr.device import keeping
 from lola_flwr.device.part import compute_part
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import model_loss
@@ -272,6 +274,19 @@ def test_a_checkpoint_keeps_who_lied(tmp_path):
     meet(third)
     assert third.state.excluded is None
     assert "b" in third.plan_round(90, DEVICES).device_ids
+
+
+@pytest.mark.slow
+def test_the_server_keeps_no_more_than_two_places_need(monkeypatch):
+    """That of the step before, whose step is checked, and that of this one."""
+    monkeypatch.setattr(keeping, "_memories", WeakKeyDictionary())
+    case, trainer = federation()
+    devices = Federation(case)
+    take(trainer, devices, range(1, 11), moving=False)
+    models = {id(model) for model in devices.models.values()}
+    (own,) = (m for model, m in keeping._memories.items() if id(model) not in models)
+    places = {name.rpartition("-")[0] for name in own.kept}
+    assert 1 <= len(places) <= 2
 
 
 @pytest.mark.parametrize(
