@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,10 +24,27 @@ import numpy as np
 import numpy.typing as npt
 
 from lola_flwr.d2ft.steps import StepSchedules
-from lola_flwr.d2ft.wire import HIDDEN, MOMENTS, SLOPES, array_of
+from lola_flwr.d2ft.wire import (
+    HIDDEN,
+    MASKS,
+    MOMENTS,
+    SHARED,
+    SLOPES,
+    array_of,
+    sizes_from_text,
+)
 from lola_flwr.randomness import rng_for
 from lola_flwr.server.spread.exchange import CheckedReply, LieFound, PartRequest
-from lola_flwr.server.spread.model import Asked, SpreadModel
+from lola_flwr.server.spread.held import HeldValues
+from lola_flwr.server.spread.likeness import (
+    MOVE_TOLERANCE,
+    TOLERANCE,
+    difference,
+    distance,
+    length,
+    limit_of_draws,
+)
+from lola_flwr.server.spread.model import SpreadModel
 from lola_flwr.server.spread.places import Place
 from lola_flwr.server.spread.returns import returned, returning, take_in
 from lola_flwr.wire.packing import GRADIENTS, VALUES
@@ -38,20 +55,10 @@ _Arrays = Mapping[str, npt.NDArray[Any]]
 # Does what a task asks for, as a device does it.
 Recompute = Callable[[PartTask, _Arrays], tuple[PartReport, _Arrays]]
 
-# How far honest hardware is apart, in lengths of what is compared: float32 and bfloat16
-# by 0.03 at most, in the seven families of models of the tests.
-TOLERANCE = 0.1
-# The same of the move that a step makes, there by 0.04: Adam's first are the signs of
-# gradients, and rounding turns those of the smallest round.
-MOVE_TOLERANCE = 0.5
 # What is so small beside what it is computed from is rounding alone.
 _ROUNDING = 1e-6
-# Where dropout is drawn: nothing honest is further apart than this, nor than twice as
-# far as the server's own draws. What is turned round is nearly 2.
-_DRAWS_TOLERANCE = 1.5
-_DRAWS_APART = 2.0
-# Sums over tokens may cancel out in one draw, and are no longer than this many others.
-_LONGEST_SUM = 10.0
+# Contributions that are apart by less than this part of their inputs do no harm.
+_HARMLESS = 0.1
 
 _LENGTHS = "lengths"
 _WHAT = {
@@ -61,6 +68,38 @@ _WHAT = {
     _LENGTHS: "its lengths of gradients of",
     VALUES: "its values, after a step of its own, of",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a device was asked, and what it replied."""
+
+    request: PartRequest
+    reply: CheckedReply
+
+
+@dataclass(frozen=True, eq=False)
+class _Contributed:
+    """What a place was asked to contribute to one micro-batch, and its contribution."""
+
+    task: PartTask
+    arrays: _Arrays
+    found: npt.NDArray[Any]
+
+    @classmethod
+    def of(cls, request: PartRequest, reply: CheckedReply) -> _Contributed:
+        """Take the first micro-batch of a forward pass."""
+        task, arrays = request.task, request.arrays
+        tokens = [examples * each for examples, each in sizes_from_text(task.sizes)]
+        size = arrays[HIDDEN].size // sum(tokens) * tokens[0]
+        (found,) = reply.tensors(HIDDEN, [arrays[HIDDEN].shape], largest=math.inf)
+        firsts = {n: getattr(task, n).split()[0] for n in ("numbers", "rows", "sizes")}
+        first = {
+            **{name: arrays[name] for name in (SHARED,) if name in arrays},
+            HIDDEN: arrays[HIDDEN][:size].copy(),
+            MASKS: arrays[MASKS][: tokens[0]].copy(),
+        }
+        return cls(replace(task, **firsts), first, found.numpy()[:size].copy())
 
 
 class _Held(NamedTuple):
@@ -96,11 +135,11 @@ class Auditor:
         seed = schedules.audit_seed
         self._seed = secrets.randbits(62) if seed is None else seed
         self._starts: dict[Place, _Start] = {}
+        self._watched: dict[Place, dict[str, Asked]] = {}
+        self._last: dict[Place, _Contributed] = {}
 
-    def watch(
-        self, step: int, places: Mapping[Place, str]
-    ) -> dict[Place, dict[str, Asked]]:
-        """Return the places that are audited in a step, with room for what is said.
+    def watch(self, step: int, places: Mapping[Place, str]) -> None:
+        """Choose the places that are audited in a step.
 
         Parameters
         ----------
@@ -117,7 +156,54 @@ class Auditor:
             drawn = devices[rng.integers(len(devices))]
             own = [place for place, device in places.items() if device == drawn]
             watched.append(own[rng.integers(len(own))])
-        return {place: {} for place in watched}
+        self._watched = {place: {} for place in watched}
+        self._last = {p: last for p, last in self._last.items() if p in places}
+
+    def note(self, request: PartRequest, reply: CheckedReply) -> None:
+        """Keep what is said of the places that are audited, and a bit of the others."""
+        place, kind = Place.of(request.task), request.task.kind
+        if place in self._watched:
+            self._watched[place][kind] = Asked(request, reply)
+        if kind == "forward" and self._share:
+            self._last[place] = _Contributed.of(request, reply)
+
+    def doubt(self, held: HeldValues, place: Place, reply: CheckedReply) -> None:
+        """Compare values that are returned with what their place contributed last.
+
+        A step lies between the two, so that all but a lie passes, and the device that
+        lies rests only.
+
+        Raises
+        ------
+        PartFailed
+            The values would contribute something else altogether.
+        """
+        last = self._last.get(place)
+        if last is None or last.task.version + 1 < held.version:
+            return
+        values, _ = returned(held, place, reply, moments=False)
+        state, told = held.content(place)
+        state[VALUES] = array_of(values)
+
+        def contribution(seed: int) -> npt.NDArray[Any]:
+            task = replace(
+                last.task,
+                seed=seed,
+                gradient_step=0,
+                optimizer=told,
+                trainer_id=secrets.randbits(62),  # nothing is to be kept
+            )
+            _, found = self._recompute(task, {**last.arrays, **state})
+            return found[HIDDEN]
+
+        own, again = (contribution(last.task.seed + number) for number in (0, 1))
+        limit = limit_of_draws(own, [again])
+        far = difference(last.found, own, _HARMLESS * length(last.arrays[HIDDEN]))
+        if not far <= limit:
+            raise reply.failure(
+                f"the values that it returns of {place} contribute what is {far:.3g} "
+                f"lengths from what it contributed, honest ones {limit:.2g} at most"
+            )
 
     def check(self, spread: SpreadModel) -> None:
         """Audit what was watched of a step, before it is taken.
@@ -130,7 +216,7 @@ class Auditor:
             It does not return the values that it must have computed with.
         """
         starts, self._starts = self._starts, {}
-        for place, said in spread.watched.items():
+        for place, said in self._watched.items():
             if "forward" not in said:
                 continue  # it had nothing to do
             # Its step from here is checked in the next one, and begins with moments.
@@ -157,10 +243,10 @@ class Auditor:
         if report.lacks:
             return  # it has been sent them anew
         own = arrays[VALUES]
-        far = _distance(
+        far = distance(
             held.arrays[VALUES] - start.values,
             own - start.values,
-            _ROUNDING * _length(own),
+            _ROUNDING * length(own),
         )
         if not far <= MOVE_TOLERANCE:
             raise _lie(spread, place, VALUES, far, MOVE_TOLERANCE)
@@ -172,12 +258,16 @@ class Auditor:
         seed, small = spread.task.seed, _small(said)
         own = self._replies(said, held, seed)
         theirs = _said(said, own)
-        apart = {name: _distance(theirs[name], own[name], small[name]) for name in own}
+        apart = {name: distance(theirs[name], own[name], small[name]) for name in own}
         if all(far <= TOLERANCE for far in apart.values()):
             return True
         draws = [self._replies(said, held, seed + number) for number in (1, 2)]
         for name, far in apart.items():
-            limit = _limit(name, own[name], [draw[name] for draw in draws], small[name])
+            others, limit = [draw[name] for draw in draws], TOLERANCE
+            if any(distance(other, own[name], small[name]) for other in others):
+                far = difference(theirs[name], own[name], small[name])
+                is_sum = name not in (HIDDEN, SLOPES)
+                limit = limit_of_draws(own[name], others, is_sum=is_sum)
             if not far <= limit:  # nor is NaN
                 raise _lie(spread, place, name, far, limit)
         return False
@@ -250,44 +340,13 @@ def _said(
 
 def _small(said: Mapping[str, Asked]) -> dict[str, float]:
     """Return lengths of replies that are rounding, beside what they are made of."""
-    hidden = _length(said["forward"].request.arrays[HIDDEN])
+    hidden = length(said["forward"].request.arrays[HIDDEN])
     small = {HIDDEN: _ROUNDING * hidden}
     if "backward" in said:
-        slopes = _length(said["backward"].request.arrays[SLOPES])
+        slopes = length(said["backward"].request.arrays[SLOPES])
         product = _ROUNDING * slopes * hidden
         small |= {SLOPES: _ROUNDING * slopes, GRADIENTS: product, _LENGTHS: product}
     return small
-
-
-def _limit(
-    name: str,
-    own: npt.NDArray[Any],
-    draws: Sequence[npt.NDArray[Any]],
-    small: float,
-) -> float:
-    """Return how far from the server's own an honest reply may be, by other draws."""
-    apart = max(_distance(draw, own, small) for draw in draws)
-    if not apart:
-        return TOLERANCE  # nothing is drawn
-    if name in (HIDDEN, SLOPES):
-        return max(_DRAWS_TOLERANCE, _DRAWS_APART * apart)
-    longest = max(map(_length, (own, *draws)))
-    return _LONGEST_SUM * longest / max(_length(own), 1e-30)
-
-
-def _length(array: npt.NDArray[Any]) -> float:
-    return float(np.linalg.norm(array.astype(np.float64)))
-
-
-def _distance(
-    found: npt.NDArray[Any], expected: npt.NDArray[Any], small: float
-) -> float:
-    """Return how far two arrays are apart, in lengths of the one that is expected."""
-    apart = _length(found - expected) - small
-    length = _length(expected)
-    if apart <= 0.0:
-        return 0.0
-    return apart / length if length else math.inf
 
 
 def _lie(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
@@ -21,14 +21,6 @@ from lola_flwr.server.spread.exchange import (
 from lola_flwr.server.spread.held import HeldValues
 from lola_flwr.server.spread.places import Place, places_of
 from lola_flwr.wire.records import PartTask
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """What a device was asked, as it was asked at last, and what it replied."""
-
-    request: PartRequest
-    reply: CheckedReply
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,8 +47,8 @@ class SpreadModel:
         What all tasks of the step have in common.
     held
         Who holds which values.
-    watched
-        Places of which all that is asked is kept: added to these, by the task's kind.
+    note
+        Told of each request, as it was asked at last, and the reply.
     """
 
     model: nn.Module
@@ -67,7 +59,7 @@ class SpreadModel:
     exchange: Exchange
     task: PartTask
     held: HeldValues
-    watched: Mapping[Place, dict[str, Asked]] = field(default_factory=dict)
+    note: Callable[[PartRequest, CheckedReply], None] = lambda request, reply: None
 
     def ask(self, requests: Mapping[str, PartRequest]) -> dict[str, CheckedReply]:
         """Send tasks to devices; return their replies, by device id.
@@ -91,8 +83,7 @@ class SpreadModel:
                 }
             )
         for device, request in {**requests, **again}.items():
-            if (said := self.watched.get(Place.of(request.task))) is not None:
-                said[request.task.kind] = Asked(request, replies[device])
+            self.note(request, replies[device])
         return replies
 
     @cached_property

@@ -93,7 +93,7 @@ class SpreadState:
     def excluding(self, device_ids: Iterable[str]) -> SpreadState:
         """Take note of who was found to lie."""
         names = [self.fleet.profiles[d].name for d in device_ids]
-        return replace(self, excluded=(*(self.excluded or ()), *names))
+        return replace(self, excluded=(*(self.excluded or ()), *names) or None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -22,12 +22,16 @@ from lola_flwr.server.spread.places import Place
 from lola_flwr.wire.packing import VALUES
 from lola_flwr.wire.records import PartTask
 
+# Raises `PartFailed` if a device cannot have computed with what it returns.
+Doubt = Callable[[HeldValues, Place, CheckedReply], None]
+
 
 def fetch(
     held: HeldValues,
     places: Mapping[Place, str],
     exchange: CountedExchange,
     task: PartTask,
+    doubt: Doubt = lambda held, place, reply: None,
     *,
     moments: bool,
 ) -> dict[str, str]:
@@ -45,6 +49,8 @@ def fetch(
         How devices are asked.
     task
         What all tasks have in common.
+    doubt
+        Looks at what is returned.
     moments
         Whether the optimizer's moments are wanted, too.
 
@@ -64,6 +70,8 @@ def fetch(
         try:
             replies = ask(exchange, asked)
             for device, reply in replies.items():
+                if not reply.lacks:
+                    doubt(held, queues[device][0], reply)
                 take_in(held, queues[device][0], reply, moments=moments)
         except PartFailed as failure:
             # The others are asked once more: their replies were dropped.
@@ -81,12 +89,13 @@ def hand_over(
     present: Collection[str],
     exchange: CountedExchange,
     task: PartTask,
+    doubt: Doubt,
 ) -> dict[str, str]:
     """Have devices return what others are to hold from now on.
 
     Parameters
     ----------
-    held, exchange, task
+    held, exchange, task, doubt
         As for `fetch`.
     places
         What each device is to hold.
@@ -100,7 +109,7 @@ def hand_over(
     held.lose(held.holders - {*present})
     moved = held.moved(places)
     unknown = held.unknown(moved, moments=True)
-    failed = fetch(held, unknown, exchange, task, moments=True)
+    failed = fetch(held, unknown, exchange, task, doubt, moments=True)
     held.release(moved)
     return failed
 

@@ -43,11 +43,7 @@ from lola_flwr.server.spread.exchange import (
 )
 from lola_flwr.server.spread.held import HeldValues
 from lola_flwr.server.spread.model import SpreadModel
-from lola_flwr.server.spread.places import (
-    Place,
-    places_of,
-    require_successive_layers,
-)
+from lola_flwr.server.spread.places import places_of, require_successive_layers
 from lola_flwr.server.spread.plan import MicroBatches, SpreadState, StepPlan
 from lola_flwr.server.spread.remote import SpreadGradient, spread_gradient
 from lola_flwr.server.spread.returns import fetch, hand_over
@@ -221,8 +217,7 @@ class SpreadTrainer:
         except PartFailed as failure:
             lied = isinstance(failure, LieFound)
             self._held.lose(failure.reasons, lied=lied)
-            if lied:
-                self.state = self.state.excluding(failure.reasons)
+            self.state = self.state.excluding(failure.reasons if lied else ())
             # Where nobody knows whose fault it is, one rests that is drawn by lot.
             lot = rng_for(self._seed, "lot", plan.step).integers(len(plan.device_ids))
             blamed = failure.reasons or [plan.device_ids[lot]]
@@ -279,8 +274,9 @@ class SpreadTrainer:
     def _fetch(
         self, exchange: CountedExchange, task: PartTask, *, moments: bool
     ) -> dict[str, str]:
-        unknown = self._held.unknown(moments=moments)
-        return fetch(self._held, unknown, exchange, task, moments=moments)
+        held, doubt = self._held, self._auditor.doubt
+        unknown = held.unknown(moments=moments)
+        return fetch(held, unknown, exchange, task, doubt, moments=moments)
 
     # --- checkpoints -----------------------------------------------------------------
 
@@ -335,10 +331,11 @@ class SpreadTrainer:
 
         Who fails to return what it holds is added to ``failed``.
         """
-        held, task = self._held, self._task(plan.step)
+        held, task, audit = self._held, self._task(plan.step), self._auditor
         places = places_of(plan.device_of, plan.device_ids, self._subnetworks)
-        failed |= hand_over(held, places, plan.present, exchange, task)
-        result = self._spread_gradient(plan, places, exchange)
+        failed |= hand_over(held, places, plan.present, exchange, task, audit.doubt)
+        audit.watch(plan.step, places)
+        result = self._spread_gradient(plan, exchange)
         scale = result.scale(self._max_gradient_norm)
         held.step(
             {name: (g * scale).numpy() for name, g in result.gradients.items()},
@@ -364,7 +361,7 @@ class SpreadTrainer:
         ), scores
 
     def _spread_gradient(
-        self, plan: StepPlan, places: Mapping[Place, str], exchange: CountedExchange
+        self, plan: StepPlan, exchange: CountedExchange
     ) -> SpreadGradient:
         """Compute a step's gradient as devices' parts of it come in, and audit it."""
         names, values = self._held.own_names, self._held.known()
@@ -380,7 +377,7 @@ class SpreadTrainer:
             exchange=exchange,
             task=self._task(plan.step, seed=int(rng.integers(2**62))),
             held=self._held,
-            watched=self._auditor.watch(plan.step, places),
+            note=self._auditor.note,
         )
         # Who begins is drawn, or some would never have a micro-batch where not all of
         # them run.

@@ -214,7 +214,10 @@ def test_who_is_audited_follows_from_a_seed_that_is_nobody_s():
         schedules = StepSchedules(audit_share=0.5, audit_seed=seed)
         auditor = audit.Auditor(lambda task, arrays: None, schedules)
         places = {str(number): DEVICES[number % 3] for number in range(12)}
-        draws.append([[*auditor.watch(step, places)] for step in range(200)])
+        draws.append([])
+        for step in range(200):
+            auditor.watch(step, places)
+            draws[-1].append([*auditor._watched])
     assert draws[0] != draws[1]
     assert draws[2] == draws[3]
     counts = [len(watched) for watched in draws[2]]
@@ -223,15 +226,42 @@ def test_who_is_audited_follows_from_a_seed_that_is_nobody_s():
     assert {place for watched in draws[2] for place in watched} == {*places}
 
 
+def returning_longer(result, turn):
+    report, arrays = result
+    returned = turn.task.kind == "return"
+    return report, {
+        name: array * np.float32(1 + 0.3 * (returned and name == "values"))
+        for name, array in arrays.items()
+    }
+
+
 @pytest.mark.slow
 def test_what_a_liar_returned_before_is_not_kept():
     case, trainer = federation(dropout=False)
-    devices = Federation(case, ATTACKS["returned values far off"])
+    devices = Federation(case, Attack(name="longer", part=returning_longer))
     take(trainer, devices, [1], moving=False)
-    assert max(abs(v).max() for v in trainer.values().values()) > 800
+    name = "roberta.encoder.layer.1.output.dense.weight"
+    before = trainer._held.known()[name].copy()
+    assert abs(trainer.values()[name] / before - 1).mean() > 0.2
     until_excluded(trainer, devices, plans(trainer, range(2, 41), moving=False))
     assert trainer.state.excluded == ("b",)
-    assert max(abs(v).max() for v in trainer.values().values()) < 10
+    np.testing.assert_array_equal(trainer._held.known()[name], before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize(
+    "name", ["returned values far off", "returned values turned round"]
+)
+def test_values_that_are_not_those_it_computes_with_are_not_taken_in(name, dropout):
+    """Whatever they are returned for, and though nobody audits."""
+    case, trainer = federation(share=1e-9, dropout=dropout)
+    take(trainer, Federation(case, ATTACKS[name]), [1], moving=False)
+    layer = "roberta.encoder.layer.1.output.dense.weight"
+    before = trainer._held.known()[layer].copy()
+    np.testing.assert_array_equal(trainer.values()[layer], before)
+    assert trainer.plan_round(2, DEVICES).device_ids == ("a", "c"), "it rests"
+    assert trainer.state.excluded is None
 
 
 def test_who_does_not_say_what_it_computed_with_costs_the_step_and_rests():
