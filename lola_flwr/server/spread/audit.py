@@ -38,6 +38,7 @@ from lola_flwr.server.spread.exchange import CheckedReply, LieFound, PartRequest
 from lola_flwr.server.spread.held import HeldValues
 from lola_flwr.server.spread.likeness import (
     MOVE_TOLERANCE,
+    STEP_TOLERANCE,
     TOLERANCE,
     difference,
     distance,
@@ -185,24 +186,19 @@ class Auditor:
         state, told = held.content(place)
         state[VALUES] = array_of(values)
 
-        def contribution(seed: int) -> npt.NDArray[Any]:
-            task = replace(
-                last.task,
-                seed=seed,
-                gradient_step=0,
-                optimizer=told,
-                trainer_id=secrets.randbits(62),  # nothing is to be kept
-            )
-            _, found = self._recompute(task, {**last.arrays, **state})
-            return found[HIDDEN]
-
-        own, again = (contribution(last.task.seed + number) for number in (0, 1))
-        limit = limit_of_draws(own, [again])
-        far = difference(last.found, own, _HARMLESS * length(last.arrays[HIDDEN]))
-        if not far <= limit:
+        task = replace(
+            last.task,
+            gradient_step=0,
+            optimizer=told,
+            trainer_id=secrets.randbits(62),  # nothing is to be kept
+        )
+        _, own = self._recompute(task, {**last.arrays, **state})
+        small = _HARMLESS * length(last.arrays[HIDDEN])
+        far = difference(last.found, own[HIDDEN], small)
+        if not far <= STEP_TOLERANCE:
             raise reply.failure(
                 f"the values that it returns of {place} contribute what is {far:.3g} "
-                f"lengths from what it contributed, honest ones {limit:.2g} at most"
+                f"lengths from what it did before, honest ones {STEP_TOLERANCE:g} at most"
             )
 
     def check(self, spread: SpreadModel) -> None:

@@ -20,6 +20,9 @@ TOLERANCE = 0.1
 # The same of the move that a step makes, there by 0.04: Adam's first are the signs of
 # gradients, and rounding turns those of the smallest round.
 MOVE_TOLERANCE = 0.5
+# In lengths of the shorter one: what a step of a model that can still be trained makes
+# of contributions.
+STEP_TOLERANCE = 10.0
 # Where dropout is drawn: nothing honest is further apart than this, nor than twice as
 # far as the server's own draws. What is turned round is nearly 2.
 _DRAWS_TOLERANCE = 1.5

@@ -117,7 +117,9 @@ def test_honest_devices_are_never_accused(family):
     devices = Federation(case)
     records = take(trainer, devices, range(1, 9))
     assert [record.skipped for record in records] == [None] * 8
+    trainer.values()
     assert trainer.state.excluded is None
+    assert not trainer.state.fleet.absences.of_device
     audited = {one.task.step for _, one in devices.asked("return")}
     assert len(audited) > 4
 
@@ -130,6 +132,8 @@ def test_nor_are_those_of_other_hardware(family, how):
     case, trainer = federation(family, dropout="dice" in how)
     records = take(trainer, Federation(case, **how), range(1, 13), moving=False)
     assert [record.skipped for record in records] == [None] * 12
+    trainer.values()
+    assert not trainer.state.fleet.absences.of_device
 
 
 @pytest.mark.parametrize("family", rest_slow(["roberta", "roberta-lora"], 1))
@@ -248,15 +252,12 @@ def test_what_a_liar_returned_before_is_not_kept():
     np.testing.assert_array_equal(trainer._held.known()[name], before)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize(
-    "name", ["returned values far off", "returned values turned round"]
-)
-def test_values_that_are_not_those_it_computes_with_are_not_taken_in(name, dropout):
+@pytest.mark.parametrize("dropout", rest_slow([True, False], 1))
+def test_values_that_ruin_a_model_are_not_taken_in(dropout):
     """Whatever they are returned for, and though nobody audits."""
     case, trainer = federation(share=1e-9, dropout=dropout)
-    take(trainer, Federation(case, ATTACKS[name]), [1], moving=False)
+    devices = Federation(case, ATTACKS["returned values far off"])
+    take(trainer, devices, [1], moving=False)
     layer = "roberta.encoder.layer.1.output.dense.weight"
     before = trainer._held.known()[layer].copy()
     np.testing.assert_array_equal(trainer.values()[layer], before)
