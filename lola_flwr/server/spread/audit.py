@@ -198,7 +198,7 @@ class Auditor:
         if not far <= STEP_TOLERANCE:
             raise reply.failure(
                 f"the values that it returns of {place} contribute what is {far:.3g} "
-                f"lengths from what it did before, honest ones {STEP_TOLERANCE:g} at most"
+                f"lengths from what it did before, honest ones {STEP_TOLERANCE:g}"
             )
 
     def check(self, spread: SpreadModel) -> None:

@@ -232,11 +232,9 @@ def test_who_is_audited_follows_from_a_seed_that_is_nobody_s():
 
 def returning_longer(result, turn):
     report, arrays = result
-    returned = turn.task.kind == "return"
-    return report, {
-        name: array * np.float32(1 + 0.3 * (returned and name == "values"))
-        for name, array in arrays.items()
-    }
+    if turn.task.kind != "return":
+        return result
+    return report, {**arrays, "values": arrays["values"] * np.float32(1.3)}
 
 
 @pytest.mark.slow
