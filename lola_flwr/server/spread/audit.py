@@ -36,7 +36,10 @@ from lola_flwr.d2ft.wire import (
 from lola_flwr.randomness import rng_for
 from lola_flwr.server.spread.exchange import CheckedReply, LieFound, PartRequest
 from lola_flwr.server.spread.held import HeldValues
-from lola_flwr.server.spread.likeness import (
+from lola_flwr.server.spread.model import SpreadModel
+from lola_flwr.server.spread.places import Place
+from lola_flwr.server.spread.returns import returned, returning, take_in
+from lola_flwr.server.spread.tolerances import (
     MOVE_TOLERANCE,
     STEP_TOLERANCE,
     TOLERANCE,
@@ -45,9 +48,6 @@ from lola_flwr.server.spread.likeness import (
     length,
     limit_of_draws,
 )
-from lola_flwr.server.spread.model import SpreadModel
-from lola_flwr.server.spread.places import Place
-from lola_flwr.server.spread.returns import returned, returning, take_in
 from lola_flwr.wire.packing import GRADIENTS, VALUES
 from lola_flwr.wire.records import PartReport, PartTask
 
