@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lola_flwr.device.part import compute_part
 from lola_flwr.device.prefix import ActivationCache, LoadedModel, StreamedModel
 from lola_flwr.device.sensors import reports_energy
 from lola_flwr.device.sent_model import sent_model
-from lola_flwr.device.steps import StepResult, step_for
+from lola_flwr.device.steps import StepResult, squares_fields, step_for
 from lola_flwr.device.store import LostCopy
 from lola_flwr.device.tokens import ALL_TOKENS, Tokens, Trial, tokens_for
 from lola_flwr.errors import UserError
@@ -295,7 +295,7 @@ class BlockDevice:
                 if projections is None
                 else projections.astype(PROJECTION_TYPE).tobytes()
             ),
-            **({} if squares is None else asdict(squares)),
+            **({} if squares is None else squares_fields(squares)),
         )
 
     def compute_part(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from lola_flwr.model.backprop import (
     num_examples_of,
 )
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.wire.records import Assignment
+from lola_flwr.wire.records import SQUARES_TYPE, Assignment
 from lola_flwr.zeroth_order.directions import directions_of
 from lola_flwr.zeroth_order.forward_mode import directional_derivatives
 from lola_flwr.zeroth_order.projections import projected_gradients
@@ -99,6 +99,23 @@ def step_for(assignment: Assignment, batch: Batch, *, tells_noise: bool = True) 
     few = max(num_examples_of(batch) // _FEW, 1)
     tells_noise &= bool(assignment.measures_noise)
     return partial(down_to_the_block, few_examples=few * tells_noise)
+
+
+def squares_fields(squares: GradientSquares) -> dict[str, Any]:
+    """Return a report's fields that tell squared norms.
+
+    Those of further blocks are in one array: over few examples, then over all.
+    """
+    few, *further_few = squares.few_squares
+    all_, *further_all = squares.all_squares
+    further = np.array([further_few, further_all], SQUARES_TYPE)
+    return {
+        "few_examples": squares.few_examples,
+        "few_square": few,
+        "all_examples": squares.all_examples,
+        "all_square": all_,
+        "further_squares": further.tobytes() or None,
+    }
 
 
 def down_to_the_block(

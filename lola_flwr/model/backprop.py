@@ -44,16 +44,16 @@ class GradientSquares:
 
     Parameters
     ----------
-    few_examples, few_square
-        Some examples of the mini-batch, and the squared norm over these.
-    all_examples, all_square
-        All of them, and the squared norm over all.
+    few_examples, few_squares
+        Some examples of the mini-batch, and the squared norm over these of each block.
+    all_examples, all_squares
+        All of them, and the squared norms over all.
     """
 
     few_examples: int
-    few_square: float
+    few_squares: tuple[float, ...]
     all_examples: int
-    all_square: float
+    all_squares: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class BlockGradient:
     num_examples
         Weight of the mini-batch: its examples, or whatever its loss is a mean over.
     squares
-        Squared norms of the blocks' part, if they were asked for.
+        Squared norms of each block's part, if they were asked for.
     """
 
     gradients: dict[str, Tensor]
@@ -253,7 +253,7 @@ def block_gradient(
         try:
             for parameter in trainable.values():
                 parameter.grad = None
-            sums: list[tuple[float, float]] = []
+            sums: list[tuple[tuple[float, ...], float]] = []
             for group, size in _groups(batch, micro_batch_size, few_examples):
                 for part in split(group, size):
                     share = batch_weight(part) / weight
@@ -263,8 +263,10 @@ def block_gradient(
                     _add_gradients(loss, list(trainable.values()))
                     mean_loss += loss.item()
                 if few_examples:
-                    own = {n for block in blocks for n in partition.blocks[block]}
-                    of_blocks = _squared_norm(trainable[name] for name in own)
+                    of_blocks = tuple(
+                        _squared_norm(trainable[n] for n in partition.blocks[block])
+                        for block in blocks
+                    )
                     sums.append((of_blocks, batch_weight(group) / weight))
             missing = [name for name, p in trainable.items() if p.grad is None]
             calls.check(missing)
@@ -286,13 +288,16 @@ def block_gradient(
 
 
 def _squares(
-    sums: Sequence[tuple[float, float]], few_examples: int, num_examples: int
+    sums: Sequence[tuple[tuple[float, ...], float]],
+    few_examples: int,
+    num_examples: int,
 ) -> GradientSquares | None:
     """Return the squares of means, from those of sums and the share of the first."""
     if len(sums) < 2 or not sums[0][1]:
         return None
     (few, share), (whole, _) = sums
-    return GradientSquares(few_examples, few / share**2, num_examples, whole)
+    means = tuple(square / share**2 for square in few)
+    return GradientSquares(few_examples, means, num_examples, whole)
 
 
 def _groups(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from lola_flwr.errors import quoted
 from lola_flwr.server.received import UpdateRefused
 from lola_flwr.wire.records import (
     FAILURE_DETAIL_KEY,
     FAILURE_KEY,
     OUT_OF_MEMORY,
+    SQUARES_TYPE,
     Assignment,
     MalformedRecord,
     UpdateReport,
@@ -108,10 +111,18 @@ def _with_checked_squares(report: UpdateReport, assignment: Assignment) -> Updat
             few_square=None,
             all_examples=None,
             all_square=None,
+            further_squares=None,
         )
     if not (few and most and 1 <= few < most <= assignment.batch_size):
         raise UpdateRefused("implausible", f"squares over {few} of {most} examples")
-    for square in squares:
+    further = report.further_squares or b""
+    expected_bytes = 2 * (len(assignment.blocks) - 1) * SQUARES_TYPE.itemsize
+    if len(further) not in (0, expected_bytes):
+        raise UpdateRefused(
+            "malformed-report",
+            f"{len(further)} bytes of further squares, not {expected_bytes}",
+        )
+    for square in (*squares, *np.frombuffer(further, SQUARES_TYPE)):
         if not (square is not None and 0 <= square <= _LARGEST_SQUARE):
             raise UpdateRefused("implausible", f"a squared norm of {square:g}")
     return report

@@ -30,8 +30,9 @@ _WINDOW = 24
 _LEFT_OUT = 0.2
 # What the median of all blocks weighs in each block's own, in observations.
 _COMMON_COUNTS = 6.0
-# No block is believed to be so many times more or less noisy than the median of all:
-# who trains a block may lie about it.
+# No block is believed to be so many times noisier than the median of all: who trains
+# one may lie about it. Nor is any less noisy: what gradients have in common, where
+# steps are too long, leads from one side of the valley to the other.
 _FURTHEST = 3.0
 _LARGEST = 1e5
 # Examples that a rate is taken to be meant for where batches are chosen: steps by fewer
@@ -66,7 +67,7 @@ class NoiseObservation:
     Parameters
     ----------
     block_index
-        The block; of several that a device trains, the first.
+        The block.
     few_examples, few_square
         Some examples of the mini-batch, and the squared norm of their mean gradient.
     examples, square
@@ -154,7 +155,7 @@ class GradientNoise:
         counts = np.array([len(self.signal.get(n, ())) for n in range(num_blocks)])
         own = np.array([1.0 / self.measured(n) for n in range(num_blocks)])
         inverse = (counts * own + _COMMON_COUNTS * common) / (counts + _COMMON_COUNTS)
-        return np.asarray(1.0 / inverse.clip(common / _FURTHEST, common * _FURTHEST))
+        return np.asarray(1.0 / inverse.clip(common / _FURTHEST, common))
 
 
 def _middle(values: tuple[float, ...], weights: tuple[int, ...]) -> float:

@@ -49,6 +49,7 @@ SECAGG_REFUSAL = (
 
 # What the projections of zeroth-order training travel as, in a report.
 PROJECTION_TYPE = np.dtype("<f4")
+SQUARES_TYPE = np.dtype("<f8")
 
 # Before keys of ours, where a project's own stand beside them.
 OURS = "lola-"
@@ -235,29 +236,27 @@ class UpdateReport(_Record):
     compute_s
         Seconds from the assignment's arrival to the finished update; None if unknown.
     compute_clock
-        Where ``compute_s`` comes from: ``"measured"`` on the device, or ``"simulated"``
-        where the device itself is.
+        Whether ``compute_s`` was ``"measured"`` on the device, or is ``"simulated"``.
     uplink_limit
         What holds the upload to ``uplink_bps``: ``"pacing"``, ``"tc"``, or None.
     held
-        Version of the model that the device now holds, as `Manifest.version` names it,
-        so that the next message may leave out what has not changed since; None if it
-        keeps nothing.
+        Version of the model that it holds now, as `Manifest.version` names it: messages
+        may leave out what has not changed since; None if it keeps nothing.
     completes
         Whether the device completes messages of evaluation, too, from what it holds.
     peak_memory_bytes
         Memory that the training step took at its peak, weights included, as measured;
         None if it was not.
     compute_j
-        Joules that its sensors measured in ``compute_s``; None without any.
+        Joules that sensors measured in ``compute_s``; None without any.
     direction_seed
         Seed of the directions that a zeroth-order update is about.
     projections
-        The gradient's projections on these directions, float32, little-endian: in an
-        array, Flower's records of it would be larger than they are.
-    few_examples, few_square, all_examples, all_square
-        Squared norms of the blocks' gradient over some examples of the mini-batch and
-        over all; None: not known.
+        The gradient's projections on these directions, float32 (<): in an array,
+        Flower's records of it would be larger than they are.
+    few_examples, few_square, all_examples, all_square, further_squares
+        Squared norms of the gradient over some examples and over all; None: not known.
+        Those of further blocks, over some, and then over all, are float64 (<).
     """
 
     server_round: int
@@ -276,6 +275,7 @@ class UpdateReport(_Record):
     few_square: float | None = None
     all_examples: int | None = None
     all_square: float | None = None
+    further_squares: bytes | None = None
     compute_j: float | None = None
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.model.adapter_blocks import model_partition
 from lola_flwr.wire.packing import GRADIENTS
+from lola_flwr.wire.records import SQUARES_TYPE
 from tests.device.test_tokens import (
     LENGTHS,
     device_for,
@@ -31,6 +33,18 @@ def test_a_device_that_is_asked_says_two_squares(roberta):
     # The gradient is the same.
     usual, told = usual.arrays[GRADIENTS], told.arrays[GRADIENTS]
     assert abs(told - usual).max() <= 1e-5 * abs(usual).max()
+
+
+def test_of_several_blocks_it_says_those_of_each(roberta):
+    model = without_dropout(roberta)
+    device = device_for(model, texts())
+    both = {"block_index": 0, "further_blocks": "1"}
+    several = trained(device, model, measures_noise=True, **both).report
+    alone = trained(device, model, measures_noise=True).report
+    further = np.frombuffer(several.further_squares, SQUARES_TYPE)
+    # Which examples are the few is drawn alike.
+    assert further == pytest.approx([alone.few_square, alone.all_square], rel=1e-3)
+    assert alone.further_squares is None
 
 
 def test_a_device_without_memory_for_a_sum_of_gradients_says_none(roberta):

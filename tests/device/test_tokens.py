@@ -272,10 +272,9 @@ def trained(device, model, **changes):
     sent = {n: parameters[n].numpy(force=True) for n in partition.trainable}
     fields = {"server_round": 1, "block_index": 1, "share": 0.5, "codec": "fp32"}
     assignment = Assignment(
-        **fields,
         batch_size=len(LENGTHS),
         base_fingerprint=fingerprint(model, partition.frozen),
-        **changes,
+        **{**fields, **changes},
     )
     return device.train(assignment, {"values": pack(sent)})
 

@@ -71,9 +71,9 @@ def per_sample_scale(model, batch, block: int) -> float:
     return variance / (float(mean.square().sum()) - variance / NUM_SAMPLES)
 
 
-def test_the_noise_scale_is_that_of_many_per_sample_gradients(setting):
-    model, data = setting
-    rng, noise = np.random.default_rng(0), GradientNoise()
+def measured_scales(model, data, seed: int) -> list[float]:
+    """Return each block's noise scale as 24 rounds of mini-batches tell it."""
+    rng, noise = np.random.default_rng(seed), GradientNoise()
     for _ in range(24):
         seen = []
         for block in range(2):
@@ -86,31 +86,39 @@ def test_the_noise_scale_is_that_of_many_per_sample_gradients(setting):
                 NoiseObservation(
                     block,
                     found.few_examples,
-                    found.few_square,
+                    *found.few_squares,
                     found.all_examples,
-                    found.all_square,
+                    *found.all_squares,
                 )
             )
         noise = noise.update(seen)
+    return [noise.measured(block) for block in range(2)]
+
+
+def test_the_noise_scale_is_that_of_many_per_sample_gradients(setting):
+    model, data = setting
     true = [per_sample_scale(model, data, block) for block in range(2)]
-    measured = [noise.measured(block) for block in range(2)]
-    np.testing.assert_allclose(measured, true, rtol=0.2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        measured = [measured_scales(model, data, seed) for seed in range(6)]
+    # What 24 rounds tell is off by an eighth, usually.
+    np.testing.assert_allclose(np.median(measured, axis=0), true, rtol=0.15)
+    assert abs(np.divide(measured, true) - 1).max() < 0.5
 
 
-def test_squares_are_those_of_the_blocks_alone_and_change_no_gradient(setting):
+def test_squares_are_those_of_each_block_alone_and_change_no_gradient(setting):
     model, data = setting
     batch = {name: values[:32] for name, values in data.items()}
-    usual = block_gradient(model, PARTITION, 1, batch, loss_function=loss)
+    usual = block_gradient(model, PARTITION, (0, 1), batch, loss_function=loss)
     found = block_gradient(
-        model, PARTITION, 1, batch, loss_function=loss, few_examples=4
+        model, PARTITION, (0, 1), batch, loss_function=loss, few_examples=4
     )
     assert usual.squares is None
     assert (found.squares.few_examples, found.squares.all_examples) == (4, 32)
-    total = sum(
-        float(usual.gradients[name].square().sum()) for name in PARTITION.blocks[1]
-    )
-    assert found.squares.all_square == pytest.approx(total, rel=1e-4)
-    assert found.squares.few_square > found.squares.all_square
+    for block, names in enumerate(PARTITION.blocks):
+        total = sum(float(usual.gradients[name].square().sum()) for name in names)
+        assert found.squares.all_squares[block] == pytest.approx(total, rel=1e-4)
+        assert found.squares.few_squares[block] > found.squares.all_squares[block]
     for name, gradient in usual.gradients.items():
         torch.testing.assert_close(found.gradients[name], gradient)
     assert found.loss == pytest.approx(usual.loss, rel=1e-5)
@@ -145,12 +153,14 @@ def test_without_observations_all_blocks_have_the_same_scale():
     assert 16 < scales[0] < 1024
 
 
-def test_blocks_differ_once_they_are_known():
+def test_blocks_differ_once_they_are_known_but_none_is_below_the_median():
     rng, noise = np.random.default_rng(0), GradientNoise()
     for _ in range(24):
-        noise = noise.update([observation(n, 50.0 * 4**n, rng) for n in range(2)])
-    first, second = noise.scales(2)
-    assert 2 < second / first < 4
+        noise = noise.update([observation(n, 50.0 * 4**n, rng) for n in range(3)])
+    first, second, third = noise.scales(3)
+    assert first == pytest.approx(noise.largest)
+    assert second == pytest.approx(noise.largest, rel=0.1)
+    assert 2 < third / second < 3
 
 
 def test_few_observations_without_a_signal_say_little():
@@ -178,7 +188,7 @@ def test_a_device_that_lies_moves_its_own_block_within_bounds_and_no_other(lie):
         honest = honest.update(seen)
         told = told.update([NoiseObservation(0, 16, lie, 128, 1.0), *seen[1:]])
     mine, others = told.scales(6)[0], told.scales(6)[1:]
-    np.testing.assert_allclose(others, honest.scales(6)[1:], rtol=0.1)
+    np.testing.assert_allclose(others, honest.scales(6)[1:], rtol=0.15)
     assert np.median(others) / 4 <= mine <= np.median(others) * 4
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.run.records import RoundRecord
 from lola_flwr.server.round.intake import AcceptedReply, RoundReplies
@@ -13,6 +15,7 @@ from lola_flwr.server.state import RunState
 from lola_flwr.system.estimation import Observation, RateObservation
 from lola_flwr.system.gradient_noise import NoiseObservation
 from lola_flwr.wire.components import component_squares
+from lola_flwr.wire.records import SQUARES_TYPE
 
 
 def learned(
@@ -75,7 +78,7 @@ def learned(
         history=state.history.after_round(plan.server_round, relative_moves),
         norms=replies.norms,
         reputation=replies.reputation or state.reputation,
-        noise=state.noise.update(_noise_observed(replies)),
+        noise=state.noise.update(_noise_observed(plan, replies)),
         pace=state.pace.after(plan.solved.brought),
         components=state.components.after(_components_seen(plan, replies, partition)),
     )
@@ -96,15 +99,21 @@ def _components_seen(
                 yield block, component_squares(gradients, names, drawn, block)
 
 
-def _noise_observed(replies: RoundReplies) -> Iterator[NoiseObservation]:
-    """Give what devices said of the squares of their gradients."""
-    for accepted in replies.accepted.values():
+def _noise_observed(
+    plan: RoundPlan, replies: RoundReplies
+) -> Iterator[NoiseObservation]:
+    """Give what devices said of the squares of their gradients, block by block."""
+    for device, accepted in replies.accepted.items():
         report = accepted.report
         few, most = report.few_examples, report.all_examples
         few_square, square = report.few_square, report.all_square
-        if few and most and few_square is not None and square is not None:
-            block = report.block_index
-            yield NoiseObservation(block, few, few_square, most, square)
+        if not (few and most) or few_square is None or square is None:
+            continue
+        blocks = plan.assignments[device].blocks
+        further = np.frombuffer(report.further_squares or b"", SQUARES_TYPE)
+        pairs = [(few_square, square), *further.reshape(2, -1).T.tolist()]
+        for block, (of_few, of_all) in zip(blocks, pairs, strict=False):
+            yield NoiseObservation(block, few, of_few, most, of_all)
 
 
 def _acknowledged(state: RunState, plan: RoundPlan, replies: RoundReplies) -> RunState:
