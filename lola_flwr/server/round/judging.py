@@ -131,22 +131,36 @@ def judged(
     # As one of each of its blocks would have it, and by what noise lets it be longer.
     noisy = {device: plan.length_by_noise(device) for device in updates}
     norm_of = {
-        device: update.norm / math.sqrt(len(asked[device].blocks)) / noisy[device]
+        device: {
+            kind: norm / noisy[device]
+            for kind, norm in _norms(partition, asked[device], update).items()
+        }
         for device, update in updates.items()
     }
-    kind = {device: _kind(partition, asked[device]) for device in updates}
-    norms = norms.after((kind[d], norm, names[d]) for d, norm in norm_of.items())
-    usual = {device: norms.usual(kind[device]) for device in updates}
-    elsewhere = dict.fromkeys(updates, norms.elsewhere)
-    if beside is not None:
-        found = {device: beside.expected(device) for device in updates}
-        usual = {d: _usual(found[d], norm_of[d], usual[d]) for d in updates}
-        elsewhere = {d: _longest(found[d], norm_of[d], elsewhere[d]) for d in updates}
+    norms = norms.after(
+        (kind, norm, names[d]) for d, of in norm_of.items() for kind, norm in of.items()
+    )
+    found = {d: None if beside is None else beside.expected(d) for d in updates}
+    usual = {
+        d: {
+            kind: _usual(found[d], norm, norms.usual(kind)) for kind, norm in of.items()
+        }
+        for d, of in norm_of.items()
+    }
     scale = {
-        d: limits.scale(
-            norm_of[d] * noisy[d], usual[d] * noisy[d], elsewhere[d] * noisy[d]
+        d: min(
+            limits.scale(
+                norm * noisy[d],
+                usual[d][kind] * noisy[d],
+                _longest(found[d], norm, norms.elsewhere) * noisy[d],
+            )
+            for kind, norm in of.items()
         )
-        for d in updates
+        for d, of in norm_of.items()
+    }
+    times_usual = {
+        names[d]: max(norm / usual[d][kind] for kind, norm in of.items())
+        for d, of in norm_of.items()
     }
     refused = {
         device: UpdateRefused("excessive-norm", f"{updates[device].norm:g}")
@@ -169,7 +183,7 @@ def judged(
             scale[device] *= weight
         reputation = reputation.after_digests(
             (names[d], digests[d]) for d in updates
-        ).after_lengths(_lengths({names[d]: norm_of[d] / usual[d] for d in updates}))
+        ).after_lengths(_lengths(times_usual))
         reputation = reputation.after_directions(
             found
             for device, update in updates.items()
@@ -210,10 +224,28 @@ def _lengths(times_usual: Mapping[str, float]) -> Iterator[tuple[str, float]]:
         yield device, times / max(median_low(others), 1.0) if others else times
 
 
-def _kind(partition: BlockPartition, assignment: Assignment) -> int:
-    """Return a number for updates whose norms can be compared: block, and with head."""
-    without_head = not assignment.sends_head
-    return assignment.block_index + partition.num_blocks * without_head
+def _norms(
+    partition: BlockPartition, assignment: Assignment, update: BlockUpdate
+) -> dict[int, float]:
+    """Return an update's norm as each of its blocks alone would have it.
+
+    By a number for what can be compared: the block, and whether the head is with it.
+    """
+    without_head = partition.num_blocks * (not assignment.sends_head)
+    first, *further = assignment.blocks
+    if not further:
+        return {first + without_head: update.norm}
+    head = _square(update, partition.head) if assignment.sends_head else 0.0
+    return {
+        block + without_head: math.sqrt(_square(update, partition.blocks[block]) + head)
+        for block in assignment.blocks
+    }
+
+
+def _square(update: BlockUpdate, names: Sequence[str]) -> float:
+    """Return the squared norm of some parameters' gradients."""
+    flat = [update.gradients[n].reshape(-1) for n in names if n in update.gradients]
+    return float(sum(np.vdot(g, g) for g in flat))
 
 
 def _digest(update: BlockUpdate) -> str:

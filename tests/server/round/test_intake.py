@@ -208,14 +208,36 @@ def test_norms_are_told_in_the_order_of_the_plan_before_they_are_limited(plan):
                 np.testing.assert_allclose(gradient, value / max(norm, 1.0), rtol=1e-5)
 
 
-def test_an_update_of_several_blocks_has_the_norm_that_each_would_have():
+def several_blocks():
     coordinator = make_coordinator(num_devices=2)
     plan = coordinator.plan_round(1, ["id-0", "id-1"])
     (device,) = (d for d, a in plan.assignments.items() if len(a.blocks) == 2)
+    return plan, device, plan.assignments[device].blocks
+
+
+def test_an_update_of_several_blocks_has_the_norm_of_each_with_the_head():
+    plan, device, blocks = several_blocks()
     read_in = read(plan, [honest_reply(plan, device, value=0.5)])
-    block = plan.assignments[device].block_index
-    norm = read_in.accepted[device].update.norm / 2**0.5
-    assert read_in.norms.of_block == {block: (pytest.approx(norm),)}
+    assert read_in.norms.of_block == {
+        block: (pytest.approx(0.5 * size_of(PARTITION.update_names(block)) ** 0.5),)
+        for block in blocks
+    }
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_update_one_of_whose_blocks_is_too_long_is_refused(place):
+    plan, device, blocks = several_blocks()
+    usual = {b: 0.5 * size_of(PARTITION.update_names(b)) ** 0.5 for b in blocks}
+    history = NormHistory({block: 9 * (norm,) for block, norm in usual.items()})
+    names = PARTITION.update_names(*blocks)
+    lied = {*PARTITION.blocks[blocks[place]]}
+    values = [
+        np.full(SHAPES[name], 50.0 if name in lied else 0.5, "f4").ravel()
+        for name in sorted(names)
+    ]
+    lie = honest_reply(plan, device, tensors=[npy(np.concatenate(values))])
+    read_in = read(plan, [lie], history, NormLimits(np.inf, factor=2.0))
+    assert read_in.refused == {"excessive-norm": 1}
 
 
 def test_norms_beyond_all_measure_are_refused_and_the_others_are_scaled_down(plan):
