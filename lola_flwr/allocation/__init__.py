@@ -31,6 +31,7 @@ from lola_flwr.allocation.broadcast import (
     settled,
 )
 from lola_flwr.allocation.codec_levels import refine_payloads
+from lola_flwr.allocation.further import FurtherProblem, further_blocks
 from lola_flwr.allocation.inclusion import (
     drawn_components,
     inclusion_probabilities,
@@ -56,6 +57,7 @@ __all__ = [
     "BatchProblem",
     "Broadcast",
     "EnergyCosts",
+    "FurtherProblem",
     "Heard",
     "InfeasibleAllocation",
     "OwnBatches",
@@ -71,6 +73,7 @@ __all__ = [
     "best_candidate",
     "drawn_components",
     "find_allocator",
+    "further_blocks",
     "inclusion_probabilities",
     "kept_progress",
     "own_batches",

@@ -321,12 +321,13 @@ class UpdatesConfig(ChannelKeys, AppConfig):
 
 
 class LolaDeftConfig(UpdatesConfig):
-    """LoLa-DEFT: each device trains one block."""
+    """LoLa-DEFT: each device trains one block, and more of them where that pays."""
 
     _because = "where every device has the model"
 
     participation: Literal["needed", "all"] = "needed"
     devices_per_block: int = Field(1, ge=1)
+    further_blocks: bool = True
     backups: int = Field(0, ge=0)
     selector: Literal[("all", *SELECTORS)] = "all"  # type: ignore[valid-type]
     selector_options: Options = ""

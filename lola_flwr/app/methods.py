@@ -154,6 +154,7 @@ def settings_of(
             mode=mode,
             rotation_eps=config.rotation_eps,
             sharing_eps=config.sharing_eps,
+            further_blocks=config.further_blocks,
         ),
         selection=selection_of(config, model, partition, response),
         devices=replace(

@@ -22,13 +22,13 @@ from lola_flwr.allocation import (
     own_batches,
     progress,
 )
-from lola_flwr.allocation.shares import with_best_shares
-from lola_flwr.arrays import IntArray
+from lola_flwr.arrays import Float64Array, IntArray
+from lola_flwr.planning.further import with_further_blocks
 from lola_flwr.planning.known import Known, RunStatement
-from lola_flwr.planning.pace import Brought
-from lola_flwr.planning.parts import Parts
+from lola_flwr.planning.parts import Parts, noise_of, waited_rounds
 from lola_flwr.planning.ranks import of_rank, with_own_ranks
 from lola_flwr.planning.solution import SolvedRound, solve_round_at
+from lola_flwr.planning.timed import asking, timed_anew
 from lola_flwr.wire.codec import relative_error
 
 # What is between, devices' own batches find. Smaller ones leave processors idle, larger
@@ -100,7 +100,9 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
     if known.pace is None:
         known = replace(known, pace=rate)
     own = partial(_with_own_batches, _at(runs[level], batch_size), run, batch_size)
-    return _without_what_waits(own, known, own(known, solved[batch_size, level]))
+    best = solved[batch_size, level]
+    found = own(known, best)
+    return found if best.stated.spans else _without_what_waits(own, known, found)
 
 
 class _Own(Protocol):
@@ -124,10 +126,7 @@ def _without_what_waits(own: _Own, known: Known, found: SolvedRound) -> SolvedRo
     wanted = mode.demand(found.allocation.num_blocks) > 0
     fewest = -(-int(wanted.sum()) // 2)
     while (
-        mode.participation == "needed"
-        and known.worth is None
-        and not found.stated.spans
-        and wanted.sum() > fewest
+        mode.participation == "needed" and known.worth is None and wanted.sum() > fewest
     ):
         without = {}
         for block in _dispensable(found, known):
@@ -161,18 +160,34 @@ def _dispensable(found: SolvedRound, known: Known) -> set[int]:
         takes_s += [
             all_s - broadcast.wait_s(np.delete(rows, n)) for n in range(rows.size)
         ]
-    brought = parts.weight * progress(found.batch_size[rows], parts.noise_scale)
+    brought = _brought_by_each(found, known, parts)
     left = brought - known.pace * takes_s
     if left.min() >= 0.0:
         return set()
     return {int(parts.blocks[n]) for n in (left.argmin(), parts.weight.argmin())}
 
 
+def _brought_by_each(found: SolvedRound, known: Known, parts: Parts) -> Float64Array:
+    """Return what a round would not bring without each of its devices, [A]."""
+    assert found.batch_size is not None
+    batch_size = found.batch_size[parts.rows]
+    if not found.stated.spans:
+        return np.asarray(parts.weight * progress(batch_size, parts.noise_scale))
+    num_blocks = found.allocation.num_blocks
+    noise_scale = noise_of(known, num_blocks)
+    weight = waited_rounds(known, num_blocks) / num_blocks
+    examples = np.zeros((batch_size.size, num_blocks))
+    for n, block in enumerate(parts.blocks.tolist()):
+        examples[n, list(found.stated.blocks(block))] = batch_size[n]
+    together = examples.sum(axis=0)
+    without = progress(together - examples, noise_scale) @ weight
+    return np.asarray(progress(together, noise_scale) @ weight - without)
+
+
 def _gain(solved: SolvedRound, known: Known) -> float:
     """Return what a round whose devices have their batches brings over its time."""
-    assert solved.batch_size is not None and known.pace is not None
-    parts = Parts.of(solved, known)
-    brought = parts.progress(solved.batch_size[parts.rows])
+    assert solved.brought is not None and known.pace is not None
+    brought = solved.brought.progress(noise_of(known, solved.allocation.num_blocks))
     return brought - known.pace * solved.allocation.round_s
 
 
@@ -216,7 +231,7 @@ def _with_own_batches(
         or problem.power_limited is not None
         or math.isfinite(run.latency_target_s)
     ):
-        return _asking(solved, parts, held)
+        return _asking(solved, known, parts, held)
     assert at.costs.example_flops is not None
     each = np.arange(rows.size)
     flops = at.costs.required_flops([stated.profiles[row] for row in rows])
@@ -240,42 +255,22 @@ def _with_own_batches(
     ).batch_size
     all_s = problem.compute_s.copy()
     all_s[rows, blocks] += (found - timed) * example_s
-    problem = replace(problem, compute_s=all_s)
-    claimed_s, required_bytes = stated.claimed_s.copy(), stated.required_bytes.copy()
-    for row, block, own in zip(rows, blocks, found, strict=True):
-        profile, costs = stated.profiles[row], run.costs.at(int(own))
-        needed = costs.required_flops([profile])[0, block]
-        claimed_s[row, block] = needed / profile.flops_per_s
-        required_bytes[row, block] = costs.required_bytes([profile])[0, block]
-    allocation = solved.allocation
-    asked = replace(
-        solved,
-        stated=replace(stated, claimed_s=claimed_s, required_bytes=required_bytes),
-        problem=problem,
-        # What bounds the latency of the common batch bounds no other.
-        allocation=with_best_shares(
-            problem, rows, blocks, iterations=allocation.iterations, stop_reason="gain"
-        ),
+    own = timed_anew(
+        replace(solved, noise_scale=noise_of(known, run.num_blocks)),
+        run.costs,
+        replace(problem, compute_s=all_s),
+        found,
+        parts.trained(found),
     )
-    asked.allocation.check(problem)
-    return _asking(asked, parts, found)
+    return with_further_blocks(at, known, own, (least, most))
 
 
-def _asking(solved: SolvedRound, parts: Parts, batch_size: IntArray) -> SolvedRound:
-    asked = np.zeros(solved.problem.num_devices, np.int64)
-    asked[parts.rows] = batch_size
-    scales = np.zeros(solved.problem.num_devices)
-    scales[parts.rows] = parts.noise_scale
-    return replace(
-        solved,
-        batch_size=asked,
-        noise_scale=scales,
-        brought=Brought(
-            tuple(parts.blocks.tolist()),
-            tuple((batch_size * parts.count).tolist()),
-            tuple(parts.weight.tolist()),
-            solved.allocation.round_s,
-        ),
+def _asking(
+    solved: SolvedRound, known: Known, parts: Parts, batch_size: IntArray
+) -> SolvedRound:
+    noise_scale = noise_of(known, solved.allocation.num_blocks)
+    return asking(
+        replace(solved, noise_scale=noise_scale), batch_size, parts.trained(batch_size)
     )
 
 

@@ -73,6 +73,9 @@ class AllocationOptions:
         How many times its even part of a block's latest updates a device may give that
         is asked more often than others, see `lola_flwr.planning.candidates`; infinite:
         any number. Where others do not suffice it is asked in any case.
+    further_blocks
+        Where batches are chosen: whether devices send blocks above their own, too,
+        where that brings more than it takes, see `lola_flwr.allocation.further`.
 
     Raises
     ------
@@ -94,6 +97,7 @@ class AllocationOptions:
     longest_round_s: float = 3600.0
     batch_sizes: tuple[int, ...] = ()
     influence_factor: float = 2.0
+    further_blocks: bool = True
 
     def __post_init__(self) -> None:
         """Check now what would else be an error in round 1."""
@@ -315,6 +319,8 @@ class Known:
     pace
         Progress that a second has brought so far, where batches are chosen; None: there
         were no rounds.
+    usual_round_s
+        Usual latency of the latest rounds, likewise.
     uplink_bps
         What the channel lets each device send over the whole band, bit/s, shape [K];
         None: it has not been drawn yet.
@@ -341,6 +347,7 @@ class Known:
     noise_scale: Float64Array | None = None
     rounds_since: IntArray | None = None
     pace: float | None = None
+    usual_round_s: float | None = None
     uplink_bps: Float64Array | None = None
     component_squares: Float64Array | None = None
 

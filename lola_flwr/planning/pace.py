@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class Pace:
     def after(self, brought: Brought | None) -> Pace:
         """Return the pace after a round; None: nobody has said what it brings."""
         return self if brought is None else Pace((*self.rounds, brought)[-_WINDOW:])
+
+    @property
+    def usual_round_s(self) -> float | None:
+        """The median of the rounds' latencies; None without rounds."""
+        return median(one.round_s for one in self.rounds) if self.rounds else None
 
     def a_second(self, noise_scale: Float64Array) -> float | None:
         """Return the progress that a second brings as noisy as gradients are now.

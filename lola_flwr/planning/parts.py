@@ -11,6 +11,7 @@ from lola_flwr.allocation import kept_progress, progress
 from lola_flwr.arrays import Float64Array, IntArray
 from lola_flwr.planning.known import Known, RunStatement
 from lola_flwr.planning.solution import SolvedRound
+from lola_flwr.planning.timed import Trained
 from lola_flwr.system.devices import DeviceProfile
 from lola_flwr.system.gradient_noise import GradientNoise
 
@@ -54,10 +55,8 @@ class Parts:
         """Return those of a round that is solved, by what is known before it."""
         rows, blocks = np.array([*solved.active()], np.int64).reshape(-1, 2).T
         num_blocks = solved.allocation.num_blocks
-        noise_scale = known.noise_scale
-        if noise_scale is None:
-            noise_scale = GradientNoise().scales(num_blocks)
-        waited = _waited(known, num_blocks)
+        noise_scale = noise_of(known, num_blocks)
+        waited = waited_rounds(known, num_blocks)
         count = np.bincount(blocks, minlength=num_blocks)[blocks]
         trained = [list(solved.stated.blocks(int(block))) for block in blocks]
         profiles = [solved.stated.profiles[row] for row in rows]
@@ -93,6 +92,10 @@ class Parts:
         """Return what the round brings with these batches, [A]."""
         return float(self.weight @ progress(batch_size, self.noise_scale))
 
+    def trained(self, batch_size: IntArray) -> Trained:
+        """Return what they train, each its block, with these batches, [A]."""
+        return Trained(self.blocks, batch_size * self.count, self.weight)
+
 
 def kept_by_rank(
     solved: SolvedRound, known: Known, ranks: Sequence[int]
@@ -117,7 +120,15 @@ def _held_examples(profile: DeviceProfile) -> int:
     return int(profile.batch_size or _UNTOLD) if held is None else int(held)
 
 
-def _waited(known: Known, num_blocks: int) -> IntArray:
+def noise_of(known: Known, num_blocks: int) -> Float64Array:
+    """Return each block's noise scale, [N]: what is assumed before any is known."""
+    if known.noise_scale is None:
+        return GradientNoise().scales(num_blocks)
+    return known.noise_scale
+
+
+def waited_rounds(known: Known, num_blocks: int) -> IntArray:
+    """Return for how many rounds each block counts, [N]: those since its last one."""
     if known.rounds_since is None:
         return np.ones(num_blocks, np.int64)
     return known.rounds_since

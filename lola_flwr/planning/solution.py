@@ -55,8 +55,8 @@ class SolvedRound:
         Devices that were left out where all others take part: they have not the memory
         for a block, or rest after failures.
     batch_size, noise_scale
-        Where batches are chosen: examples of each device's mini-batch, and the noise
-        scale of its block that this follows from, shape [k]; 0 where idle.
+        Where batches are chosen: examples of each device's mini-batch, 0 where idle,
+        shape [k], and the noise scales of the blocks that these follow from, shape [N].
     brought
         Then, too: what the round brings.
     rank
@@ -230,7 +230,7 @@ def planned_blocks(run: RunStatement, solved: SolvedRound) -> tuple[BlockRecord,
                 memory_bytes=stated.profiles[row].memory_bytes,
                 further_blocks=stated.blocks(block)[1:],
                 batch_size=_at_row(solved.batch_size, row, int),
-                noise_scale=_at_row(solved.noise_scale, row, float),
+                noise_scale=_at_row(solved.noise_scale, block, float),
                 rank=_at_row(solved.rank, row, int),
                 joules=stated.profiles[row].joules(compute_s, float(upload_s[row])),
             )

@@ -32,6 +32,10 @@ from lola_flwr.planning.windows import beyond_one, chosen_windows, window_costs
 from lola_flwr.system.channel import full_band_snr
 from lola_flwr.zeroth_order.mixing import mix
 
+# Where batches are chosen, a device that would keep a round waiting for so many times
+# what rounds usually take, had it the whole band to itself, is in a fade.
+_TIMES_USUAL = 4.0
+
 
 def stated_round(run: RunStatement, known: Known) -> RoundProblem:
     """State a round's problem, from what is known to what is asked of whom.
@@ -206,7 +210,7 @@ def without_backward(
         stated.profiles,
         rate_bps=stated.rate_bps,
         estimate=known.estimate,
-        unasked=_spared(run, stated, stated.memory_limit_bytes),
+        unasked=_spared(run, known, stated, stated.memory_limit_bytes),
     )
     return replace(stated, problem=problem, without_backward=chosen)
 
@@ -249,7 +253,7 @@ def powered(stated: RoundProblem) -> RoundProblem:
 def bounded(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem:
     """Leave out who gave too many of a block's latest updates, where others suffice."""
     problem = stated.problem
-    able = problem.feasible & ~_spared(run, stated, stated.memory_limit_bytes)
+    able = problem.feasible & ~_spared(run, known, stated, stated.memory_limit_bytes)
     given = np.stack(
         [known.given[:, stated.blocks(b)].max(axis=1) for b in range(run.num_blocks)], 1
     )
@@ -288,7 +292,7 @@ def in_time(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProbl
     def counted_on(count: int) -> list[AllocationProblem]:
         """Return the problems in which so many of those who rest are back."""
         limit = lifted(stated.memory_limit_bytes, known.failures, count)
-        able = stated.problem.feasible & ~_spared(run, stated, limit)
+        able = stated.problem.feasible & ~_spared(run, known, stated, limit)
         return heard_by_some(replace(stated.problem, feasible=able), stated.broadcast)
 
     def suffice(count: int) -> bool:
@@ -335,7 +339,7 @@ def asked(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem
     """Leave out whom a round had better not ask, and what is too much for the rest."""
     rows, problem = narrowed(
         stated.problem,
-        longest_s=run.allocation.longest_round_s,
+        longest_s=_longest_s(run, known),
         required_bytes=stated.required_bytes,
         memory_limit_bytes=stated.memory_limit_bytes,
         failures=known.failures,
@@ -346,11 +350,21 @@ def asked(run: RunStatement, known: Known, stated: RoundProblem) -> RoundProblem
     return stated.of_rows(rows, problem)
 
 
-def _spared(run: RunStatement, stated: RoundProblem, limit: Float64Array) -> BoolArray:
+def _longest_s(run: RunStatement, known: Known) -> float:
+    """Return what a device may take for a block, had it the whole band to itself."""
+    longest_s = run.allocation.longest_round_s
+    if known.usual_round_s is None:
+        return longest_s
+    return min(longest_s, _TIMES_USUAL * known.usual_round_s)
+
+
+def _spared(
+    run: RunStatement, known: Known, stated: RoundProblem, limit: Float64Array
+) -> BoolArray:
     """Tell which pairs of device and block had better not be asked, shape [K, N]."""
     return spared(
         stated.problem,
-        longest_s=run.allocation.longest_round_s,
+        longest_s=_longest_s(run, known),
         required_bytes=stated.required_bytes,
         memory_limit_bytes=limit,
         wait_s=alone_s(stated.broadcast),

@@ -264,8 +264,11 @@ class UpdateSizes:
         """
         codecs = self.ladder
         sends_head = head_senders(self.head, server_round, trained)
-        for span in spans:
-            sends_head[span[0]] = sends_head[list(span)].any()
+        firsts = {span[0] for span in spans}
+        for first, *further in spans:
+            # Of blocks that others begin with, these have the head.
+            alone = [block for block in further if block not in firsts]
+            sends_head[first] |= sends_head[alone].any()
         if any(len(span) > 1 for span in spans):
             bits = self._bits(sends_head, spans)
         else:

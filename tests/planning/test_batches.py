@@ -56,7 +56,9 @@ def statement(
         costs=COSTS,
         sizes=UpdateSizes(PARTITION, SHAPES, codec, "every"),
         channel=Channel(bandwidth_hz=bandwidth_hz),
-        allocation=AllocationOptions(**{"batch_sizes": GRID, **options}),
+        allocation=AllocationOptions(
+            **{"batch_sizes": GRID, "further_blocks": False, **options}
+        ),
     )
 
 
@@ -239,11 +241,15 @@ class TestRounds:
         for device in plan.assignments:
             reply = honest_reply(plan, device)
             most = plan.assignments[device].batch_size
+            few_square, all_square = 1.0 + 50.0 / (most // 8), 1.0 + 50.0 / most
+            further = len(plan.assignments[device].blocks) - 1
+            each = [few_square] * further + [all_square] * further
             squares = {
                 "few-examples": most // 8,
-                "few-square": 1.0 + 50.0 / (most // 8),
+                "few-square": few_square,
                 "all-examples": most,
-                "all-square": 1.0 + 50.0 / most,
+                "all-square": all_square,
+                **({"further-squares": np.array(each).tobytes()} if further else {}),
             }
             record = {**reply.report, **squares, **said}
             yield replace(reply, report=record, num_examples=most)
@@ -286,6 +292,36 @@ class TestRounds:
         record = coordinator.complete_round(plan, self.replies(plan, **lie))
         assert record.refused == {"implausible": len(plan.assignments)}
         assert coordinator.state.noise.signal == {}
+
+    @pytest.mark.parametrize("further", [b"\0" * 7, b"\0" * 800])
+    def test_further_squares_are_as_many_as_blocks(self, further):
+        coordinator = self.coordinator()
+        plan = coordinator.plan_round(1, self.DEVICES)
+        lie = {"further-squares": further}
+        record = coordinator.complete_round(plan, self.replies(plan, **lie))
+        assert record.refused == {"malformed-report": len(plan.assignments)}
+
+    @pytest.mark.parametrize("square", [-1.0, math.nan, 1e30])
+    def test_further_squares_that_cannot_be_are_refused(self, square):
+        coordinator = self.coordinator()
+        plan = coordinator.plan_round(1, self.DEVICES)
+        further = {d: len(a.blocks) - 1 for d, a in plan.assignments.items()}
+        assert sum(further.values()) > 0
+        replies = [
+            replace(
+                reply,
+                report={
+                    **reply.report,
+                    "further-squares": np.full(
+                        2 * further[reply.device_id], square
+                    ).tobytes(),
+                },
+            )
+            for reply in self.replies(plan)
+        ]
+        record = coordinator.complete_round(plan, replies)
+        lied = sum(count > 0 for count in further.values())
+        assert record.refused == {"implausible": lied}
 
     def test_squares_that_nobody_asked_for_are_nothing(self):
         coordinator = make_coordinator()

@@ -29,6 +29,14 @@ def test_it_is_what_all_rounds_bring_over_the_time_that_all_take():
     assert pace.a_second(NOISE) < np.mean(own)
 
 
+def test_a_usual_round_is_no_longer_for_one_that_was():
+    assert Pace().usual_round_s is None
+    pace = Pace()
+    for round_s in (2.0, 3.0, 100.0):
+        pace = pace.after(brought(32, round_s))
+    assert pace.usual_round_s == 3.0
+
+
 def test_where_gradients_become_noisier_no_second_is_worth_what_it_was():
     pace = Pace().after(brought(32, 2.0))
     assert pace.a_second(10 * NOISE) < 0.3 * pace.a_second(NOISE)

@@ -110,7 +110,7 @@ class RoundPlan:
         if solved.batch_size is None or solved.noise_scale is None:
             return 1.0
         row = self.device_ids.index(device_id)
-        scale = float(np.median(solved.noise_scale[solved.batch_size > 0]))
+        scale = float(np.median([solved.noise_scale[b] for _, b in solved.active()]))
         return math.sqrt(1.0 + scale / solved.batch_size[row])
 
     def step_lengths(self, device_ids: Iterable[str]) -> dict[int, float]:
@@ -126,13 +126,12 @@ class RoundPlan:
         if solved.batch_size is None or solved.noise_scale is None:
             return {}
         examples: dict[int, int] = {}
-        noise: dict[int, float] = {}
         for device_id in device_ids:
             row = self.device_ids.index(device_id)
             for block in self.assignments[device_id].blocks:
                 examples[block] = examples.get(block, 0) + int(solved.batch_size[row])
-                noise[block] = float(solved.noise_scale[row])
-        return {b: step_length(count, noise[b]) for b, count in examples.items()}
+        noise_scale = solved.noise_scale
+        return {b: step_length(n, float(noise_scale[b])) for b, n in examples.items()}
 
     @property
     def whole_codec(self) -> str:

@@ -215,6 +215,7 @@ class RoundPlanner:
             noise_scale=noise_scale,
             rounds_since=state.history.staleness(server_round),
             pace=state.pace.a_second(noise_scale),
+            usual_round_s=state.pace.usual_round_s,
             component_squares=self._component_squares(state),
         )
 
