@@ -171,7 +171,7 @@ def trainer_for(
     micro_batches: MicroBatches | None = None,
     step: ServerStep | None = None,
     channel: Channel | None = None,
-    max_gradient_norm: float = 10.0,
+    limits: NormLimits | None = None,
     seed: int = 0,
 ) -> SpreadTrainer:
     """Put a trainer together that fine-tunes a model spread over devices (D2FT).
@@ -184,7 +184,7 @@ def trainer_for(
         Its blocks.
     step
         How the server steps.
-    schedules, num_groups, micro_batches, channel, max_gradient_norm, seed
+    schedules, num_groups, micro_batches, channel, limits, seed
         As in `SpreadTrainer`.
 
     Raises
@@ -213,7 +213,7 @@ def trainer_for(
         num_groups=num_groups,
         micro_batches=micro_batches,
         channel=channel,
-        max_gradient_norm=max_gradient_norm,
+        limits=limits,
         seed=seed,
         recompute=stand_in(model, partition),
     )

@@ -68,6 +68,10 @@ def test_what_each_attack_changes():
         "contributions of noise, 9 times": forward,
         "hidden states' gradients turned round": slopes,
         "hidden states' gradients turned round, 9.9 times": slopes,
+        "losses' gradients turned round, 2.9 times": {
+            "loss slopes",
+            "loss gradients",
+        },
         "all gradients turned round, 9.9 times": gradients,
         "returned values turned round": values,
         "returned values far off": values,

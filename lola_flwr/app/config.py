@@ -130,6 +130,7 @@ class AppConfig(BaseKeys):
     schedule: str
     schedule_options: Options
     max_gradient_norm: float = Field(gt=0)
+    norm_factor: float = Field(3.0, ge=0)
     bandwidth_hz: float = Field(gt=0, allow_inf_nan=False)
     snr_min_db: float = Field(ge=-60, le=80)
     snr_max_db: float = Field(ge=-60, le=80)
@@ -260,7 +261,6 @@ class UpdatesConfig(ChannelKeys, AppConfig):
     micro_batch_size: int = Field(0, ge=0)
     fit_memory: bool = False
     activations: Literal["exact", "int8"] = "exact"
-    norm_factor: float = Field(3.0, ge=0)
     influence_factor: float = Field(2.0, ge=0, allow_inf_nan=False)
     own_examples: OwnExamples = "auto"
     reputation: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lola_flwr.app.config import D2ftConfig
-from lola_flwr.app.methods import server_step_of
+from lola_flwr.app.methods import limits_of, server_step_of
 from lola_flwr.build import Channel, MicroBatches, trainer_for
 from lola_flwr.d2ft.schedule import Budgets
 from lola_flwr.d2ft.steps import StepSchedules
@@ -46,7 +46,7 @@ def make_trainer(
         ),
         step=server_step_of(config),
         channel=Channel(bandwidth_hz=config.bandwidth_hz),
-        max_gradient_norm=config.max_gradient_norm,
+        limits=limits_of(config),
         seed=config.seed,
     )
 

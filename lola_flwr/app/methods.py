@@ -105,6 +105,11 @@ def server_step_of(config: AppConfig) -> ServerStep:
     )
 
 
+def limits_of(config: AppConfig) -> NormLimits:
+    """Return how long gradients may be."""
+    return NormLimits(config.max_gradient_norm, config.norm_factor or math.inf)
+
+
 def settings_of(
     config: UpdatesConfig,
     model: Any,
@@ -134,7 +139,7 @@ def settings_of(
         devices=DeviceOptions(
             correct_profiles=config.correct_profiles, reputation=config.reputation
         ),
-        limits=NormLimits(config.max_gradient_norm, config.norm_factor or math.inf),
+        limits=limits_of(config),
         seed=config.seed,
     )
     if not isinstance(config, LolaDeftConfig):

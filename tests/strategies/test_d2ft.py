@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from lola_flwr.build import MicroBatches, ServerStep, trainer_for
+from lola_flwr.build import MicroBatches, NormLimits, ServerStep, trainer_for
 from lola_flwr.clients import BlockDevice, LoLaClient
 from lola_flwr.d2ft.schedule import Budgets
 from lola_flwr.d2ft.steps import StepSchedules
@@ -206,7 +206,7 @@ def test_all_that_do_not_answer_rest_together():
 def test_a_step_s_gradient_is_held_to_a_norm():
     moves = []
     for limit in (1e-3, 1e-4):
-        case_options = {"max_gradient_norm": limit, "optimizer": "SGD"}
+        case_options = {"limits": NormLimits(limit), "optimizer": "SGD"}
         strategy, grid = federation(trainer_options=case_options)
         before = {n: v.copy() for n, v in strategy.trainer.values().items()}
         run(strategy, grid, 1)

@@ -13,20 +13,15 @@ from lola_flwr.d2ft.subnetworks import hidden_size
 from lola_flwr.d2ft.wire import (
     HIDDEN,
     MASKS,
-    SLOPES,
     array_of,
     numbers_to_text,
     sizes_to_text,
 )
-from lola_flwr.server.spread.exchange import (
-    LARGEST_HEAD_GRADIENT,
-    LARGEST_HIDDEN,
-    LARGEST_LOSS_SLOPE,
-    PartFailed,
-    PartRequest,
-)
+from lola_flwr.server.norm_limits import NormHistory
+from lola_flwr.server.spread.exchange import LARGEST_HIDDEN, PartFailed, PartRequest
+from lola_flwr.server.spread.losses import LossLimits, OwnLosses
 from lola_flwr.server.spread.model import SpreadModel
-from lola_flwr.wire.packing import GRADIENTS, VALUES
+from lola_flwr.wire.packing import VALUES
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +61,14 @@ class Losses:
         Its gradient with respect to what the last layer gave for each micro-batch.
     head
         Its gradient with respect to the head, by name.
+    norms
+        How long such gradients were lately, as they were received.
     """
 
     mean: float
     slopes: list[Tensor]
     head: dict[str, Tensor]
+    norms: NormHistory
 
 
 def draw_micro_batches(
@@ -123,6 +121,7 @@ def losses_of(
     micro_batches: Sequence[MicroBatch],
     batch_size: int,
     outputs: Sequence[Tensor],
+    limits: LossLimits,
     *,
     example_weight: int = 1,
 ) -> Losses:
@@ -136,6 +135,8 @@ def losses_of(
         As for `draw_micro_batches`.
     outputs
         What the last layer gave for each of them.
+    limits
+        How long an owner's gradients may be.
     example_weight
         What an example weighs at most.
 
@@ -163,28 +164,27 @@ def losses_of(
         )
         for device, members in mine.items()
     }
-    replies = spread.ask(requests)
-    weights: dict[int, int] = {}
-    for device, members in mine.items():
-        most = [len(outputs[m]) * example_weight for m in members]
-        weights |= zip(members, replies[device].weights(most), strict=True)
-    total = sum(weights.values())
+    received = {
+        device: OwnLosses.of(
+            reply, [outputs[m] for m in mine[device]], [*head.values()], example_weight
+        )
+        for device, reply in spread.ask(requests).items()
+    }
+    total = sum(sum(own.weights) for own in received.values())
     if not total:
         raise PartFailed({}, "no token of these micro-batches has a label")
+    limits = limits.after(received)
     mean = 0.0
     slopes: dict[int, Tensor] = {}
     gradient = {name: torch.zeros_like(p) for name, p in head.items()}
     for device, members in mine.items():
-        reply = replies[device]
-        shares = [weights[m] / total for m in members]
-        found = reply.losses(len(members))
-        mean += sum(s * loss for s, loss in zip(shares, found, strict=True))
-        shapes = [tuple(outputs[m].shape) for m in members]
-        own = reply.tensors(SLOPES, shapes, largest=LARGEST_LOSS_SLOPE)
-        for m, share, slope in zip(members, shares, own, strict=True):
+        own = received[device].held_to(limits)
+        shares = [weight / total for weight in own.weights]
+        mean += sum(s * loss for s, loss in zip(shares, own.losses, strict=True))
+        for m, share, slope in zip(members, shares, own.slopes, strict=True):
             slopes[m] = share * slope
-        shapes = [tuple(parameter.shape) for parameter in head.values()]
-        own = reply.tensors(GRADIENTS, shapes, largest=LARGEST_HEAD_GRADIENT)
-        for name, part in zip(head, own, strict=True):
+        for name, part in zip(head, own.head, strict=True):
             gradient[name] += sum(shares) * part
-    return Losses(mean, [slopes[m] for m in range(len(outputs))], gradient)
+    return Losses(
+        mean, [slopes[m] for m in range(len(outputs))], gradient, limits.norms
+    )

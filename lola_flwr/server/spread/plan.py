@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,8 @@ from lola_flwr.d2ft.schedule import Scores
 from lola_flwr.errors import UserError
 from lola_flwr.run.records import StepRecord
 from lola_flwr.server.fleet import Fleet
+from lola_flwr.server.norm_limits import NormHistory, NormLimits
+from lola_flwr.server.spread.losses import LossLimits
 from lola_flwr.system.devices import DeviceProfile
 
 
@@ -48,14 +51,17 @@ class SpreadState:
         What the sub-networks' passes are worth, as far as it is known.
     excluded
         Names of the devices that were found to lie: they take part no more.
+    norms
+        How long gradients of losses were lately, None before the first.
     """
 
     server_round: int = 0
     wireless_s: float = 0.0
     fleet: Fleet = field(default_factory=Fleet)
     scores: Scores | None = None
-    # None, not empty: the states of earlier versions have no such field.
+    # None, not empty: the states of earlier versions have no such fields.
     excluded: tuple[str, ...] | None = None
+    norms: NormHistory | None = None
 
     def usable(self, server_round: int, device_ids: Iterable[str]) -> list[str]:
         """Return the devices that a step can do with.
@@ -74,6 +80,12 @@ class SpreadState:
             )
             raise UserError(f"No device has a usable profile.{lied}")
         return devices
+
+    def loss_limits(self, factor: float) -> LossLimits:
+        """Return how long gradients of losses may be: so many times as usual."""
+        names = {d: profile.name for d, profile in self.fleet.profiles.items()}
+        limits = NormLimits(math.inf, factor)
+        return LossLimits(limits, self.norms or NormHistory(), names)
 
     def after(
         self,

@@ -23,8 +23,10 @@ from lola_flwr.d2ft.branches import enter, leave
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.subnetworks import Branch
 from lola_flwr.model.backprop import only_trainable
+from lola_flwr.server.norm_limits import NormHistory
 from lola_flwr.server.spread.branch import Found, RemoteBranch
 from lola_flwr.server.spread.exchange import PartFailed
+from lola_flwr.server.spread.losses import LossLimits
 from lola_flwr.server.spread.model import SpreadModel
 from lola_flwr.server.spread.owners import MicroBatch, draw_micro_batches, losses_of
 from lola_flwr.server.spread.places import Place
@@ -45,6 +47,8 @@ class SpreadGradient:
         That loss.
     tokens
         Tokens of each micro-batch, padding included.
+    norms
+        How long gradients of losses were lately, as in `LossLimits`.
     """
 
     gradients: dict[str, Tensor]
@@ -53,6 +57,7 @@ class SpreadGradient:
     places: set[Place]
     loss: float
     tokens: list[int]
+    norms: NormHistory
 
     def scale(self, max_norm: float) -> float:
         """Return what scales it down to a Euclidean norm, if it is larger.
@@ -134,6 +139,7 @@ def spread_gradient(
     *,
     max_tokens: int = 512,
     example_weight: int = 1,
+    limits: LossLimits | None = None,
 ) -> SpreadGradient:
     """Compute the gradient of some micro-batches, which devices draw, under a schedule.
 
@@ -152,6 +158,8 @@ def spread_gradient(
         [S, M].
     max_tokens, example_weight
         Tokens that an example may have, and what it weighs at most.
+    limits
+        How long gradients of losses may be (default: as where none came before).
 
     Raises
     ------
@@ -174,6 +182,7 @@ def spread_gradient(
             micro_batches,
             batch_size,
             outputs,
+            limits or LossLimits(),
             example_weight=example_weight,
         )
         trained = [m for m, output in enumerate(outputs) if output.requires_grad]
@@ -194,6 +203,7 @@ def spread_gradient(
         places=found.places,
         loss=losses.mean,
         tokens=[one.mask.numel() for one in micro_batches],
+        norms=losses.norms,
     )
 
 

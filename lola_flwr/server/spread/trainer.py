@@ -34,6 +34,7 @@ from lola_flwr.randomness import rng_for
 from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.run.records import StepRecord
 from lola_flwr.run.values import to_values
+from lola_flwr.server.norm_limits import NormLimits
 from lola_flwr.server.spread.audit import Auditor, Recompute
 from lola_flwr.server.spread.exchange import (
     CountedExchange,
@@ -78,8 +79,8 @@ class SpreadTrainer:
         How large the micro-batches are.
     channel
         What the devices share.
-    max_gradient_norm
-        A step's gradient is scaled down to this Euclidean norm.
+    limits
+        ``max_norm`` is for a step's gradient, ``factor`` for owners' of their losses.
     seed
         Seed of the run.
 
@@ -102,7 +103,7 @@ class SpreadTrainer:
         num_groups: int | None = None,
         micro_batches: MicroBatches | None = None,
         channel: Channel | None = None,
-        max_gradient_norm: float = 10.0,
+        limits: NormLimits | None = None,
         seed: int = 0,
     ) -> None:
         self.partition = partition
@@ -115,7 +116,7 @@ class SpreadTrainer:
         self._schedules = replace(schedules, costs=costs)
         self._micro_batches = micro_batches or MicroBatches()
         self._channel = channel or Channel()
-        self._max_gradient_norm = max_gradient_norm
+        self._limits = limits or NormLimits()
         self._seed = seed
         self._auditor = Auditor(recompute, schedules)
         self._base_fingerprint = fingerprint(model, partition.frozen)
@@ -336,7 +337,8 @@ class SpreadTrainer:
         failed |= hand_over(held, places, plan.present, exchange, task, audit.doubt)
         audit.watch(plan.step, places)
         result = self._spread_gradient(plan, exchange)
-        scale = result.scale(self._max_gradient_norm)
+        scale = result.scale(self._limits.max_norm)
+        self.state = replace(self.state, norms=result.norms)
         held.step(
             {name: (g * scale).numpy() for name, g in result.gradients.items()},
             plan.step,
@@ -392,6 +394,7 @@ class SpreadTrainer:
                 plan.operations,
                 max_tokens=self._micro_batches.max_tokens,
                 example_weight=self._micro_batches.example_weight,
+                limits=self.state.loss_limits(self._limits.factor),
             )
         self._auditor.check(spread)
         return result

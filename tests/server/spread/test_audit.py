@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lola_flwr.build import MicroBatches, ServerStep, trainer_for
+from lola_flwr.build import MicroBatches, NormLimits, ServerStep, trainer_for
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.device import keeping
@@ -53,7 +53,7 @@ def federation(family="roberta", *, share=1.0, dropout=True):
         schedules=StepSchedules(micro_batches=3, audit_share=share, audit_seed=0),
         micro_batches=MicroBatches(micro_batch_size=2, example_weight=10),
         step=ServerStep(**STEP),
-        max_gradient_norm=MAX_NORM,
+        limits=NormLimits(MAX_NORM),
     )
     meet(trainer)
     return case, trainer

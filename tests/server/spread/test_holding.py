@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lola_flwr.build import MicroBatches, ServerStep, trainer_for
+from lola_flwr.build import MicroBatches, NormLimits, ServerStep, trainer_for
 from lola_flwr.d2ft.find import find_subnetworks
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.schedule import place_subnetworks
@@ -106,7 +106,7 @@ def federation(family="roberta", *, return_every=50, audit_share=0.0, **options)
         ),
         micro_batches=MicroBatches(micro_batch_size=2, example_weight=10),
         step=ServerStep(**(options or STEP)),
-        max_gradient_norm=MAX_NORM,
+        limits=NormLimits(MAX_NORM),
     )
     meet(trainer)
     return case, trainer
