@@ -8,6 +8,7 @@ import torch
 
 from lola_flwr.app.d2ft import schedules_of
 from lola_flwr.app.methods import (
+    limits_of,
     low_rank_of,
     num_own_examples,
     own_examples_of,
@@ -23,6 +24,7 @@ from lola_flwr.device.sampling import ChosenBatches
 from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.example_losses import EXAMPLE_ROWS
+from lola_flwr.server.norm_limits import NormLimits
 from lola_flwr.server.selection import BoundedStaleness, Lisa
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_glue.config import GlueConfig
@@ -61,6 +63,14 @@ def test_the_model_is_the_tasks():
 def test_by_default_every_block_is_trained_by_back_propagation(tiny):
     assert selection_of(config(), *tiny).takes_all
     assert zeroth_order_of(config(), *tiny) is None
+
+
+@pytest.mark.parametrize("method", ["lola-deft", "d2ft"])
+def test_what_is_too_long_is_configured_for_owners_losses_too(method):
+    changes = {"method": method, "max_gradient_norm": 2.0}
+    assert limits_of(config(**changes)) == NormLimits(2.0, 3.0)
+    assert limits_of(config(norm_factor=4.0, **changes)) == NormLimits(2.0, 4.0)
+    assert limits_of(config(norm_factor=0.0, **changes)) == NormLimits(2.0, math.inf)
 
 
 def test_selector_and_target_are_those_of_the_configuration(tiny):
