@@ -15,9 +15,9 @@ from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.spread.losses import LossLimits
 from lola_flwr.system.devices import DeviceProfile
 
-# Gradients of losses are so much more alike than updates of blocks: beyond two times
-# the usual length instead of three. (Turned round, 2.9 times as long ruins a model,
-# and 1.9 times not: see docs/security.md.)
+# Gradients of losses are more alike than updates of blocks, so what is too long begins
+# at twice the usual length instead of three times. (Turned round by two owners of
+# twelve, 2.9 times as long ruins a model, and 1.9 times does not: docs/security.md.)
 _OF_LOSSES = 2 / 3
 
 
