@@ -6,6 +6,7 @@ every array of a message takes Flower some milliseconds.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,16 @@ SLOPES = "slopes"
 MASKS = "masks"
 MOMENTS = "moments"
 SHARED = "shared"
+
+
+def digest_of(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """Return what micro-batches are known by."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(f"{name} {tuple(batch[name].shape)}".encode())
+            digest.update(batch[name].contiguous().numpy(force=True).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def numbers_to_text(numbers: Iterable[int]) -> str:

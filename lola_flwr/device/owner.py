@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -18,12 +16,13 @@ from lola_flwr.d2ft.wire import (
     MASKS,
     SLOPES,
     array_of,
+    digest_of,
     numbers_to_text,
     sizes_to_text,
 )
 from lola_flwr.device.asked import Part, PartResult, load
 from lola_flwr.errors import UserError
-from lola_flwr.model.backprop import Batch, only_trainable
+from lola_flwr.model.backprop import only_trainable
 from lola_flwr.model.recording import ADVICE, NoGradient
 from lola_flwr.wire.packing import GRADIENTS, VALUES
 
@@ -42,19 +41,10 @@ def draw_inputs(part: Part) -> PartResult:
         inputs.append(hidden)
         given = batch.get("attention_mask")
         masks.append(token_mask(part.model, part.subnetworks, told, hidden, given))
-    return part.report(sizes=sizes_to_text(inputs), digest=_digest(batches)), {
+    return part.report(sizes=sizes_to_text(inputs), digest=digest_of(batches)), {
         HIDDEN: array_of(inputs),
         MASKS: array_of(masks).astype(np.uint8),
     }
-
-
-def _digest(batches: Sequence[Batch]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            digest.update(f"{name} {tuple(batch[name].shape)}".encode())
-            digest.update(batch[name].contiguous().numpy(force=True).tobytes())
-    return digest.hexdigest()[:32]
 
 
 @torch.enable_grad()
@@ -67,7 +57,7 @@ def compute_losses(part: Part) -> PartResult:
     slopes: list[Tensor] = []
     total = [torch.zeros_like(parameter) for parameter in head]
     batches = part.batches()
-    if _digest(batches) != part.task.digest:
+    if digest_of(batches) != part.task.digest:
         raise UserError(
             f"The micro-batches {part.task.numbers} are others than a moment ago: "
             "batch_source must give the same batch whenever it is asked for the same "

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,21 +104,39 @@ def compute_part(
     return compute(part)
 
 
-def stand_in(
-    model: nn.Module, partition: BlockPartition
-) -> Callable[[PartTask, Arrays], PartResult]:
+def no_examples(number: int, batch_size: int) -> Batch:
+    """Stand for examples where there are none."""
+    raise AssertionError("examples are the devices' own")
+
+
+class StandIn(Protocol):
+    """Computes what a device would."""
+
+    def __call__(
+        self,
+        task: PartTask,
+        arrays: Arrays,
+        draw: Callable[[int, int], Batch] = no_examples,
+        /,
+    ) -> PartResult:
+        """Do what a task asks for; ``draw`` as for `compute_part`."""
+
+
+def stand_in(model: nn.Module, partition: BlockPartition) -> StandIn:
     """Return what computes for the server what a device would, on the server's model.
 
-    It has no examples, and the values of groups are overwritten.
+    It has no examples but those that it is given, and the values of groups are
+    overwritten.
     """
     # The same parameters, but what is kept with them is not kept for devices that may
     # share the model.
     own = copy.copy(model)
 
-    def draw(number: int, batch_size: int) -> Batch:
-        raise AssertionError("examples are the devices' own")
-
-    def compute(task: PartTask, arrays: Arrays) -> PartResult:
+    def compute(
+        task: PartTask,
+        arrays: Arrays,
+        draw: Callable[[int, int], Batch] = no_examples,
+    ) -> PartResult:
         with torch.random.fork_rng():
             train_mode(own)
             return compute_part(

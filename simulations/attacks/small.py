@@ -83,7 +83,7 @@ class SmallTask:
 
 
 def small_model(
-    seed: int, *, num_heads: int = 2
+    seed: int, *, num_heads: int = 2, head_dropout: float = 0.1
 ) -> tuple[transformers.PreTrainedModel, BlockPartition]:
     """Make the model: a RoBERTa of three layers with random weights."""
     torch.manual_seed(seed)
@@ -94,6 +94,7 @@ def small_model(
         num_hidden_layers=3,
         vocab_size=_VOCABULARY,
         max_position_embeddings=40,
+        classifier_dropout=head_dropout,
     )
     model = transformers.RobertaForSequenceClassification(config)
     return model, model_partition(model)
@@ -116,7 +117,10 @@ SMALL = TaskModel(
     split=SmallTask.split,
     recipe=Recipe(rounds=240, batch_size=16, lr=1e-2, bandwidth_hz=1e6),
 )
-# With four heads it has twelve sub-networks: as many as there are devices.
+# With four heads it has twelve sub-networks: as many as there are devices. Without
+# dropout in its head owners' losses are compared with those of labels.
 SPREAD_SMALL = TaskModel(
-    load=partial(small_model, num_heads=4), split=SMALL.split, recipe=SMALL.recipe
+    load=partial(small_model, num_heads=4, head_dropout=0.0),
+    split=SMALL.split,
+    recipe=SMALL.recipe,
 )

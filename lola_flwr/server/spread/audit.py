@@ -18,10 +18,11 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from lola_flwr.d2ft.steps import StepSchedules
 from lola_flwr.d2ft.wire import (
@@ -53,8 +54,18 @@ from lola_flwr.wire.records import PartReport, PartTask
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
 
-# Does what a task asks for, as a device does it.
-Recompute = Callable[[PartTask, _Arrays], tuple[PartReport, _Arrays]]
+# Gives a micro-batch: (number, examples) -> arguments of the model.
+Draw = Callable[[int, int], Mapping[str, Tensor]]
+
+
+class Recompute(Protocol):
+    """Does what a task asks for, as a device does it."""
+
+    def __call__(
+        self, task: PartTask, arrays: _Arrays, draw: Draw = ..., /
+    ) -> tuple[PartReport, _Arrays]:
+        """Compute it; ``draw`` gives the examples, where it takes any."""
+
 
 # What is so small beside what it is computed from is rounding alone.
 _ROUNDING = 1e-6
@@ -138,6 +149,11 @@ class Auditor:
         self._starts: dict[Place, _Start] = {}
         self._watched: dict[Place, dict[str, Asked]] = {}
         self._last: dict[Place, _Contributed] = {}
+
+    @property
+    def recompute(self) -> Recompute | None:
+        """Does what a device would; None where nobody is audited."""
+        return self._recompute if self._share else None
 
     def watch(self, step: int, places: Mapping[Place, str]) -> None:
         """Choose the places that are audited in a step.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -41,20 +42,30 @@ class LossLimits:
         one is.
     names
         The devices' names, by id.
+    shown
+        Whether a device's loss is cross-entropy, as it showed last, by its name.
     """
 
     limits: NormLimits = field(default_factory=lambda: NormLimits(max_norm=math.inf))
     norms: NormHistory = field(default_factory=NormHistory)
     names: Mapping[str, str] = field(default_factory=dict)
+    shown: Mapping[str, bool] = field(default_factory=dict)
 
-    def after(self, received: Mapping[str, OwnLosses]) -> LossLimits:
-        """Return the limits for what is received in a step, by device id."""
+    def after(
+        self,
+        received: Mapping[str, OwnLosses],
+        shown: Mapping[str, bool] = MappingProxyType({}),
+    ) -> LossLimits:
+        """Return the limits for what is received in a step, and shown, by device id."""
         norms = self.norms.after(
             (kind, norm, self.names.get(device, device))
             for device, own in received.items()
             for kind, norm in own.norms()
         )
-        return replace(self, norms=norms)
+        named = {
+            self.names.get(device, device): is_so for device, is_so in shown.items()
+        }
+        return replace(self, norms=norms, shown={**self.shown, **named})
 
     def scale(self, kind: int, norm: float) -> float:
         """Return what a gradient of a kind and a norm is multiplied with."""

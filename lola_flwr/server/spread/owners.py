@@ -17,10 +17,12 @@ from lola_flwr.d2ft.wire import (
     numbers_to_text,
     sizes_to_text,
 )
-from lola_flwr.server.norm_limits import NormHistory
+from lola_flwr.server.spread.audit import Recompute
 from lola_flwr.server.spread.exchange import LARGEST_HIDDEN, PartFailed, PartRequest
 from lola_flwr.server.spread.losses import LossLimits, OwnLosses
 from lola_flwr.server.spread.model import SpreadModel
+from lola_flwr.server.spread.own_losses import OwnHead
+from lola_flwr.server.spread.verdicts import refuse_lies
 from lola_flwr.wire.packing import VALUES
 
 
@@ -61,14 +63,14 @@ class Losses:
         Its gradient with respect to what the last layer gave for each micro-batch.
     head
         Its gradient with respect to the head, by name.
-    norms
-        How long such gradients were lately, as they were received.
+    limits
+        How long such gradients may be after these.
     """
 
     mean: float
     slopes: list[Tensor]
     head: dict[str, Tensor]
-    norms: NormHistory
+    limits: LossLimits
 
 
 def draw_micro_batches(
@@ -124,6 +126,7 @@ def losses_of(
     limits: LossLimits,
     *,
     example_weight: int = 1,
+    compute: Recompute | None = None,
 ) -> Losses:
     """Have the owners turn what the last layer gave into a loss.
 
@@ -139,9 +142,14 @@ def losses_of(
         How long an owner's gradients may be.
     example_weight
         What an example weighs at most.
+    compute
+        Computes as a device does, to compare owners' gradients with those that labels
+        have (default: they are not compared).
 
     Raises
     ------
+    LieFound
+        An owner's gradients are those of no labels.
     PartFailed
         An owner did not do its part, or no micro-batch weighs anything.
     """
@@ -173,18 +181,27 @@ def losses_of(
     total = sum(sum(own.weights) for own in received.values())
     if not total:
         raise PartFailed({}, "no token of these micro-batches has a label")
-    limits = limits.after(received)
+    own_head = OwnHead.of(spread, compute) if example_weight == 1 else None
+    verdicts = {}
+    if own_head is not None:
+        given = {device: [outputs[m] for m in mine[device]] for device in received}
+        verdicts = own_head.verdicts(received, given)
+    shown = {d: v.shows for d, v in verdicts.items() if v.shows is not None}
+    limits = limits.after(received, shown)
+    refuse_lies(verdicts, limits.shown)
+    # What labels make of an example is as long as it should be.
+    near = {device for device, verdict in verdicts.items() if verdict.is_near}
     mean = 0.0
     slopes: dict[int, Tensor] = {}
     gradient = {name: torch.zeros_like(p) for name, p in head.items()}
     for device, members in mine.items():
-        own = received[device].held_to(limits)
+        own = received[device]
+        if device not in near:
+            own = own.held_to(limits)
         shares = [weight / total for weight in own.weights]
         mean += sum(s * loss for s, loss in zip(shares, own.losses, strict=True))
         for m, share, slope in zip(members, shares, own.slopes, strict=True):
             slopes[m] = share * slope
         for name, part in zip(head, own.head, strict=True):
             gradient[name] += sum(shares) * part
-    return Losses(
-        mean, [slopes[m] for m in range(len(outputs))], gradient, limits.norms
-    )
+    return Losses(mean, [slopes[m] for m in range(len(outputs))], gradient, limits)

@@ -15,11 +15,6 @@ from lola_flwr.server.norm_limits import NormHistory, NormLimits
 from lola_flwr.server.spread.losses import LossLimits
 from lola_flwr.system.devices import DeviceProfile
 
-# Gradients of losses are more alike than updates of blocks, so what is too long begins
-# at twice the usual length instead of three times. (Turned round by two owners of
-# twelve, 2.9 times as long ruins a model, and 1.9 times does not: docs/security.md.)
-_OF_LOSSES = 2 / 3
-
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches:
@@ -56,8 +51,9 @@ class SpreadState:
         What the sub-networks' passes are worth, as far as it is known.
     excluded
         Names of the devices that were found to lie: they take part no more.
-    norms
-        How long gradients of losses were lately, None before the first.
+    norms, shown
+        How long gradients of losses were lately, and whose losses are cross-entropy, as
+        in `LossLimits`; None before the first.
     """
 
     server_round: int = 0
@@ -67,6 +63,7 @@ class SpreadState:
     # None, not empty: the states of earlier versions have no such fields.
     excluded: tuple[str, ...] | None = None
     norms: NormHistory | None = None
+    shown: Mapping[str, bool] | None = None
 
     def usable(self, server_round: int, device_ids: Iterable[str]) -> list[str]:
         """Return the devices that a step can do with.
@@ -89,8 +86,12 @@ class SpreadState:
     def loss_limits(self, factor: float) -> LossLimits:
         """Return how long gradients of losses may be, where updates have a factor."""
         names = {d: profile.name for d, profile in self.fleet.profiles.items()}
-        limits = NormLimits(math.inf, _OF_LOSSES * factor)
-        return LossLimits(limits, self.norms or NormHistory(), names)
+        limits = NormLimits(math.inf, factor)
+        return LossLimits(limits, self.norms or NormHistory(), names, self.shown or {})
+
+    def with_losses(self, limits: LossLimits) -> SpreadState:
+        """Take note of what a step's losses have shown."""
+        return replace(self, norms=limits.norms, shown=limits.shown or None)
 
     def after(
         self,

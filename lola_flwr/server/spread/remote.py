@@ -23,7 +23,7 @@ from lola_flwr.d2ft.branches import enter, leave
 from lola_flwr.d2ft.operations import Operation
 from lola_flwr.d2ft.subnetworks import Branch
 from lola_flwr.model.backprop import only_trainable
-from lola_flwr.server.norm_limits import NormHistory
+from lola_flwr.server.spread.audit import Recompute
 from lola_flwr.server.spread.branch import Found, RemoteBranch
 from lola_flwr.server.spread.exchange import PartFailed
 from lola_flwr.server.spread.losses import LossLimits
@@ -47,8 +47,8 @@ class SpreadGradient:
         That loss.
     tokens
         Tokens of each micro-batch, padding included.
-    norms
-        How long gradients of losses were lately, as in `LossLimits`.
+    limits
+        How long gradients of losses may be after this one.
     """
 
     gradients: dict[str, Tensor]
@@ -57,7 +57,7 @@ class SpreadGradient:
     places: set[Place]
     loss: float
     tokens: list[int]
-    norms: NormHistory
+    limits: LossLimits
 
     def scale(self, max_norm: float) -> float:
         """Return what scales it down to a Euclidean norm, if it is larger.
@@ -140,6 +140,7 @@ def spread_gradient(
     max_tokens: int = 512,
     example_weight: int = 1,
     limits: LossLimits | None = None,
+    compute: Recompute | None = None,
 ) -> SpreadGradient:
     """Compute the gradient of some micro-batches, which devices draw, under a schedule.
 
@@ -160,6 +161,8 @@ def spread_gradient(
         Tokens that an example may have, and what it weighs at most.
     limits
         How long gradients of losses may be (default: as where none came before).
+    compute
+        As for `losses_of`.
 
     Raises
     ------
@@ -184,6 +187,7 @@ def spread_gradient(
             outputs,
             limits or LossLimits(),
             example_weight=example_weight,
+            compute=compute,
         )
         trained = [m for m, output in enumerate(outputs) if output.requires_grad]
         if trained:
@@ -203,7 +207,7 @@ def spread_gradient(
         places=found.places,
         loss=losses.mean,
         tokens=[one.mask.numel() for one in micro_batches],
-        norms=losses.norms,
+        limits=losses.limits,
     )
 
 

@@ -338,7 +338,7 @@ class SpreadTrainer:
         audit.watch(plan.step, places)
         result = self._spread_gradient(plan, exchange)
         scale = result.scale(self._limits.max_norm)
-        self.state = replace(self.state, norms=result.norms)
+        self.state = self.state.with_losses(result.limits)
         held.step(
             {name: (g * scale).numpy() for name, g in result.gradients.items()},
             plan.step,
@@ -381,8 +381,7 @@ class SpreadTrainer:
             held=self._held,
             note=self._auditor.note,
         )
-        # Who begins is drawn, or some would never have a micro-batch where not all of
-        # them run.
+        # Who begins is drawn, or some would never draw where not all micro-batches run.
         order = rng.permutation(len(plan.device_ids))
         first = (plan.step - 1) * self._schedules.micro_batches + 1
         with torch.random.fork_rng():
@@ -395,6 +394,7 @@ class SpreadTrainer:
                 max_tokens=self._micro_batches.max_tokens,
                 example_weight=self._micro_batches.example_weight,
                 limits=self.state.loss_limits(self._limits.factor),
+                compute=self._auditor.recompute,
             )
         self._auditor.check(spread)
         return result

@@ -171,7 +171,7 @@ def test_a_liar_gains_no_length():
         assert (longer.gradients[name] - expected).norm() < 1.5 * one
         assert (free.gradients[name] - expected).norm() > 5 * one
         assert (absurd.gradients[name] - honest.gradients[name]).norm() < 0.6 * one
-    assert longer.norms.of_block[0] != usual.norms.of_block[0]
+    assert longer.limits.norms.of_block[0] != usual.limits.norms.of_block[0]
 
 
 def test_who_is_too_long_is_not_accused():
