@@ -68,7 +68,7 @@ def test_what_each_attack_changes():
         "contributions of noise, 9 times": forward,
         "hidden states' gradients turned round": slopes,
         "hidden states' gradients turned round, 9.9 times": slopes,
-        "losses' gradients turned round, 2.9 times": {
+        "losses' gradients turned round, 1.9 times": {
             "loss slopes",
             "loss gradients",
         },

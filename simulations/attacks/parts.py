@@ -27,7 +27,7 @@ _ALL = {"inputs": (HIDDEN,), **_CONTRIBUTIONS, **_GRADIENTS, **_VALUES}
 # Values that the server lets pass, but no model has.
 _FAR_OFF = 900.0
 # Times the usual length, of gradients that are not taken for too long.
-_JUST_BELOW = 2.9
+_JUST_BELOW = 1.9
 # Sum of squares that a device says the gradient of each of its groups has.
 _CLAIMED_SQUARES = 1e12
 
@@ -91,7 +91,7 @@ PART_ATTACKS = (
     _attack("hidden states' gradients turned round, 9.9 times", _times(_SLOPES, -9.9)),
     # Just below what owners' gradients are scaled down from.
     _attack(
-        "losses' gradients turned round, 2.9 times", _times(_OF_LOSSES, -_JUST_BELOW)
+        "losses' gradients turned round, 1.9 times", _times(_OF_LOSSES, -_JUST_BELOW)
     ),
     _attack("all gradients turned round, 9.9 times", _times(_GRADIENTS, -9.9)),
     _attack("returned values turned round", _times(_VALUES, -1.0)),

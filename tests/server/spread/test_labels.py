@@ -184,9 +184,7 @@ def turned(times):
 
 def of_noise(own, head):
     noise = [head.draw(*slope.shape) for slope in own.slopes]
-    slopes = [
-        n * (s.norm() / n.norm()) for n, s in zip(noise, own.slopes, strict=True)
-    ]
+    slopes = [n * (s.norm() / n.norm()) for n, s in zip(noise, own.slopes, strict=True)]
     return OwnLosses(own.weights, own.losses, slopes, own.head)
 
 
