@@ -56,7 +56,8 @@ class StepSchedules:
         hold, for the case that they fail.
     audit_share
         Part of the steps, 0 to 1, in which the server computes again what a device that
-        is drawn by lot has computed of one branch.
+        is drawn by lot has computed of one branch. Unless it is 0, gradients of losses
+        are compared in all steps with those that labels have.
     audit_seed
         Seed of those draws, where a run is to be repeated to the byte; who knows it
         knows when to be honest (default: drawn anew by each trainer).
