@@ -26,10 +26,9 @@ _NEAR = TOLERANCE / 2
 _LIE = 0.3
 # The same of the head's gradient, a mean in which examples' may cancel out.
 _HEAD_LIE = 0.5
-# Before so many devices, and such a part of those that are known, have shown that their
-# loss is cross-entropy, nobody is judged.
+# Before so many devices, and two thirds of those that showed anything, have shown that
+# their loss is cross-entropy, nobody is judged.
 _FEWEST = 3
-_MOST = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Verdict:
 
 
 def refuse_lies(verdicts: Mapping[str, Verdict], shown: Mapping[str, bool]) -> None:
-    """Accuse who sent what no labels make, if it is known that others' loss has labels.
+    """Accuse who sent what no labels make, where most have shown that labels do.
 
     Parameters
     ----------
@@ -121,7 +120,8 @@ def refuse_lies(verdicts: Mapping[str, Verdict], shown: Mapping[str, bool]) -> N
     LieFound
         Some did.
     """
-    if sum(shown.values()) < max(_FEWEST, _MOST * len(shown)):
+    plain = sum(shown.values())
+    if plain < _FEWEST or 3 * plain < 2 * len(shown):
         return
     lies = {device: verdict.lie for device, verdict in verdicts.items()}
     if any(lies.values()):

@@ -141,18 +141,18 @@ def test_no_honest_owner_is_accused(name):
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "factors",
     [
-        changed(slopes=-1.0),
-        changed(slopes=3.0),
-        changed(slopes=-2.9, gradients=-2.9),
-        changed(gradients=-9.9),
+        {"slopes": -1.0},
+        {"slopes": 3.0},
+        {"slopes": -2.9, "gradients": -2.9},
+        {"gradients": -9.9},
     ],
 )
-def test_two_liars_of_six_are_found(lie):
+def test_two_liars_of_six_are_found(factors):
     hostile = Federation()
     hostile.take(10)
-    hostile.liars = dict.fromkeys(DEVICES[:2], lie)
+    hostile.liars = dict.fromkeys(DEVICES[:2], changed(**factors))
     for _ in range(30):
         (record,) = hostile.take(1)
         if record.skipped:
