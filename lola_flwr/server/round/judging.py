@@ -10,7 +10,7 @@ from statistics import median_low
 import numpy as np
 import xxhash
 
-from lola_flwr.arrays import Float32Arrays, Float64Array
+from lola_flwr.arrays import Float32Arrays, Float64Array, squared_norm
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.server.assembly import BlockUpdate
 from lola_flwr.server.directions import Direction, projection, sketch
@@ -244,8 +244,8 @@ def _norms(
 
 def _square(update: BlockUpdate, names: Sequence[str]) -> float:
     """Return the squared norm of some parameters' gradients."""
-    flat = [update.gradients[n].reshape(-1) for n in names if n in update.gradients]
-    return float(sum(np.vdot(g, g) for g in flat))
+    own = (update.gradients[name] for name in names if name in update.gradients)
+    return sum(map(squared_norm, own))
 
 
 def _digest(update: BlockUpdate) -> str:

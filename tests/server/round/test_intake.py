@@ -240,6 +240,18 @@ def test_an_update_one_of_whose_blocks_is_too_long_is_refused(place):
     assert read_in.refused == {"excessive-norm": 1}
 
 
+def test_values_as_large_as_they_can_be_have_a_norm():
+    plan, device, blocks = several_blocks()
+    sent = [honest_reply(plan, device, value=3e38)]
+    read_in = read(plan, sent, NormHistory(), NormLimits())
+    assert read_in.refused == {"excessive-norm": 1}
+    for block in blocks:
+        (norm,) = read_in.norms.of_block[block]
+        assert norm == pytest.approx(
+            3e38 * size_of(PARTITION.update_names(block)) ** 0.5
+        )
+
+
 def test_norms_beyond_all_measure_are_refused_and_the_others_are_scaled_down(plan):
     usual, large, huge = plan.assignments
     norms = {d: norm_of(plan, d, 1.0) for d in plan.assignments}
