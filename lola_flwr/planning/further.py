@@ -35,15 +35,29 @@ def with_further_blocks(
         Batches between which devices may be given one, [A] each.
     """
     parts = Parts.of(solved, known)
-    last = _furthest(run, known, solved, parts, bounds)
+    if not _may_send_more(run, parts):
+        return solved
+    most_further = np.minimum(_most_further(run, solved, parts), bounds[1])
+    last = _furthest(run, known, solved, parts, bounds, most_further)
     if (last == parts.blocks).all():
         return solved
     assert solved.batch_size is not None
-    problem = _problem(run, known, solved, parts, bounds, last)
+    problem = _problem(run, known, solved, parts, bounds, most_further, last)
     last, batch_size = further_blocks(problem, solved.batch_size[parts.rows])
     if (last == parts.blocks).all():
         return solved
     return _sending(run, known, solved, problem, last, batch_size)
+
+
+def _may_send_more(run: RunStatement, parts: Parts) -> bool:
+    """Whether a round's devices may send more than a block each at all."""
+    return bool(
+        run.allocation.further_blocks
+        and run.costs.together is not None
+        and run.num_blocks > 1
+        and not run.ranks
+        and (parts.count == 1).all()
+    )
 
 
 def _furthest(
@@ -52,6 +66,7 @@ def _furthest(
     solved: SolvedRound,
     parts: Parts,
     bounds: tuple[IntArray, IntArray],
+    most_further: IntArray,
 ) -> IntArray:
     """Return up to which block each device may send all, [A].
 
@@ -59,14 +74,6 @@ def _furthest(
     trains but one block, whose batch is given, or who lacks the memory for all above.
     """
     alone = parts.blocks
-    if (
-        not run.allocation.further_blocks
-        or run.costs.together is None
-        or run.num_blocks < 2
-        or run.ranks
-        or (parts.count > 1).any()
-    ):
-        return alone
     stated, (least, most) = solved.stated, bounds
     given, able = known.given[stated.rows], stated.problem.feasible
     beyond = beyond_part(given, able, run.allocation.influence_factor)[parts.rows]
@@ -74,7 +81,7 @@ def _furthest(
     last = np.where(beyond.any(axis=1), beyond.argmax(axis=1), run.num_blocks) - 1
     keeps = known.one_block[stated.rows] | stated.without_backward | stated.trains_all
     keeps = keeps[parts.rows] | (most <= least)
-    keeps |= _most_further(run, solved, parts) < least
+    keeps |= most_further < least
     return np.where(keeps, alone, last)
 
 
@@ -103,6 +110,7 @@ def _problem(
     solved: SolvedRound,
     parts: Parts,
     bounds: tuple[IntArray, IntArray],
+    most_further: IntArray,
     last: IntArray,
 ) -> FurtherProblem:
     """State what devices may do more, by what each further block takes."""
@@ -137,7 +145,7 @@ def _problem(
         weight=waited_rounds(known, num_blocks) / num_blocks,
         least=least,
         most=most,
-        most_further=np.minimum(_most_further(run, solved, parts), most),
+        most_further=most_further,
         constant_s=solved.problem.constant_s,
         pace=0.0 if known.pace is None else known.pace,
     )
