@@ -111,6 +111,7 @@ def test_a_text_task_of_few_examples():
     assert len(seen(few)) <= 10 < len(seen(many))
 
 
+@pytest.mark.slow
 def test_a_target_ends_a_run_at_the_evaluation_that_finds_it():
     settings = RunSettings(rounds=9, eval_every=2, num_devices=4, until="loss<=1e9")
     method = Method(batch_size=3, codec="int8")

@@ -116,6 +116,7 @@ def test_flexlora_averages_products_not_factors(lora, rng):
     np.testing.assert_allclose(mean[rest], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_device_of_lower_rank_trains_and_sends_that(lora):
     method = Method(kind="flexlora", **LORA)
     fleet = _fleet(lora, method, SETTINGS)
@@ -141,6 +142,7 @@ def test_a_device_of_lower_rank_trains_and_sends_that(lora):
             assert value[:, :2].any()
 
 
+@pytest.mark.slow
 def test_devices_train_as_deep_as_the_median_trains_all():
     fleet = _fleet(
         image_task(num_devices=6, seed=1), Method(), replace(SETTINGS, num_devices=6)
@@ -155,6 +157,7 @@ def test_devices_train_as_deep_as_the_median_trains_all():
     assert first_blocks(replace(fleet, profiles=short)) == [last] * 6
 
 
+@pytest.mark.slow
 def test_blocks_and_devices_take_turns():
     fleet = _fleet(
         image_task(num_devices=3, seed=1), Method(), replace(SETTINGS, num_devices=3)
@@ -177,6 +180,7 @@ def test_blocks_and_devices_take_turns():
     assert seen == [[0, 1, 2], [1, 2, 3]]
 
 
+@pytest.mark.slow
 def test_uploads_beside_the_next_computation_take_no_longer():
     fleet = _fleet(image_task(num_devices=4, seed=1), Method(), SETTINGS)
     parts = CONTENDERS["a-block-each"](fleet).parts(1, RATES_BPS)
@@ -232,11 +236,13 @@ def test_what_makes_no_sense_is_refused(lora):
     task = image_task(num_devices=4, seed=1)
     with pytest.raises(UserError, match="kind = 'fedsgd' is none of lola, "):
         run_method(task, Method(kind="fedsgd"), SETTINGS, lambda _: None)
+    whole = _fleet(task, Method(), SETTINGS)
     with pytest.raises(UserError, match='add tuning = "lora"'):
-        device_ranks(_fleet(task, Method(), SETTINGS))
+        device_ranks(whole)
+    adapted = _fleet(lora, Method(), SETTINGS)
     for kind in ("flexlora", "jcpba"):
         with pytest.raises(UserError, match=f"codec = 'int8' of {kind}: .* fp32 alone"):
-            CONTENDERS[kind](_fleet(lora, Method(kind=kind, codec="int8"), SETTINGS))
+            CONTENDERS[kind](replace(adapted, method=Method(kind=kind, codec="int8")))
     for ranks in ((), (8, 4), (4, 0)):
         with pytest.raises(UserError, match=r"ranks = \[.*at least 1, and the largest"):
-            device_ranks(_fleet(lora, Method(ranks=ranks), SETTINGS))
+            device_ranks(replace(adapted, method=Method(ranks=ranks)))

@@ -177,6 +177,7 @@ class TestSummary:
 
 
 class TestDepth:
+    @pytest.mark.slow
     def test_measures_every_depth_and_the_whole_model(self, tmp_path):
         threads, lines = torch.get_num_threads(), []
         rows = depth.depth_rows(
@@ -431,6 +432,7 @@ class TestReuse:
 
 
 class TestLearning:
+    @pytest.mark.slow
     def test_curves_and_outcomes(self, tmp_path):
         runs = run_all(tmp_path, FakeApp())
         curves = outcomes.curve_rows(runs)

@@ -25,6 +25,7 @@ from tests.clients.own_project import (
     reply_content,
     statistics,
 )
+from tests.marks import rest_slow
 
 
 @pytest.mark.parametrize("kind", APPS)
@@ -47,7 +48,7 @@ def test_bfloat16_is_refused(model):
         coordinator_for_weights(model.bfloat16(), batch_size=16)
 
 
-@pytest.mark.parametrize("codec", ["fp16", "bf16"])
+@pytest.mark.parametrize("codec", rest_slow(["fp16", "bf16"]))
 @pytest.mark.parametrize("kind", APPS)
 def test_moves_travel_in_a_codec(model, kind, codec):
     """Weights, of which most are larger than their moves, would not survive it."""

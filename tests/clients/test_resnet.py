@@ -148,6 +148,7 @@ def legacy_run(model, rounds):
     return dict(zip(coordinator.arrays(), final, strict=True)), records
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_evaluated_with_the_devices_statistics(model):
     before = held_out_loss(model, coordinator_of(model).arrays())
     arrays, records = message_run(model, rounds=8)

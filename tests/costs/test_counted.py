@@ -106,6 +106,7 @@ def layers_of_stages():
 LAYERS = rest_slow([layers_alike, layers_in_turn, layers_of_stages])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", LAYERS)
 def test_all_blocks_are_as_if_each_was_counted(make):
     model, by_hand = make()
@@ -185,6 +186,7 @@ def test_the_whole_stack(roberta):
     np.testing.assert_array_equal(whole.gradient_bytes, [trained])
 
 
+@pytest.mark.slow
 def test_the_model_stays_as_it_is():
     # DeBERTa's classifier looks which labels there are, and so runs in earnest.
     for name in ("roberta", "deberta-v2"):

@@ -230,12 +230,15 @@ class _Asked:
 
 @pytest.mark.parametrize(
     "pruning",
-    [
-        "",
-        "heads=0.5",
-        "heads=0.5, neurons=0.5",
-        "heads=0.5, neurons=0.25, criterion='random'",
-    ],
+    rest_slow(
+        [
+            "",
+            "heads=0.5",
+            "heads=0.5, neurons=0.5",
+            "heads=0.5, neurons=0.25, criterion='random'",
+        ],
+        1,
+    ),
 )
 def test_a_device_with_another_pruned_base_is_refused(pruning):
     def made(text):

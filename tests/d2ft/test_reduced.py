@@ -15,6 +15,7 @@ from lola_flwr.errors import UserError
 from lola_flwr.model.backprop import block_gradient
 from lola_flwr.model.blocks import partition_parameters
 from tests.d2ft.cases import make
+from tests.marks import rest_slow
 from tests.model.test_backprop import saved_bytes
 
 SKIP, FORWARD, FULL = Operation.SKIP, Operation.FORWARD, Operation.FULL
@@ -110,7 +111,7 @@ def test_less_is_computed_and_kept_and_the_gradient_is_biased(family):
     assert 0.1 < cosine < 0.9999
 
 
-@pytest.mark.parametrize("operations", ["fof", "fso", "ffs", "fss"])
+@pytest.mark.parametrize("operations", rest_slow(["fof", "fso", "ffs", "fss"]))
 def test_costs_fall_by_what_is_left_out(operations):
     case = make("roberta")
     partition = partition_parameters(n for n, _ in case.model.named_parameters())

@@ -52,6 +52,7 @@ def test_a_device_of_the_run_takes_the_export_for_its_own(name):
     assert update.report.update_kind == "gradient"
 
 
+@pytest.mark.slow
 def test_an_export_has_one_batch_size_where_the_run_chooses():
     config, export, _ = loaded("glue", **{"batch-size": "", "codec": ""})
     assert export(config).batch_size == GIVEN_BATCH

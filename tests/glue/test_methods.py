@@ -110,6 +110,7 @@ def test_a_samplers_pool_counts(tiny, sampler):
     assert isinstance(device.batch_source, ChosenBatches)
 
 
+@pytest.mark.slow
 def test_a_larger_pool_costs_more(tiny):
     model, _ = tiny
     costs = [
@@ -122,7 +123,7 @@ def test_a_larger_pool_costs_more(tiny):
     np.testing.assert_allclose(costs[1].flops - plain, 2 * (costs[0].flops - plain))
 
 
-@pytest.mark.parametrize("options", ["", "weighted=true, measure='loss'"])
+@pytest.mark.parametrize("options", rest_slow(["", "weighted=true, measure='loss'"]))
 def test_a_history_costs_nothing_and_is_kept(tiny, tmp_path, monkeypatch, options):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     model, partition = tiny
@@ -173,6 +174,7 @@ def test_layers_that_run_in_part_keep_their_activations(tiny):
         config(activations="int8", method="d2ft")
 
 
+@pytest.mark.slow
 def test_activations_in_8_bits_are_counted(tiny):
     model, _ = tiny
     exact, int8 = (
@@ -182,6 +184,7 @@ def test_activations_in_8_bits_are_counted(tiny):
     assert (int8 < exact).all()
 
 
+@pytest.mark.slow
 def test_derivatives_along_directions_are_counted(tiny):
     options = "num_directions=4, perturbation={}"
     moved, derived = (

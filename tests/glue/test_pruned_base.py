@@ -91,6 +91,7 @@ def test_a_run_goes_on_to_the_same_bits_and_saves_the_whole_model(tmp_path):
         assert (values - plain[name]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_what_devices_hold_compute_and_send_is_less():
     task = find_task("acceptability")
     costs = {}

@@ -176,7 +176,7 @@ def test_what_changed_in_place_in_between_is_packed_again():
 
     with quantised_suffix(net, partition, 1):
         found = block_gradient(net, partition, 1, {"x": x}, loss_function=loss)
-    once, three = (found.gradients[f"layers.1.inner.{i}.weight"] for i in (0, 1))
+    once, three = (found.gradients[f"layers.1.inner.{i}.weight"] for i in (0))
     torch.testing.assert_close(three, 3 * once, rtol=0.01, atol=0.05)
 
 
@@ -332,6 +332,7 @@ def both_costs(model, **sizes):
     ]
 
 
+@pytest.mark.slow
 def test_a_layer_keeps_at_most_0_35_of_the_bytes():
     exact, int8 = both_costs(classifier_of(128), batch_size=8, sequence_length=32)
     kept, packed = (-np.diff(costs.step.whole_bytes) for costs in (exact, int8))
@@ -345,6 +346,7 @@ def test_a_layer_keeps_at_most_0_35_of_the_bytes():
     np.testing.assert_array_equal(*twice)
 
 
+@pytest.mark.slow
 def test_a_device_of_small_memory_is_given_a_block_that_it_could_not_have():
     model = classifier_of(128)
     partition = model_partition(model)

@@ -114,10 +114,16 @@ class TestCosts:
 
     @pytest.mark.parametrize(
         ("tuning", "options"),
-        [
-            ("boft", {"boft_block_size": 4}),  # [1, 4, 4, 4]
-            ("lora", {**LORA, "init_lora_weights": "orthogonal", "bias": "lora_only"}),
-        ],
+        rest_slow(
+            [
+                ("boft", {"boft_block_size": 4}),  # [1, 4, 4, 4]
+                (
+                    "lora",
+                    {**LORA, "init_lora_weights": "orthogonal", "bias": "lora_only"},
+                ),
+            ],
+            1,
+        ),
     )
     def test_tuners_with_values_of_other_shapes(self, tuning, options):
         model = adapt(small_roberta(), tuning, options)

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lola_flwr.errors import UserError
 from lola_flwr.model.loading import load_classifier
+from tests.marks import rest_slow
 from tests.model.text_families import FAMILIES, save_tiny, tiny_tokenizer
 
 NLI = ("entailment", "neutral", "contradiction")
@@ -134,7 +135,9 @@ def test_a_base_without_a_head_is_nothing_to_speak_of(tmp_path, caplog):
 LABELS = {1: torch.tensor([0.5, 4.0]), 2: torch.tensor([0, 1]), 3: torch.tensor([2, 1])}
 
 
-@pytest.mark.parametrize("family", ["Roberta", "DistilBert", "XLNet", "GPT2"])
+@pytest.mark.parametrize(
+    "family", rest_slow(["Roberta", "DistilBert", "XLNet", "GPT2"], 2)
+)
 @pytest.mark.parametrize(
     ("first", "problem_type", "second"),
     [

@@ -69,7 +69,7 @@ def unshared_lily():
     return "lily", {"target_modules": names}
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", rest_slow(HEADS))
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_task_type_leaves_heads_as_they_are(family, head, tmp_path):
     named = moved(adapt(plain(family, head), "lora", {"task_type": head}))

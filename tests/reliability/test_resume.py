@@ -108,6 +108,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(unbroken, tmp_path, caplog):
     assert_same_end(again, unbroken[0])
 
 
+@pytest.mark.slow
 def test_without_any_good_checkpoint_nothing_is_overwritten(tmp_path):
     run(tmp_path, num_rounds=4)
     for path in (tmp_path / "checkpoints").iterdir():
@@ -189,6 +190,7 @@ def test_checkpoints_every_zero_rounds_are_refused(tmp_path):
         RunDirectory(tmp_path, None, configuration={}, every=0)
 
 
+@pytest.mark.slow
 def test_rounds_without_checkpoints_are_not_overwritten(tmp_path):
     (tmp_path / "rounds.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="holds the rounds of an earlier run"):
@@ -213,6 +215,7 @@ def in_child(function):
     return child
 
 
+@pytest.mark.slow
 def test_a_directory_serves_one_process(tmp_path):
     def hang(record):
         if record.server_round == 1:

@@ -15,6 +15,7 @@ from lola_flwr.run.values import from_values, to_values
 from lola_flwr.server.directions import Direction
 from lola_flwr.server.likelihoods import Agreements, Honest
 from lola_flwr.server.reputation import HEAD, Reputation
+from tests.marks import rest_slow
 
 DEVICES = [f"device-{n}" for n in range(8)]
 HOSTILE = {"device-2", "device-5"}
@@ -83,7 +84,7 @@ def test_who_turns_gradients_round_counts_less_and_nobody_else(attack, classes):
     assert all(weights[d] > 0.5 for d in DEVICES if d not in HOSTILE), weights
 
 
-@pytest.mark.parametrize("classes", [0.0, 3.0])
+@pytest.mark.parametrize("classes", rest_slow([0.0, 3.0]))
 @pytest.mark.parametrize("signal", [0.0, 0.6])
 def test_honest_devices_count_fully_whether_or_not_gradients_tell_anything(
     signal, classes

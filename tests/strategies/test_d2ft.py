@@ -148,6 +148,7 @@ def test_half_of_the_traffic_is_half_of_the_activations():
     assert half == pytest.approx(all_of_it / 2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_every_device_s_data_is_used():
     """Also where half of the micro-batches are left out, and as many as devices."""
     strategy, grid = federation(
@@ -275,6 +276,7 @@ def test_rounds_under_a_wrapper_are_reported_and_go_on_from_its_values():
     np.testing.assert_allclose(after - before, 0.1, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_later_step_without_devices_is_skipped():
     records = []
     strategy, grid = federation(

@@ -26,6 +26,7 @@ from lola_flwr.system.devices import simulated_device
 from lola_flwr.wire.low_rank import LowRankProjection
 from lola_flwr.wire.packing import GRADIENTS
 from lola_flwr.wire.records import Assignment
+from tests.marks import rest_slow
 from tests.server.coordinators import npy
 
 P = LowRankProjection(rank=4, period=5, seed=3)
@@ -105,7 +106,7 @@ def test_nonsense_is_refused(field):
         LowRankProjection(**{"rank": 2, field: 0})
 
 
-@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize("codec", rest_slow(["fp32", "bf16"]))
 def test_devices_upload_less_and_the_model_learns(roberta, batch, codec):
     partition = partition_parameters(n for n, _ in roberta.named_parameters())
     projection = LowRankProjection(rank=4, period=3)

@@ -146,6 +146,7 @@ def test_memory_that_does_not_suffice_stays_that():
         )
 
 
+@pytest.mark.slow
 def test_costs_are_what_it_takes(roberta, batch):
     partition = model_partition(roberta)
     sizes = {"batch_size": 6, "sequence_length": 10}

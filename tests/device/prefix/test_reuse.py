@@ -103,6 +103,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     st.lists(

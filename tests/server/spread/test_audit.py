@@ -136,7 +136,7 @@ def test_nor_are_those_of_other_hardware(family, how):
     assert not trainer.state.fleet.absences.of_device
 
 
-@pytest.mark.parametrize("family", rest_slow(["roberta", "roberta-lora"], 1))
+@pytest.mark.parametrize("family", rest_slow(["roberta", "roberta-lora"]))
 def test_audits_change_nothing_but_traffic(family):
     values, both = [], []
     for share in (0.0, 1.0):
@@ -250,7 +250,7 @@ def test_what_a_liar_returned_before_is_not_kept():
     np.testing.assert_array_equal(trainer._held.known()[name], before)
 
 
-@pytest.mark.parametrize("dropout", rest_slow([True, False], 1))
+@pytest.mark.parametrize("dropout", rest_slow([True, False]))
 def test_values_that_ruin_a_model_are_not_taken_in(dropout):
     """Whatever they are returned for, and though nobody audits."""
     case, trainer = federation(share=1e-9, dropout=dropout)

@@ -198,7 +198,7 @@ def values_of(trainer):
 FAMILIES = ["roberta", "roberta-lora", "llama", "gpt2-lora", "vit", "modernbert"]
 
 
-@pytest.mark.parametrize("family", rest_slow(FAMILIES, 1))
+@pytest.mark.parametrize("family", rest_slow(FAMILIES))
 def test_steps_are_those_of_one_process(family):
     case, trainer = federation(family)
     records = take(trainer, Devices(case), range(1, 5))
@@ -380,7 +380,7 @@ def test_a_device_that_is_gone_leaves_what_it_returned_to_the_others():
     # Layer 1, which b held, is as b returned it; layer 0 is as a has it now.
     name = "roberta.encoder.layer.{}.output.dense.weight"
     own = case.model.get_parameter(name.format(1))
-    one = next(o for o in sent if (o.task.layer_index, o.task.branch_index) == (1, 1))
+    one = next(o for o in sent if (o.task.layer_index, o.task.branch_index) == (1))
     groups = one.task.last_group - one.task.first_group
     width = own.shape[1] // 4
     size = groups * width * own.shape[0]
@@ -446,7 +446,7 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("how", rest_slow(LIES, 1))
+@pytest.mark.parametrize("how", rest_slow(LIES))
 def test_what_is_returned_is_not_believed(how):
     case, trainer = federation()
     devices = Devices(case)

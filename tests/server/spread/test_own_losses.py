@@ -18,6 +18,7 @@ from lola_flwr.run.checkpoint import Checkpoints
 from lola_flwr.server.spread.exchange import PartReply
 from lola_flwr.system.devices import simulated_device
 from simulations.attacks.small import SmallTask, small_model
+from tests.marks import rest_slow
 from tests.server.coordinators import npy
 
 DEVICES = [f"id-{number}" for number in range(6)]
@@ -125,7 +126,7 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize("name", rest_slow(HONEST, 2))
 def test_no_honest_owner_is_accused(name):
     options, is_shown = HONEST[name]
     honest = Federation(**options)
@@ -142,12 +143,15 @@ def test_no_honest_owner_is_accused(name):
 
 @pytest.mark.parametrize(
     "factors",
-    [
-        {"slopes": -1.0},
-        {"slopes": 3.0},
-        {"slopes": -2.9, "gradients": -2.9},
-        {"gradients": -9.9},
-    ],
+    rest_slow(
+        [
+            {"slopes": -1.0},
+            {"slopes": 3.0},
+            {"slopes": -2.9, "gradients": -2.9},
+            {"gradients": -9.9},
+        ],
+        1,
+    ),
 )
 def test_two_liars_of_six_are_found(factors):
     hostile = Federation()
@@ -164,6 +168,7 @@ def test_two_liars_of_six_are_found(factors):
     assert set(hostile.trainer.state.excluded) <= names
 
 
+@pytest.mark.slow
 def test_four_of_six_accuse_nobody():
     hostile = Federation()
     hostile.liars = dict.fromkeys(DEVICES[:4], changed(slopes=-2.9))
@@ -171,6 +176,7 @@ def test_four_of_six_accuse_nobody():
     assert [record.skipped for record in records] == [None] * 3
 
 
+@pytest.mark.slow
 def test_who_is_near_labels_is_not_scaled_down():
     """However unusual its length: so honest runs lose nothing."""
     honest = Federation()
