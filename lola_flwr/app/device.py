@@ -120,6 +120,7 @@ def make_device(
             if measured
             else partial(_simulated_compute_s, config, profile, parts.costs)
         ),
+        sequence_length=config.max_length,
     )
 
 

@@ -108,6 +108,10 @@ class BlockDevice:
     simulated_compute_s
         For a simulated device: the seconds that it would need for an assignment. They
         are reported, as simulated, in place of the measured ones.
+    sequence_length
+        Tokens that ``simulated_compute_s`` has each example of: of shorter ones, whose
+        padding is not computed, the device takes less in proportion (default: it takes
+        no less).
     """
 
     profile: DeviceProfile
@@ -125,6 +129,7 @@ class BlockDevice:
     activations: Activations = "exact"
     seed: int = 0
     simulated_compute_s: Callable[[Assignment], float] | None = None
+    sequence_length: int | None = None
 
     def __post_init__(self) -> None:
         cache = self.prefix_cache
@@ -182,8 +187,15 @@ class BlockDevice:
             result = self._step(local, assignment, on_device, device)
         arrays: dict[str, npt.NDArray[Any]] = {}
         if result.gradients is not None:
-            arrays[GRADIENTS] = self._encoded(
-                result.gradients, local.partition, assignment
+            arrays[GRADIENTS] = encoded_gradients(
+                {
+                    name: np.asarray(gradient.numpy(force=True), order="C")
+                    for name, gradient in result.gradients.items()
+                },
+                local.partition,
+                assignment,
+                store=self.store,
+                device=self.profile.name,
             )
         report = replace(
             self._report(assignment, result, start),
@@ -223,7 +235,7 @@ class BlockDevice:
             )
             torch.manual_seed(int(rng.integers(2**63)))
             holds_parts = self._holds_parts(assignment, levers)
-            return step_for(assignment, batch, tells_noise=holds_parts)(
+            result = step_for(assignment, batch, tells_noise=holds_parts)(
                 model,
                 local.partition,
                 assignment,
@@ -233,6 +245,8 @@ class BlockDevice:
                 batch_weight=self.batch_weight,
                 split=tokens.split,
             )
+        size = levers.micro_batch_size
+        return replace(result, example_tokens=tokens.per_example(batch, size))
 
     def _tokens(
         self,
@@ -278,6 +292,9 @@ class BlockDevice:
         """Return what goes with an update whose computation began at ``start``."""
         simulated = self.simulated_compute_s
         projections, squares = result.projections, result.squares
+        computed = 1.0
+        if self.sequence_length and result.example_tokens is not None:
+            computed = min(result.example_tokens / self.sequence_length, 1.0)
         return UpdateReport(
             server_round=assignment.server_round,
             block_index=assignment.block_index,
@@ -286,7 +303,7 @@ class BlockDevice:
             compute_s=(
                 time.perf_counter() - start
                 if simulated is None
-                else simulated(assignment)
+                else computed * simulated(assignment)
             ),
             compute_clock="measured" if simulated is None else "simulated",
             direction_seed=assignment.direction_seed,
@@ -343,25 +360,6 @@ class BlockDevice:
                 ),
             )
         return result
-
-    def _encoded(
-        self,
-        found: Mapping[str, Tensor],
-        partition: BlockPartition,
-        assignment: Assignment,
-    ) -> npt.NDArray[Any]:
-        """Return gradients as they travel: projected, if asked for, and encoded."""
-        gradients = {
-            name: np.asarray(gradient.numpy(force=True), order="C")
-            for name, gradient in found.items()
-        }
-        return encoded_gradients(
-            gradients,
-            partition,
-            assignment,
-            store=self.store,
-            device=self.profile.name,
-        )
 
     def _levers(
         self, assignment: Assignment, *, streams: bool

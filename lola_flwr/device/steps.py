@@ -52,6 +52,8 @@ class StepResult:
         Of the gradient, on the directions that the assignment names; shape [count].
     squares
         Squared norms of the gradient, where it was asked for them.
+    example_tokens
+        Tokens that were computed for an example, on average; None where no mask tells.
     """
 
     loss: float
@@ -59,6 +61,7 @@ class StepResult:
     gradients: Mapping[str, Tensor] | None = None
     projections: npt.NDArray[np.float32] | None = None
     squares: GradientSquares | None = None
+    example_tokens: float | None = None
 
 
 class Step(Protocol):

@@ -65,10 +65,28 @@ class Tokens:
     first_alone
         Gives the context in which the last layer is computed for those tokens that are
         read.
+    pass_tokens
+        Tokens that a pass more counts for.
     """
 
     split: Split = evenly
     first_alone: Callable[[], AbstractContextManager[Any]] = nullcontext
+    pass_tokens: float = 0.0
+
+    def per_example(self, batch: Batch, micro_batch_size: int) -> float | None:
+        """Return how many tokens are computed for an example, on average.
+
+        Padding that is computed is among them, and what more passes take than without
+        a cut by length. None where no mask tells.
+        """
+        padding = padding_of(batch)
+        if padding is None:
+            return None
+        count = len(padding.lengths)
+        parts = list(self.split(batch, micro_batch_size))
+        computed = sum(part["attention_mask"].numel() for part in parts)
+        further = len(parts) - -(-count // (micro_batch_size or count))
+        return float((computed + further * self.pass_tokens) / count)
 
 
 ALL_TOKENS = Tokens()
@@ -213,7 +231,8 @@ def tokens_for(
     verdict = _verdict(trial, batch, per_token(batch), padding)
     tokens = ALL_TOKENS
     if cuts and not verdict.reason:
-        tokens = replace(tokens, split=ByLength(verdict.names, per_pass))
+        split = ByLength(verdict.names, per_pass)
+        tokens = replace(tokens, split=split, pass_tokens=per_pass)
     if shortens and verdict.first_alone:
         alone = partial(last_layer_for_first_token, model, partition)
         tokens = replace(tokens, first_alone=alone)

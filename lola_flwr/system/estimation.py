@@ -80,7 +80,8 @@ class ComputeEstimate:
         devices
             Names of the K devices.
         """
-        by_device = np.array([self.device_log_factor.get(d, 0.0) for d in devices])
+        unseen = self._of_unseen()
+        by_device = np.array([self.device_log_factor.get(d, unseen) for d in devices])
         num_blocks = claimed_s.shape[1]
         by_block = np.array(
             [self.block_log_factor.get(n, 0.0) for n in range(num_blocks)]
@@ -94,11 +95,13 @@ class ComputeEstimate:
         by_device = dict(self.device_log_factor)
         by_block = dict(self.block_log_factor)
         limit = np.log(_LARGEST_FACTOR)
+        unseen = self._of_unseen()
         residuals = []
         for seen in observations:
             ratio = max(seen.observed_s, 0.0) / seen.claimed_s
             log_ratio = float(np.clip(np.log(max(ratio, 1e-300)), -limit, limit))
-            known = by_device.get(seen.device, 0.0) + by_block.get(seen.block_index, 0)
+            known = by_device.get(seen.device, unseen)
+            known += by_block.get(seen.block_index, 0.0)
             residuals.append(log_ratio - known)
         # What all devices of the round have in common is no property of one block: a
         # batch shorter than the cost model assumes speeds all of them up.
@@ -106,11 +109,21 @@ class ComputeEstimate:
         for seen, residual in zip(observations, residuals, strict=True):
             old_block = by_block.get(seen.block_index, 0.0)
             by_block[seen.block_index] = old_block + _BLOCK_WEIGHT * (residual - common)
-            old_device = by_device.get(seen.device, 0.0)
+            old_device = by_device.get(seen.device, unseen)
             by_device[seen.device] = float(
                 np.clip(old_device + _DEVICE_WEIGHT * residual, -limit, limit)
             )
         return replace(self, device_log_factor=by_device, block_log_factor=by_block)
+
+    def _of_unseen(self) -> float:
+        """Return what is believed of a device that was not seen yet: as of the others.
+
+        What all have in common, such as texts shorter than the cost model assumes, is
+        no property of those that were seen, by which they would be taken for faster.
+        One alone may be slow itself.
+        """
+        known = self.device_log_factor.values()
+        return median_low(known) if len(known) > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -334,6 +334,27 @@ def test_a_device_without_memory_for_a_sum_of_gradients_computes_the_batch_whole
     assert loss.seen[-1] == batch["input_ids"].numel()
 
 
+def test_a_simulated_device_takes_as_long_as_what_it_computes(roberta):
+    batch, loss = texts(), Widths()
+    width = batch["input_ids"].shape[1]
+
+    def compute_s(model, **changes):
+        device = device_for(model, batch, **{"loss_function": loss, **changes})
+        return trained(device, model).report.compute_s
+
+    assert compute_s(roberta) == 1.0
+    loss.seen = []  # what it was tried on
+    took_s = compute_s(roberta, sequence_length=2 * width)
+    computed = sum(loss.seen)
+    full = 2 * width * len(LENGTHS)
+    # And for the passes that the cut takes more.
+    assert computed / full < took_s < 0.5 * batch["input_ids"].numel() / full
+    assert compute_s(roberta, sequence_length=1) == 1.0
+    # What reads padding computes it, and takes as long.
+    changes = {"loss_function": reading_padding, "sequence_length": 2 * width}
+    assert compute_s(roberta, **changes) == 0.5
+
+
 @pytest.mark.slow
 def test_forward_passes_alone_leave_padding_out_too(roberta):
     batch, loss = texts(), Widths()

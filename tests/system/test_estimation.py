@@ -44,6 +44,28 @@ def test_a_steeper_depth_curve_is_found_from_rotating_devices():
     assert np.abs(np.log(corrected / true_s)).mean() < before / 2
 
 
+def test_who_was_not_seen_is_believed_to_be_like_those_that_were():
+    """Where all are faster than claimed, no device is preferred for being known."""
+    true_s, estimate = CLAIMED_S / 4, ComputeEstimate()
+    for _ in range(6):
+        estimate = observe(estimate, true_s, [(0, 0), (1, 1)])
+    corrected = estimate.correct(CLAIMED_S, DEVICES)
+    np.testing.assert_allclose(corrected, true_s, rtol=0.1)
+    # First seen, a device is not taken for slower than it was believed to be.
+    after = observe(estimate, true_s, [(2, 2)]).correct(CLAIMED_S, DEVICES)
+    np.testing.assert_allclose(after[2], true_s[2], rtol=0.1)
+
+
+def test_a_slow_device_does_not_slow_down_those_that_were_not_seen():
+    one = observe(ComputeEstimate(), 9 * CLAIMED_S, [(0, 0)])
+    np.testing.assert_array_equal(
+        one.correct(CLAIMED_S, DEVICES)[1:, 1:], CLAIMED_S[1:, 1:]
+    )
+    true_s = CLAIMED_S * np.array([9.0, 1.0, 1.0])[:, None]
+    two = observe(ComputeEstimate(), true_s, [(0, 0), (1, 1)])
+    assert two.correct(CLAIMED_S, DEVICES)[2, 2] == pytest.approx(CLAIMED_S[2, 2])
+
+
 @pytest.mark.parametrize("observed_s", [0.0, -1.0, 1e300])
 def test_nonsense_stays_bounded(observed_s):
     estimate = ComputeEstimate()

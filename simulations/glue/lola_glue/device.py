@@ -136,4 +136,5 @@ def device_fn(context: DeviceContext) -> BlockDevice:
         load_model=lambda: _worker_model(config).model,
         rule=rule,
     )
-    return replace(device, batch_source=chosen)
+    # The pool that it chooses from is computed with its padding.
+    return replace(device, batch_source=chosen, sequence_length=None)
