@@ -11,9 +11,10 @@ from lola_flwr.arrays import Float32Array
 from lola_flwr.device.store import Residuals
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
-from lola_flwr.wire.codec import WireArray, codec_named, encode_with_feedback
+from lola_flwr.wire.codec import codec_named, encode_with_feedback
 from lola_flwr.wire.components import components_of, sent_part, with_part
 from lola_flwr.wire.low_rank import projection_of
+from lola_flwr.wire.npy import WireArray
 from lola_flwr.wire.packing import pack
 from lola_flwr.wire.records import Assignment
 

@@ -32,8 +32,8 @@ from lola_flwr.server.selection.history import BlockHistory
 from lola_flwr.server.selection.importance import measure_importance
 from lola_flwr.server.settings import RoundSettings
 from lola_flwr.server.state import RunState
-from lola_flwr.wire.codec import WireArray
 from lola_flwr.wire.components import checked_rank
+from lola_flwr.wire.npy import WireArray
 from lola_flwr.wire.payload import SizesDown, UpdateSizes
 from lola_flwr.wire.versions import Manifest
 

@@ -18,7 +18,7 @@ from lola_flwr.run.checkpoint import Snapshot
 from lola_flwr.server.assembly import BlockUpdate, average_statistics, block_mean_named
 from lola_flwr.server.low_rank_optimizer import LowRankOptimizer
 from lola_flwr.server.steadied import steadied
-from lola_flwr.wire.codec import WireArray
+from lola_flwr.wire.npy import WireArray
 from lola_flwr.wire.packing import pack
 from lola_flwr.wire.payload import array_bytes
 from lola_flwr.wire.versions import Versions, model_pieces

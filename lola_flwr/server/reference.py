@@ -22,7 +22,8 @@ import numpy as np
 
 from lola_flwr.arrays import Float32Arrays
 from lola_flwr.run.checkpoint import Snapshot
-from lola_flwr.wire.codec import WireArray, codec_named
+from lola_flwr.wire.codec import codec_named
+from lola_flwr.wire.npy import WireArray
 from lola_flwr.wire.packing import WHOLE_CODEC, moved_by, pack
 from lola_flwr.wire.versions import ModelVersion, Versions, digest
 

@@ -7,8 +7,8 @@ it takes any memory. NumPy has no bfloat16, so "bf16" travels as uint16. Every a
 crosses the network in NumPy's .npy format, as Flower serialises it; nothing is ever
 unpickled.
 
-"int8" and "topk" lose so much that what they leave out must not be lost: the device
-adds it to its next gradient of the same block (*error feedback*; Seide et al.,
+"int8", "int4" and "topk" lose so much that what they leave out must not be lost: the
+device adds it to its next gradient of the same block (*error feedback*; Seide et al.,
 Interspeech 2014; Stich, Cordonnier, Jaggi, NeurIPS 2018). See
 `lola_flwr.device.store.Residuals` for how long it is kept.
 """
@@ -19,40 +19,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from lola_flwr.arrays import Float32Array
 from lola_flwr.errors import UserError
-from lola_flwr.wire.npy import MalformedArray
-from lola_flwr.wire.passes import (
-    VALUES_A_STEP,
-    from_bf16,
-    parts,
-    to_bf16,
-    where_largest,
-)
-
-WireArray = npt.NDArray[np.generic]
-
-
-class WireType(NamedTuple):
-    """Shape and type of the array that travels."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array, without the header of its file format."""
-        return self.size * self.dtype.itemsize
+from lola_flwr.wire.integers import Int4, Int8
+from lola_flwr.wire.npy import MalformedArray, WireArray, WireType
+from lola_flwr.wire.passes import from_bf16, to_bf16, where_largest
 
 
 class Codec(Protocol):
@@ -152,98 +127,6 @@ class Fp16:
         return values.reshape(shape)
 
 
-_LEVELS = 127
-_SHORT_CHANNEL = 64
-
-
-class Int8:
-    """One byte a value and one float32 scale a channel: a row of a weight matrix.
-
-    A channel's scale is its largest magnitude / 127; every value is rounded to the
-    nearest multiple, so no value is off by more than half a scale. Rows of less than
-    64 values (as of a low-rank adapter's second factor, where scales would take half as
-    much as the values) give way to columns if these are longer; an array of one
-    dimension is one channel. Travels as bytes: all scales, then all values.
-    """
-
-    has_feedback: ClassVar[bool] = True
-
-    def wire_type(self, shape: Sequence[int]) -> WireType:
-        """Tell what travels: 4 bytes a channel and 1 byte a value."""
-        channels = _channels(tuple(shape))
-        nbytes = 4 * channels.number + math.prod(shape)
-        return WireType((nbytes,), np.dtype(np.uint8))
-
-    def encode(self, values: Float32Array) -> WireArray:
-        """Scale every channel to whole numbers from -127 to 127."""
-        rows = _channels(values.shape).rows_of(values)
-        number, length = rows.shape
-        wire = np.empty(4 * number + rows.size, np.uint8)
-        scale = wire[: 4 * number].view("<f4")
-        levels = wire[4 * number :].view(np.int8).reshape(rows.shape)
-        at_once = max(1, VALUES_A_STEP // max(length, 1))
-        # A value that is not finite spoils its channel, which the server then refuses.
-        with np.errstate(invalid="ignore"):
-            for first in range(0, number, at_once):
-                some = slice(first, first + at_once)
-                _to_levels(rows[some], scale[some], levels[some])
-        return wire
-
-    def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
-        """Multiply every channel by its scale."""
-        shape = tuple(shape)
-        channels = _channels(shape)
-        scale = wire[: 4 * channels.number].view("<f4")
-        levels = wire[4 * channels.number :].view(np.int8)
-        rows = levels.reshape(channels.number, -1)
-        # What overflows here is refused as not finite.
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = rows * scale.astype(np.float32)[:, np.newaxis]
-        return channels.values_of(values, shape)
-
-
-def _to_levels(
-    rows: Float32Array, scale: Float32Array, levels: npt.NDArray[np.int8]
-) -> None:
-    """Fill in some channels' scales and whole numbers."""
-    largest: Float32Array = np.zeros(len(rows), np.float32)
-    steps = list(parts(rows.shape[1]))
-    for part in steps:
-        np.maximum(largest, np.abs(rows[:, part]).max(axis=1), out=largest)
-    scale[:] = largest / _LEVELS
-    divisor = np.where(scale > 0, scale, 1)[:, np.newaxis]
-    for part in steps:
-        numbers = rows[:, part] / divisor
-        np.rint(numbers, out=numbers)
-        # A scale below the normal numbers is too coarse for its own channel.
-        np.clip(numbers, -_LEVELS, _LEVELS, out=numbers)
-        levels[:, part] = numbers
-
-
-class _Channels(NamedTuple):
-    """The channels of an array: its rows, or its columns."""
-
-    number: int
-    are_columns: bool
-
-    def rows_of(self, values: Float32Array) -> Float32Array:
-        if self.are_columns:
-            return np.ascontiguousarray(values.reshape(-1, self.number).T)
-        return values.reshape(self.number, -1)
-
-    def values_of(self, rows: Float32Array, shape: tuple[int, ...]) -> Float32Array:
-        return np.ascontiguousarray(rows.T if self.are_columns else rows).reshape(shape)
-
-
-def _channels(shape: tuple[int, ...]) -> _Channels:
-    if len(shape) < 2 or 0 in shape:
-        return _Channels(1, are_columns=False)
-    length = math.prod(shape[1:])
-    if length < min(_SHORT_CHANNEL, shape[0]):
-        return _Channels(length, are_columns=True)
-    return _Channels(shape[0], are_columns=False)
-
-
 @dataclass(frozen=True)
 class TopK:
     """The values of largest magnitude alone: where they stand, and each in bfloat16.
@@ -306,6 +189,7 @@ CODECS: dict[str, Codec] = {
     "bf16": Elementwise(np.dtype(np.uint16), to_bf16, from_bf16),
     "fp16": Fp16(),
     "int8": Int8(),
+    "int4": Int4(),
 }
 
 # Each round's coarsest codecs that cost little time: see `allocation.codec_levels`.

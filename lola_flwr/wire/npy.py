@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,26 @@ from lola_flwr.errors import quoted
 
 # A .npy header is padded to this many bytes; one that is longer is not Flower's.
 NPY_HEADER_BYTES = 128
+
+
+WireArray = npt.NDArray[np.generic]
+
+
+class WireType(NamedTuple):
+    """Shape and type of the array that travels."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array, without the header of its file format."""
+        return self.size * self.dtype.itemsize
 
 
 class MalformedArray(ValueError):

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from lola_flwr.arrays import Float32Array
 from lola_flwr.errors import UserError
-from lola_flwr.wire.codec import Codec, WireArray, WireType, codec_named
+from lola_flwr.wire.codec import Codec, codec_named
+from lola_flwr.wire.npy import WireArray, WireType
 
 # The names under which the arrays travel.
 GRADIENTS = "gradients"
