@@ -29,7 +29,8 @@ from lola_flwr.planning.parts import Parts, noise_of, waited_rounds
 from lola_flwr.planning.ranks import of_rank, with_own_ranks
 from lola_flwr.planning.solution import SolvedRound, solve_round_at
 from lola_flwr.planning.timed import asking, timed_anew
-from lola_flwr.wire.codec import relative_error
+from lola_flwr.wire.codec import AUTO, relative_error
+from lola_flwr.wire.payload import UpdateSizes
 
 # What is between, devices' own batches find. Smaller ones leave processors idle, larger
 # ones hardly any task needs.
@@ -61,7 +62,7 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
         alike = np.ones((run.num_blocks, run.ranks[-1]))
         known = replace(known, component_squares=alike)
     ranks: tuple[int | None, ...] = run.ranks or (None,)
-    codecs: tuple[str, ...] = ("",) if run.sizes is None else run.sizes.ladder
+    codecs = ("",) if run.sizes is None else codecs_of(run.sizes)
     levels = [(rank, codec) for rank in ranks for codec in codecs]
     runs = [of_rank(_of_codec(run, codec), rank) for rank, codec in levels]
     solved: dict[tuple[int, int], SolvedRound] = {}
@@ -189,6 +190,15 @@ def _gain(solved: SolvedRound, known: Known) -> float:
     assert solved.brought is not None and known.pace is not None
     brought = solved.brought.progress(noise_of(known, solved.allocation.num_blocks))
     return brought - known.pace * solved.allocation.round_s
+
+
+def codecs_of(sizes: UpdateSizes) -> tuple[str, ...]:
+    """Return the codecs that a round may be solved with, coarsest first.
+
+    Where the codec is to be chosen, "int4" is among them: other than where batches are
+    given, what its error takes from a round's progress counts.
+    """
+    return ("int4", *sizes.ladder) if sizes.codec == AUTO else sizes.ladder
 
 
 def _of_codec(run: RunStatement, codec: str) -> RunStatement:

@@ -127,6 +127,22 @@ def test_int8_of_numbers_below_the_normal_ones():
     assert not CODECS["int8"].encode(np.zeros((2, 3), np.float32)).any()
 
 
+@given(floats(limit=2.0**100))
+def test_int4_is_within_half_a_level_of_its_group(values):
+    error = np.abs(round_trip(CODECS["int4"], values) - values).ravel()
+    for first in range(0, error.size, 64):
+        largest = np.float64(np.abs(values.ravel()[first : first + 64]).max())
+        # Half of a scale; beyond 7 of a scale that was rounded down, by that.
+        bound = largest * (1 / 14 + 2.0**-8) + 7 * 2.0**-133
+        assert np.all(error[first : first + 64] <= bound)
+
+
+def test_int4_of_what_is_too_small_for_a_scale_is_nothing():
+    smallest = np.float32(2.0**-133)  # of bfloat16
+    wire = CODECS["int4"].encode(smallest * np.float32([3, -3]))
+    assert not CODECS["int4"].decode(wire, (2,)).any()
+
+
 @given(floats(), st.floats(0.01, 1))
 def test_top_k_keeps_the_largest_and_rounds_them(values, fraction):
     decoded = round_trip(TopK(fraction), values)
@@ -150,6 +166,9 @@ def test_top_k_keeps_the_largest_and_rounds_them(values, fraction):
         ("int8", (768, 8), 768 * 8 + 4 * 8),
         ("int8", (8, 768), 768 * 8 + 4 * 8),
         ("int8", (768,), 768 + 4),
+        ("int4", (3072, 768), 3072 * 768 // 2 + 3072 * 768 // 64 * 2),
+        ("int4", (65,), 33 + 2 * 2),
+        ("int4", (), 1 + 2),
         ("topk:0.01", (3072, 768), 23593 * 6),
         ("topk:0.01", (256, 256), 656 * 4),
         ("topk:0.01", (768,), 8 * 4),
@@ -205,7 +224,7 @@ def test_a_gradient_that_is_not_finite_arrives_as_such_and_leaves_nothing(name, 
 
 @given(
     st.data(),
-    st.sampled_from(["fp16", "int8", "topk:0.3"]),
+    st.sampled_from(["fp16", "int8", "int4", "topk:0.3"]),
     st.sampled_from([(3, 5), (9,)]),
 )
 def test_any_bytes_of_the_right_size_are_values_or_the_one_error(data, name, shape):
@@ -348,6 +367,17 @@ class TestBits:
         levels = np.rint(rows / np.where(scale > 0, scale, 1)[:, None])
         return scale.tobytes() + np.clip(levels, -127, 127).astype(np.int8).tobytes()
 
+    @staticmethod
+    def int4(values):
+        groups = np.pad(values.ravel(), (0, -values.size % 64)).reshape(-1, 64)
+        largest = np.abs(groups).max(axis=1, initial=0)
+        bits = TestBits.bf16(largest / np.float32(7))
+        scale = (bits.astype(np.uint32) << 16).view(np.float32)
+        levels = np.rint(groups / np.where(scale > 0, scale, 1)[:, None])
+        plus_8 = (np.clip(levels, -7, 7) + 8).astype(np.uint8).reshape(-1, 2)
+        packed = plus_8[:, 0] + 16 * plus_8[:, 1]
+        return bits.tobytes() + packed[: -(-values.size // 2)].tobytes()
+
     def values(self, shape, kind):
         rng = np.random.default_rng(5)
         values = rng.standard_normal(shape).astype(np.float32)
@@ -383,6 +413,7 @@ class TestBits:
             rows = values.T if shape == (257, 2) else np.atleast_2d(values)
             if kind != "not finite":
                 assert CODECS["int8"].encode(values).tobytes() == self.int8(rows)
+                assert CODECS["int4"].encode(values).tobytes() == self.int4(values)
                 return
             # What is no number has no level, but its channel's scale says so.
             scale = CODECS["int8"].encode(values)[: 4 * len(rows)].view(np.float32)
