@@ -118,12 +118,13 @@ def _without_what_waits(own: _Own, known: Known, found: SolvedRound) -> SolvedRo
     """Leave blocks out of this round that take more time than they bring.
 
     A device in a fade has nearly all of the band, and all others wait. With a block
-    less it is idle. As long as the round gains by it, and half of them stay, one more
-    is left out: that of the device that brings least for its time, or the block that
-    brings least, whose device another block is then for. The longer a block has not
-    been trained, the more it brings.
+    less it is idle. While half of them stay, one more is left out: that of the device
+    that brings least for its time, or the block that brings least, whose device another
+    block is then for. Of all these rounds the best is taken: where two devices are in a
+    fade, nothing is gained before both are idle. The longer a block has not been
+    trained, the more it brings.
     """
-    mode = known.wanted
+    mode, gain, best = known.wanted, partial(_gain, known=known), found
     wanted = mode.demand(found.allocation.num_blocks) > 0
     fewest = -(-int(wanted.sum()) // 2)
     while (
@@ -134,11 +135,12 @@ def _without_what_waits(own: _Own, known: Known, found: SolvedRound) -> SolvedRo
             blocks = np.flatnonzero(wanted)
             fewer = replace(mode, blocks=tuple(blocks[blocks != block].tolist()))
             without[block] = own(replace(known, wanted=fewer))
-        best = max(without, key=lambda block: _gain(without[block], known), default=-1)
-        if best < 0 or _gain(without[best], known) <= _gain(found, known):
+        if not without:
             break
-        wanted[best], found = False, without[best]
-    return found
+        block, found = max(without.items(), key=lambda tried: gain(tried[1]))
+        wanted[block] = False
+        best = max(best, found, key=gain)
+    return best
 
 
 def _dispensable(found: SolvedRound, known: Known) -> set[int]:
