@@ -16,6 +16,7 @@ import numpy as np
 
 from lola_flwr.allocation import (
     BatchProblem,
+    Broadcast,
     InfeasibleAllocation,
     Tried,
     best_candidate,
@@ -147,7 +148,8 @@ def _dispensable(found: SolvedRound, known: Known) -> set[int]:
     """Return the blocks that a round may best do without, if any.
 
     What the device of a block takes is its share of the band, at the price at which a
-    little more of it saves as much time, and what the broadcast takes longer for it.
+    little more of it saves as much time, and its part of what the broadcast takes
+    longer for those that hear worst.
     The more of the band there is, the less more of it saves: while all bring more than
     that, none is dispensable.
     """
@@ -159,15 +161,30 @@ def _dispensable(found: SolvedRound, known: Known) -> set[int]:
     takes_s = share[rows] / a_second if a_second > 0 else np.zeros(rows.size)
     broadcast = found.stated.broadcast
     if broadcast is not None:
-        all_s = broadcast.wait_s(rows)
-        takes_s += [
-            all_s - broadcast.wait_s(np.delete(rows, n)) for n in range(rows.size)
-        ]
+        takes_s += _broadcast_takes_s(broadcast, rows)
     brought = _brought_by_each(found, known, parts)
     left = brought - known.pace * takes_s
     if left.min() >= 0.0:
         return set()
     return {int(parts.blocks[n]) for n in (left.argmin(), parts.weight.argmin())}
+
+
+def _broadcast_takes_s(broadcast: Broadcast, rows: IntArray) -> Float64Array:
+    """Return how much longer a broadcast takes for each of the devices of a round.
+
+    That is what it takes less without the device. But nothing is saved without one of
+    two that hear equally badly: if that is more, it is its part of what is saved
+    without all that hear as badly as it, and some more.
+    """
+    all_s = broadcast.wait_s(rows)
+    without = [broadcast.wait_s(np.delete(rows, n)) for n in range(rows.size)]
+    takes_s = all_s - np.array(without)
+    own_s = broadcast.own_s(rows)[rows]
+    worst_first = np.argsort(-own_s, kind="stable")
+    saved_s = -np.diff(own_s[worst_first]).cumsum() / np.arange(1, rows.size)
+    most_s = np.maximum.accumulate(saved_s[::-1])[::-1]
+    takes_s[worst_first[:-1]] = np.maximum(takes_s[worst_first[:-1]], most_s)
+    return np.asarray(takes_s)
 
 
 def _brought_by_each(found: SolvedRound, known: Known, parts: Parts) -> Float64Array:

@@ -11,6 +11,7 @@ import pytest
 from lola_flwr.allocation import RoundMode, progress
 from lola_flwr.costs.estimated import estimate_costs
 from lola_flwr.errors import UserError
+from lola_flwr.model.blocks import partition_parameters
 from lola_flwr.planning import (
     AllocationOptions,
     Known,
@@ -19,7 +20,7 @@ from lola_flwr.planning import (
     solve_round,
 )
 from lola_flwr.run.records import BlockRecord
-from lola_flwr.system.channel import Channel
+from lola_flwr.system.channel import Channel, DownlinkChannel
 from lola_flwr.system.devices import DeviceProfile, simulated_device
 from lola_flwr.wire.payload import UpdateSizes
 from tests.server.coordinators import PARTITION, SHAPES, honest_reply, make_coordinator
@@ -214,6 +215,37 @@ def test_a_device_in_a_fade_keeps_nobody_waiting_until_its_block_is_stale():
     assert trained[400][2]
     better = known(run, [*devices, replace(faded, uplink_bps=1e5)], EVEN_NOISE)
     assert solve_round(run, better).stated.trained.all()
+
+
+@pytest.mark.parametrize("num_faded", [1, 2, 3])
+def test_nobody_waits_for_several_devices_that_hardly_hear_a_broadcast(num_faded):
+    """Without one of two such devices the round is as long as with both."""
+    layers = {f"layer.{n}.{m}": (4, 4) for n in range(6) for m in ("up", "down")}
+    shapes = {"embed.w": (9, 4), **layers, "head.w": (2, 4)}
+    partition = partition_parameters(shapes)
+    costs = estimate_costs(
+        shapes, partition, batch_size=max(GRID), sequence_length=TOKENS
+    )
+    down = DownlinkChannel(mode="broadcast", bandwidth_hz=2e5)
+    run = replace(
+        statement(),
+        costs=costs,
+        sizes=UpdateSizes(partition, shapes, "int8", "every"),
+        channel=Channel(bandwidth_hz=1e9, fading="none", downlink_channel=down),
+    )
+    good = even_fleet(6, uplink_bps=None, snr_db=30.0)
+    faded = [replace(device, snr_db=-20.0) for device in good[:num_faded]]
+
+    def round_of(devices):
+        before = known(run, devices, np.full(6, 50.0))
+        before = replace(before, pace=0.2, downlink_bits=np.full(6, 1e6))
+        parts = planned_blocks(run, solve_round(run, before))
+        return max(part.latency_s for part in parts), {part.device for part in parts}
+
+    usual_s, _ = round_of(good)
+    latency_s, active = round_of([*faded, *good[num_faded:]])
+    assert latency_s < 2 * usual_s
+    assert active <= {device.name for device in good[num_faded:]}
 
 
 def test_where_every_device_takes_part_nothing_is_left_out():
