@@ -87,7 +87,7 @@ def test_each_row_of_a_table_has_its_command():
         commands = re.findall(r"`([^`]*)`", row.rpartition(" | ")[2])
         assert commands, row
         if commands[0].startswith(SIMULATE):
-            check_words(" ".join(commands).split()[2:])
+            check_words(shlex.split(" ".join(commands))[2:])
 
 
 def test_apps_list_nothing_that_flower_would_install():
