@@ -88,7 +88,7 @@ def test_a_run_completes(legacy):
         assert record["num_devices"] == 5
         assert record["refused"] == {}
     assert records[-1]["wireless_s"] == pytest.approx(
-        sum(r["round_s"] for r in records)
+        sum(r["observed_s"] for r in records)
     )
     # Evaluated every second round, and after the last.
     assert [bool(record["metrics"]) for record in records] == [False, True, True]

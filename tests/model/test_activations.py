@@ -176,7 +176,7 @@ def test_what_changed_in_place_in_between_is_packed_again():
 
     with quantised_suffix(net, partition, 1):
         found = block_gradient(net, partition, 1, {"x": x}, loss_function=loss)
-    once, three = (found.gradients[f"layers.1.inner.{i}.weight"] for i in (0))
+    once, three = (found.gradients[f"layers.1.inner.{i}.weight"] for i in (0, 1))
     torch.testing.assert_close(three, 3 * once, rtol=0.01, atol=0.05)
 
 

@@ -182,7 +182,7 @@ def test_a_run_that_goes_leaves_blocks_out_rather_than_rounds():
     seen = set()
     for server_round in range(2, 8):
         plan = coordinator.plan_round(server_round, IDS[:2])
-        seen |= {a.block_index for a in plan.assignments.values()}
+        seen |= {block for a in plan.assignments.values() for block in a.blocks}
         record = coordinator.complete_round(
             plan, [honest_reply(plan, d) for d in plan.assignments]
         )

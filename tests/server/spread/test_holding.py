@@ -380,7 +380,7 @@ def test_a_device_that_is_gone_leaves_what_it_returned_to_the_others():
     # Layer 1, which b held, is as b returned it; layer 0 is as a has it now.
     name = "roberta.encoder.layer.{}.output.dense.weight"
     own = case.model.get_parameter(name.format(1))
-    one = next(o for o in sent if (o.task.layer_index, o.task.branch_index) == (1))
+    one = next(o for o in sent if (o.task.layer_index, o.task.branch_index) == (1, 1))
     groups = one.task.last_group - one.task.first_group
     width = own.shape[1] // 4
     size = groups * width * own.shape[0]
