@@ -63,7 +63,7 @@ def solve_round(run: RunStatement, known: Known) -> SolvedRound:
         alike = np.ones((run.num_blocks, run.ranks[-1]))
         known = replace(known, component_squares=alike)
     ranks: tuple[int | None, ...] = run.ranks or (None,)
-    codecs = ("",) if run.sizes is None else codecs_of(run.sizes)
+    codecs = ("",) if run.sizes is None else _codecs_of(run.sizes)
     levels = [(rank, codec) for rank in ranks for codec in codecs]
     runs = [of_rank(_of_codec(run, codec), rank) for rank, codec in levels]
     solved: dict[tuple[int, int], SolvedRound] = {}
@@ -211,7 +211,7 @@ def _gain(solved: SolvedRound, known: Known) -> float:
     return brought - known.pace * solved.allocation.round_s
 
 
-def codecs_of(sizes: UpdateSizes) -> tuple[str, ...]:
+def _codecs_of(sizes: UpdateSizes) -> tuple[str, ...]:
     """Return the codecs that a round may be solved with, coarsest first.
 
     Where the codec is to be chosen, "int4" is among them: other than where batches are
