@@ -245,6 +245,8 @@ class BlockDevice:
                 batch_weight=self.batch_weight,
                 split=tokens.split,
             )
+        if self.sequence_length is None:
+            return result
         size = levers.micro_batch_size
         return replace(result, example_tokens=tokens.per_example(batch, size))
 
@@ -293,7 +295,7 @@ class BlockDevice:
         simulated = self.simulated_compute_s
         projections, squares = result.projections, result.squares
         computed = 1.0
-        if self.sequence_length and result.example_tokens is not None:
+        if self.sequence_length is not None and result.example_tokens is not None:
             computed = min(result.example_tokens / self.sequence_length, 1.0)
         return UpdateReport(
             server_round=assignment.server_round,
