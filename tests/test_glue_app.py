@@ -257,7 +257,7 @@ def test_d2ft_takes_steps_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_users_mistake_ends_the_run_with_one_line(tmp_path):
-    finished = run(tmp_path, "devices-per-block=2")
+    finished = run(tmp_path, "devices-per-block=2", "backups=1")
     assert finished.status == "finished:failed"
     assert finished.error is not None
     assert "Too few devices: 5 for 4 blocks that need 8 devices" in finished.error

@@ -83,11 +83,11 @@ def check_weights(shapes: ModelShapes, profiles: Sequence[DeviceProfile]) -> Non
 def check_numbers(
     config: LolaDeftConfig, shapes: ModelShapes, profiles: Sequence[DeviceProfile]
 ) -> None:
-    """Refuse fewer devices than the blocks need, where each needs several."""
+    """Refuse fewer devices than the blocks need, where none may have several."""
     own_blocks = config.stack or config.blocks or config.tuning != "full"
     if own_blocks or config.selector != "all" or config.latency_target_s:
         return
-    if config.devices_per_block == 1:
+    if config.devices_per_block == 1 or not config.backups:
         return  # a device takes several blocks
     # What they hold and how fast they are is looked at on the model.
     second = np.ones((len(profiles), partition_parameters(shapes.shapes).num_blocks))

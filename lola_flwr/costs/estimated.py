@@ -251,8 +251,9 @@ def _joined(
         payload_bits[first] += (costs.payload_bits[further] - shared_bits).sum()
         update_bytes[first] += together.block_bytes[further].sum()
         array_bytes[first] = step.array_bytes[[first, *further]].max()
-        behind = together.block_bytes[first + 1 :].sum()
-        part[first] = together.block_bytes[further].sum() / behind
+        if further:
+            behind = together.block_bytes[first + 1 :].sum()
+            part[first] = together.block_bytes[further].sum() / behind
 
     def between(alone: Bytes, all_behind: Bytes) -> Float64Array:
         return np.asarray(alone + part * (all_behind - alone))

@@ -41,7 +41,9 @@ class AllocationOptions:
         Name of an allocator, ``"package.module:function"``, or a function from problem
         to allocation.
     mode
-        Which blocks need how many devices (default: every block one).
+        Which blocks need how many devices (default: every block one). Where there are
+        too few for one block each, and no backups are asked for, each device returns
+        several, see `lola_flwr.planning.windows`.
     rotation_eps
         Relative latency that may be given up for letting blocks meet other devices'
         data; 0 turns rotation off.
@@ -56,8 +58,8 @@ class AllocationOptions:
         Whether already the first round may leave out blocks that there are no devices
         for; later ones may in any case. Blocks then take turns.
     returned_by
-        How many devices are to return each block, where a round has so many: each then
-        returns several, see `lola_flwr.planning.windows`. 1: what ``mode`` says.
+        How many devices are to return each block, where a round has so many: all take
+        part, and each returns as many blocks as that takes. 1: what ``mode`` says.
     energy_slack
         Under an energy allocator: relative latency that may be given up for less
         energy. A latency target is kept.

@@ -37,7 +37,7 @@ class Parts:
     held_examples
         Examples that it holds, shape [A].
     count
-        Devices that train its block, shape [A].
+        Devices that train its block, shape [A]; of several, their mean.
     own_size
         Examples that its steps are made for, shape [A]; 0 where they may be any number.
     """
@@ -57,8 +57,11 @@ class Parts:
         num_blocks = solved.allocation.num_blocks
         noise_scale = noise_of(known, num_blocks)
         waited = waited_rounds(known, num_blocks)
-        count = np.bincount(blocks, minlength=num_blocks)[blocks]
         trained = [list(solved.stated.blocks(int(block))) for block in blocks]
+        of_block = np.zeros(num_blocks, np.int64)
+        for several in trained:
+            of_block[several] += 1
+        count = np.array([round(of_block[s].mean()) for s in trained], np.int64)
         profiles = [solved.stated.profiles[row] for row in rows]
         weight = np.array([waited[several].sum() for several in trained])
         if solved.rank is not None:

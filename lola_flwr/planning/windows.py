@@ -46,12 +46,11 @@ def chosen_windows(
     The windows by their first blocks, and how many devices take each; None where
     nothing of that is asked for, or the mode says itself who trains what.
     """
-    wanted, num_blocks = run.allocation.returned_by, run.num_blocks
-    mode = problem.mode
+    num_blocks, mode = run.num_blocks, problem.mode
+    wanted = _returned_by(run, problem)
     if (
         wanted == 1
         or mode.blocks is not None
-        or mode.devices_per_block != 1
         or known.worth is not None
         or (num_blocks > 1 and run.costs.together is None)
     ):
@@ -80,6 +79,21 @@ def chosen_windows(
     return windows, RoundMode(
         blocks=tuple(windows), devices_per_block=each, participation="all"
     )
+
+
+def _returned_by(run: RunStatement, problem: AllocationProblem) -> int:
+    """Return how many devices windows let return each block; 1: there are none.
+
+    A mode that asks for several a block has them by windows where they are too few for
+    one block each.
+    """
+    mode = problem.mode
+    each = mode.devices_per_block
+    if each == 1:
+        return run.allocation.returned_by
+    if not isinstance(each, int) or mode.backups:
+        return 1
+    return each if problem.num_devices < each * run.num_blocks else 1
 
 
 def even_windows(num_blocks: int, length: int, num_devices: int) -> Windows:

@@ -41,7 +41,7 @@ MISTAKES = [
     ("no data", f"{SIX} task=sst-2 data-dir=glue", FAILED, "Put the task's training"),
     ("no model", f"{QUICK_SIX} model=no-app", FAILED, "no config.json"),
     ("no data", f"{QUICK_SIX} data=mine.tsv", FAILED, "text and label"),
-    ("too few devices", f"{SIX} devices-per-block=2", FAILED, "Add devices"),
+    ("too few devices", f"{SIX} devices-per-block=2 backups=1", FAILED, "Add devices"),
     ("too little memory", f"simulate {GLUE} --fleet mb.toml", FAILED, "(in bytes)"),
     ("no such pair", f"{SIX} method=fedavg-full backups=2", FAILED, "set it to 0"),
     ("extra missing", f"{SIX} tuning=lora", FAILED, "[adapters]"),
@@ -123,7 +123,7 @@ class TestOnTheModel:
         [
             (("--fleet", "tight.toml"), "No device can hold block 0"),
             (
-                ("--devices", "4", "devices-per-block=2"),
+                ("--devices", "4", "devices-per-block=2", "backups=1"),
                 "Too few devices: 4 for 4 blocks that need 8",
             ),
         ],

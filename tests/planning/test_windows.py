@@ -6,11 +6,13 @@ from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lola_flwr.allocation import InfeasibleAllocation, RoundMode, progress
 from lola_flwr.build import (
     AllocationOptions,
     DeviceOptions,
@@ -18,9 +20,11 @@ from lola_flwr.build import (
     coordinator_for_weights,
 )
 from lola_flwr.errors import UserError
+from lola_flwr.planning import planned_blocks, solve_round
 from lola_flwr.planning.windows import even_windows
 from lola_flwr.strategies.served import PROJECT_SETTINGS
 from lola_flwr.system.devices import DeviceProfile
+from tests.planning.test_batches import EVEN_NOISE, even_fleet, known, statement
 
 
 @given(st.integers(1, 40), st.data())
@@ -108,6 +112,36 @@ def test_who_can_hold_nothing_does_not_keep_others_from_several_blocks(num_small
     assignments = planned(coordinator_of(4, 8), 1, memory_bytes).assignments
     blocks = [block for a in assignments.values() for block in a.blocks]
     assert sorted(blocks) == [0, 1, 2, 3]
+
+
+def test_too_few_devices_for_several_a_block_return_several_blocks_each():
+    """A mode asks for them; with enough devices each has one block as ever."""
+    mode = RoundMode(devices_per_block=2)
+    run = statement(bandwidth_hz=2e6, batch_sizes=(), mode=mode)
+    for num_devices, lengths in ((3, {2}), (6, {1}), (9, {1})):
+        devices = even_fleet(num_devices)
+        solved = solve_round(run, known(run, devices, EVEN_NOISE))
+        parts = planned_blocks(run, solved)
+        blocks = [b for part in parts for b in (part.block_index, *part.further_blocks)]
+        assert {1 + len(part.further_blocks) for part in parts} == lengths
+        assert Counter(blocks) == Counter({0: 2, 1: 2, 2: 2})
+
+
+def test_spare_devices_are_of_no_use_where_each_returns_several():
+    mode = RoundMode(devices_per_block=2, backups=1)
+    run = statement(bandwidth_hz=2e6, batch_sizes=(), mode=mode)
+    with pytest.raises(InfeasibleAllocation, match="Too few devices: 3 for 3 blocks"):
+        solve_round(run, known(run, even_fleet(3), EVEN_NOISE))
+
+
+def test_a_batch_is_chosen_by_all_the_examples_of_a_block():
+    """Three devices that return all three blocks bring what their batches sum up to."""
+    run = statement(bandwidth_hz=2e6, mode=RoundMode(devices_per_block=3))
+    solved = solve_round(run, known(run, even_fleet(3), EVEN_NOISE))
+    assert solved.batch_size is not None and solved.brought is not None
+    (size,) = {*solved.batch_size.tolist()}
+    brought = progress(np.full(3, 3 * size), EVEN_NOISE).mean()
+    assert solved.brought.progress(EVEN_NOISE) == pytest.approx(brought)
 
 
 def test_impossible_numbers_are_refused():

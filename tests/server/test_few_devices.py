@@ -61,6 +61,15 @@ def test_who_stays_takes_over_from_who_leaves():
     assert {d: a.blocks for d, a in plan.assignments.items()} == {"id-1": (0, 1, 2)}
 
 
+def test_a_block_by_itself_costs_what_it_does_alone():
+    """The last one, too, behind which there is none."""
+    costs = estimate_costs(SHAPES, PARTITION, batch_size=4, sequence_length=4)
+    joined = costs.joined([(block,) for block in range(costs.flops.size)])
+    np.testing.assert_allclose(joined.flops, costs.flops)
+    np.testing.assert_allclose(joined.memory_bytes, costs.memory_bytes)
+    np.testing.assert_allclose(joined.payload_bits, costs.payload_bits)
+
+
 def test_without_the_memory_for_two_blocks_they_take_turns():
     coordinator = make_coordinator(num_devices=0, batch_size=4000)
     costs = estimate_costs(SHAPES, PARTITION, batch_size=4000, sequence_length=4)
