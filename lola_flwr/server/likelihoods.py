@@ -111,9 +111,15 @@ class Honest:
         judged = [one for one in devices if one.count]
         if not judged or not own.count:
             return cls()
+        variance = sum(a.squares for a in judged) / sum(a.count for a in judged)
         # Lest hostile devices are most of those that were asked first.
         middle = median([*(a.mean for a in judged), *[own.mean] * FEWEST])
-        variance = sum(a.squares for a in judged) / sum(a.count for a in judged)
+        heard = median(a.mean for a in judged)
+        if len(judged) >= FEWEST and not _is_significant(-heard, variance, judged):
+            # The server's examples may agree with each other more than with the
+            # devices' data. Then an honest device may well be as far below nothing as
+            # these let expect of a hostile one.
+            middle = min(middle, heard)
         if not _is_significant(middle, variance, [*judged, own]):
             return cls()
         return cls(middle, variance, (_LEAST_BETWEEN * middle) ** 2, 1.0)

@@ -113,6 +113,27 @@ def test_of_few_devices_one_that_differs_is_not_soon_taken_for_hostile():
     assert told(10) < -3.0, "it is refused"
 
 
+def told_by_examples(means, own_mean, *, count=14.3, square=0.014):
+    devices = [Agreements(count, count * m, count * (m**2 + square)) for m in means]
+    own = Agreements(41.3, 41.3 * own_mean, 41.3 * (own_mean**2 + square))
+    known = Honest.shown(devices, own)
+    return [known.log_likelihood(device) for device in devices]
+
+
+def test_who_agrees_less_than_the_servers_examples_do_is_not_taken_for_hostile():
+    # Heads of six honest devices after 16 rounds of CoLA.
+    told = told_by_examples((0.023, -0.053, 0.019, -0.005, -0.053, 0.087), 0.059)
+    assert min(told) > -1.0
+
+
+@pytest.mark.parametrize("num_hostile", [1, 3, 7])
+def test_the_servers_examples_tell_who_is_hostile_even_where_most_are(num_hostile):
+    means = [0.15, 0.11, 0.2, 0.13, *(-0.15,) * num_hostile]
+    told = told_by_examples(means, 0.2)
+    assert max(told[4:]) < -3.0
+    assert min(told[:4]) > 1.0
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     mean=st.floats(0.01, 0.5),
