@@ -214,10 +214,10 @@ def _gain(solved: SolvedRound, known: Known) -> float:
 def _codecs_of(sizes: UpdateSizes) -> tuple[str, ...]:
     """Return the codecs that a round may be solved with, coarsest first.
 
-    Where the codec is to be chosen, "int4" is among them: other than where batches are
-    given, what its error takes from a round's progress counts.
+    Where the codec is to be chosen, "int2" and "int4" are among them: other than where
+    batches are given, what their error takes from a round's progress counts.
     """
-    return ("int4", *sizes.ladder) if sizes.codec == AUTO else sizes.ladder
+    return ("int2", "int4", *sizes.ladder) if sizes.codec == AUTO else sizes.ladder
 
 
 def _of_codec(run: RunStatement, codec: str) -> RunStatement:

@@ -19,7 +19,7 @@ from lola_flwr.wire.payload import HeadPolicy
 from lola_flwr.zeroth_order.mixing import ZerothOrder
 
 Downlink = Literal["all", "changed"]
-DownlinkCodec = Literal["fp32", "bf16", "int8", "int4"]
+DownlinkCodec = Literal["fp32", "bf16", "int8", "int4", "int2"]
 
 
 @dataclass(frozen=True, kw_only=True)

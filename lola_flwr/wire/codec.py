@@ -7,9 +7,9 @@ it takes any memory. NumPy has no bfloat16, so "bf16" travels as uint16. Every a
 crosses the network in NumPy's .npy format, as Flower serialises it; nothing is ever
 unpickled.
 
-"int8", "int4" and "topk" lose so much that what they leave out must not be lost: the
-device adds it to its next gradient of the same block (*error feedback*; Seide et al.,
-Interspeech 2014; Stich, Cordonnier, Jaggi, NeurIPS 2018). See
+"int8", "int4", "int2" and "topk" lose so much that what they leave out must not be
+lost: the device adds it to its next gradient of the same block (*error feedback*; Seide
+et al., Interspeech 2014; Stich, Cordonnier, Jaggi, NeurIPS 2018). See
 `lola_flwr.device.store.Residuals` for how long it is kept.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from lola_flwr.arrays import Float32Array
 from lola_flwr.errors import UserError
-from lola_flwr.wire.integers import Int4, Int8
+from lola_flwr.wire.integers import Int2, Int4, Int8
 from lola_flwr.wire.npy import MalformedArray, WireArray, WireType
 from lola_flwr.wire.passes import from_bf16, to_bf16, where_largest
 
@@ -190,6 +190,7 @@ CODECS: dict[str, Codec] = {
     "fp16": Fp16(),
     "int8": Int8(),
     "int4": Int4(),
+    "int2": Int2(),
 }
 
 # Each round's coarsest codecs that cost little time: see `allocation.codec_levels`.

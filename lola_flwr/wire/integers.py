@@ -1,4 +1,4 @@
-"""Codecs of whole numbers: int8 and int4, with scales of their own."""
+"""Codecs of whole numbers: int8, int4 and int2, with scales of their own."""
 
 from __future__ import annotations
 
@@ -105,8 +105,43 @@ def _channels(shape: tuple[int, ...]) -> _Channels:
     return _Channels(shape[0], are_columns=False)
 
 
+class _Packed:
+    """One of a few levels a value, several in a byte, the earliest in the lowest bits.
+
+    Parameters
+    ----------
+    levels
+        The levels, of which the index travels: 4 or 16.
+    """
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        bits = (len(levels) - 1).bit_length()
+        self.in_a_byte = 8 // bits
+        self._shifts = np.arange(self.in_a_byte, dtype=np.uint8) * bits
+        indices = np.arange(256, dtype=np.uint8)[:, np.newaxis] >> self._shifts
+        self._of_byte = np.array(levels, np.float32)[indices & (len(levels) - 1)]
+
+    def nbytes(self, size: int) -> int:
+        """Return how many bytes so many values take."""
+        return -(-size // self.in_a_byte)
+
+    def pack(self, indices: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Return the bytes of some values' indices; what fills the last one is 0."""
+        missing = -indices.size % self.in_a_byte
+        if missing:
+            indices = np.append(indices, np.zeros(missing, np.uint8))
+        together = indices.reshape(-1, self.in_a_byte) << self._shifts
+        return np.asarray(np.bitwise_or.reduce(together, axis=1))
+
+    def unpack(self, packed: WireArray, size: int) -> Float32Array:
+        """Return the levels of so many values."""
+        levels: Float32Array = self._of_byte[packed.astype(np.uint8, copy=False)]
+        return levels.reshape(-1)[:size]
+
+
 _GROUP = 64
 _LEVELS_OF_4_BITS = 7
+_FOUR_BITS = _Packed(range(-8, 8))
 
 
 class Int4:
@@ -115,8 +150,8 @@ class Int4:
     A group's scale is its largest magnitude / 7, rounded to bfloat16; every value is
     rounded to the nearest multiple from -7 to 7, so no value is off by more than half a
     scale, but for what rounding the scale takes (0.4 % of the largest). Groups follow
-    the array's memory; the last is filled up with zeros. Travels as bytes: all scales,
-    then all values, two in a byte, the earlier one in the lower half, each plus 8.
+    the array's memory. Travels as bytes: all scales, then all values, two in a byte,
+    the earlier one in the lower half, each plus 8.
     """
 
     has_feedback: ClassVar[bool] = True
@@ -124,7 +159,7 @@ class Int4:
     def wire_type(self, shape: Sequence[int]) -> WireType:
         """Tell what travels: 2 bytes a group and half a byte a value."""
         size = math.prod(shape)
-        nbytes = 2 * -(-size // _GROUP) + -(-size // 2)
+        nbytes = 2 * -(-size // _GROUP) + _FOUR_BITS.nbytes(size)
         return WireType((nbytes,), np.dtype(np.uint8))
 
     def encode(self, values: Float32Array) -> WireArray:
@@ -135,7 +170,7 @@ class Int4:
         scale, packed = wire[: 2 * number].view("<u2"), wire[2 * number :]
         for part in parts(flat.size):
             some = flat[part]
-            missing = -some.size % _GROUP
+            size, missing = some.size, -some.size % _GROUP
             if missing:
                 some = np.append(some, np.zeros(missing, np.float32))
             groups = some.reshape(-1, _GROUP)
@@ -148,10 +183,10 @@ class Int4:
                 divisor = np.where(divisor > 0, divisor, 1)[:, np.newaxis]
                 levels = np.rint(groups / divisor)
                 np.clip(levels, -_LEVELS_OF_4_BITS, _LEVELS_OF_4_BITS, out=levels)
-                pairs = (levels.astype(np.int8) + 8).view(np.uint8).reshape(-1, 2)
-            both = pairs[:, 0] | pairs[:, 1] << 4
-            to = packed[part.start // 2 : part.start // 2 + both.size]
-            to[:] = both[: to.size]
+                indices = (levels.astype(np.int8) + 8).view(np.uint8)
+            together = _FOUR_BITS.pack(indices.reshape(-1)[:size])
+            begin = part.start // _FOUR_BITS.in_a_byte
+            packed[begin : begin + together.size] = together
         return wire
 
     def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
@@ -159,12 +194,125 @@ class Int4:
         size = math.prod(shape)
         number = -(-size // _GROUP)
         scale = from_bf16(wire[: 2 * number].view("<u2"))
-        packed = wire[2 * number :].astype(np.uint8, copy=False)
         values = np.zeros((number, _GROUP), np.float32)
         flat = values.reshape(-1)
-        flat[0 : 2 * packed.size : 2] = (packed & 15).astype(np.int8) - 8
-        flat[1 : 2 * packed.size : 2] = (packed >> 4).astype(np.int8) - 8
+        flat[:size] = _FOUR_BITS.unpack(wire[2 * number :], size)
         # What overflows here is refused as not finite.
         with np.errstate(over="ignore", invalid="ignore"):
             values *= scale[:, np.newaxis]
         return flat[:size].reshape(shape)
+
+
+_TWO_BITS = _Packed((-3, -1, 1, 3))
+
+
+class Int2:
+    """Two bits a value, and one bfloat16 scale for each row and for each column.
+
+    The magnitudes of a weight matrix's gradient are nearly the product of what its row
+    and its column have on average (Shazeer, Stern, ICML 2018, keep second moments so):
+    scaled by both, values are nearly normal, however much rows and columns differ. The
+    best four levels of normal values are about half of their standard deviation and one
+    and a half times it from 0 (Max, IRE Transactions on Information Theory 6, 1960): a
+    value is -3, -1, 1 or 3 times its scales. Rows' scales are those of least squares,
+    so what is left out has a smaller norm than the values whatever they are: with error
+    feedback it does not grow without bound. Magnitudes below 1e-19, whose squares
+    float32 has none for, may be nothing.
+
+    Arrays of one dimension travel as with int8. Rows of less than 64 values give way to
+    columns as there, and only with 64 of both have columns scales, too. Travels as
+    bytes: scales of rows, scales of columns, and all values in the order of the rows,
+    four in a byte.
+    """
+
+    has_feedback: ClassVar[bool] = True
+
+    def wire_type(self, shape: Sequence[int]) -> WireType:
+        """Tell what travels: 2 bytes a row and a column, and a quarter a value."""
+        if len(shape) < 2:
+            return _ONE_DIMENSION.wire_type(shape)
+        channels, columns = _both(shape)
+        nbytes = 2 * (channels.number + columns) + _TWO_BITS.nbytes(math.prod(shape))
+        return WireType((nbytes,), np.dtype(np.uint8))
+
+    def encode(self, values: Float32Array) -> WireArray:
+        """Tell small from large in every row and column; fit the rows' scales."""
+        if values.ndim < 2:
+            return _ONE_DIMENSION.encode(values)
+        channels, columns = _both(values.shape)
+        rows = channels.rows_of(values)
+        number, length = rows.shape
+        wire = np.empty(self.wire_type(values.shape).nbytes, np.uint8)
+        packed = wire[2 * (number + columns) :]
+        scale = wire[: 2 * (number + columns)].view("<u2")
+        # What is not finite, or has no square that is, spoils all, and is refused.
+        with np.errstate(over="ignore", invalid="ignore"):
+            typical = np.einsum("ij,ij->i", rows, rows) / np.float32(length or 1)
+            across = np.ones(length, np.float32)
+            if columns:
+                square = np.einsum("ij,ij->j", rows, rows) / np.float32(number)
+                usual = typical.mean()
+                scale[number:] = to_bf16(np.sqrt(square / (usual if usual > 0 else 1)))
+                across = from_bf16(scale[number:])
+            typical = np.sqrt(typical)[:, np.newaxis]
+            # Whole bytes at a time.
+            at_once = 4 * max(1, VALUES_A_STEP // (4 * max(length, 1)))
+            for first in range(0, number, at_once):
+                some = slice(first, first + at_once)
+                indices, fitted = _quarters(rows[some], typical[some] * across, across)
+                scale[some.start : some.start + len(fitted)] = to_bf16(fitted)
+                part = _TWO_BITS.pack(indices.reshape(-1))
+                begin = first * length // _TWO_BITS.in_a_byte
+                packed[begin : begin + part.size] = part
+        return wire
+
+    def decode(self, wire: WireArray, shape: Sequence[int]) -> Float32Array:
+        """Multiply every level by its row's scale and its column's."""
+        shape = tuple(shape)
+        if len(shape) < 2:
+            return _ONE_DIMENSION.decode(wire, shape)
+        channels, columns = _both(shape)
+        number = channels.number
+        scale = from_bf16(wire[: 2 * (number + columns)].view("<u2"))
+        values = _TWO_BITS.unpack(wire[2 * (number + columns) :], math.prod(shape))
+        rows = values.reshape(number, -1)
+        # What overflows here is refused as not finite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows *= scale[:number, np.newaxis]
+            if columns:
+                rows *= scale[number:]
+        return channels.values_of(rows, shape)
+
+
+_ONE_DIMENSION = Int8()
+
+
+def _quarters(
+    rows: Float32Array, typical: Float32Array, across: Float32Array
+) -> tuple[npt.NDArray[np.uint8], Float32Array]:
+    """Return some rows' levels, as indices, and the scales that fit them best.
+
+    Parameters
+    ----------
+    rows
+        The rows.
+    typical
+        Magnitude of each value from which on its level is an outer one.
+    across
+        Scale of each column.
+    """
+    magnitude = np.abs(rows)
+    outer = magnitude > typical
+    level = np.where(outer, 3 * across, across)
+    squares = np.einsum("ij,ij->i", level, level)
+    fitted = np.einsum("ij,ij->i", magnitude, level)
+    fitted /= np.where(squares > 0, squares, 1)
+    return np.where(rows < 0, 1 - outer, 2 + outer).astype(np.uint8), fitted
+
+
+def _both(shape: Sequence[int]) -> tuple[_Channels, int]:
+    """Return an array's channels, and how many scales there are across them."""
+    channels = _channels(tuple(shape))
+    length = math.prod(shape) // max(channels.number, 1)
+    several = min(channels.number, length) >= _SHORT_CHANNEL
+    return channels, length if several else 0

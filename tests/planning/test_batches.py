@@ -184,12 +184,15 @@ def test_the_codec_is_the_finest_whose_error_costs_more_than_its_bits():
     shapes = {name: (a * 32, b * 32) for name, (a, b) in SHAPES.items()}
     costs = estimate_costs(shapes, PARTITION, batch_size=128, sequence_length=TOKENS)
     sizes = UpdateSizes(PARTITION, shapes, "auto", "every")
-    for bandwidth_hz in (2e4, 2e6, 1e9, 1e12):
+    for bandwidth_hz in (2e4, 1e5, 2e6, 1e9, 1e12):
         run = statement("auto", bandwidth_hz)
         run = replace(run, costs=costs, sizes=sizes)
         parts = planned_blocks(run, solve_round(run, known(run, devices)))
         (codecs[bandwidth_hz],) = {part.codec for part in parts}
-    assert codecs == {2e4: "int4", 2e6: "int8", 1e9: "bf16", 1e12: "fp32"}
+    assert codecs == {
+        **{2e4: "int2", 1e5: "int4", 2e6: "int8"},
+        **{1e9: "bf16", 1e12: "fp32"},
+    }
 
 
 def test_blocks_that_large_batches_leave_no_memory_for_are_trained():

@@ -16,6 +16,7 @@ from lola_flwr.wire.codec import (
     codec_ladder,
     codec_named,
     encode_with_feedback,
+    relative_error,
 )
 from lola_flwr.wire.npy import MalformedArray, read_npy
 
@@ -143,6 +144,44 @@ def test_int4_of_what_is_too_small_for_a_scale_is_nothing():
     assert not CODECS["int4"].decode(wire, (2,)).any()
 
 
+@given(floats(limit=2.0**60))
+def test_int2_leaves_less_out_of_each_row_than_there_was(values):
+    """So error feedback, whatever the gradients, does not grow without bound."""
+    if values.ndim < 2:
+        values = values.reshape(1, -1)
+    values[np.abs(values) < 1e-15] = 0  # whose squares may be nothing
+    error = (round_trip(CODECS["int2"], values) - values).astype(np.float64)
+    columns = values.size // max(len(values), 1) < min(64, len(values))
+    axes = 0 if columns else tuple(range(1, values.ndim))
+    square = np.square(values, dtype=np.float64)
+    left, was = np.square(error).sum(axis=axes), square.sum(axis=axes)
+    assert np.all(left <= was * (1 + 2.0**-14))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 70), (129, 513), (500, 1000)])
+def test_int2_follows_rows_and_columns(shape):
+    """However much they differ, the error is nearly that of normal values."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(shape)
+    values *= np.exp2(rng.uniform(-3, 3, (shape[0], 1)))
+    values *= np.exp2(rng.uniform(-3, 3, shape[1]))
+    values = values.astype(np.float32)
+    error = np.square(round_trip(CODECS["int2"], values) - values).sum()
+    assert relative_error("int2") == pytest.approx(0.1175, abs=0.01)  # Max, 1960
+    assert error / np.square(values).sum() < 1.2 * relative_error("int2")
+
+
+def test_what_int2_sends_bit_by_bit():
+    rows = np.float32([[1, -1, 3, -3, 1, 3], [-6, 6, 2, -2, -2, 6]])
+    wire = CODECS["int2"].encode(rows)
+    # Scales 1 and 2 in bfloat16; then 2 1 3 0 2 3 and 0 3 2 1 1 3, the first lowest.
+    assert wire.tobytes() == bytes([0x80, 0x3F, 0x00, 0x40, 0x36, 0xCE, 0xD6])
+    np.testing.assert_array_equal(CODECS["int2"].decode(wire, rows.shape), rows)
+    # One dimension has no product of rows and columns.
+    of_int8 = CODECS["int8"].encode(rows[0])
+    assert CODECS["int2"].encode(rows[0]).tobytes() == of_int8.tobytes()
+
+
 @given(floats(), st.floats(0.01, 1))
 def test_top_k_keeps_the_largest_and_rounds_them(values, fraction):
     decoded = round_trip(TopK(fraction), values)
@@ -169,6 +208,11 @@ def test_top_k_keeps_the_largest_and_rounds_them(values, fraction):
         ("int4", (3072, 768), 3072 * 768 // 2 + 3072 * 768 // 64 * 2),
         ("int4", (65,), 33 + 2 * 2),
         ("int4", (), 1 + 2),
+        ("int2", (3072, 768), 3072 * 768 // 4 + 2 * (3072 + 768)),
+        ("int2", (768, 8), 768 * 8 // 4 + 2 * 8),
+        ("int2", (8, 768), 768 * 8 // 4 + 2 * 8),
+        ("int2", (3, 3), 3 + 2 * 3),
+        ("int2", (768,), 768 + 4),
         ("topk:0.01", (3072, 768), 23593 * 6),
         ("topk:0.01", (256, 256), 656 * 4),
         ("topk:0.01", (768,), 8 * 4),
@@ -224,7 +268,7 @@ def test_a_gradient_that_is_not_finite_arrives_as_such_and_leaves_nothing(name, 
 
 @given(
     st.data(),
-    st.sampled_from(["fp16", "int8", "int4", "topk:0.3"]),
+    st.sampled_from(["fp16", "int8", "int4", "int2", "topk:0.3"]),
     st.sampled_from([(3, 5), (9,)]),
 )
 def test_any_bytes_of_the_right_size_are_values_or_the_one_error(data, name, shape):
@@ -374,9 +418,9 @@ class TestBits:
         bits = TestBits.bf16(largest / np.float32(7))
         scale = (bits.astype(np.uint32) << 16).view(np.float32)
         levels = np.rint(groups / np.where(scale > 0, scale, 1)[:, None])
-        plus_8 = (np.clip(levels, -7, 7) + 8).astype(np.uint8).reshape(-1, 2)
-        packed = plus_8[:, 0] + 16 * plus_8[:, 1]
-        return bits.tobytes() + packed[: -(-values.size // 2)].tobytes()
+        plus_8 = (np.clip(levels, -7, 7) + 8).astype(np.uint8).ravel()[: values.size]
+        pairs = np.pad(plus_8, (0, -values.size % 2)).reshape(-1, 2)
+        return bits.tobytes() + (pairs[:, 0] + 16 * pairs[:, 1]).tobytes()
 
     def values(self, shape, kind):
         rng = np.random.default_rng(5)
