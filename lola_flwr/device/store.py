@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +147,7 @@ def complete(
     received: Sequence[npt.NDArray[Any]],
     manifest: Manifest,
     directory: Path | None,
-    moves: Sequence[Sequence[Callable[[], Float32Array]]] = (),
+    moves: Sequence[Sequence[npt.NDArray[Any]]] = (),
 ) -> list[npt.NDArray[Any]]:
     """Put a model together from what a message holds and what it left out.
 
@@ -161,8 +161,7 @@ def complete(
         Where the device keeps its copies, which afterwards are of this model; None if
         it keeps none.
     moves
-        What decodes the changes that the message holds, in its order: the last ones
-        first.
+        The changes that the message holds, in its order: the last ones first.
 
     Returns
     -------
@@ -197,8 +196,8 @@ def complete(
             values = held
             if piece.base is not None and store is not None:
                 for layer in reversed(moved[: piece.steps]):
-                    decoded = (layer[position]() for position in piece.positions)
-                    values = [*map(moved_by, values, decoded)]
+                    steps = [layer[position] for position in piece.positions]
+                    values = [*map(moved_by, values, steps)]
                 if digest(values) != piece.digest:
                     missing.append(piece.digest)
                     continue

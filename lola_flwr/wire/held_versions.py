@@ -38,8 +38,8 @@ class HeldVersions:
             piece = Piece(content, positions, sent=content not in held)
             known = [step for step, base in enumerate(bases, start=1) if base in held]
             if piece.sent and known:
-                base, codec = bases[known[0] - 1], version.codec
-                piece = replace(piece, base=base, codec=codec, steps=known[0])
+                base, steps = bases[known[0] - 1], known[0]
+                piece = replace(piece, base=base, codec=version.codec, steps=steps)
             elif piece.sent:
                 piece = replace(piece, codec=version.whole_codec)
             pieces.append(piece)

@@ -7,8 +7,7 @@ so nothing but the content has to travel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,7 +88,7 @@ def received_moves(
     received: Mapping[str, npt.NDArray[Any]],
     codec: Codec,
     layers: Sequence[Mapping[str, Sequence[int]]],
-) -> list[dict[str, Callable[[], Float32Array]]]:
+) -> list[dict[str, Float32Array]]:
     """Return the changes of values that a device was sent, by name.
 
     Parameters
@@ -102,11 +101,6 @@ def received_moves(
     layers
         Shapes of the parameters that they are of, by name: first of those whose last
         change was sent, then of those whose change before that was sent, too.
-
-    Returns
-    -------
-    By layer and name what decodes a change: all at once would take as much memory as
-    the model does, for each layer.
 
     Raises
     ------
@@ -124,10 +118,10 @@ def received_moves(
             f"{len(layers[0])} parameters take {sum(one.nbytes for one in expected)}. "
             "Use the same model on server and device."
         )
-    moves: list[dict[str, Callable[[], Float32Array]]] = []
+    moves = []
     for part, shapes in zip(np.split(packed, ends[:-1]), layers, strict=True):
         wire = unpack(part, codec, shapes)
-        moves.append({n: partial(codec.decode, wire[n], shapes[n]) for n in shapes})
+        moves.append({n: codec.decode(wire[n], shape) for n, shape in shapes.items()})
     return moves
 
 
