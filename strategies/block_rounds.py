@@ -96,8 +96,8 @@ class BlockRounds(Rounds[RoundPlan, Iterable[DeviceReply]]):
             Encodes an array. Devices that are sent the same share what it returns.
         """
         self._sent_at, self._longest_s = time.monotonic(), math.inf
-        packed: dict[tuple[str, tuple[Any, ...]], Encoded] = {}
-        pack: dict[str, Callable[[tuple[Any, ...]], npt.NDArray[Any]]] = {
+        packed: dict[tuple[str, tuple[str, ...]], Encoded] = {}
+        pack: dict[str, Callable[[Sequence[str]], npt.NDArray[Any]]] = {
             VALUES: partial(self._coordinator.packed, codec=plan.whole_codec),
             MOVES: self._coordinator.packed_moves,
         }

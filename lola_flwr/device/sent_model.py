@@ -57,8 +57,9 @@ def sent_model(
     whole = codec_named(manifest.whole_codec or "fp32")
     sent = shapes_of(manifest.sent_names(names))
     received = received_values(values, sent, whole)
-    layers = [shapes_of(layer) for layer in manifest.moved_names(names)]
-    codec = codec_named(manifest.codec) if layers else whole
-    moves = [[*one.values()] for one in received_moves(values, codec, layers)]
-    arrays = complete([*received.values()], manifest, directory, moves)
+    moves: Mapping[str, npt.NDArray[Any]] = {}
+    if moved := manifest.moved_names(names):
+        codec = codec_named(manifest.codec)
+        moves = received_moves(values, codec, shapes_of(moved))
+    arrays = complete([*received.values()], manifest, directory, [*moves.values()])
     return arrays, None if directory is None else manifest.version

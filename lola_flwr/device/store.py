@@ -147,7 +147,7 @@ def complete(
     received: Sequence[npt.NDArray[Any]],
     manifest: Manifest,
     directory: Path | None,
-    moves: Sequence[Sequence[npt.NDArray[Any]]] = (),
+    moves: Sequence[npt.NDArray[Any]] = (),
 ) -> list[npt.NDArray[Any]]:
     """Put a model together from what a message holds and what it left out.
 
@@ -161,7 +161,7 @@ def complete(
         Where the device keeps its copies, which afterwards are of this model; None if
         it keeps none.
     moves
-        The changes that the message holds, in its order: the last ones first.
+        The changes that the message holds, in its order.
 
     Returns
     -------
@@ -176,8 +176,7 @@ def complete(
         the change does not lead to what the manifest says.
     """
     sent = manifest.sent_arrays(received)
-    layers = zip(manifest.moved_positions, moves, strict=True)
-    moved = [dict(zip(*layer, strict=True)) for layer in layers]
+    moved = dict(zip(manifest.moved_positions, moves, strict=True))
     store = None if directory is None else PieceStore(directory)
     arrays: dict[int, npt.NDArray[Any]] = {}
     missing = []
@@ -195,9 +194,8 @@ def complete(
                 continue
             values = held
             if piece.base is not None and store is not None:
-                for layer in reversed(moved[: piece.steps]):
-                    steps = [layer[position] for position in piece.positions]
-                    values = [*map(moved_by, values, steps)]
+                steps = [moved[position] for position in piece.positions]
+                values = [*map(moved_by, held, steps)]
                 if digest(values) != piece.digest:
                     missing.append(piece.digest)
                     continue

@@ -319,16 +319,10 @@ class Coordinator:
             return self._reference.packed(names, codec or "fp32")
         return self._model.packed(names)
 
-    def packed_moves(self, layers: Sequence[Sequence[str]]) -> WireArray:
-        """Return by how much some parameters have changed, encoded, in one array.
-
-        Parameters
-        ----------
-        layers
-            As `Reference.packed_moves` has them.
-        """
+    def packed_moves(self, names: Sequence[str]) -> WireArray:
+        """Return by how much some parameters have changed, encoded, in one array."""
         assert self._reference is not None
-        return self._reference.packed_moves(layers)
+        return self._reference.packed_moves(names)
 
     @property
     def sends_by_name(self) -> bool:

@@ -3,10 +3,9 @@
 The server keeps the values that its devices hold, the *reference*. Each round it
 encodes by how much its own differ from these, decodes that as the devices will, and
 adds it: the reference is the devices' model bit for bit, and what the code has left out
-is part of the next change (*error feedback*). Devices that hold the reference of some
-rounds before are sent the changes since, as long as these are smaller than the values;
-all others the reference itself, whose values are rounded to bfloat16 for that: in half
-the bytes it comes as it is.
+is part of the next change (*error feedback*). Devices that hold the reference of the
+round before are sent the change; all others the reference itself, whose values are
+rounded to bfloat16 for that: in half the bytes it comes as it is.
 
 References
 ----------
@@ -50,8 +49,7 @@ class Reference:
         # By piece: digest of the server's values that were encoded last.
         self._encoded: tuple[str, ...] = ()
         self._version: ModelVersion | None = None
-        # The latest changes, the last one first.
-        self._moves: dict[str, tuple[WireArray, ...]] = {}
+        self._moves: dict[str, WireArray] = {}
 
     def advance(self, values: Float32Arrays) -> ModelVersion:
         """Bring the reference to the server's values, as near as the codec does.
@@ -78,29 +76,18 @@ class Reference:
             if now.digests[place] == self._encoded[place]:
                 continue
             piece = [names[position] for position in positions]
-            kept = self._most_changes([values[name].shape for name in piece])
             for name in piece:
                 move = self._codec.encode(values[name] - self._values[name])
-                self._moves[name] = (move, *self._moves.get(name, ()))[:kept]
+                self._moves[name] = move
                 shape = values[name].shape
                 # A new array: the old one may be on its way to a checkpoint.
                 change = self._codec.decode(move, shape)
                 self._values[name] = moved_by(self._values[name], change)
-            bases[place] = (before.digests[place], *bases[place])[:kept]
+            bases[place] = before.digests[place]
             digests[place] = digest(self._values[name] for name in piece)
         self._encoded = now.digests
         self._version = replace(before, digests=tuple(digests), bases=tuple(bases))
         return self._version
-
-    def _most_changes(self, shapes: Sequence[Sequence[int]]) -> int:
-        """Return how many changes of some arrays take less than their values.
-
-        1 at least, and at most 99, which is what a manifest has room for.
-        """
-        whole = codec_named(WHOLE_CODEC)
-        value_bytes = sum(whole.wire_type(shape).nbytes for shape in shapes)
-        move_bytes = sum(self._codec.wire_type(shape).nbytes for shape in shapes)
-        return min(max((value_bytes - 1) // max(move_bytes, 1), 1), 99)
 
     def _of_values(self) -> ModelVersion:
         version = self._versions.of([*self._values.values()])
@@ -111,21 +98,9 @@ class Reference:
         whole = codec_named(codec)
         return pack({name: whole.encode(self._values[name]) for name in names})
 
-    def packed_moves(self, layers: Sequence[Sequence[str]]) -> WireArray:
-        """Return the latest changes of some parameters, encoded, in one array.
-
-        Parameters
-        ----------
-        layers
-            Those whose last change is meant, those whose change before that is, too,
-            and so on.
-        """
-        return np.concatenate(
-            [
-                pack({name: self._moves[name][step] for name in names})
-                for step, names in enumerate(layers)
-            ]
-        )
+    def packed_moves(self, names: Sequence[str]) -> WireArray:
+        """Return the last changes of some parameters, encoded, in one array."""
+        return pack({name: self._moves[name] for name in names})
 
     def forget(self) -> None:
         """Begin anew: the server's next values are sent as they are."""

@@ -32,15 +32,14 @@ class HeldVersions:
         """
         held = self.of_device.get(device_id, ())
         pieces = []
-        for content, positions, bases in zip(
+        for content, positions, base in zip(
             version.digests, version.pieces, version.bases, strict=True
         ):
-            piece = Piece(content, positions, sent=content not in held)
-            known = [step for step, base in enumerate(bases, start=1) if base in held]
-            if piece.sent and known:
-                base, steps = bases[known[0] - 1], known[0]
-                piece = replace(piece, base=base, codec=version.codec, steps=steps)
-            elif piece.sent:
+            sent = content not in held
+            piece = Piece(content, positions, sent)
+            if sent and base in held:
+                piece = replace(piece, base=base, codec=version.codec)
+            elif sent:
                 piece = replace(piece, codec=version.whole_codec)
             pieces.append(piece)
         return Manifest(tuple(pieces))

@@ -87,42 +87,36 @@ def moved_by(values: Float32Array, change: Float32Array) -> Float32Array:
 def received_moves(
     received: Mapping[str, npt.NDArray[Any]],
     codec: Codec,
-    layers: Sequence[Mapping[str, Sequence[int]]],
-) -> list[dict[str, Float32Array]]:
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, Float32Array]:
     """Return the changes of values that a device was sent, by name.
 
     Parameters
     ----------
     received
-        What it was sent: encoded changes in one array, named ``MOVES``: of each layer
-        what ``pack`` makes of it.
+        What it was sent: encoded changes in one array of ``pack``, named ``MOVES``.
     codec
         What they travel in.
-    layers
-        Shapes of the parameters that they are of, by name: first of those whose last
-        change was sent, then of those whose change before that was sent, too.
+    shapes
+        Shapes of the parameters that they are of, by name.
 
     Raises
     ------
     UserError
         These are the changes of another model.
     """
-    if not layers:
-        return []
+    if not shapes:
+        return {}
     packed = received.get(MOVES, np.empty(0, np.uint8))
-    expected = [packed_type(codec, shapes.values()) for shapes in layers]
-    ends = np.cumsum([one.size for one in expected])
-    if (packed.shape, packed.dtype) != ((ends[-1],), expected[0].dtype):
+    expected = packed_type(codec, shapes.values())
+    if (packed.shape, packed.dtype) != expected:
         raise UserError(
             f"Changes of {packed.nbytes} bytes received; those of this model's "
-            f"{len(layers[0])} parameters take {sum(one.nbytes for one in expected)}. "
-            "Use the same model on server and device."
+            f"{len(shapes)} parameters take {expected.nbytes}. Use the same model on "
+            "server and device."
         )
-    moves = []
-    for part, shapes in zip(np.split(packed, ends[:-1]), layers, strict=True):
-        wire = unpack(part, codec, shapes)
-        moves.append({n: codec.decode(wire[n], shape) for n, shape in shapes.items()})
-    return moves
+    wire = unpack(packed, codec, shapes)
+    return {name: codec.decode(wire[name], shape) for name, shape in shapes.items()}
 
 
 def received_values(

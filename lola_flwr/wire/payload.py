@@ -98,7 +98,7 @@ class SizesDown:
         sizes = self.coded if manifest.whole_codec else self.values
         return (
             sum(sizes[name] for name in manifest.sent_names(names)),
-            sum(self.moves[n] for layer in manifest.moved_names(names) for n in layer),
+            sum(self.moves[name] for name in manifest.moved_names(names)),
         )
 
     def message_bytes(self, manifest: Manifest | None) -> int:

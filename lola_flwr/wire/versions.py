@@ -34,7 +34,7 @@ _MOST_ARRAYS = 1_000_000
 _RUN = "[0-9]{1,7}-[0-9]{1,7}"
 _DIGEST = "[0-9a-f]{32}"
 _PIECE = re.compile(
-    rf"(\+?)({_DIGEST})(?:~([a-z0-9]{{1,9}})(?:~({_DIGEST})(?:\*([1-9][0-9]?))?)?)?:"
+    rf"(\+?)({_DIGEST})(?:~([a-z0-9]{{1,9}})(?:~({_DIGEST}))?)?:"
     rf"({_RUN}(?:,{_RUN})*)"
 )
 
@@ -104,8 +104,6 @@ class Piece:
     codec
         Name of the codec that the changes, or the arrays, travel in; "": arrays travel
         as they are.
-    steps
-        How many changes of each array, one after the other, lead from ``base`` here.
     """
 
     digest: str
@@ -113,7 +111,6 @@ class Piece:
     sent: bool
     base: str | None = None
     codec: str = ""
-    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -174,18 +171,10 @@ class Manifest:
         return tuple(sorted(chain.from_iterable(sent)))
 
     @property
-    def moved_positions(self) -> tuple[tuple[int, ...], ...]:
-        """Positions of the arrays whose changes the message holds, in its order.
-
-        First those of which it holds the last change, which are all, then those of
-        which it holds the one before, too, and so on.
-        """
-        moved = [p for p in self.pieces if p.sent and p.base is not None]
-        layers = (
-            (piece.positions for piece in moved if piece.steps > step)
-            for step in range(max((piece.steps for piece in moved), default=0))
-        )
-        return tuple(tuple(sorted(chain.from_iterable(one))) for one in layers)
+    def moved_positions(self) -> tuple[int, ...]:
+        """Positions of the arrays whose changes the message holds, in its order."""
+        moved = (p.positions for p in self.pieces if p.sent and p.base is not None)
+        return tuple(sorted(chain.from_iterable(moved)))
 
     def sent_names(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names, out of all arrays' in order, of what the message holds.
@@ -197,17 +186,15 @@ class Manifest:
         """
         return self._names_at(self.sent_positions, names)
 
-    def moved_names(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    def moved_names(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names of those arrays whose changes the message holds.
-
-        As ``moved_positions``, the last changes first.
 
         Raises
         ------
         MalformedManifest
             It is the manifest of another number of arrays.
         """
-        return tuple(self._names_at(layer, names) for layer in self.moved_positions)
+        return self._names_at(self.moved_positions, names)
 
     def _names_at(
         self, positions: Sequence[int], names: Sequence[str]
@@ -256,14 +243,12 @@ class Manifest:
         """Write it for the wire: ``+<digest>:0-15,32-35 ...``, where + means sent.
 
         Of changes their codec and the content that they are from follow,
-        ``+<digest>~int8~<digest>:...``, with ``*3`` if three lead from there, and of
-        arrays in a codec that.
+        ``+<digest>~int8~<digest>:...``, and of arrays in a codec that.
         """
         return " ".join(
             f"{'+' * piece.sent}{piece.digest}"
             f"{f'~{piece.codec}' if piece.codec else ''}"
-            f"{f'~{piece.base}' if piece.base else ''}"
-            f"{f'*{piece.steps}' if piece.steps > 1 else ''}:"
+            f"{f'~{piece.base}' if piece.base else ''}:"
             + ",".join(f"{first}-{last}" for first, last in _runs(piece.positions))
             for piece in self.pieces
         )
@@ -285,16 +270,17 @@ class Manifest:
             runs = [
                 (int(first), int(last))
                 for first, _, last in (
-                    run.partition("-") for run in match[6].split(",")
+                    run.partition("-") for run in match[5].split(",")
                 )
             ]
             total += sum(last - first + 1 for first, last in runs)
             if total > _MOST_ARRAYS or any(first > last for first, last in runs):
                 raise MalformedManifest(f"{quoted(word)} has impossible positions.")
             positions = chain.from_iterable(range(a, b + 1) for a, b in runs)
-            sent, content, codec, base, steps, _ = match.groups()
-            kind = (base, codec or "", int(steps or 1))
-            pieces.append(Piece(content, tuple(positions), bool(sent), *kind))
+            sent, content, codec, base, _ = match.groups()
+            pieces.append(
+                Piece(content, tuple(positions), bool(sent), base, codec or "")
+            )
         all_positions = sorted(chain.from_iterable(p.positions for p in pieces))
         if all_positions != list(range(total)) or any(
             piece.positions != tuple(sorted(piece.positions)) for piece in pieces
@@ -334,8 +320,8 @@ class ModelVersion:
     digests
         Digest of each piece.
     bases
-        Digests of the contents that each piece has changed from, where whoever holds
-        one can be sent the changes since: the latest first.
+        Digest of the content that each piece has changed from, where whoever holds that
+        can be sent the change; None where nobody can.
     codec
         Name of the codec that changes travel in.
     whole_codec
@@ -345,13 +331,13 @@ class ModelVersion:
 
     pieces: tuple[tuple[int, ...], ...]
     digests: tuple[str, ...]
-    bases: tuple[tuple[str, ...], ...] = ()
+    bases: tuple[str | None, ...] = ()
     codec: str = ""
     whole_codec: str = ""
 
     def __post_init__(self) -> None:
         """Without any, there are no changes to send."""
-        object.__setattr__(self, "bases", self.bases or ((),) * len(self.pieces))
+        object.__setattr__(self, "bases", self.bases or (None,) * len(self.pieces))
 
 
 class Versions:

@@ -138,9 +138,7 @@ class RoundPlan:
         """Name of the codec that arrays travel in; "": as they are."""
         return max((m.whole_codec for m in self.manifests.values()), default="")
 
-    def moved_names(
-        self, device_id: str, names: Sequence[str]
-    ) -> tuple[tuple[str, ...], ...]:
-        """Return the names of that of which a device is sent the changes, in layers."""
+    def moved_names(self, device_id: str, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of that of which a device is sent the changes."""
         manifest = self.manifests.get(device_id)
         return () if manifest is None else manifest.moved_names(names)
