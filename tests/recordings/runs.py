@@ -140,7 +140,7 @@ STOPPED = DIRECTORY / "stopped"
 # What `make demo` simulates.
 DEMO = (
     *("simulations/glue", "--devices", "6", "batch-size=auto", "codec=auto"),
-    *("downlink=changed", "downlink-codec=int4", "downlink-channel=broadcast"),
+    *("downlink=changed", "downlink-codec=int2", "downlink-channel=broadcast"),
     *("own-examples=0", "eval-every=2", 'target="accuracy>=0.83"'),
 )
 
