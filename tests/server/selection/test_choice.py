@@ -60,10 +60,19 @@ def test_fewer_devices_than_blocks_train_in_turns():
     assert run_rounds(coordinator, ["id-0"], 6) == [[2], [1], [0], [2], [1], [0]]
 
 
-def test_blocks_that_need_two_devices_each_still_need_them():
-    coordinator = make_coordinator(num_devices=4, mode=RoundMode(devices_per_block=2))
-    with pytest.raises(InfeasibleAllocation, match=r"Too few devices: 4 for 3 blocks"):
-        coordinator.plan_round(1, IDS)
+def test_blocks_that_need_two_devices_each_have_them():
+    """Where devices are too few, each returns several, or with a choice fewer do."""
+    mode = RoundMode(devices_per_block=2)
+
+    def returned(*selection):
+        some = {"selection": Selection(*selection)}
+        coordinator = make_coordinator(num_devices=3, mode=mode, **some)
+        assignments = coordinator.plan_round(1, IDS[:3]).assignments.values()
+        blocks = [block for each in assignments for block in each.blocks]
+        return [blocks.count(block) for block in range(3)]
+
+    assert returned() == [2, 2, 2]
+    assert returned(RoundRobin(count=2)) == [0, 0, 2]
 
 
 def test_only_the_chosen_blocks_are_stepped():
