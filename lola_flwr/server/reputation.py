@@ -19,7 +19,9 @@ nothing, and nobody is judged by them.
 With examples of the server's own (`lola_flwr.server.own_examples`) it is the same, but
 that t is m / 2, that one agreement tells something already, and that the server counts
 as four devices, by how far its examples agree with each other: so m is known in the
-first round, whoever is asked in it. What other devices send then tells nothing more,
+first round, whoever is asked in it. (Examples may agree with each other more than with
+any device's data: where the devices' own median is lower, and not below nothing by more
+than chance, that is m.) What other devices send then tells nothing more,
 not even where m is not significant though the examples agree with each other: a model
 that leans to one class has devices agree with those of their class alone. And devices
 that say the same have one voice together (`lola_flwr.server.likeness`).
