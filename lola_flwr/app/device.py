@@ -143,11 +143,13 @@ def _simulated_compute_s(
         of_blocks = known.zeroth_order.costs
     if config.batch_sizes:
         of_blocks = of_blocks.at(assignment.batch_size)
-    of_blocks = of_blocks.joined([assignment.blocks])
-    flops = float(of_blocks.required_flops([profile])[0, assignment.block_index])
+    # Back-propagation passes all from the deepest, which a window may not begin with.
+    deepest, *_ = blocks = sorted(assignment.blocks)
+    of_blocks = of_blocks.joined([blocks])
+    flops = float(of_blocks.required_flops([profile])[0, deepest])
     if assignment.operations is not None:
         operations = from_text(assignment.operations)
-        flops, _ = reduced_costs(of_blocks, assignment.block_index, operations)
+        flops, _ = reduced_costs(of_blocks, deepest, operations)
     return float(
         flops
         / profile.flops_per_s

@@ -216,7 +216,7 @@ class BlockDevice:
         """Compute what is asked for on a mini-batch, with a random state of its own."""
         levers, cache = self._levers(assignment, streams=local.streams)
         tokens = self._tokens(local, assignment, batch, levers)
-        block = assignment.block_index
+        block = min(assignment.blocks)
 
         def loss_function(model: nn.Module, batch: Batch) -> Tensor:
             with autocast(self.precision, device):
@@ -379,7 +379,7 @@ class BlockDevice:
         step = self._step_memory(assignment)
         if step is None:
             return Levers(self.micro_batch_size, stream_prefix=streams)
-        chosen = step.choose(self.profile)[assignment.block_index]
+        chosen = step.choose(self.profile)[min(assignment.blocks)]
         return replace(
             chosen,
             micro_batch_size=min(
@@ -388,7 +388,7 @@ class BlockDevice:
         )
 
     def _holds_parts(self, assignment: Assignment, levers: Levers) -> bool:
-        step, block = self._step_memory(assignment), assignment.block_index
+        step, block = self._step_memory(assignment), min(assignment.blocks)
         return step is None or step.holds_parts(levers, self.profile, block)
 
     def _step_memory(self, assignment: Assignment) -> StepMemory | None:
@@ -397,4 +397,4 @@ class BlockDevice:
         costs = self.costs()
         if costs.step is not None and assignment.batch_size < costs.step.batch_size:
             costs = costs.at(assignment.batch_size)
-        return costs.joined([assignment.blocks]).step
+        return costs.joined([sorted(assignment.blocks)]).step

@@ -24,7 +24,13 @@ from lola_flwr.planning import planned_blocks, solve_round
 from lola_flwr.planning.windows import even_windows
 from lola_flwr.strategies.served import PROJECT_SETTINGS
 from lola_flwr.system.devices import DeviceProfile
-from tests.planning.test_batches import EVEN_NOISE, even_fleet, known, statement
+from tests.planning.test_batches import (
+    COSTS,
+    EVEN_NOISE,
+    even_fleet,
+    known,
+    statement,
+)
 
 
 @given(st.integers(1, 40), st.data())
@@ -147,3 +153,13 @@ def test_a_batch_is_chosen_by_all_the_examples_of_a_block():
 def test_impossible_numbers_are_refused():
     with pytest.raises(UserError, match="returned_by=0 must be at least 1"):
         AllocationOptions(returned_by=0)
+
+
+def test_a_window_that_begins_again_takes_a_device_as_long_as_all_blocks():
+    costs = COSTS.at(16)
+    for blocks in ((1, 2, 0), (2, 0), (2, 0, 1)):
+        deepest, *_ = span = sorted(blocks)
+        flops = costs.joined([span]).flops[deepest]
+        assert flops <= costs.joined([range(3)]).flops[0]
+        assert flops > costs.flops[0]
+        assert np.isfinite(costs.joined([span]).memory_bytes).all()
