@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: venv
-	$(BIN)/lola-flwr simulate simulations/glue --devices 6 batch-size=auto codec=auto downlink=changed downlink-codec=int4 downlink-channel=broadcast own-examples=0 eval-every=2 'target="accuracy>=0.83"'
+	$(BIN)/lola-flwr simulate simulations/glue --devices 6 batch-size=auto codec=auto downlink=changed downlink-codec=int2 downlink-channel=broadcast own-examples=0 eval-every=2 'target="accuracy>=0.83"'
 
 # For two cores: most tests compute on one, and some wait for Flower's programs.
 test: venv
