@@ -151,9 +151,10 @@ def _executed_flops(run: Callable[[], None]) -> int:
     """Count by PyTorch's counter, which is told what it lacks.
 
     These are CPUs' fused attention, with its own formulas for GPUs', and products with
-    weights of 4 bits and with one matrix for each part.
+    weights of 4 bits, with one matrix for each part and with sparse matrices.
     """
     aten, mapping = torch.ops.aten, {}
+    mapping[aten.mm] = mapping[aten._sparse_addmm] = _product_flops
     if "bitsandbytes" in sys.modules:
         mapping[torch.ops.bitsandbytes.gemm_4bit] = lambda a, _, weight, *__, **___: (
             2 * a.numel() * weight[0]
@@ -174,6 +175,16 @@ def _executed_flops(run: Callable[[], None]) -> int:
     with counter:
         run()
     return int(counter.get_total_flops())
+
+
+def _product_flops(*factors: object, **_: object) -> int:
+    """Count a product of the last two matrices; of a sparse one what it stores."""
+    left, right = [f for f in factors if isinstance(f, torch.Tensor)][-2:]
+    return 2 * (left._nnz() if left.is_sparse else left.numel()) * right.shape[-1]
+
+
+# The counter passes on the tensors themselves, not their shapes alone.
+_product_flops._get_raw = True  # type: ignore[attr-defined]
 
 
 def allocated_at_peak(run: Callable[[], object]) -> int:
