@@ -60,7 +60,8 @@ id lola >/dev/null 2>&1 ||
 [ -x "$prefix/bin/python" ] || "$python" -m venv "$prefix"
 if [ -n "${LOLA_WORKER_PYTHON:-}" ]; then
     # The worker's own Python has PyTorch; this one carries messages.
-    "$prefix/bin/pip" install --quiet "flwr>=1.41,<2" "numpy>=2,<3" "ml-dtypes>=0.5"
+    "$prefix/bin/pip" install --quiet "flwr>=1.41,<2" "numpy>=2,<3" "ml-dtypes>=0.5" \
+        "xxhash>=3"
     "$prefix/bin/pip" install --quiet --no-deps "$package"
 else
     has_torch='import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'

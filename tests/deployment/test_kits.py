@@ -76,11 +76,14 @@ WORKER = (
 NODE = "lola_glue.client_app", "lola_flwr.cli.main", "lola_flwr.deployment.node.command"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "script", "has", "anywhere"),
-    [(WORKER, "jetson", ["torch"], True), (NODE, "linux", [], False)],
-    ids=["worker", "node"],
+    [
+        pytest.param(
+            *(WORKER, "jetson", ["torch"], True), id="worker", marks=pytest.mark.slow
+        ),
+        pytest.param(NODE, "linux", [], False, id="node"),
+    ],
 )
 def test_each_python_has_all_that_it_imports(modules, script, has, anywhere):
     """A kit names what it installs there; the package's own dependencies stay out.
