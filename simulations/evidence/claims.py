@@ -31,8 +31,8 @@ class Claim:
     at_least
         What our runs end with, by metric.
     within
-        By how much each of these metrics may be below the baseline's; None: it may be
-        by any. Then both have seen equally many samples.
+        By how much each of these metrics may be below the baseline's, from no more
+        samples; None: by any, from any.
     time_share
         Our wireless time at most, relative to the baseline's.
     """
@@ -148,7 +148,8 @@ def verdict_rows(task: str, claim: Claim, ends: Sequence[Row]) -> list[Row]:
             )
     if claim.within is not None:
         ratio = _mean(ours, "samples") / _mean(baseline, "samples")
-        judge("samples, of the baseline's", "1", ratio, holds=ratio == 1.0)
+        # Fewer where devices rest whose gradients point another way.
+        judge("samples, of the baseline's", "at most 1", ratio, holds=ratio <= 1.0)
     there = [row["reached"] for row in (*ours, *baseline)]
     if not all(there):
         count = float(sum(map(int, there)))
