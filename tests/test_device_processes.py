@@ -245,6 +245,12 @@ def test_as_many_compute_at_a_time_as_there_are_cpus_for(monkeypatch):
     assert {asked: num_places(*asked) for asked in counts} == counts
 
 
+def heed_signals():
+    """Undo what nohup and shells do to commands in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
@@ -265,6 +271,7 @@ def test_nothing_is_left_of_a_command_that_ends(tmp_path, number):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
