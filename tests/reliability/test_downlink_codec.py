@@ -36,7 +36,8 @@ def test_devices_that_are_up_to_date_are_sent_changes(tmp_path, interface):
     whole = records[0]["blocks"][0]["sent_bytes"]
     assert {b["sent_bytes"] for b in records[0]["blocks"]} == {whole}
     later = [b["sent_bytes"] for record in records[1:] for b in record["blocks"]]
-    assert min(later) < 0.3 * whole and {min(later), whole} >= {*later}
+    # What is whole comes in bfloat16, two bytes a value, and a change in one.
+    assert min(later) < 0.6 * whole and {min(later), whole} >= {*later}
     assert not any(record["refused"] for record in records)
     total_s = 0.0
     for record in records:
