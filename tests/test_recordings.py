@@ -77,17 +77,44 @@ def check(name, records):
     assert differences(then, now, DROPPED.get(name, frozenset())) == []
 
 
-@pytest.mark.parametrize(
-    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
+def learned(records):
+    return [(record["train_loss"], record["metrics"]) for record in records]
+
+
+def check_but_for_bits(name, records, tmp_path):
+    """Check a run whose choices hang on sums of float32 values, to their last bit.
+
+    Where it differs on a machine that sums in another order than the one that recorded,
+    nothing can be said.
+    """
+    try:
+        check(name, records)
+    except AssertionError:
+        again = recordings.replay("message", tmp_path / "message")
+        if learned(again) == learned(recordings.recorded("message")):
+            raise
+        pytest.skip("what was recorded hangs on bits that this machine has otherwise")
+
+
+@pytest.mark.parametrize("name", FAST)
 def test_a_run_is_as_it_was(name, tmp_path):
     check(name, recordings.replay(name, tmp_path))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_a_longer_run_is_as_it_was(name, tmp_path):
+    told, records = SLOW[name], recordings.replay(name, tmp_path)
+    if "sampler" in told or "auto" in told.values():
+        check_but_for_bits(name, records, tmp_path)
+    else:
+        check(name, records)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_demo_is_as_it_was(tmp_path):
-    check("demo", recordings.replay_demo(tmp_path))
+    check_but_for_bits("demo", recordings.replay_demo(tmp_path), tmp_path)
 
 
 def test_a_run_that_an_earlier_version_began_goes_on_or_is_refused(tmp_path):
