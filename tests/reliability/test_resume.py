@@ -277,9 +277,10 @@ def test_killed_at_25_random_moments_a_run_ends_with_the_same_weights(
     begun = [int(line) for line in worked_on.read_text().split()]
     # After a kill the round that it struck is done again, and the one before if its
     # checkpoint was still being written.
-    assert set(np.diff(begun)) <= {-1, 0, 1}
+    steps = np.diff(begun)
+    assert set(steps) <= {-1, 0, 1}
     assert begun[0] == 1 and begun[-1] == 20
-    assert 20 < len(begun) <= 20 + 25
+    assert 0 < np.sum(steps < 1) <= 25
 
 
 GLUE = ROOT / "simulations" / "glue"
