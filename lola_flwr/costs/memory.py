@@ -8,6 +8,7 @@ the same rule, so that the server knows what the device will do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from lola_flwr.arrays import BoolArray, Float64Array, IntArray
 from lola_flwr.system.devices import DeviceProfile
+from lola_flwr.system.gradient_noise import NUM_GROUPS
 
 Bytes = Float64Array | float
 
@@ -198,9 +200,30 @@ class StepMemory:
         """
         if levers.micro_batch_size < self.batch_size:
             return True  # it is cut anyway
-        half = replace(levers, micro_batch_size=-(-self.batch_size // 2))
-        whole, part = (self.peak_bytes(each)[block] for each in (levers, half))
-        return bool(part <= max(whole, profile.memory_bytes))
+        return self._holds(levers, profile, block, 2)
+
+    def holds_groups(self, levers: Levers, profile: DeviceProfile, block: int) -> bool:
+        """Tell whether a device may sum up groups of its batch apart, for their noise.
+
+        Micro-batches are a group at most. The sum of its gradients is there beside that
+        of the groups before.
+        """
+        further_bytes = self.update_bytes[block]
+        return self._holds(levers, profile, block, NUM_GROUPS, further_bytes)
+
+    def _holds(
+        self,
+        levers: Levers,
+        profile: DeviceProfile,
+        block: int,
+        num_parts: int,
+        further_bytes: float = 0.0,
+    ) -> bool:
+        """Tell whether a batch in parts, and something besides, fits as well."""
+        size = min(levers.micro_batch_size, math.ceil(self.batch_size / num_parts))
+        part = self.peak_bytes(replace(levers, micro_batch_size=size))[block]
+        most_bytes = max(self.peak_bytes(levers)[block], profile.memory_bytes)
+        return bool(part + further_bytes <= most_bytes)
 
     def options(
         self, *, splits: bool, streams: bool, recomputes: bool = False

@@ -29,7 +29,7 @@ from lola_flwr.device.sensors import reports_energy
 from lola_flwr.device.sent_model import sent_model
 from lola_flwr.device.steps import StepResult, squares_fields, step_for
 from lola_flwr.device.store import LostCopy
-from lola_flwr.device.tokens import ALL_TOKENS, Tokens, Trial, tokens_for
+from lola_flwr.device.tokens import ALL_TOKENS, CountedSplit, Tokens, Trial, tokens_for
 from lola_flwr.errors import UserError
 from lola_flwr.machine.heap import keep_no_freed_memory
 from lola_flwr.model.activations import IN_PART, Activations, kept_suffix
@@ -234,8 +234,9 @@ class BlockDevice:
                 self.seed, "dropout", assignment.server_round, self.profile.name
             )
             torch.manual_seed(int(rng.integers(2**63)))
-            holds_parts = self._holds_parts(assignment, levers)
-            result = step_for(assignment, batch, tells_noise=holds_parts)(
+            split = CountedSplit(tokens.split)
+            tells_noise = self._fits(StepMemory.holds_groups, assignment, levers)
+            result = step_for(assignment, tells_noise=tells_noise)(
                 model,
                 local.partition,
                 assignment,
@@ -243,12 +244,10 @@ class BlockDevice:
                 loss_function=loss_function,
                 micro_batch_size=levers.micro_batch_size,
                 batch_weight=self.batch_weight,
-                split=tokens.split,
+                split=split,
             )
-        if self.sequence_length is None:
-            return result
         size = levers.micro_batch_size
-        return replace(result, example_tokens=tokens.per_example(batch, size))
+        return replace(result, example_tokens=tokens.per_example(batch, size, split))
 
     def _tokens(
         self,
@@ -269,7 +268,7 @@ class BlockDevice:
         return tokens_for(
             trial,
             batch,
-            cuts=self._holds_parts(assignment, levers),
+            cuts=self._fits(StepMemory.holds_parts, assignment, levers),
             # Which layers are computed, and for what, may be told.
             shortens=assignment.operations is None,
         )
@@ -387,9 +386,9 @@ class BlockDevice:
             ),
         )
 
-    def _holds_parts(self, assignment: Assignment, levers: Levers) -> bool:
-        step, block = self._step_memory(assignment), min(assignment.blocks)
-        return step is None or step.holds_parts(levers, self.profile, block)
+    def _fits(self, way: Callable[..., bool], task: Assignment, levers: Levers) -> bool:
+        step, block = self._step_memory(task), min(task.blocks)
+        return step is None or way(step, levers, self.profile, block)
 
     def _step_memory(self, assignment: Assignment) -> StepMemory | None:
         if self.costs is None:

@@ -22,17 +22,13 @@ from lola_flwr.model.backprop import (
     LossFunction,
     Split,
     block_gradient,
-    num_examples_of,
 )
 from lola_flwr.model.blocks import BlockPartition
+from lola_flwr.system.gradient_noise import NUM_GROUPS
 from lola_flwr.wire.records import SQUARES_TYPE, Assignment
 from lola_flwr.zeroth_order.directions import directions_of
 from lola_flwr.zeroth_order.forward_mode import directional_derivatives
 from lola_flwr.zeroth_order.projections import projected_gradients
-
-# One in so many examples of a mini-batch is computed first where its noise is told: the
-# fewer they are, the more the two squared norms differ.
-_FEW = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,26 +78,23 @@ class Step(Protocol):
         """Run the step."""
 
 
-def step_for(assignment: Assignment, batch: Batch, *, tells_noise: bool = True) -> Step:
+def step_for(assignment: Assignment, *, tells_noise: bool = True) -> Step:
     """Return the step that an assignment asks for.
 
     Parameters
     ----------
     assignment
         What the server asks for.
-    batch
-        The mini-batch.
     tells_noise
-        Whether the memory holds a sum of gradients beside half of it, by which the
-        gradient's noise is told, if the server asks for that.
+        Whether the memory holds the sums of gradients by which their noise is told, if
+        the server asks for that.
     """
     if assignment.direction_seed is not None:
         return forward_passes_alone
     if assignment.operations is not None:
         return under_a_schedule
-    few = max(num_examples_of(batch) // _FEW, 1)
     tells_noise &= bool(assignment.measures_noise)
-    return partial(down_to_the_block, few_examples=few * tells_noise)
+    return partial(down_to_the_block, num_groups=NUM_GROUPS if tells_noise else 1)
 
 
 def squares_fields(squares: GradientSquares) -> dict[str, Any]:
@@ -131,11 +124,11 @@ def down_to_the_block(
     micro_batch_size: int,
     batch_weight: BatchWeight,
     split: Split,
-    few_examples: int = 0,
+    num_groups: int = 1,
 ) -> StepResult:
     """Back-propagate from the loss down to the block: the gradient itself.
 
-    Of several blocks, it is one pass down to the first. If ``few_examples``, its noise
+    Of several blocks, it is one pass down to the first. In several groups, its noise
     is looked at, too, as `block_gradient` does.
     """
     return _of(
@@ -148,7 +141,7 @@ def down_to_the_block(
             micro_batch_size=micro_batch_size,
             batch_weight=batch_weight,
             split=split,
-            few_examples=few_examples,
+            num_groups=num_groups,
         )
     )
 

@@ -54,6 +54,31 @@ _logger = logging.getLogger(__name__)
 _ROUNDING = 1e-5
 
 
+@dataclass
+class CountedSplit:
+    """A `Split` that counts what it gives.
+
+    Parameters
+    ----------
+    split
+        The split itself.
+    num_tokens, num_passes
+        Tokens, padding among them, of the micro-batches so far; and these.
+    """
+
+    split: Split
+    num_tokens: int = 0
+    num_passes: int = 0
+
+    def __call__(self, batch: Batch, micro_batch_size: int) -> Iterator[Batch]:
+        """Cut a batch, and count."""
+        for part in self.split(batch, micro_batch_size):
+            mask = part.get("attention_mask")
+            self.num_tokens += 0 if mask is None else mask.numel()
+            self.num_passes += 1
+            yield part
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Which tokens a device computes.
@@ -73,20 +98,20 @@ class Tokens:
     first_alone: Callable[[], AbstractContextManager[Any]] = nullcontext
     pass_tokens: float = 0.0
 
-    def per_example(self, batch: Batch, micro_batch_size: int) -> float | None:
-        """Return how many tokens are computed for an example, on average.
+    def per_example(
+        self, batch: Batch, micro_batch_size: int, counted: CountedSplit
+    ) -> float | None:
+        """Return how many tokens were computed for an example, on average.
 
-        Padding that is computed is among them, and what more passes take than without
-        a cut by length. None where no mask tells.
+        Padding that was computed is among them, and what more passes take than without
+        a cut by length or in groups. None where no mask tells.
         """
         padding = padding_of(batch)
         if padding is None:
             return None
         count = len(padding.lengths)
-        parts = list(self.split(batch, micro_batch_size))
-        computed = sum(part["attention_mask"].numel() for part in parts)
-        further = len(parts) - -(-count // (micro_batch_size or count))
-        return float((computed + further * self.pass_tokens) / count)
+        further = counted.num_passes - -(-count // (micro_batch_size or count))
+        return float((counted.num_tokens + further * self.pass_tokens) / count)
 
 
 ALL_TOKENS = Tokens()

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lola_flwr.arrays import Float64Array
 from lola_flwr.errors import UserError
 from lola_flwr.model.blocks import BlockPartition
 from lola_flwr.model.example_losses import (
@@ -45,9 +47,10 @@ class GradientSquares:
     Parameters
     ----------
     few_examples, few_squares
-        Some examples of the mini-batch, and the squared norm over these of each block.
+        Examples of the largest group that was summed up apart, and what the squared
+        norm over so many is, a mean over all groups.
     all_examples, all_squares
-        All of them, and the squared norms over all.
+        Those of the mini-batch, and the squared norms over all.
     """
 
     few_examples: int
@@ -191,7 +194,7 @@ def block_gradient(
     micro_batch_size: int = 0,
     batch_weight: BatchWeight = num_examples_of,
     split: Split = evenly,
-    few_examples: int = 0,
+    num_groups: int = 1,
 ) -> BlockGradient:
     """Compute the mean gradient of a block, and of the head, on one mini-batch.
 
@@ -217,11 +220,10 @@ def block_gradient(
         micro-batch weighs.
     split
         Cuts the mini-batch (default: in its own order, without regard to lengths).
-    few_examples
-        So many examples, drawn at random, are computed first, and of the others half at
-        a time at most, so that two squared norms tell the gradient's noise; 0: they are
-        not asked for. It takes no memory that micro-batches of half of the mini-batch
-        do not.
+    num_groups
+        Groups of examples, drawn at random, whose gradients are summed up apart, so
+        that squared norms over these and over all tell the gradient's noise; 1: they
+        are not asked for. The sum of a group is there beside that of those before it.
 
     Returns
     -------
@@ -245,84 +247,114 @@ def block_gradient(
         )
     keep_differentiable(model)
     mean_loss = 0.0
+    num_examples = num_examples_of(batch)
+    num_groups = min(num_groups, num_examples)
     with (
         only_block_trainable(model, partition, *blocks) as trainable,
         noted_calls(model, trainable) as calls,
     ):
         found = {name: parameter.grad for name, parameter in trainable.items()}
         try:
+            total: dict[str, Tensor] = {}
+            of_groups: list[tuple[int, Float64Array]] = []
             for parameter in trainable.values():
                 parameter.grad = None
-            sums: list[tuple[tuple[float, ...], float]] = []
-            for group, size in _groups(batch, micro_batch_size, few_examples):
-                for part in split(group, size):
+            for group in _groups(batch, num_groups):
+                for part in split(group, micro_batch_size):
                     share = batch_weight(part) / weight
                     if not share:
                         continue
                     loss = loss_function(model, part) * share
                     _add_gradients(loss, list(trainable.values()))
                     mean_loss += loss.item()
-                if few_examples:
-                    of_blocks = tuple(
-                        _squared_norm(trainable[n] for n in partition.blocks[block])
-                        for block in blocks
-                    )
-                    sums.append((of_blocks, batch_weight(group) / weight))
-            missing = [name for name, p in trainable.items() if p.grad is None]
+                share = batch_weight(group) / weight
+                if num_groups > 1 and share:
+                    grads = {name: p.grad for name, p in trainable.items()}
+                    squares = _squared_norms(grads, partition, blocks) / share**2
+                    of_groups.append((num_examples_of(group), squares))
+                    del grads
+                _move_gradients(trainable, total)
+            missing = [name for name in trainable if name not in total]
             calls.check(missing)
             for block in blocks:
                 require_gradients(f"block {block}", partition.blocks[block], missing)
             gradients = {
-                name: torch.zeros_like(p) if p.grad is None else p.grad
-                for name, p in trainable.items()
+                name: total[name] if name in total else torch.zeros_like(parameter)
+                for name, parameter in trainable.items()
             }
         finally:
             for name, gradient in found.items():
                 trainable[name].grad = gradient
+    found_squares = None
+    if len(of_groups) > 1:
+        whole = _squared_norms(gradients, partition, blocks)
+        found_squares = _squares(of_groups, num_examples, whole)
     return BlockGradient(
         gradients=gradients,
         loss=mean_loss,
         num_examples=weight,
-        squares=_squares(sums, few_examples, num_examples_of(batch)),
+        squares=found_squares,
     )
 
 
-def _squares(
-    sums: Sequence[tuple[tuple[float, ...], float]],
-    few_examples: int,
-    num_examples: int,
-) -> GradientSquares | None:
-    """Return the squares of means, from those of sums and the share of the first."""
-    if len(sums) < 2 or not sums[0][1]:
-        return None
-    (few, share), (whole, _) = sums
-    means = tuple(square / share**2 for square in few)
-    return GradientSquares(few_examples, means, num_examples, whole)
-
-
-def _groups(
-    batch: Batch, micro_batch_size: int, few_examples: int
-) -> Iterator[tuple[Batch, int]]:
-    """Give what is computed before squares are taken, and examples at a time."""
-    num_examples = num_examples_of(batch)
-    if not 0 < few_examples < num_examples:
-        yield batch, micro_batch_size
+def _groups(batch: Batch, num_groups: int) -> Iterator[Batch]:
+    """Draw so many groups of a mini-batch's examples, of about the same size."""
+    if num_groups < 2:
+        yield batch
         return
-    half = -(-num_examples // 2)
-    size = min(micro_batch_size or half, half)
     # Some sources sort what they draw.
-    order = torch.randperm(num_examples)
-    for rows in (order[:few_examples], order[few_examples:]):
-        yield (
-            {name: values[rows.to(values.device)] for name, values in batch.items()},
-            size,
-        )
+    for rows in torch.randperm(num_examples_of(batch)).tensor_split(num_groups):
+        yield {name: values[rows.to(values.device)] for name, values in batch.items()}
 
 
-def _squared_norm(parameters: Iterable[Tensor]) -> float:
-    """Return the squared norm of the gradients that parameters have."""
-    gradients = (p.grad for p in parameters if p.grad is not None)
-    return float(sum(g.float().square().sum().item() for g in gradients))
+def _squares(
+    of_groups: Sequence[tuple[int, Float64Array]],
+    num_examples: int,
+    whole: Float64Array,
+) -> GradientSquares:
+    """Return the squares over the largest group and over all, by those of all groups.
+
+    What noise adds to the square over n examples goes with 1 / n.
+    """
+    sizes, squares = zip(*of_groups, strict=True)
+    few = max(sizes)
+    mean_inverse = float(np.mean([1.0 / size for size in sizes]))
+    share = (1.0 / few - 1.0 / num_examples) / (mean_inverse - 1.0 / num_examples)
+    over_few = whole + share * (np.mean(squares, axis=0) - whole)
+    return GradientSquares(
+        few, tuple(over_few.tolist()), num_examples, tuple(whole.tolist())
+    )
+
+
+def _squared_norms(
+    gradients: Mapping[str, Tensor | None],
+    partition: BlockPartition,
+    blocks: Sequence[int],
+) -> Float64Array:
+    """Return the squared norm of each block's gradient, shape [blocks]."""
+
+    def squared_norm(name: str) -> float:
+        gradient = gradients[name]
+        return 0.0 if gradient is None else gradient.float().square().sum().item()
+
+    return np.array(
+        [sum(map(squared_norm, partition.blocks[block])) for block in blocks]
+    )
+
+
+def _move_gradients(parameters: Mapping[str, Tensor], total: dict[str, Tensor]) -> None:
+    """Add the gradients that parameters have to a sum, in place; these have none then.
+
+    The first becomes the sum itself: of a single group there is no copy.
+    """
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            continue
+        if name in total:
+            total[name] += parameter.grad
+        else:
+            total[name] = parameter.grad
+        parameter.grad = None
 
 
 def _add_gradients(loss: Tensor, trainable: Sequence[Tensor]) -> None:

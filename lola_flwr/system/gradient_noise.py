@@ -1,7 +1,7 @@
 """How noisy the gradients of blocks are, by what devices say of their mini-batches.
 
 The gradient of b examples has the expected square ``|G|^2 + tr(Sigma) / b``: its square
-over few examples of a mini-batch and over all of them tells both terms (McCandlish,
+over groups of a mini-batch and over all of it tells both terms (McCandlish,
 Kaplan, Amodei et al., arXiv:1812.06162, appendix A.1). Their ratio, the noise scale
 ``tr(Sigma) / |G|^2``, is the number of examples from which on more bring little. A
 single pair of squares tells it badly; it is the ratio of what is kept of many.
@@ -21,6 +21,9 @@ import numpy as np
 
 from lola_flwr.arrays import Float64Array
 
+# Groups of a mini-batch whose squared norms tell its noise. Eight would tell it little
+# better, and every group is a pass of its own.
+NUM_GROUPS = 4
 # What is believed before anything is known, and what that weighs, in observations of
 # all blocks: so few of them may well say that there is no signal.
 _ASSUMED, _ASSUMED_COUNTS = 128.0, 6.0
@@ -69,7 +72,7 @@ class NoiseObservation:
     block_index
         The block.
     few_examples, few_square
-        Some examples of the mini-batch, and the squared norm of their mean gradient.
+        Examples of a group, and the mean of the groups' squared norms.
     examples, square
         All of them, and that of theirs.
     """

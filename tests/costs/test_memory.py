@@ -89,6 +89,22 @@ def test_a_batch_is_cut_by_length_where_half_of_it_fits_beside_the_sum():
     assert step.holds_parts(Levers(1), profile(1e6), 2)  # it is cut anyway
 
 
+def test_noise_is_told_where_two_sums_of_gradients_fit_beside_a_quarter():
+    step = step_memory()
+    quarter = step.peak_bytes(Levers(2)) + step.update_bytes
+    whole = step.peak_bytes(Levers(8))
+    assert (quarter < whole).any()
+    for block in range(3):
+        least = max(quarter[block], 1.0)
+        assert step.holds_groups(Levers(8), profile(least), block)
+        tight = profile(least - 1)
+        assert step.holds_groups(Levers(8), tight, block) == (quarter <= whole)[block]
+        # Where it computes less than a quarter at a time, that is what takes memory.
+        one = step.peak_bytes(Levers(1))[block] + step.update_bytes[block]
+        assert step.holds_groups(Levers(1), profile(one), block)
+        assert not step.holds_groups(Levers(1), profile(one - 1), block)
+
+
 def test_layers_run_twice_where_nothing_else_helps():
     step = step_memory()
     twice = Levers(8, recompute_suffix=True)

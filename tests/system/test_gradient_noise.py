@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -80,7 +81,7 @@ def measured_scales(model, data, seed: int) -> list[float]:
             rows = rng.choice(NUM_SAMPLES, BATCH, replace=False)
             batch = {name: values[rows] for name, values in data.items()}
             found = block_gradient(
-                model, PARTITION, block, batch, loss_function=loss, few_examples=16
+                model, PARTITION, block, batch, loss_function=loss, num_groups=4
             ).squares
             seen.append(
                 NoiseObservation(
@@ -101,9 +102,9 @@ def test_the_noise_scale_is_that_of_many_per_sample_gradients(setting):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         measured = [measured_scales(model, data, seed) for seed in range(6)]
-    # What 24 rounds tell is off by an eighth, usually.
-    np.testing.assert_allclose(np.median(measured, axis=0), true, rtol=0.15)
-    assert abs(np.divide(measured, true) - 1).max() < 0.5
+    # What 24 rounds tell has a standard deviation of 5 and 8 %.
+    np.testing.assert_allclose(np.median(measured, axis=0), true, rtol=0.1)
+    np.testing.assert_allclose(measured, np.tile(true, (6, 1)), rtol=0.2)
 
 
 def test_squares_are_those_of_each_block_alone_and_change_no_gradient(setting):
@@ -111,10 +112,10 @@ def test_squares_are_those_of_each_block_alone_and_change_no_gradient(setting):
     batch = {name: values[:32] for name, values in data.items()}
     usual = block_gradient(model, PARTITION, (0, 1), batch, loss_function=loss)
     found = block_gradient(
-        model, PARTITION, (0, 1), batch, loss_function=loss, few_examples=4
+        model, PARTITION, (0, 1), batch, loss_function=loss, num_groups=4
     )
     assert usual.squares is None
-    assert (found.squares.few_examples, found.squares.all_examples) == (4, 32)
+    assert (found.squares.few_examples, found.squares.all_examples) == (8, 32)
     for block, names in enumerate(PARTITION.blocks):
         total = sum(float(usual.gradients[name].square().sum()) for name in names)
         assert found.squares.all_squares[block] == pytest.approx(total, rel=1e-4)
@@ -122,6 +123,63 @@ def test_squares_are_those_of_each_block_alone_and_change_no_gradient(setting):
     for name, gradient in usual.gradients.items():
         torch.testing.assert_close(found.gradients[name], gradient)
     assert found.loss == pytest.approx(usual.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_examples", [2, 3, 5, 9, 31, 32])
+def test_groups_of_any_size_tell_the_square_over_few_without_bias(
+    setting, num_examples
+):
+    """Over many draws, it is what `few` examples drawn alone have."""
+    model, data = setting
+    batch = {name: values[:num_examples] for name, values in data.items()}
+    few = math.ceil(num_examples / min(4, num_examples))
+    alone, told = [], []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(600):
+            found = block_gradient(
+                model, PARTITION, 1, batch, loss_function=loss, num_groups=4
+            ).squares
+            assert found.few_examples == few
+            told.extend(found.few_squares)
+            rows = torch.randperm(num_examples)[:few]
+            drawn = {name: values[rows] for name, values in batch.items()}
+            own = block_gradient(model, PARTITION, 1, drawn, loss_function=loss)
+            squares = [own.gradients[n].square().sum() for n in PARTITION.blocks[1]]
+            alone.append(float(sum(squares)))
+    assert np.mean(told) == pytest.approx(np.mean(alone), rel=0.05)
+    assert min(told) >= 0
+
+
+def test_a_group_that_weighs_nothing_tells_nothing(setting):
+    model, data = setting
+    batch = {name: values[:4] for name, values in data.items()}
+
+    def learned(part):
+        return int((part["y"] >= 0).sum())
+
+    batch["y"] = torch.tensor([0, -100, -100, 1])
+    found = block_gradient(
+        model,
+        PARTITION,
+        1,
+        batch,
+        loss_function=loss,
+        batch_weight=learned,
+        num_groups=4,
+    )
+    usual = block_gradient(
+        model, PARTITION, 1, batch, loss_function=loss, batch_weight=learned
+    )
+    for name, gradient in usual.gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient)
+    one = {name: values[:1] for name, values in batch.items()}
+    assert (
+        block_gradient(
+            model, PARTITION, 1, one, loss_function=loss, num_groups=4
+        ).squares
+        is None
+    )
 
 
 def observation(block: int, scale: float, rng: np.random.Generator) -> NoiseObservation:
