@@ -29,6 +29,8 @@ NUM_GROUPS = 4
 _ASSUMED, _ASSUMED_COUNTS = 128.0, 6.0
 # Observations of a block that count: gradients change as the model learns.
 _WINDOW = 24
+# Of these rounds one looks at the noise of blocks of which so many are known.
+_EVERY = 4
 # Part of them that is left out at either end: one that is far off says nothing.
 _LEFT_OUT = 0.2
 # What the median of all blocks weighs in each block's own, in observations.
@@ -132,6 +134,15 @@ class GradientNoise:
         inverse = count * np.median([1.0 / known.measured(block) for block in signal])
         inverse = (inverse + _ASSUMED_COUNTS / _ASSUMED) / (count + _ASSUMED_COUNTS)
         return replace(known, largest=max(self.largest, float(1.0 / inverse)))
+
+    def is_due(self, blocks: Iterable[int], server_round: int) -> bool:
+        """Tell whether a round is to look at the noise of some blocks.
+
+        Every round is until as much is known as counts, and then every fourth: noise
+        changes slowly, and a device computes in more passes to tell it.
+        """
+        known = min(len(self.signal.get(block, ())) for block in blocks)
+        return known < _WINDOW or server_round % _EVERY == 0
 
     def measured(self, block_index: int) -> float:
         """Return a block's noise scale as it is measured, examples; at least 1."""

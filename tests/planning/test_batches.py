@@ -290,16 +290,25 @@ class TestRounds:
             yield replace(reply, report=record, num_examples=most)
 
     def test_what_devices_say_decides_about_the_next_batches(self):
-        coordinator = self.coordinator()
-        for server_round in range(1, 12):
+        coordinator, asked = self.coordinator(), []
+        for server_round in range(1, 34):
             plan = coordinator.plan_round(server_round, self.DEVICES)
             for assignment in plan.assignments.values():
-                assert assignment.measures_noise
+                # Until 24 observations of each of its blocks are known.
+                few = any(
+                    len(coordinator.state.noise.signal.get(block, ())) < 24
+                    for block in assignment.blocks
+                )
+                due = few or server_round % 4 == 0
+                assert bool(assignment.measures_noise) == due
+                asked.append(due)
                 # These devices do not say how many examples they hold.
                 assert 1 <= assignment.batch_size <= 32
             record = coordinator.complete_round(plan, self.replies(plan))
             assert record.refused == {}
             assert record.blocks[0].batch_size is not None
+        assert all(asked[:12])
+        assert 0 < sum(asked[-16:]) <= 8
         noise = coordinator.state.noise
         for block in range(3):
             assert noise.measured(block) == pytest.approx(50.0)

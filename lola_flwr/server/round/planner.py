@@ -144,7 +144,7 @@ class RoundPlanner:
         return RoundPlan(
             device_ids=left,
             solved=solved,
-            assignments=self._assignments(solved, left, manifests, drawn),
+            assignments=self._assignments(state, solved, left, manifests, drawn),
             manifests=manifests,
             drawn=drawn,
             overheard={
@@ -248,6 +248,7 @@ class RoundPlanner:
 
     def _assignments(
         self,
+        state: RunState,
         solved: SolvedRound,
         device_ids: Sequence[str],
         manifests: dict[str, Manifest],
@@ -287,7 +288,8 @@ class RoundPlanner:
             batch_size = self.batch_size
             if solved.batch_size is not None:
                 batch_size = int(solved.batch_size[row])
-                fields["measures_noise"] = True
+                due = state.noise.is_due(blocks, solved.server_round)
+                fields["measures_noise"] = due or None
             assignments[device] = Assignment(
                 server_round=solved.server_round,
                 block_index=block,
