@@ -29,7 +29,7 @@ NUM_GROUPS = 4
 _ASSUMED, _ASSUMED_COUNTS = 128.0, 6.0
 # Observations of a block that count: gradients change as the model learns.
 _WINDOW = 24
-# Of these rounds one looks at the noise of blocks of which so many are known.
+# One of so many rounds looks at the noise of blocks of which as much is known.
 _EVERY = 4
 # Part of them that is left out at either end: one that is far off says nothing.
 _LEFT_OUT = 0.2

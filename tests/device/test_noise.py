@@ -14,6 +14,7 @@ from lola_flwr.wire.packing import GRADIENTS
 from lola_flwr.wire.records import SQUARES_TYPE
 from tests.device.test_tokens import (
     LENGTHS,
+    Widths,
     device_for,
     texts,
     trained,
@@ -59,6 +60,24 @@ def test_a_device_without_memory_for_two_sums_of_gradients_says_none(roberta):
     report = trained(device, roberta, measures_noise=True).report
     assert report.few_examples is None
     assert report.all_square is None
+
+
+def test_what_groups_compute_more_is_counted(roberta):
+    model, loss = without_dropout(roberta), Widths()
+    width = max(LENGTHS)
+    device = device_for(model, texts(), loss_function=loss, sequence_length=2 * width)
+    trained(device, model)  # tries padding
+    taken = {}
+    for asked in (False, True):
+        loss.seen = []
+        update = trained(device, model, measures_noise=asked or None)
+        computed = sum(loss.seen) / (2 * width * len(LENGTHS))
+        taken[asked] = update.report.compute_s, computed, len(loss.seen)
+    for compute_s, computed, _ in taken.values():
+        assert computed < compute_s < 2 * computed
+    # Not tokens, which differ little: passes.
+    assert taken[True][2] > taken[False][2]
+    assert taken[True][0] > taken[False][0]
 
 
 @pytest.mark.slow
