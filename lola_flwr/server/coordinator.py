@@ -230,7 +230,8 @@ class Coordinator:
         if updates:
             # A rate is for the batch that is given.
             chosen = bool(self._settings.allocation.batch_sizes)
-            lengths = plan.step_lengths(checked.accepted) if chosen else {}
+            factor = self.state.noise.step_factor()
+            lengths = plan.step_lengths(checked.accepted, factor) if chosen else {}
             moves = self._stepped(plan.server_round, updates, lengths)
         record = round_record(
             plan,

@@ -8,7 +8,8 @@ single pair of squares tells it badly; it is the ratio of what is kept of many.
 
 The noise scale grows while a model learns. Where it falls, steps are too long for the
 valley that they are in: what the gradients have in common then leads from one side of
-it to the other. Batches therefore follow from the largest that was measured.
+it to the other. Batches therefore follow from the largest that was measured, and steps
+are shortened until it is there again.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _LARGEST = 1e5
 # Examples that a rate is taken to be meant for where batches are chosen: steps by fewer
 # are shorter.
 _MEANT_FOR = 128.0
+# No step is shortened further, whatever is said of the noise.
+_SHORTEST = 0.25
 
 
 def step_length(batch_size: float, noise_scale: float) -> float:
@@ -111,12 +114,15 @@ class GradientNoise:
     examples
         Of how many examples each of these is: what few of them say of ``|G|^2`` is
         mostly noise.
+    latest
+        Noise scale of the median block as it is now; 0: nothing is known.
     """
 
     signal: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     variance: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     largest: float = 0.0
     examples: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    latest: float = 0.0
 
     def update(self, observations: Iterable[NoiseObservation]) -> GradientNoise:
         """Return what is known after some observations."""
@@ -133,7 +139,18 @@ class GradientNoise:
         count = sum(len(kept) for kept in signal.values())
         inverse = count * np.median([1.0 / known.measured(block) for block in signal])
         inverse = (inverse + _ASSUMED_COUNTS / _ASSUMED) / (count + _ASSUMED_COUNTS)
-        return replace(known, largest=max(self.largest, float(1.0 / inverse)))
+        latest = float(1.0 / inverse)
+        return replace(known, largest=max(self.largest, latest), latest=latest)
+
+    def step_factor(self) -> float:
+        """Return what steps are to be multiplied by: less than 1 where noise has fallen.
+
+        By the root of what is left of the largest noise scale: shorter steps no longer
+        lead from one side of the valley to the other, and the noise scale rises again.
+        """
+        if not self.latest:
+            return 1.0
+        return max((self.latest / self.largest) ** 0.5, _SHORTEST)
 
     def is_due(self, blocks: Iterable[int], server_round: int) -> bool:
         """Tell whether a round is to look at the noise of some blocks.

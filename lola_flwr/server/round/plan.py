@@ -113,7 +113,9 @@ class RoundPlan:
         scale = float(np.median([solved.noise_scale[b] for _, b in solved.active()]))
         return math.sqrt(1.0 + scale / solved.batch_size[row])
 
-    def step_lengths(self, device_ids: Iterable[str]) -> dict[int, float]:
+    def step_lengths(
+        self, device_ids: Iterable[str], factor: float = 1.0
+    ) -> dict[int, float]:
         """Return how long the steps of blocks are, where batches are chosen.
 
         Parameters
@@ -121,6 +123,8 @@ class RoundPlan:
         device_ids
             The devices whose updates they follow. What several send of one block is as
             one of all their examples.
+        factor
+            What all of them are multiplied by.
         """
         solved = self.solved
         if solved.batch_size is None or solved.noise_scale is None:
@@ -131,7 +135,10 @@ class RoundPlan:
             for block in self.assignments[device_id].blocks:
                 examples[block] = examples.get(block, 0) + int(solved.batch_size[row])
         noise_scale = solved.noise_scale
-        return {b: step_length(n, float(noise_scale[b])) for b, n in examples.items()}
+        return {
+            block: factor * step_length(count, float(noise_scale[block]))
+            for block, count in examples.items()
+        }
 
     @property
     def whole_codec(self) -> str:
