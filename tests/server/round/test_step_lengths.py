@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from lola_flwr.build import RoundMode
-from lola_flwr.system.gradient_noise import step_length
+from lola_flwr.system.gradient_noise import GradientNoise, step_length
 from tests.server.coordinators import PARTITION, honest_reply, make_coordinator
 
 NOISE = 300.0
 
 
-def moved(sizes_of_blocks, *, silent=(), chosen=(8,)):
+def moved(sizes_of_blocks, *, silent=(), chosen=(8,), known=None):
     """Return by how much each block's and the head's values have moved in a round.
 
     Parameters
@@ -25,10 +25,14 @@ def moved(sizes_of_blocks, *, silent=(), chosen=(8,)):
         Blocks that are not sent.
     chosen
         Batches of which the run chooses.
+    known
+        What is known of the noise.
     """
     # Else a round may leave blocks out.
     everybody = RoundMode(participation="all")
     coordinator = make_coordinator(batch_sizes=chosen, mode=everybody)
+    if known is not None:
+        coordinator.state = replace(coordinator.state, noise=known)
     before = {name: v.copy() for name, v in coordinator.values().items()}
     plan = coordinator.plan_round(1, [f"id-{n}" for n in range(4)])
     if sizes_of_blocks is not None:
@@ -61,6 +65,16 @@ def test_a_block_s_step_is_as_long_as_its_batch_has_reason_for():
         assert step == pytest.approx(0.25 * step_length(size, NOISE), rel=1e-5)
     assert head == {0.25}
     assert step_length(8, NOISE) < 0.4
+
+
+def test_steps_are_shorter_where_the_noise_has_fallen():
+    sizes, fallen = {0: 8, 1: 64, 2: 256}, GradientNoise(largest=400.0, latest=100.0)
+    *blocks, head = moved(sizes, known=fallen)
+    for (step,), (whole,) in zip(blocks, moved(sizes)[:3], strict=True):
+        assert step == pytest.approx(whole / 2, rel=1e-5)
+    # Of the head all devices' examples tell.
+    assert head == {0.25}
+    assert moved(sizes, chosen=(), known=fallen) == [{0.25}] * 4
 
 
 @pytest.mark.parametrize("sizes", [None, {0: 8, 1: 64, 2: 256}])
