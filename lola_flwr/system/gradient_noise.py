@@ -143,7 +143,7 @@ class GradientNoise:
         return replace(known, largest=max(self.largest, latest), latest=latest)
 
     def step_factor(self) -> float:
-        """Return what steps are to be multiplied by: less than 1 where noise has fallen.
+        """Return what steps are multiplied by: less than 1 where noise has fallen.
 
         By the root of what is left of the largest noise scale: shorter steps no longer
         lead from one side of the valley to the other, and the noise scale rises again.
