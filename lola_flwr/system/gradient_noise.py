@@ -150,7 +150,7 @@ class GradientNoise:
         """
         if not self.latest:
             return 1.0
-        return max((self.latest / self.largest) ** 0.5, _SHORTEST)
+        return max(float((self.latest / self.largest) ** 0.5), _SHORTEST)
 
     def is_due(self, blocks: Iterable[int], server_round: int) -> bool:
         """Tell whether a round is to look at the noise of some blocks.
