@@ -114,15 +114,12 @@ class GradientNoise:
     examples
         Of how many examples each of these is: what few of them say of ``|G|^2`` is
         mostly noise.
-    latest
-        Noise scale of the median block as it is now; 0: nothing is known.
     """
 
     signal: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     variance: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     largest: float = 0.0
     examples: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    latest: float = 0.0
 
     def update(self, observations: Iterable[NoiseObservation]) -> GradientNoise:
         """Return what is known after some observations."""
@@ -134,13 +131,16 @@ class GradientNoise:
             variance[block] = (*variance.get(block, ()), seen.variance)[-_WINDOW:]
             examples[block] = (*examples.get(block, ()), seen.examples)[-_WINDOW:]
         known = GradientNoise(signal, variance, self.largest, examples)
-        if not signal:
-            return known
-        count = sum(len(kept) for kept in signal.values())
-        inverse = count * np.median([1.0 / known.measured(block) for block in signal])
+        return replace(known, largest=max(self.largest, known._median()))
+
+    def _median(self) -> float:
+        """Return the noise scale of the median block as it is now; 0: not known."""
+        if not self.signal:
+            return 0.0
+        count = sum(len(kept) for kept in self.signal.values())
+        inverse = count * np.median([1.0 / self.measured(n) for n in self.signal])
         inverse = (inverse + _ASSUMED_COUNTS / _ASSUMED) / (count + _ASSUMED_COUNTS)
-        latest = float(1.0 / inverse)
-        return replace(known, largest=max(self.largest, latest), latest=latest)
+        return float(1.0 / inverse)
 
     def step_factor(self) -> float:
         """Return what steps are multiplied by: less than 1 where noise has fallen.
@@ -148,9 +148,10 @@ class GradientNoise:
         By the root of what is left of the largest noise scale: shorter steps no longer
         lead from one side of the valley to the other, and the noise scale rises again.
         """
-        if not self.latest:
+        median = self._median()
+        if not (median and self.largest):
             return 1.0
-        return max(float((self.latest / self.largest) ** 0.5), _SHORTEST)
+        return max(float((median / self.largest) ** 0.5), _SHORTEST)
 
     def is_due(self, blocks: Iterable[int], server_round: int) -> bool:
         """Tell whether a round is to look at the noise of some blocks.

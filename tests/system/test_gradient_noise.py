@@ -246,14 +246,11 @@ def test_steps_are_shortened_where_it_has_fallen_until_it_is_back():
         for _ in range(24):
             noise = noise.update([observation(n, scale, rng) for n in range(3)])
         factors.append(noise.step_factor())
-        assert noise.latest <= noise.largest
     assert factors[0] > 0.95
     assert factors[1] == pytest.approx(0.5, rel=0.1)
     # Not to nothing.
     assert factors[2] == 0.25
     assert factors[3] > 0.95
-    # A checkpoint of an earlier version says nothing of how it is now.
-    assert replace(noise, latest=0.0).step_factor() == 1.0
 
 
 @pytest.mark.parametrize("lie", [0.0, 1e18])

@@ -68,7 +68,9 @@ def test_a_block_s_step_is_as_long_as_its_batch_has_reason_for():
 
 
 def test_steps_are_shorter_where_the_noise_has_fallen():
-    sizes, fallen = {0: 8, 1: 64, 2: 256}, GradientNoise(largest=400.0, latest=100.0)
+    sizes = {0: 8, 1: 64, 2: 256}
+    now = GradientNoise({0: (1.0,) * 24}, {0: (NOISE,) * 24}, examples={0: (1,) * 24})
+    fallen = replace(now, largest=now.update([]).largest * 4)
     *blocks, head = moved(sizes, known=fallen)
     for (step,), (whole,) in zip(blocks, moved(sizes)[:3], strict=True):
         assert step == pytest.approx(whole / 2, rel=1e-5)
