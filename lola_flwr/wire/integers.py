@@ -115,10 +115,10 @@ class _Packed:
     """
 
     def __init__(self, levels: Sequence[int]) -> None:
-        bits = (len(levels) - 1).bit_length()
-        self.in_a_byte = 8 // bits
-        self._shifts = np.arange(self.in_a_byte, dtype=np.uint8) * bits
-        indices = np.arange(256, dtype=np.uint8)[:, np.newaxis] >> self._shifts
+        self._bits = (len(levels) - 1).bit_length()
+        self.in_a_byte = 8 // self._bits
+        shifts = np.arange(self.in_a_byte, dtype=np.uint8) * self._bits
+        indices = np.arange(256, dtype=np.uint8)[:, np.newaxis] >> shifts
         self._of_byte = np.array(levels, np.float32)[indices & (len(levels) - 1)]
 
     def nbytes(self, size: int) -> int:
@@ -130,12 +130,16 @@ class _Packed:
         missing = -indices.size % self.in_a_byte
         if missing:
             indices = np.append(indices, np.zeros(missing, np.uint8))
-        together = indices.reshape(-1, self.in_a_byte) << self._shifts
-        return np.asarray(np.bitwise_or.reduce(together, axis=1))
+        # As one word, lowest byte first: each byte's bits move down beside those of the
+        # byte below, and the lowest byte is what is wanted.
+        words = together = indices.view(f"<u{self.in_a_byte}")
+        for place in range(1, self.in_a_byte):
+            together = together | words >> place * (8 - self._bits)
+        return together.astype(np.uint8)
 
     def unpack(self, packed: WireArray, size: int) -> Float32Array:
         """Return the levels of so many values."""
-        levels: Float32Array = self._of_byte[packed.astype(np.uint8, copy=False)]
+        levels: Float32Array = self._of_byte.take(packed.view(np.uint8), axis=0)
         return levels.reshape(-1)[:size]
 
 
@@ -302,12 +306,14 @@ def _quarters(
         Scale of each column.
     """
     magnitude = np.abs(rows)
-    outer = magnitude > typical
-    level = np.where(outer, 3 * across, across)
+    outer = (magnitude > typical).view(np.uint8)
+    level = (1 + 2 * outer).astype(np.float32) * across
     squares = np.einsum("ij,ij->i", level, level)
     fitted = np.einsum("ij,ij->i", magnitude, level)
     fitted /= np.where(squares > 0, squares, 1)
-    return np.where(rows < 0, 1 - outer, 2 + outer).astype(np.uint8), fitted
+    # Of the four levels in rising order, which turns around where both bits do.
+    negative = np.multiply(rows < 0, 3, dtype=np.uint8)
+    return (2 + outer) ^ negative, fitted
 
 
 def _both(shape: Sequence[int]) -> tuple[_Channels, int]:
