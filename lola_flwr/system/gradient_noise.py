@@ -147,9 +147,12 @@ class GradientNoise:
 
         By the root of what is left of the largest noise scale: shorter steps no longer
         lead from one side of the valley to the other, and the noise scale rises again.
+        Few observations tell of no fall: steps are as long as ever until as many are
+        known of every block as count.
         """
         median = self._median()
-        if not (median and self.largest):
+        known = min((len(kept) for kept in self.signal.values()), default=0)
+        if known < _WINDOW or not (median and self.largest):
             return 1.0
         return max(float((median / self.largest) ** 0.5), _SHORTEST)
 

@@ -253,6 +253,17 @@ def test_steps_are_shortened_where_it_has_fallen_until_it_is_back():
     assert factors[3] > 0.95
 
 
+def test_a_fall_is_believed_once_as_much_is_known_of_every_block_as_counts():
+    rng, noise = np.random.default_rng(0), GradientNoise()
+    for scale in (400.0,) * 12 + (1.0,) * 11:
+        noise = noise.update([observation(n, scale, rng) for n in range(3)])
+        assert noise.step_factor() == 1.0
+    noise = noise.update([observation(n, 1.0, rng) for n in (0, 1)])
+    assert noise.step_factor() == 1.0
+    noise = noise.update([observation(2, 1.0, rng)])
+    assert noise.step_factor() < 0.9
+
+
 @pytest.mark.parametrize("lie", [0.0, 1e18])
 def test_a_device_that_lies_moves_its_own_block_within_bounds_and_no_other(lie):
     rng, honest, told = np.random.default_rng(1), GradientNoise(), GradientNoise()
