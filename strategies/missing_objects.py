@@ -12,7 +12,6 @@ from functools import partial
 from logging import WARNING
 
 from flwr.supercore import log
-from flwr.superlink.grid import http_grid
 
 _PAUSES = {"initial_backoff": 0.1, "backoff_cap": 0.5, "max_tries_per_object": None}
 
@@ -23,6 +22,8 @@ def ask_soon_again() -> None:
     Where the installed Flower has no such function it stays as it is, and the log says
     so.
     """
+    from flwr.superlink.grid import http_grid  # only where there is such a Grid
+
     function = getattr(http_grid, "pull_objects", None)
     if isinstance(function, partial):
         return

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from flwr.app import Message
-from flwr.superlink.grid import InMemoryGrid
+from flwr.serverapp import Grid
 
 # Messages times devices that a pass may look at: then it takes half of its pause.
 _LOOKED_AT = 25_000
@@ -26,7 +26,7 @@ _POLL_PART, _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.1, 0.01, 0.1
 
 
 def few_at_a_time(
-    grid: InMemoryGrid, messages: Sequence[Message], longest_s: float
+    grid: Grid, messages: Sequence[Message], longest_s: float
 ) -> list[Message]:
     """Send messages; return the replies that come in time, in the order sent.
 
