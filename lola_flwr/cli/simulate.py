@@ -109,12 +109,14 @@ def simulate(
     data-dir=path/to/glue`
     """
     try:
-        # Seen on a terminal alone: it takes seconds where the model has to be loaded.
-        with console().status("checking data, model and devices ..."):
-            prepared = _prepare(app, overrides or [], devices, fleet, out)
+        prepared = _prepare(app, overrides or [], devices, fleet, out)
         in_process = engine.is_process(prepared.num_devices)
         engine_of = _in_process if in_process else _in_ray
         with engine_of(prepared, home, cpus_per_client) as run:
+            # Seen on a terminal alone: it takes seconds to load a model, which the
+            # processes of devices do meanwhile, too.
+            with console().status("checking data, model and devices ..."):
+                prepared.check_model()
             finished = _followed(run, prepared, plain=plain, silent=as_json)
     except UserError as error:
         if as_json:
@@ -125,7 +127,7 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A run that can start.
+    """A run that can start, for all that can be told without the model.
 
     Parameters
     ----------
@@ -139,6 +141,8 @@ class _Prepared:
         Devices to simulate.
     directory
         Where the run's files go; None if the app does not say.
+    check_model
+        Looks at what is left, which takes the model.
     """
 
     app: FlowerApp
@@ -146,6 +150,7 @@ class _Prepared:
     changes: Mapping[str, Any]
     num_devices: int
     directory: Path | None
+    check_model: Callable[[], None]
 
 
 def _prepare(
@@ -178,8 +183,8 @@ def _prepare(
         raise UserError(f"{found.name} has no {_OUTPUT_KEY} key, so leave --out out.")
     config = {**found.config, **changes}
     check_config(found, config)
-    check_start(found, config, num_devices)
-    return _Prepared(found, config, changes, num_devices, directory)
+    check_model = check_start(found, config, num_devices)
+    return _Prepared(found, config, changes, num_devices, directory, check_model)
 
 
 def _followed(

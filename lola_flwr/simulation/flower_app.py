@@ -6,9 +6,10 @@ import logging
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -36,10 +37,12 @@ class FlowerApp:
         ``[tool.lola-flwr]``; None if the app names none.
     check
         ``"package.module:check"``, called with the configuration and the number of
-        devices before anything starts: ``check`` of ``[tool.lola-flwr]``.
+        devices before anything starts: ``check`` of ``[tool.lola-flwr]``. It may return
+        a function that looks at what takes the model, called while the processes of
+        devices load theirs.
     prepare
         ``"package.module:prepare"``, called with the configuration in each further
-        process of devices while the server starts, so that it loads what its devices
+        process of devices while the model is checked, so that it loads what its devices
         share: ``prepare`` of ``[tool.lola-flwr]``.
     export
         ``"package.module:exported"``, called with the configuration by ``lola-flwr
@@ -107,7 +110,9 @@ def check_config(app: FlowerApp, config: Mapping[str, Any]) -> None:
         schema.from_run_config(config)
 
 
-def check_start(app: FlowerApp, config: Mapping[str, Any], num_devices: int) -> None:
+def check_start(
+    app: FlowerApp, config: Mapping[str, Any], num_devices: int
+) -> Callable[[], None]:
     """Let the app say what would else end its run after everything has started.
 
     Parameters
@@ -119,17 +124,30 @@ def check_start(app: FlowerApp, config: Mapping[str, Any], num_devices: int) -> 
     num_devices
         Devices that will be simulated.
 
+    Returns
+    -------
+    What looks at what is left, which takes the model; it raises as this does.
+
     Raises
     ------
     UserError
         What the check says; or it cannot be imported, or fails itself.
     """
     check = named(app, "check", app.check)
-    if check is None:
-        return
+    left = None if check is None else _checked(app, partial(check, config, num_devices))
+
+    def look_at_what_is_left() -> None:
+        if callable(left):
+            _checked(app, left)
+
+    return look_at_what_is_left
+
+
+def _checked(app: FlowerApp, check: Callable[[], object]) -> object:
+    """Call an app's check; return what it returns."""
     try:
         with importable(app.directory), quiet():
-            check(config, num_devices)
+            return check()
     except UserError:
         raise
     # It is the app's code.

@@ -180,8 +180,9 @@ def run_in_processes(
     found = read_app(app)
     config = {**found.config, **tomllib.loads("\n".join(run_config))}
     check_config(found, config)
-    check_start(found, config, num_devices)
+    check_model = check_start(found, config, num_devices)
     with own_processes(found, num_devices=num_devices, config=config, home=home) as run:
+        check_model()
         return run(None)
 
 

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lola_flwr.cli.main import FAILED, MISUSED, main
@@ -128,13 +129,15 @@ class TestOnTheModel:
             ),
         ],
     )
-    def test_mistakes(self, directory, no_flower, capsys, words, way_out):
+    def test_mistakes(self, directory, capsys, words, way_out):
         (directory / "tight.toml").write_text(fleet_of(4, memory_bytes=6e6))
         assert main([*self.TINY, *words]) == FAILED
         shown = capsys.readouterr().err
         assert way_out in shown
         assert shown.count("\n") == 1
-        assert not (directory / "runs").exists()
+        # Devices' processes were about to load the model; nothing has run.
+        assert [path.name for path in (directory / "runs").iterdir()] == ["flwr-home"]
+        assert not psutil.Process().children()
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -146,7 +149,7 @@ class TestOnTheModel:
     def test_images(self, directory, changes, message):
         app = read_app(Path(VISION))
         with pytest.raises(UserError, match=message):
-            check_start(app, {**app.config, **changes}, 4)
+            check_start(app, {**app.config, **changes}, 4)()
 
     @pytest.mark.parametrize(
         ("lines", "message"),
@@ -160,13 +163,13 @@ class TestOnTheModel:
         (tmp_path / "own.tsv").write_text("\n".join(lines))
         app = read_app(Path(QUICKSTART))
         with pytest.raises(UserError, match=message):
-            check_start(app, {**app.config, "data": str(tmp_path / "own.tsv")}, 6)
+            check_start(app, {**app.config, "data": str(tmp_path / "own.tsv")}, 6)()
 
     @pytest.mark.slow
     @pytest.mark.parametrize("path", [VISION, QUICKSTART])
     def test_apps_that_can_start(self, path):
         app = read_app(Path(path))
-        check_start(app, app.config, 3)
+        check_start(app, app.config, 3)()
 
     @pytest.mark.parametrize(
         "changes",
@@ -179,11 +182,11 @@ class TestOnTheModel:
     def test_what_can_start(self, changes):
         app = read_app(Path(GLUE))
         config = {**app.config, "model": "random:roberta-tiny", **changes}
-        check_start(app, config, 4)
+        check_start(app, config, 4)()
 
 
 def test_an_app_that_offers_no_check_is_taken_to_start(tmp_path):
-    check_start(FlowerApp(tmp_path, "app", {}), {}, 1)
+    check_start(FlowerApp(tmp_path, "app", {}), {}, 1)()
 
 
 @pytest.mark.parametrize(
@@ -192,15 +195,17 @@ def test_an_app_that_offers_no_check_is_taken_to_start(tmp_path):
         ("no_such:check", "check='no_such:check' .* cannot be imported"),
         ("checks:fails", "check='checks:fails' .* fails: KeyError: 'a'"),
         ("checks:refuses", "^put it right$"),
+        ("checks:refuses_on_the_model", "^put it right$"),
     ],
 )
 def test_checks_of_an_apps_own(tmp_path, check, message):
     (tmp_path / "checks.py").write_text(
         "from lola_flwr.errors import UserError\n"
         "def fails(config, num_devices): return config['a']\n"
-        "def refuses(config, num_devices): raise UserError('put it right')\n"
+        "def refuses(*_): raise UserError('put it right')\n"
+        "def refuses_on_the_model(config, num_devices): return refuses\n"
     )
     app = FlowerApp(tmp_path, "app", {}, check=check)
     with pytest.raises(UserError, match=message):
-        check_start(app, {}, 1)
+        check_start(app, {}, 1)()
     sys.modules.pop("checks", None)

@@ -6,7 +6,8 @@ What takes no PyTorch is looked at first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from lola_flwr.app.check import check_model, check_shapes, fleet_of, plan_first_round
 from lola_flwr.costs.shapes import KNOWN_MODELS, ModelShapes, model_shapes
@@ -16,8 +17,8 @@ from lola_glue.config import D2ftConfig, GlueConfig, SampledConfig
 from lola_glue.tasks import check_data, find_task
 
 
-def check(run_config: Mapping[str, object], num_devices: int) -> None:
-    """Check that a run can start.
+def check(run_config: Mapping[str, object], num_devices: int) -> Callable[[], None]:
+    """Check that a run can start; return what looks at the model itself.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ def check(run_config: Mapping[str, object], num_devices: int) -> None:
     shapes = _known_shapes(config.model)
     if shapes is not None:
         check_shapes(config, shapes, profiles)
-    check_on_the_model(config, profiles)
+    return partial(check_on_the_model, config, profiles)
 
 
 def check_on_the_model(config: GlueConfig, profiles: Sequence[DeviceProfile]) -> None:
