@@ -151,7 +151,7 @@ def device_processes(
         "threads": threads,
     }
     with ExitStack() as stack:
-        started = [stack.enter_context(_started()) for _ in range(number)]
+        started = [stack.enter_context(_started(threads)) for _ in range(number)]
         for _, link in started:
             # One that has ended already is named when it is asked for something.
             with suppress(OSError):
@@ -165,13 +165,18 @@ def device_processes(
 
 
 @contextmanager
-def _started() -> Iterator[tuple[subprocess.Popen[bytes], Link]]:
+def _started(
+    threads: int | None,
+) -> Iterator[tuple[subprocess.Popen[bytes], Link]]:
     own, other = socket.socketpair()
+    # Also while it loads what devices share, beside the server's process.
+    given = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     with own, other:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", device_process.__name__, str(other.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[other.fileno()],
+            env={**os.environ, **given},
             # What a terminal sends to a group of processes is not for this one.
             start_new_session=True,
         )
