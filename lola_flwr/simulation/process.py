@@ -92,6 +92,10 @@ def own_processes(
     # As Ray does with the processes of its devices.
     threads = None if "OMP_NUM_THREADS" in os.environ else cpus_per_device
     places = num_places(num_devices, cpus_per_device)
+    if places > 1:
+        # PyTorch's threads would wait by spinning, on cores that the others need. It
+        # is read when PyTorch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with device_processes(places - 1, app, config, threads) as processes:
         yield partial(_run, app, num_devices, config, threads, processes)
 

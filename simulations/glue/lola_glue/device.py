@@ -63,7 +63,10 @@ def prepare(run_config: Mapping[str, object]) -> None:
     config = GlueConfig.from_run_config(run_config)
     _worker_model(config)
     if isinstance(config, SampledConfig):
-        _worker_costs(config)
+        costs = _worker_costs(config).of_blocks
+        if config.batch_sizes and costs.together is not None:
+            # Rounds that choose batches ask for several blocks; it is counted once.
+            costs.together()
 
 
 def split(
