@@ -7,6 +7,8 @@ for; torch, Flower and the solvers are imported where they are used.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -90,6 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments
         The words after ``lola-flwr`` (default: those of this process).
     """
+    if arguments is None:
+        # The process ends with the command: what it holds needs not be gone through
+        # once more, which takes a second with PyTorch and transformers.
+        atexit.register(gc.freeze)
     command = typer.main.get_command(app)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:

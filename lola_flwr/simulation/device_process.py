@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.supercore.task_identity import TaskIdentity
 
+from lola_flwr.machine.heap import nothing_collected
 from lola_flwr.simulation.answering import answer
 from lola_flwr.simulation.flower_app import quiet
 from lola_flwr.simulation.link import ANSWER, LOG, READY, Inbox, Link, Outbox, Parts
@@ -34,11 +35,12 @@ def main() -> None:
     start = json.loads(told)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = start["identity"]
     sys.path.insert(0, start["directory"])
-    app = resolve_name(start["clientapp"])
-    if start["prepare"] is not None:
-        # What fails here fails again in a device, which says so.
-        with suppress(Exception), quiet():
-            resolve_name(start["prepare"])(start["config"])
+    with nothing_collected():
+        app = resolve_name(start["clientapp"])
+        if start["prepare"] is not None:
+            # What fails here fails again in a device, which says so.
+            with suppress(Exception), quiet():
+                resolve_name(start["prepare"])(start["config"])
     link.send(READY)
     inbox = Inbox()
     while True:

@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from lola_flwr.errors import UserError, reason_of
+from lola_flwr.machine.heap import nothing_collected
 
 
 @dataclass(frozen=True)
@@ -208,10 +209,11 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 @contextmanager
 def importable(directory: Path) -> Iterator[None]:
-    """Let what is in a directory be imported."""
+    """Let what is in a directory be imported, with all that it imports."""
     sys.path.insert(0, str(directory.resolve()))
     try:
-        yield
+        with nothing_collected():
+            yield
     finally:
         sys.path.remove(str(directory.resolve()))
 

@@ -24,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
 from lola_flwr.machine.files import filling
+from lola_flwr.machine.heap import nothing_collected
 from lola_flwr.simulation.device_processes import (
     DeviceProcess,
     device_processes,
@@ -161,7 +162,8 @@ def _status(
 def _component(app: FlowerApp, key: str, kind: type[_Component]) -> _Component:
     """Import what an app names in ``[tool.flwr.app.components]``."""
     name = app.components[key]
-    component = resolve_name(name)
+    with nothing_collected():
+        component = resolve_name(name)
     if not isinstance(component, kind):
         raise UserError(f"{key} = {name!r} of {app.name} is no {kind.__name__}.")
     return component
