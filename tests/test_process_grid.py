@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from threading import Lock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from lola_flwr.errors import UserError
+from lola_flwr.simulation import grid as grid_module
 from lola_flwr.simulation import process
 from lola_flwr.simulation.flower_app import read_app
 from lola_flwr.simulation.grid import ProcessGrid
@@ -51,6 +54,46 @@ def test_replies_come_in_the_order_sent():
     assert [reply.content["said"]["x"] for reply in replies] == [1, 0]
     ids = {m.metadata.message_id for m in replies}
     assert len(ids) == 2 and "" not in ids
+
+
+class Starting:
+    """A process that has not loaded yet what it needs: all devices are the server's."""
+
+    def __init__(self):
+        self.turn = Lock()
+
+    def is_ready(self):
+        time.sleep(0.001)
+        return False
+
+    def answer(self, message, context):
+        raise AssertionError("It has not started.")
+
+    def forget(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("processes", "then"), [((), [2, 3, 4, 5]), ((Starting(),), [4, 2, 5, 3])]
+)
+def test_who_took_longest_begins_where_several_compute(monkeypatch, processes, then):
+    asked, takes_s, clock = [], {2: 5.0, 3: 1.0, 5: 2.0}, [0.0]
+    monkeypatch.setattr(
+        grid_module, "time", SimpleNamespace(monotonic=lambda: clock[0])
+    )
+
+    def train(received, context):
+        asked.append(context.node_id)
+        clock[0] += takes_s.get(context.node_id, 0.0)
+        return answer(received, x=context.node_id)
+
+    grid = grid_of(train, 4, processes=processes)
+    grid.send_and_receive([message(node) for node in (2, 3, 5)])
+    assert asked == [2, 3, 5]
+    replies = grid.send_and_receive([message(node) for node in (2, 3, 4, 5)])
+    # Of 4 nothing is known.
+    assert asked[3:] == then
+    assert [reply.content["said"]["x"] for reply in replies] == [2, 3, 4, 5]
 
 
 def test_devices_share_nothing_that_can_be_changed():
