@@ -55,6 +55,14 @@ class KnownCosts:
             return cls(of_blocks)
         return cls(of_blocks, zeroth_order_of(config, model, partition))
 
+    def count(self, config: UpdatesConfig) -> None:
+        """Count now what would else be counted in a device's first round.
+
+        Rounds that choose batches ask for several blocks.
+        """
+        if config.batch_sizes and self.of_blocks.together is not None:
+            self.of_blocks.together()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceParts:

@@ -18,7 +18,7 @@ def answer(
     app: Callable[[Message, Context], Message],
     message: Message,
     context: Context,
-    threads: int | None,
+    threads: int | None = None,
 ) -> tuple[Message, Context | None]:
     """Return a device's reply, and its context after it; None if its app raised.
 

@@ -46,7 +46,7 @@ def main() -> None:
     while True:
         message, context = inbox.message(asked.get())
         assert context is not None
-        reply, left = answer(app, message, context, start["threads"])
+        reply, left = answer(app, message, context)
         link.send(ANSWER, *Outbox().parts(reply, left))
 
 

@@ -140,7 +140,7 @@ def device_processes(
     config
         Its run configuration.
     threads
-        PyTorch's threads while a device computes; None: as many as a process has.
+        PyTorch's threads in each; None: as many as a process has.
     """
     told = {
         "directory": str(app.directory.resolve()),
@@ -148,7 +148,6 @@ def device_processes(
         "prepare": app.prepare,
         "config": dict(config),
         "identity": [TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id],
-        "threads": threads,
     }
     with ExitStack() as stack:
         started = [stack.enter_context(_started(threads)) for _ in range(number)]
@@ -169,7 +168,6 @@ def _started(
     threads: int | None,
 ) -> Iterator[tuple[subprocess.Popen[bytes], Link]]:
     own, other = socket.socketpair()
-    # Also while it loads what devices share, beside the server's process.
     given = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     with own, other:
         process = subprocess.Popen(

@@ -59,7 +59,7 @@ def prepare(run_config: Mapping[str, object]) -> None:
     config = CausalConfig.from_run_config(run_config)
     _worker(config)
     if isinstance(config, UpdatesConfig):
-        _worker_costs(config)
+        _worker_costs(config).count(config)
 
 
 def split(num_sequences: int, num_partitions: int, seed: int) -> list[IntArray]:

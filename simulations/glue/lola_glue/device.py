@@ -63,10 +63,7 @@ def prepare(run_config: Mapping[str, object]) -> None:
     config = GlueConfig.from_run_config(run_config)
     _worker_model(config)
     if isinstance(config, SampledConfig):
-        costs = _worker_costs(config).of_blocks
-        if config.batch_sizes and costs.together is not None:
-            # Rounds that choose batches ask for several blocks; it is counted once.
-            costs.together()
+        _worker_costs(config).count(config)
 
 
 def split(
